@@ -1,0 +1,75 @@
+"""Rows: what the steps hand each other about images, as named tuples here and as CSV files on disk."""
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+
+class SourceObject(NamedTuple):
+    """An object of the bucket and the file it becomes."""
+
+    key: str  # the whole key, prefix included
+    size: int  # bytes
+    etag: str  # as S3 gives it, without the quotes
+    path: str  # below raw/, "/" between its parts: "<label>/<file>"
+
+
+class RawFile(NamedTuple):
+    """A file under `raw/` that ought to be a picture."""
+
+    path: str  # below raw/, "/" between its parts
+    label: str  # the first part of the path
+
+
+class Image(NamedTuple):
+    """A usable picture."""
+
+    path: str  # below raw/, "/" between its parts
+    label: str
+    sha256: str  # of the file, 64 hexadecimal digits
+    format: str  # what the content is, as Pillow names it: "JPEG", "PNG", ...
+    width: int  # pixels, after EXIF orientation
+    height: int
+    group: str  # near-duplicates share it: the smallest sha256 among them; an image without any has its own
+
+
+class Rejected(NamedTuple):
+    """A file or object that is left out, and why."""
+
+    path: str  # below raw/, or the key of an object that was not downloaded
+    label: str  # "" where there is none
+    reason: str  # one word for counting: "unreadable", "duplicate", ...
+    detail: str  # for the reader
+
+
+Row = TypeVar("Row", bound=NamedTuple)
+
+
+def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
+    """Write `rows` with a header to a new CSV file and return how many there were."""
+    count = 0
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(kind._fields)
+        for row in rows:
+            writer.writerow(row)
+            count += 1
+    return count
+
+
+def read(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """Yield the rows of a file that `write` made, integers as integers.
+
+    Raises ValueError where the header is not that of `kind`: the file is another version's, or was edited.
+    """
+    numbers = [index for index, name in enumerate(kind._fields) if kind.__annotations__[name] is int]
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if header != list(kind._fields):
+            raise ValueError(f"{path}: expected the columns {','.join(kind._fields)}, found {','.join(header)}")
+        for values in reader:
+            for index in numbers:
+                values[index] = int(values[index])  # type: ignore[call-overload]
+            yield kind(*values)
