@@ -34,6 +34,16 @@ class Image(NamedTuple):
     group: str  # near-duplicates share it: the smallest sha256 among them; an image without any has its own
 
 
+class Example(NamedTuple):
+    """A picture to learn from: what balancing keeps and the split puts on a side."""
+
+    path: str  # below raw/
+    label: str
+    index: int  # the label's class index
+    sha256: str
+    group: str  # as in Image
+
+
 class Rejected(NamedTuple):
     """A file or object that is left out, and why."""
 
@@ -59,17 +69,18 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
 
 
 def read(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """Yield the rows of a file that `write` made, integers as integers.
+    """Yield the rows of a file that `write` made, numbers as numbers.
 
     Raises ValueError where the header is not that of `kind`: the file is another version's, or was edited.
     """
-    numbers = [index for index, name in enumerate(kind._fields) if kind.__annotations__[name] is int]
+    types = [kind.__annotations__[name] for name in kind._fields]
+    numbers = [(index, type_) for index, type_ in enumerate(types) if type_ in (int, float)]
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         if header != list(kind._fields):
             raise ValueError(f"{path}: expected the columns {','.join(kind._fields)}, found {','.join(header)}")
         for values in reader:
-            for index in numbers:
-                values[index] = int(values[index])  # type: ignore[call-overload]
+            for index, number in numbers:
+                values[index] = number(values[index])
             yield kind(*values)

@@ -1,0 +1,147 @@
+"""The embedded default: a small real data set behind a local S3 endpoint, and the real pipeline on it.
+
+The 1,797 handwritten digits of scikit-learn (E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
+UCI Machine Learning Repository, 1998) become picture files of mixed formats and sizes, with what real buckets have:
+uneven classes, copies, broken files, objects that are no pictures.
+"""
+
+import io
+import logging
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from dgmd_pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+BUCKET, PREFIX = "dgmd-demo", "train/downloaded-images"
+ENV_FILE, DATA_DIR = Path("demo.env"), Path("demo-data")
+FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))  # scraped names lie
+KEPT = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit: classes are uneven
+
+
+def run(pipeline: Callable[[list[str]], int]) -> int:
+    """Fill a bucket, write `demo.env`, call `pipeline` with it and say what came of it; return its exit code.
+
+    Raises PipelineError where the `demo` extra is not installed.
+    """
+    try:
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        raise PipelineError("The demo needs a local S3 endpoint: pip install -e '.[demo]'") from None
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        variables = {
+            "DATA_DIR": str(DATA_DIR.resolve()),
+            "AWS_DATA_BUCKET": BUCKET,
+            "AWS_DATA_PATH": PREFIX,
+            "BACKBONE": "cnn",
+            "IMAGE_WIDTH": "32",
+            "IMAGE_HEIGHT": "32",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "demo",
+            "AWS_SECRET_ACCESS_KEY": "demo",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        _write_env_file(variables)
+        _forget_own_settings()
+        os.environ.update(variables)
+        if not (DATA_DIR / "raw").exists():
+            _fill_bucket()
+        code = pipeline(["--env-file", str(ENV_FILE)])
+    finally:
+        server.stop()
+    if code == 0:
+        _say_what_next()
+    return code
+
+
+def _write_env_file(variables: dict[str, str]) -> None:
+    lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    head = "# The demo's settings. Its S3 endpoint is there only while `python pipeline.py demo` runs.\n"
+    ENV_FILE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _forget_own_settings() -> None:
+    """A demo must not reach the caller's bucket or register in the caller's MLflow."""
+    from dgmd_pipeline.settings import Settings, variable
+
+    for name in [*map(variable, Settings.model_fields), *(name for name in os.environ if name.startswith("AWS_"))]:
+        os.environ.pop(name, None)
+
+
+def _fill_bucket() -> None:
+    from dgmd_pipeline import bucket
+
+    client = bucket.connect()
+    client.create_bucket(Bucket=BUCKET)
+    count = 0
+    for name, content in _objects():
+        client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=content)
+        count += 1
+    log.info("Demo bucket s3://%s/%s: %d objects", BUCKET, PREFIX, count)
+
+
+def _objects() -> Iterator[tuple[str, bytes]]:
+    """Yield key below the prefix and content of each object."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for digit, kept in enumerate(KEPT):
+        pictures = digits.images[digits.target == digit]
+        for number, values in enumerate(pictures[: round(kept * len(pictures))]):
+            extension, file_format = FORMATS[number % len(FORMATS)]
+            side = 24 + 8 * (number % 6)
+            yield f"{digit}/digit {digit}_{number}.{extension}", picture(values, side, file_format)
+    first = picture(digits.images[digits.target == 3][0], 24, "PNG")
+    yield "3/copy of digit 3_0.png", first
+    yield "3/digit 3_0, larger.png", picture(digits.images[digits.target == 3][0], 48, "PNG")
+    both = picture(digits.images[digits.target == 9][-1], 32, "PNG")
+    yield "4/is it a 4.png", both
+    yield "9/or a 9.png", both
+    yield "5/cut off.jpeg", picture(digits.images[digits.target == 5][0], 64, "JPEG")[:300]
+    yield "7/not a picture.jpeg", b"<html><body>404 Not Found</body></html>"
+    yield "8/empty.png", b""
+    yield "readme.txt", b"objects directly under the prefix have no label"
+    yield "1/../../outside.png", first
+
+
+def picture(values: "object", side: int, file_format: str) -> bytes:
+    """Return a digit (8 x 8 numbers of 0..16) as a picture file of `side` x `side` pixels, black on white."""
+    import numpy as np
+
+    levels = (255 - np.asarray(values) * (255 / 16)).round().astype(np.uint8)
+    image = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    options = {"quality": 90} if file_format in ("JPEG", "WEBP") else {}
+    image.convert("RGB").save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _say_what_next() -> None:
+    from dgmd_pipeline.step import read_record
+
+    registered, evaluation = read_record(DATA_DIR / "registered_model"), read_record(DATA_DIR / "evaluation")
+    assert registered and evaluation, "the pipeline said that it has registered a model"
+    name, version = registered.counts["name"], registered.counts["version"]
+    data_dir = shlex.quote(str(DATA_DIR))
+    log.info(
+        """
+%s version %s is registered, non-production, with a validation accuracy of %.2f %%.
+
+What next?
+  look at it            mlflow server --port 5050 \\
+                          --backend-store-uri sqlite:///%s/mlflow/mlflow.db
+                        and open http://127.0.0.1:5050
+  what would run now    python pipeline.py plan --env-file %s
+  train another one     rm -r %s/trained_model
+                        EPOCHS=10 python pipeline.py --env-file %s""",
+        name, version, 100 * evaluation.counts["accuracy"], DATA_DIR, ENV_FILE, data_dir, ENV_FILE,
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Record -> feature vector: the frozen backbone's output for every picture, stored once, used in every epoch."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+FEATURES = "features.npy"
+LABELS = "labels.npy"
+
+
+def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Model", folder: Path) -> Iterator[int]:
+    """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order of `batches`.
+
+    `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes ([batch]),
+    tensors or arrays, `count` pictures in all. Yields the number of pictures done after each batch; nothing but the
+    labels is held in memory. Raises ValueError where `batches` hold more or fewer than `count` pictures.
+    """
+    forward = freeze(backbone)
+    labels: list[np.ndarray] = []
+    done = 0
+    with (folder / FEATURES).open("wb") as file:
+        # Written in sequence and not through a memory map, whose pages would count as this process's memory.
+        shape = (count, backbone.output_shape[-1])
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for pictures, indexes in batches:
+            file.write(forward(pictures).astype("<f4", copy=False).tobytes())
+            labels.append(np.asarray(indexes, np.int64))
+            done += len(labels[-1])
+            yield done
+    if done != count:
+        raise ValueError(f"{folder}: expected {count} pictures, the records held {done}")
+    np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
+
+
+def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Open what `extract` wrote: features (float32 [n, d], mapped into memory and read as needed), labels (int64 [n])."""
+    return np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS)
+
+
+def freeze(backbone: "keras.Model") -> Any:
+    """Return a function from pictures (uint8 [batch, height, width, 3]) to the backbone's vectors (float32 array [batch, d]).
+
+    With its variables made constants TensorFlow folds batch normalisation into the convolutions.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    pictures = tf.TensorSpec([None, *backbone.input_shape[1:]], tf.uint8)
+    call = tf.function(lambda x: backbone(tf.cast(x, tf.float32), training=False), autograph=False)
+    frozen = convert_variables_to_constants_v2(call.get_concrete_function(pictures))
+    return lambda x: np.asarray(frozen(tf.convert_to_tensor(x))[0])

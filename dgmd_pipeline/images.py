@@ -1,0 +1,415 @@
+"""From a file under `raw/` to a row: a usable `Image`, or a `Rejected` with the reason why it is left out."""
+
+import contextlib
+import hashlib
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+# Pillow registers these two readers on import; otherwise it would import every reader it has on the first file that
+# is neither JPEG, PNG, GIF nor BMP.
+import PIL.Image
+import PIL.TiffImagePlugin
+import PIL.WebPImagePlugin  # noqa: F401
+
+from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.manifest import Image, RawFile, Rejected
+
+# An allow-list, because some of Pillow's other readers call other programs. A camera's MPO (several JPEGs in one
+# file) is opened by the JPEG reader and counts as its first picture.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MIN_SIDE = 8  # pixels; the smallest pictures known to be worth training on are 8 x 8 digits
+MAX_PIXELS = 100_000_000  # a phone's largest mode is 200 megapixels, a usual photograph 12; decoded: 3 bytes each
+PIECE = 64  # files handed to a worker at a time
+
+UNDECODABLE = ("unreadable", "truncated", "empty", "too many pixels")
+
+# What Pillow's readers raise for damaged content. 400,000 damaged files (bytes changed, cut, inserted; every format,
+# twenty encodings) raised OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError and
+# struct.error; the others stand in Pillow's source on the way.
+DAMAGED = (
+    OSError,  # UnidentifiedImageError is one
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,  # IndexError, KeyError
+    EOFError,
+    struct.error,
+    zlib.error,
+    ArithmeticError,  # OverflowError, ZeroDivisionError
+    AssertionError,
+    AttributeError,
+    MemoryError,
+)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TRANSPOSE = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+
+def find(raw: Path) -> Iterator[RawFile]:
+    """Yield the files of a `raw/` folder that was put there by hand, sorted by path.
+
+    The first folder of a path is its label; files directly in `raw` have none and are not pictures of the data set.
+    Names that begin with a dot are skipped, folders as well. Links to files are files. Links to folders are not
+    followed (they can lead in circles, and what changes behind them is not seen): they are yielded like files, so
+    that `inspect` reports them. The same goes for links that lead nowhere and for what is no regular file.
+    Raises NoUsableInput where a folder cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        raise NoUsableInput(
+            f"Expected a folder of pictures that can be listed, but {error.filename} cannot be ({error.strerror}); "
+            "make it readable, or take it away."
+        ) from error
+
+    found = []
+    for folder, folders, names in os.walk(raw, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
+        below = Path(folder).relative_to(raw).as_posix()
+        if below == ".":
+            found += [RawFile(name, name) for name in links]
+        else:
+            label = below.split("/", 1)[0]
+            found += [RawFile(f"{below}/{name}", label) for name in names + links if not name.startswith(".")]
+    yield from sorted(found)
+
+
+def inspect(
+    files: Iterable[RawFile],
+    raw: Path,
+    scratch: Path,
+    map: Callable[[Callable, Iterable], Iterable] = map,
+    min_side: int = MIN_SIDE,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[list[Image], list[Rejected]]:
+    """Read, hash and decode every file once; return the usable ones and the others, each sorted by path.
+
+    `map` works like the builtin: it may call the function for its pieces (lists of at most 64 files) in other
+    processes, and yields what comes back in order. `scratch` is an existing folder for a temporary file of 768 bytes
+    for each picture. The rows are the same for the same files, whoever does the work.
+
+    Reasons: "empty", "unreadable" (not a picture of `FORMATS`, damaged, or not readable from the disk), "truncated"
+    (the data ends before the picture does), "too many pixels" (more than `max_pixels`, known before decoding), "too
+    small" (shortest side below `min_side` pixels), "duplicate" (the same bytes under the same label; the first path
+    is kept), "conflict" (the same bytes under several labels: none is kept).
+    """
+    files = sorted(files)
+    pieces = [files[start : start + PIECE] for start in range(0, len(files), PIECE)]
+    work = partial(_inspect_piece, raw=raw, min_side=min_side, max_pixels=max_pixels)
+    decoded: list[Image] = []
+    rejected: list[Rejected] = []
+    store = scratch / "thumbnails"
+    try:
+        with store.open("wb") as file:
+            for outcome in chain.from_iterable(map(work, pieces)):
+                if isinstance(outcome, Rejected):
+                    rejected.append(outcome)
+                else:
+                    decoded.append(outcome[0])
+                    file.write(outcome[1])
+        same = defaultdict(list)
+        for index, image in enumerate(decoded):
+            same[image.sha256].append(index)
+        kept = []
+        for indexes in same.values():
+            copies = [decoded[index] for index in indexes]
+            if len({copy.label for copy in copies}) == 1:
+                kept.append(indexes[0])
+                detail = f"the same file as {copies[0].path}"
+                rejected += [Rejected(copy.path, copy.label, "duplicate", detail) for copy in copies[1:]]
+            else:
+                for copy in copies:
+                    other = next(each for each in copies if each.label != copy.label)
+                    detail = f"the same file as {other.path}, which has another label"
+                    rejected.append(Rejected(copy.path, copy.label, "conflict", detail))
+        kept.sort()
+        images = [decoded[index] for index in kept]
+        if images:
+            thumbnails = np.memmap(store, np.uint8, "r", shape=(len(decoded), _SIDE, _SIDE, 3))
+            images = _group(images, thumbnails, np.array(kept))
+            del thumbnails
+    finally:
+        store.unlink(missing_ok=True)
+    return images, sorted(rejected)
+
+
+def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float) -> None:
+    """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
+
+    Those are the files with a reason in `UNDECODABLE`. Duplicates, conflicts and pictures that are too small were
+    decoded: they count among a label's files, not against it. Rows without a label are nobody's.
+    """
+    rejected = [row for row in rejected if row.label]
+    bad = [row for row in rejected if row.reason in UNDECODABLE]
+    total = Counter(row.label for row in chain(images, rejected))
+    count = Counter(row.label for row in bad)
+    over = sorted(label for label in count if count[label] > limit * total[label])
+    if over:
+        first = next(row for row in bad if row.label == over[0])
+        named = ", ".join(f"{label} ({count[label]} of {total[label]} files)" for label in over)
+        raise NoUsableInput(
+            f"More than {limit:.0%} of the files cannot be decoded for {named}; for example {first.path}: "
+            f"{first.reason}, {first.detail}. The reason for each file is in rejected.csv: mend or remove the files, "
+            f"or raise MAX_REJECTED_PCNT, which is {limit:g}."
+        )
+
+
+# Opening
+
+
+def open_rgb(
+    path: Path, draft_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> PIL.Image.Image:
+    """Read a picture file as RGB (see `to_rgb`), by its content.
+
+    With `draft_size` (width, height; as the picture is seen) a JPEG is decoded at 1/2, 1/4 or 1/8 if that is still at
+    least this size; it is read to its end all the same. Use it in one thread of a process at a time: what Pillow and
+    libtiff have to say is a setting of the process.
+    Raises PIL.Image.DecompressionBombError before decoding more than `max_pixels`, and one of `DAMAGED`.
+    """
+    data = path.read_bytes()
+    with _pillow(data, max_pixels):
+        return _decode(data, draft_size)[2]
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the first frame as a person sees it: mode RGB, EXIF orientation applied, transparency laid on white.
+
+    16 bits of grey are scaled to 8, not clipped. Floating point is taken to end at 1 or, where it goes beyond, at
+    255. Everything else is Pillow's conversion (CMYK with Adobe's inversion, LAB by way of littleCMS). Colour
+    profiles are not applied. Raises one of `DAMAGED`.
+    """
+    if image.tell():
+        image.seek(0)
+    image.load()
+    orientation = _orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = PIL.Image.new("RGB", image.size, "white")
+        ground.paste(image, mask=image)
+        image = ground
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale integers of 16 bits (beyond: clipped) or floating point to 8 bits; Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, posinf=np.finfo(np.float32).max)
+        grey = np.rint(np.clip(values * 255 if values.max() <= 1 else values, 0, 255))
+    else:
+        grey = (np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+    return PIL.Image.fromarray(grey.astype(np.uint8))
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where EXIF is missing or damaged: the picture is whole without it."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+
+
+def _decode(data: bytes, draft_size: tuple[int, int] | None) -> tuple[str, tuple[int, int], PIL.Image.Image]:
+    """Return the format, the full size (width, height) as the picture is seen, and the picture as `to_rgb` makes it."""
+    image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format not in ("JPEG", "MPO"):
+        rgb = to_rgb(image)
+        return str(image.format), rgb.size, rgb
+    across = _orientation(image) in (5, 6, 7, 8)
+    size = image.size[::-1] if across else image.size
+    if draft_size:
+        image.draft("RGB", draft_size[::-1] if across else draft_size)
+    return "JPEG", size, to_rgb(image)
+
+
+@contextlib.contextmanager
+def _pillow(data: bytes, max_pixels: int) -> Iterator[list[warnings.WarningMessage]]:
+    """While `data` is opened: refuse more than `max_pixels`, and keep from the screen what Pillow and libtiff say.
+
+    Pillow warns beyond MAX_IMAGE_PIXELS and refuses beyond twice that: half of ours there gives one clear refusal, in
+    every place where Pillow checks. libtiff writes to the process's standard error whatever Pillow does, so that is
+    turned away for files that begin like a TIFF.
+    """
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    PIL.Image.MAX_IMAGE_PIXELS = max_pixels // 2
+    try:
+        with warnings.catch_warnings(record=True) as said, _no_stderr(data[:2] in (b"II", b"MM")):
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = before
+
+
+@contextlib.contextmanager
+def _no_stderr(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+# Inspecting one file
+
+
+def _inspect_piece(files: list[RawFile], raw: Path, min_side: int, max_pixels: int) -> list:
+    return [_inspect_file(file, raw / file.path, min_side, max_pixels) for file in files]
+
+
+def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> Rejected | tuple[Image, bytes]:
+    """Return the row and the thumbnail (uint8 RGB, `_SIDE` x `_SIDE`), or why there are none."""
+
+    def reject(reason: str, detail: str) -> Rejected:
+        return Rejected(*file, reason, " ".join(detail.split()))
+
+    try:
+        if not path.is_file():  # reading a named pipe would wait for ever
+            return reject("unreadable", "not a file, or a link that leads to none")
+        data = path.read_bytes()
+    except OSError as error:
+        return reject("unreadable", f"cannot be read from the disk: {error.strerror}")
+    if not data:
+        return reject("empty", "0 bytes")
+    with _pillow(data, max_pixels) as said:
+        try:
+            kind, (width, height), rgb = _decode(data, _DRAFT)
+        except PIL.Image.DecompressionBombError as error:
+            return reject("too many pixels", str(error).split(",", 1)[0])
+        except PIL.UnidentifiedImageError:
+            detail = f"the content is not a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+            return reject("truncated" if _ends_early(data) else "unreadable", _also(detail, said))
+        except DAMAGED as error:
+            early = "truncated" in str(error).lower() or _ends_early(data)
+            return reject("truncated" if early else "unreadable", _also(f"{type(error).__name__}: {error}", said))
+        if min(width, height) < min_side:
+            return reject("too small", f"{width} x {height} pixels, expected at least {min_side} on each side")
+        thumbnail = rgb.resize((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR).tobytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Image(*file, sha256, kind, width, height, sha256), thumbnail
+
+
+def _also(detail: str, said: list[warnings.WarningMessage]) -> str:
+    return "; ".join(dict.fromkeys([detail, *(str(each.message) for each in said)]))
+
+
+def _ends_early(data: bytes) -> bool:
+    """Tell whether a WebP is shorter than its header says; its reader gives one error for everything."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < int.from_bytes(data[4:8], "little") + 8
+
+
+# Near-duplicates
+
+_SIDE = 16
+_DRAFT = (64, 64)
+_NEIGHBOURS = 8
+_TURNS = range(0, 64, 4)
+_BITS = 16
+_COSINES = np.rint(1024 * np.cos(np.pi / 16 * np.outer(np.arange(8), np.arange(16) + 0.5)))
+_LUMA = np.array([299.0, 587.0, 114.0])
+
+
+def _group(images: list[Image], thumbnails: np.ndarray, at: np.ndarray) -> list[Image]:
+    """Return the rows with `group` filled in; row i's thumbnail is thumbnails[at[i]]."""
+    hashes, tones = _hashes(thumbnails, at)
+    sides = np.array([(image.width, image.height) for image in images], np.float64)
+    root = list(range(len(images)))
+
+    def find_root(index: int) -> int:
+        while root[index] != index:
+            root[index] = root[root[index]]
+            index = root[index]
+        return index
+
+    for left, right in _near(hashes, tones):
+        same = _copies(thumbnails[at[left]], thumbnails[at[right]], sides[left], sides[right])
+        for one, other in zip(left[same].tolist(), right[same].tolist(), strict=True):
+            root[find_root(one)] = find_root(other)
+    roots = [find_root(index) for index in range(len(images))]
+    smallest: dict[int, str] = {}
+    for index, image in zip(roots, images, strict=True):
+        smallest[index] = min(image.sha256, smallest.get(index, image.sha256))
+    return [image._replace(group=smallest[index]) for index, image in zip(roots, images, strict=True)]
+
+
+def _hashes(thumbnails: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hashes = np.empty(len(at), np.uint64)
+    tones = np.empty(len(at), np.int64)
+    for start in range(0, len(at), 4096):
+        part = slice(start, start + 4096)
+        luma = thumbnails[at[part]] @ _LUMA
+        waves = _COSINES @ luma @ _COSINES.T
+        # orthonormal coefficient = waves * (sqrt(2/16)/1024)^2 / 1000 
+        bits = (waves > NOISE).reshape(-1, 64)
+        bits[:, 0] = False
+        hashes[part] = np.packbits(bits, axis=1).view(">u8")[:, 0]
+        tones[part] = luma.sum((1, 2))
+    return hashes, tones
+
+
+NOISE = 2 * 1024**2 * 8 * 1000
+
+
+def _pairs(hashes: np.ndarray, tones: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for turn in _TURNS:
+        turned = hashes << np.uint64(turn) | hashes >> np.uint64(64 - turn)
+        order = np.lexsort((tones, turned))
+        for step in range(1, min(_NEIGHBOURS + 1, len(order))):
+            yield order[:-step], order[step:]
+
+
+def _near(hashes: np.ndarray, tones: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    known = np.empty(0, np.int64)
+    for left, right in _pairs(hashes, tones):
+        close = np.bitwise_count(hashes[left] ^ hashes[right]) <= _BITS
+        known = np.union1d(known, np.minimum(left, right)[close] * len(hashes) + np.maximum(left, right)[close])
+    for start in range(0, len(known), 4096):
+        yield np.divmod(known[start : start + 4096], len(hashes))
+
+
+def _copies(a: np.ndarray, b: np.ndarray, a_size: np.ndarray, b_size: np.ndarray) -> np.ndarray:
+    side = np.minimum(a_size.min(1), b_size.min(1))
+    stretch = np.abs(np.log(a_size[:, 0] / a_size[:, 1] * b_size[:, 1] / b_size[:, 0]))
+    a, b = (t.astype(np.float32).reshape(-1, 8, 2, 8, 2, 3).mean((2, 4)) for t in (a, b))
+    spread = np.minimum(*(np.sqrt(t.var((1, 2)).mean(1)) for t in (a, b)))
+    tolerance = np.hypot(np.minimum(2, 0.5 + 0.3 * spread), (0.015 + 0.5 / side) * spread)
+    difference = a - b
+    ends = np.pad(a + b, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    blur = ends[:, :-2, 1:-1] + ends[:, 2:, 1:-1] + ends[:, 1:-1, :-2] + ends[:, 1:-1, 2:] - 4 * (a + b)
+    n = 192
+    raw = (difference**2).sum((1, 2, 3))
+    explained = (difference * blur).sum((1, 2, 3)) ** 2 / np.maximum((blur**2).sum((1, 2, 3)), 1e-6)
+    rest = np.sqrt(np.maximum(raw - explained, 0) / n)
+    return (stretch < 0.02 + 1.5 / side) & (rest < tolerance) & (np.sqrt(raw / n) < 4 * tolerance)

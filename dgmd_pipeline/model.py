@@ -1,0 +1,251 @@
+"""Layers: backbones by name, the head, the servable whole."""
+
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dgmd_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    import keras
+
+HEAD_UNITS = (124, 64)
+SEED_OF_NONE = 20_230_917  # `weights="none"` gives the same numbers in every process
+FETCH_TIMEOUT = 20  # seconds without a byte
+
+_MINUS_ONE_TO_ONE = (1 / 127.5, -1.0)
+# Scaled to 0..1, then ImageNet's mean and standard deviation for each channel: what Keras calls "torch" mode.
+_TORCH = (
+    (1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225),
+    (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
+)
+
+
+class Backbone(NamedTuple):
+    """A network of `keras.applications`, and where its ImageNet weights without the top layers are."""
+
+    function: str  # its name in `keras.applications`
+    url: str  # below WEIGHTS_URL
+    md5: str | None  # as Keras states it; it states none for MobileNetV2
+    scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network has its own layers for it
+    min_size: int = 32  # the smallest width and height in pixels that Keras takes
+
+
+WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
+_KERNELS = "weights_tf_dim_ordering_tf_kernels"
+
+# Files and checksums as in the sources of Keras 3 (keras/src/applications). They are loaded here and not by Keras,
+# whose MobileNetV2 would pick another file for each picture size.
+BACKBONES: dict[str, Backbone | None] = {
+    "EfficientNetV2-B0": Backbone(
+        "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
+    ),
+    "EfficientNetV2-B1": Backbone(
+        "EfficientNetV2B1", "efficientnet_v2/efficientnetv2-b1_notop.h5", "0e80663031ca32d657f9caa404b6ec37"
+    ),
+    "EfficientNetV2-B2": Backbone(
+        "EfficientNetV2B2", "efficientnet_v2/efficientnetv2-b2_notop.h5", "1dfe2e7a5d45b6632553a8961ea609eb"
+    ),
+    "EfficientNetV2-B3": Backbone(
+        "EfficientNetV2B3", "efficientnet_v2/efficientnetv2-b3_notop.h5", "f6abf7b5849ac99a89b50dd3fd532856"
+    ),
+    "EfficientNetV2-S": Backbone(
+        "EfficientNetV2S", "efficientnet_v2/efficientnetv2-s_notop.h5", "af0682fb74e8c54910f2d4393339c070"
+    ),
+    "MobileNetV2": Backbone(
+        "MobileNetV2", f"mobilenet_v2/mobilenet_v2_{_KERNELS}_1.0_224_no_top.h5", None, _MINUS_ONE_TO_ONE
+    ),
+    "MobileNetV3-Small": Backbone(
+        "MobileNetV3Small",
+        "mobilenet_v3/weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
+        "d3e8ec802a04aa4fc771ee12a9a9b836",
+    ),
+    "MobileNetV3-Large": Backbone(
+        "MobileNetV3Large",
+        "mobilenet_v3/weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5",
+        "07fb09a5933dd0c8eaafa16978110389",
+    ),
+    "DenseNet121": Backbone(
+        "DenseNet121", f"densenet/densenet121_{_KERNELS}_notop.h5", "30ee3e1110167f948a6b9946edeeb738", _TORCH
+    ),
+    "ResNet50V2": Backbone(
+        "ResNet50V2", f"resnet/resnet50v2_{_KERNELS}_notop.h5", "fac2f116257151a9d068a22e544a4917", _MINUS_ONE_TO_ONE
+    ),
+    "Xception": Backbone(
+        "Xception", f"xception/xception_{_KERNELS}_notop.h5", "b0042744bf5b25fce3cb969f33bebb97", _MINUS_ONE_TO_ONE, 71
+    ),
+    "InceptionV3": Backbone(
+        "InceptionV3",
+        f"inception_v3/inception_v3_{_KERNELS}_notop.h5",
+        "bcbd6486424b2319ff4ef7d526e38f63",
+        _MINUS_ONE_TO_ONE,
+        75,
+    ),
+    "cnn": None,  # small, trained from scratch, has no weights to load
+}
+
+
+def is_frozen(backbone: str) -> bool:
+    """Whether its output for a picture never changes, so that it can be stored: all but `cnn`."""
+    return BACKBONES[backbone] is not None
+
+
+def check_weights(backbone: str, weights: str) -> None:
+    """See to it that the weights can be loaded later, without importing Keras: hours of work may lie in between.
+
+    `weights` is `imagenet`, `none` or a file. ImageNet weights that are not in Keras's cache are fetched into it.
+    Raises PipelineError where there is no such file, or where it cannot be fetched.
+    """
+    weights_file(backbone, weights)
+
+
+def weights_file(backbone: str, weights: str) -> Path | None:
+    """The file that `weights` means, fetched if need be; None for `none` and for `cnn`. Errors as `check_weights`."""
+    known = BACKBONES[backbone]
+    if known is None or weights == "none":
+        return None
+    if weights == "imagenet":
+        return _imagenet(backbone, known)
+    path = Path(weights)
+    if not path.name.endswith((".weights.h5", "_notop.h5", "_no_top.h5", "_no_top_v2.h5")):
+        raise PipelineError(
+            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights named *.weights.h5 (from Keras's "
+            "save_weights) or *_notop.h5 (from keras.applications)."
+        )
+    if not os.access(path, os.R_OK) or not path.is_file():
+        raise PipelineError(
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file at {path.absolute()}; give the path of one, "
+            "or imagenet, or none."
+        )
+    return path
+
+
+def _imagenet(name: str, backbone: Backbone) -> Path:
+    url = WEIGHTS_URL + backbone.url
+    path = _keras_home() / "models" / Path(backbone.url).name
+    if path.is_file() and backbone.md5 in (None, _md5(path)):
+        return path
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as answer, draft.open("wb") as file:  # noqa: S310
+            while block := answer.read(1 << 20):
+                file.write(block)
+        if backbone.md5 not in (None, _md5(draft)):
+            raise OSError("what came has another checksum than Keras states")
+        draft.replace(path)
+    except OSError as error:
+        raise PipelineError(
+            f"The ImageNet weights of {name} are not in {path} and cannot be fetched from {url} ({error}). "
+            "On a machine that has a route, download that file and copy it to that path; "
+            "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs none."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _keras_home() -> Path:
+    # As keras/src/backend/config.py finds it; asking Keras would import TensorFlow, 3.6 s.
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def build_backbone(backbone: str, weights: str, height: int, width: int) -> "keras.Model":
+    """Build the network that turns pictures [batch, height, width, 3] of 0..255 into vectors [batch, d] (float32).
+
+    Scaling is inside. Every backbone but `cnn` is frozen, its batch normalisation included; `cnn` is trainable and
+    starts from Keras's random numbers (`keras.utils.set_random_seed` before makes them repeatable).
+    `weights="none"` sets Keras's random seed, so that two processes build the same network.
+    Raises PipelineError for weights that are missing or belong to another network, and for pictures too small for it.
+    """
+    import keras
+
+    known = BACKBONES[backbone]
+    if known is None:
+        return _cnn(height, width)
+    if min(height, width) < known.min_size:
+        raise PipelineError(
+            f"{backbone} needs pictures of at least {known.min_size} x {known.min_size} pixels, "
+            f"IMAGE_WIDTH={width} and IMAGE_HEIGHT={height} are smaller; raise them or choose BACKBONE=cnn."
+        )
+    path = weights_file(backbone, weights)
+    if path is None:
+        keras.utils.set_random_seed(SEED_OF_NONE)
+    pixels = keras.Input((height, width, 3), name="pixels")
+    scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
+    network = getattr(keras.applications, known.function)(
+        include_top=False, weights=None, input_tensor=scaled, pooling="avg", name="backbone"
+    )
+    if path is not None:
+        try:
+            network.load_weights(path)
+        except (ValueError, KeyError, OSError) as error:
+            raise PipelineError(
+                f"The weights in {path} are not those of {backbone} without its top layers ({_first_line(error)}). "
+                "Choose the BACKBONE that they were saved from, or another BACKBONE_WEIGHTS."
+            ) from error
+    network.trainable = False
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _cnn(height: int, width: int) -> "keras.Model":
+    import keras
+    from keras import layers
+
+    pixels = keras.Input((height, width, 3), name="pixels")
+    x = layers.Rescaling(1 / 255, name="scaling")(pixels)
+    filters = 32
+    size = max(height, width)
+    while True:
+        large = size > 64  # noqa: PLR2004
+        x = layers.Conv2D(filters, 3, strides=2 if large else 1, padding="same", use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=0.9)(x)
+        x = layers.ReLU()(x)
+        if not large:
+            x = layers.MaxPooling2D(2, padding="same")(x)
+        size = (size + 1) // 2
+        if size <= 4:
+            break
+        filters = min(2 * filters, 128)
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(pixels, x, name="backbone")
+
+
+def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
+    """Build what turns feature vectors [batch, features] into probabilities [batch, classes] (float32)."""
+    import keras
+    from keras import layers
+
+    vector = keras.Input((features,), name="features")
+    x = layers.BatchNormalization(momentum=0.9)(vector)
+    for units in HEAD_UNITS:
+        x = layers.Dense(units, activation="relu")(x)
+        x = layers.Dropout(dropout)(x)
+    x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
+    return keras.Model(vector, x, name="head")
+
+
+def assemble(backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
+    """Put together what is served: RGB pictures, uint8 [batch, any height, any width, 3] -> probabilities [batch, classes].
+
+    Only layers that Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    """
+    import keras
+    from keras import layers
+
+    _, height, width, _ = backbone.input_shape
+    pictures = keras.Input((None, None, 3), dtype="uint8", name="pictures")
+    x = layers.Rescaling(1.0, name="float")(pictures)  # Resizing would cut what it makes of uint8 down to whole levels
+    x = layers.Resizing(height, width, interpolation="bilinear", antialias=True, name="resizing")(x)
+    return keras.Model(pictures, head(backbone(x)), name="classifier")

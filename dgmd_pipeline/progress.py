@@ -1,0 +1,42 @@
+"""Finished pieces of long work -> a bar on a terminal, a line now and then in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def progress(
+    items: Iterable[Item],
+    what: str,
+    total: int | None,
+    unit: str,
+    count: Callable[[Item], int] = lambda _: 1,
+    size: Callable[[Item], int] | None = None,
+) -> Iterator[Item]:
+    """Yield `items` and show how many `unit`s of `total` are done, how fast, and with `size` (bytes) also MB/s."""
+    done = volume = 0
+    start = last = time.monotonic()
+    # On a terminal tqdm draws; it is silent elsewhere.
+    with tqdm(total=total, desc=f"  {what}", unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for item in items:
+            done += count(item)
+            bar.update(count(item))
+            now = time.monotonic()
+            if size is not None:
+                volume += size(item)
+                bar.set_postfix_str(f"{volume / 1e6 / max(now - start, 1e-9):.1f} MB/s", refresh=False)
+            if bar.disable and now - last > SECONDS_BETWEEN_LINES:
+                last = now
+                speed = f"{done / (now - start):.0f} {unit}/s"
+                if size is not None:
+                    speed += f", {volume / 1e6 / (now - start):.1f} MB/s"
+                log.info("  %s: %s of %s %s, %s", what, f"{done:,}", f"{total:,}" if total else "?", unit, speed)
+            yield item

@@ -1,0 +1,250 @@
+"""A trained model and its measurements -> a run and a version in the MLflow registry. The only door to MLflow."""
+
+import base64
+import logging
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dgmd_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+TRAINING = "dgmd.training_id"
+CANDIDATE = "candidate"
+ENVIRONMENT = "environment"
+NON_PRODUCTION = "non-production"
+SERVER_MAJOR = 3
+
+
+class Store(NamedTuple):
+    """Where runs and versions go."""
+
+    uri: str  # tracking and registry
+    artifacts: str | None  # where a new experiment keeps files; None: where the server says
+
+
+class Version(NamedTuple):
+    """A version in the registry."""
+
+    name: str
+    version: int
+    run_id: str
+    new: bool  # created just now, and not found from an earlier try
+
+
+class Candidate(NamedTuple):
+    """What is logged and registered."""
+
+    training_id: str  # a version with this tag is this training's
+    model: Path  # the saved Keras model: uint8 [batch, height, width, 3] -> float32 [batch, classes]
+    labels: Sequence[str]  # of the outputs, in their order
+    params: Mapping[str, Any]
+    history: Sequence[Mapping[str, float]]  # metrics of each epoch, the first one is epoch 1
+    kept: int  # position in `history` of the epoch whose weights were kept
+    metrics: Mapping[str, float]  # of the evaluation, data counts and the like
+    tags: Mapping[str, str]
+    source: str  # URI of the data, s3://...
+    source_digest: str  # identity of the data
+    files: Mapping[Path, str]  # a file or folder -> the artifact folder it goes to, "" for the top
+
+
+def embedded(folder: Path) -> Store:
+    """Return a store in a folder of its own: an SQLite database and artifact files."""
+    folder = folder.resolve()
+    (folder / "artifacts").mkdir(parents=True, exist_ok=True)
+    return Store(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+
+
+def check_server(uri: str, login: str | None = None, timeout: float = 5) -> str | None:
+    """Ask an MLflow server for its version, without importing MLflow; return a warning where that is not possible.
+
+    `login` is "user:password"; one in the URI goes first.
+
+    Raises PipelineError where the server is older than MLflow 3, which this client cannot be trusted to speak to.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return None
+    parts = urllib.parse.urlsplit(uri.rstrip("/"))
+    login_in_uri, _, host = parts.netloc.rpartition("@")
+    shown = parts._replace(netloc=host).geturl()
+    login = urllib.parse.unquote(login_in_uri) or login
+    later = "The run goes on; the registration at its end tries again."
+    request = urllib.request.Request(f"{shown}/version", headers=_authorization(login) if login else {})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+            found = answer.read(100).decode("utf-8", "replace").strip()
+    except urllib.error.HTTPError as error:
+        hint = {
+            401: "It wants a user and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. ",
+            403: "It may not know the host name it was called by: set MLFLOW_SERVER_ALLOWED_HOSTS on the server. ",
+        }.get(error.code, "")
+        return f"The MLflow server at {shown} answers {error.code} {error.reason}. {hint}{later}"
+    except (OSError, ValueError) as error:
+        return f"The MLflow server at {shown} cannot be reached ({getattr(error, 'reason', error)}). {later}"
+    major = re.match(r"(\d+)\.\d", found)
+    if major is None:
+        return f"What answers at {shown} does not say that it is an MLflow server. {later}"
+    if int(major[1]) < SERVER_MAJOR:
+        raise PipelineError(
+            f"The MLflow server at {shown} is version {found}, this pipeline speaks to version {SERVER_MAJOR} and "
+            "later: upgrade the server."
+        )
+    return None
+
+
+def _authorization(login: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+
+
+def git_revision(path: Path) -> str | None:
+    """Return the commit of the checkout that `path` is in, or None outside of one."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    return get_git_commit(str(path))
+
+
+def register(store: Store, experiment: str, name: str, candidate: Candidate) -> Version:
+    """Log a run and create a non-production version with alias `candidate`, or find the one of this training.
+
+    The version is created with its tags in one call, so that whoever is stopped after it finds it by the training's
+    id. A run of this training that has no version was cut off; it is deleted and made anew.
+
+    Raises PipelineError where MLflow cannot be reached or refuses; the client has retried by then.
+    """
+    import mlflow
+    import requests
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    try:
+        mlflow.set_tracking_uri(store.uri)
+        mlflow.set_registry_uri(store.uri)
+        client = MlflowClient()
+        found = _find(client, name, candidate.training_id)
+        if found is None:
+            experiment_id = _experiment(client, experiment, store.artifacts)
+            _delete_unfinished(client, experiment_id, candidate.training_id)
+            run_id, model_uri = _log(client, experiment_id, candidate)
+            found = _create(name, model_uri, run_id, candidate)
+        _mark_as_candidate(client, found)
+        return found
+    except (MlflowException, requests.RequestException) as error:
+        raise PipelineError(
+            f"MLflow at {store.uri} did not take the model: {error}. The training is kept; the next run only registers."
+        ) from error
+
+
+def _find(client: "MlflowClient", name: str, training_id: str) -> Version | None:
+    for version in client.search_model_versions(f"name = '{name}' and tags.`{TRAINING}` = '{training_id}'"):
+        return Version(name, int(version.version), version.run_id, new=False)
+    return None
+
+
+def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return client.create_experiment(name, artifact_location=artifacts)
+    if experiment.lifecycle_stage != "active":
+        raise PipelineError(
+            f"The MLflow experiment {name} has been deleted. Restore it (mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}), or set MLFLOW_EXPERIMENT_NAME to another one."
+        )
+    return experiment.experiment_id
+
+
+def _delete_unfinished(client: "MlflowClient", experiment_id: str, training_id: str) -> None:
+    for run in client.search_runs([experiment_id], f"tags.`{TRAINING}` = '{training_id}'"):
+        client.delete_run(run.info.run_id)
+
+
+def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tuple[str, str]:
+    """Log everything about a training as one run and return the run's id and the model's URI."""
+    import keras
+    import mlflow
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+
+    model = keras.models.load_model(candidate.model, compile=False)
+    tags = {**candidate.tags, TRAINING: candidate.training_id}
+    with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
+        mlflow.log_params(dict(candidate.params))
+        mlflow.log_input(
+            MetaDataset(
+                resolve_dataset_source(candidate.source), name=candidate.source, digest=candidate.source_digest[:16]
+            ),
+            context="training",
+        )
+        for step, metrics in enumerate(candidate.history, start=1):
+            mlflow.log_metrics(dict(metrics), step=step)
+        if candidate.kept != len(candidate.history) - 1:
+            # A metric's last value is the one that MLflow shows: that of the weights that were kept.
+            mlflow.log_metrics(dict(candidate.history[candidate.kept]), step=len(candidate.history) + 1)
+        mlflow.log_metrics(dict(candidate.metrics))
+        for path, folder in candidate.files.items():
+            if path.is_dir():
+                mlflow.log_artifacts(str(path), folder)
+            else:
+                mlflow.log_artifact(str(path), folder)
+        info = mlflow.keras.log_model(
+            model,
+            name="model",
+            signature=_signature(len(candidate.labels)),
+            pip_requirements=_requirements(),
+            metadata={"labels": list(candidate.labels)},
+        )
+        mapping = next(path for path in candidate.files if path.name == "mapping.json")
+        client.log_model_artifact(info.model_id, str(mapping))
+    return run.info.run_id, info.model_uri
+
+
+def _signature(classes: int) -> Any:
+    """Pictures as uint8 on purpose: MLflow then refuses those that a caller has scaled already."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    pictures = TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))
+    probabilities = TensorSpec(np.dtype("float32"), (-1, classes))
+    return ModelSignature(Schema([pictures]), Schema([probabilities]))
+
+
+def _requirements() -> list[str]:
+    """What loading the model needs. `tensorflow`, not `tensorflow-cpu`: the name that every platform has a wheel for."""
+    import tensorflow as tf
+
+    return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy"))]
+
+
+def _create(name: str, model_uri: str, run_id: str, candidate: Candidate) -> Version:
+    import mlflow
+
+    tags = {**candidate.tags, TRAINING: candidate.training_id, ENVIRONMENT: NON_PRODUCTION}
+    created = mlflow.register_model(model_uri, name, tags=tags)
+    return Version(name, int(created.version), run_id, new=True)
+
+
+def _mark_as_candidate(client: "MlflowClient", version: Version) -> None:
+    """Give the version the alias `candidate`, unless it is production by now or not the newest."""
+    now = client.get_model_version(version.name, str(version.version))
+    newest = max(int(other.version) for other in _versions(client, version.name))
+    if now.tags.get(ENVIRONMENT) == NON_PRODUCTION and newest == version.version and CANDIDATE not in now.aliases:
+        client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
+
+
+def _versions(client: "MlflowClient", name: str) -> Iterable[Any]:
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

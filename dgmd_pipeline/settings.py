@@ -1,0 +1,178 @@
+"""The environment -> one frozen `Settings`: every variable once, with its type, default, range and meaning.
+
+The only door to the environment. `load` also hands the variables of a `.env` file to the libraries that read the
+environment themselves (boto3, MLflow) and sets a few quiet defaults for them.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import dotenv
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dgmd_pipeline.errors import SettingsError
+
+LIBRARY_DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow's start-up chatter: warnings and errors only
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job tells nobody about itself
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class Settings(BaseSettings):
+    """What a run is asked to do. Field names are the variables in lower case."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, alias_generator=str.upper, case_sensitive=True, env_ignore_empty=True, extra="ignore"
+    )
+
+    data_dir: Path = Field(Path("./data"), description="folder that holds the step folders")
+    aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="bucket that holds the pictures")
+    aws_data_path: str = Field(
+        "train/downloaded-images", description="folder in the bucket: `<AWS_DATA_PATH>/<label>/<file>`"
+    )
+    max_rejected_pcnt: float = Field(
+        0.5, ge=0, le=1, description="the run stops when more than this fraction of a label's files cannot be decoded"
+    )
+    min_images_per_label: int = Field(2, ge=2, description="labels with fewer usable images are left out")
+    balance_limit: float = Field(
+        1.15, ge=1, description="classes larger than this many times the mean class size are cut down to it"
+    )
+    validation_pcnt: float = Field(0.2, gt=0, lt=1, description="fraction of each label that is kept for validation")
+    num_shards: int = Field(10, ge=1, le=99_999, description="TFRecord files for each side of the split")
+    image_width: int = Field(256, ge=8, le=4096, description="width of the stored pictures and the model, pixels")
+    image_height: int = Field(192, ge=8, le=4096, description="height of the stored pictures and the model, pixels")
+    backbone: str = Field(
+        "EfficientNetV2-B1", description="a frozen network of keras.applications, or `cnn`, trained from scratch"
+    )
+    backbone_weights: str = Field(
+        "imagenet", min_length=1, description="`imagenet`, `none` (random) or a weights file; not used by `cnn`"
+    )
+    batch_size: int = Field(128, ge=1, description="images in one training step")
+    epochs: int = Field(15, ge=1, description="times the training goes through all images, at most")
+    learning_rate: float = Field(0.01, gt=0, description="learning rate of the first epoch")
+    decay_rate: float = Field(0.5, ge=0, description="LEARNING_RATE / (1 + DECAY_RATE * epoch)")
+    patience: int = Field(3, ge=1, description="epochs without better validation accuracy before stopping")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="how the weights are updated")
+    dropout: float = Field(0.2, ge=0, lt=1, description="fraction of the head's units dropped in training")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
+    model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
+    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment; unset: MODEL_NAME")
+    mlflow_tracking_uri: str | None = Field(
+        None, description="MLflow server; unset: an embedded store under DATA_DIR/mlflow"
+    )
+
+    keras_home: Path = Field(Path.home() / ".keras", description="where Keras keeps downloaded weights")
+    git_revision: str | None = Field(None, description="commit that the image was built from, noted with each version")
+
+    @field_validator("aws_data_path")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        return value.strip("/")
+
+    @field_validator("model_name")
+    @classmethod
+    def _is_one_name(cls, value: str) -> str:
+        if re.search(r"[/:'\"]", value):
+            raise ValueError("a name without / : and quotes, which mean something in MLflow's addresses and searches")
+        return value
+
+    @field_validator("backbone")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        from dgmd_pipeline.model import BACKBONES
+
+        names = {name.casefold(): name for name in BACKBONES}
+        if value.casefold() not in names:
+            raise ValueError("one of " + ", ".join(BACKBONES))
+        return names[value.casefold()]
+
+    def experiment(self) -> str:
+        """Return the name of the MLflow experiment."""
+        return self.mlflow_experiment_name or self.model_name
+
+    def public(self, names: Iterable[str] | None = None) -> dict[str, object]:
+        """Return settings, all or those named, as JSON values fit to be recorded and shown: no secret in a URI."""
+        values = self.model_dump(mode="json", include=None if names is None else set(names))
+        return {name: redact(value) if isinstance(value, str) else value for name, value in sorted(values.items())}
+
+
+def mlflow_login() -> str | None:
+    """Return "user:password" for the MLflow server where the environment has one."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a field."""
+    return name.upper()
+
+
+def redact(text: str) -> str:
+    """Take user, password and query out of every URI in a text: they may be secrets."""
+    text = re.sub(r"(\b[a-zA-Z][\w+.-]*://)[^/@\s'\"]*@", r"\1", text)
+    return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
+
+
+def load(env_file: str | Path | None = None) -> Settings:
+    """Read `env_file` (default: `.env` where there is one) and the environment, which wins.
+
+    Raises SettingsError with one line for each mistake: the variable, its value, what is allowed.
+    """
+    path = Path(env_file or ".env")
+    if env_file and not path.is_file():
+        raise SettingsError(f"--env-file {path}: there is no such file.")
+    if path.is_file():
+        dotenv.load_dotenv(path, override=False)
+    for name, value in LIBRARY_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        return Settings()
+    except ValidationError as error:
+        mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
+        raise SettingsError("\n".join(mistakes)) from None
+
+
+def _mistake(name: str, value: object, message: str) -> str:
+    field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
+    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else _allowed(field)
+    line = f"{name}={redact(str(value))}: expected {allowed}."
+    if name.endswith("_PCNT"):
+        try:
+            percent = float(str(value))
+        except ValueError:
+            return line
+        if 1 < percent < 100:
+            line += f" It is a fraction: did you mean {percent / 100:g}?"
+    return line
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Return the type and range of a field in words."""
+    kind = field.annotation
+    if getattr(kind, "__origin__", None) is Literal:
+        return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
+    words = {int: "a whole number", int | None: "a whole number", float: "a number", bool: "true or false"}
+    bounds = []
+    for item in field.metadata:
+        match item:
+            case Gt(gt=low):
+                bounds.append(f"above {low}")
+            case Ge(ge=low):
+                bounds.append(f"of at least {low}")
+            case Lt(lt=high):
+                bounds.append(f"below {high}")
+            case Le(le=high):
+                bounds.append(f"of at most {high}")
+    return " ".join([words.get(kind, "a text that is not empty"), " and ".join(bounds)]).strip()  # type: ignore[call-overload]

@@ -1,0 +1,78 @@
+"""Row -> its side, training or validation, by content alone: the same images give the same split on every machine."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from dgmd_pipeline.manifest import Example
+
+
+class Split(NamedTuple):
+    """The two sides, each sorted by path, and what near-duplicate groups made impossible."""
+
+    training: list[Example]
+    validation: list[Example]
+    unvalidated: list[str]  # labels that have no image on the validation side
+    across: int  # groups that span labels; they are all on the training side
+
+
+def split(rows: Iterable[Example], fraction: float) -> Split:
+    """Put `round(fraction * n)` of each label's n images, at least 1 and at most n - 1, on the validation side.
+
+    Near-duplicate groups are never torn apart, so a label made of groups comes as near to that number as they allow,
+    and one that is a single group goes to training whole. A group that spans labels goes to training.
+    """
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    counts: dict[str, int] = defaultdict(int)
+    classes: dict[str, list[list[Example]]] = defaultdict(list)
+    training: list[Example] = []
+    across = 0
+    for group in sorted(groups, key=_rank):
+        members = groups[group]
+        labels = {row.label for row in members}
+        for row in members:
+            counts[row.label] += 1
+        if len(labels) == 1:
+            classes[labels.pop()].append(members)
+        else:
+            training += members
+            across += 1
+    validation: list[Example] = []
+    for label, members_of in classes.items():
+        wanted = min(max(round(fraction * counts[label]), 1), counts[label] - 1)
+        chosen = set(_choose([len(members) for members in members_of], wanted, most=counts[label] - 1))
+        for position, members in enumerate(members_of):
+            (validation if position in chosen else training).extend(members)
+    unvalidated = sorted(counts.keys() - {row.label for row in validation})
+    return Split(sorted(training), sorted(validation), unvalidated, across)
+
+
+def _rank(group: str) -> bytes:
+    return hashlib.sha256(f"split {group}".encode()).digest()
+
+
+def _choose(sizes: Sequence[int], wanted: int, most: int) -> list[int]:
+    """Return the positions of sizes whose sum is as near to `wanted` as can be, from 1 to `most`, first ones first.
+
+    A subset sum over bit sets: bit s of `reach[i]` says whether sizes[i:] can give the sum s.
+    """
+    bound = min(most, wanted + max(sizes))
+    full = (1 << (bound + 1)) - 1
+    reach = [1]
+    for size in reversed(sizes):
+        sums = (reach[-1] | reach[-1] << size) & full
+        reach.append(full if sums == full else sums)  # one object for all full sets: memory stays linear
+    reach.reverse()
+    reachable = [total for total in range(1, bound + 1) if reach[0] >> total & 1]
+    if not reachable:
+        return []
+    rest = min(reachable, key=lambda total: abs(total - wanted))
+    chosen = []
+    for position, size in enumerate(sizes):
+        if size <= rest and reach[position + 1] >> (rest - size) & 1:
+            chosen.append(position)
+            rest -= size
+    return chosen

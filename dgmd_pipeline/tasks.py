@@ -1,0 +1,535 @@
+"""The graph, to be read from top to bottom. A task wires: it reads what came before, calls a function or a few, writes.
+
+The only file that names step folders. What needs TensorFlow, MLflow, Pillow or boto3 is imported in `work`, so that a
+run with nothing to do starts without them.
+"""
+
+import json
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import luigi
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.progress import progress
+from dgmd_pipeline.step import Step, digest, line_of, read_record
+
+log = logging.getLogger(__name__)
+SIDES = ("training", "validation")
+
+
+class DownloadImages(Step):
+    """An object in the bucket -> a file under `raw/`."""
+
+    folder = "raw"
+    uses = ("aws_data_bucket", "aws_data_path")
+    data_is_welcome = True
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import bucket
+
+        client = bucket.connect()
+        name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
+        objects, rejected = bucket.list_objects(client, name, prefix)
+        arrived = []
+        for item in progress(
+            bucket.download(client, name, objects, draft), "download", len(objects), "objects", size=_size
+        ):
+            if isinstance(item, manifest.SourceObject):
+                arrived.append(item)
+            else:
+                rejected.append(item)
+        manifest.write(draft / "listing.csv", manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
+        manifest.write(draft / "rejected.csv", manifest.Rejected, sorted(rejected))
+        _warn_of_rejected(rejected, "objects", self.path)
+        return {"objects": len(arrived), "bytes": sum(item.size for item in arrived), "left out": len(rejected)}
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        left_out = f", {counts['left out']:,} left out" if counts["left out"] else ""
+        return f"{counts['objects']:,} objects, {counts['bytes'] / 1e6:,.1f} MB{left_out}"
+
+    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
+        """Return the listing's identity; of a folder that has none, one of its files."""
+        del inputs
+        if folder is None:
+            return None
+        if (folder / "listing.csv").exists():
+            from dgmd_pipeline import bucket
+
+            return bucket.identity(manifest.read(folder / "listing.csv", manifest.SourceObject))
+        from dgmd_pipeline import images
+
+        return images.identity(folder)
+
+
+def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
+    return item.size if isinstance(item, manifest.SourceObject) else 0
+
+
+def _warn_of_rejected(rejected: list[manifest.Rejected], what: str, folder: Path) -> None:
+    reasons = Counter(row.reason for row in rejected)
+    if reasons:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        log.warning("%s left out: %s; see %s", what, listed, folder / "rejected.csv")
+
+
+class InspectImages(Step):
+    """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
+
+    folder = "inspected"
+    reads = ("max_rejected_pcnt",)
+
+    def requires(self) -> Step:
+        return DownloadImages(self.run_)
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import images
+
+        raw: Step = self.requires()
+        files = list(images.find(raw.path))
+        if not files:
+            raise NoUsableInput(f"{raw.path} holds no label folders with pictures: put them there as <label>/<file>.")
+        usable, rejected = images.inspect(
+            files,
+            raw.path,
+            draft,
+            lambda function, pieces: progress(
+                self.run_.pool.map(function, pieces), "inspect", len(files), "images", count=len
+            ),
+        )
+        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt)
+        manifest.write(draft / "images.csv", manifest.Image, usable)
+        left_out = [*_left_out_before(raw.path), *rejected]
+        manifest.write(draft / "rejected.csv", manifest.Rejected, left_out)
+        _warn_of_rejected(rejected, "files", self.path)
+        groups = Counter(row.group for row in usable)
+        alike = sum(count for count in groups.values() if count > 1)
+        return {
+            "files": len(files),
+            "images": len(usable),
+            "rejected": dict(Counter(row.reason for row in rejected)),
+            "near-duplicates": alike,
+        }
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        left_out = sum(counts["rejected"].values())
+        alike = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
+        return f"{counts['files']:,} files -> {counts['images']:,} images{alike}; {left_out:,} left out"
+
+
+def _left_out_before(raw: Path) -> Iterator[manifest.Rejected]:
+    if (raw / "rejected.csv").exists():
+        yield from manifest.read(raw / "rejected.csv", manifest.Rejected)
+
+
+class MapLabels(Step):
+    """A row -> its label's class index. The map is append-only within one bucket and prefix."""
+
+    folder = "label_map"
+    uses = ("aws_data_bucket", "aws_data_path", "min_images_per_label")
+
+    def requires(self) -> Step:
+        return InspectImages(self.run_)
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import labels
+
+        usable = manifest.read(self.requires().path / "images.csv", manifest.Image)
+        rows = labels.assign(usable, self._known(), self.settings.min_images_per_label)
+        names = [row.label for row in rows if row.index >= 0]
+        labels.write_mapping(draft / "mapping.json", names)
+        manifest.write(draft / "labels.csv", labels.LabelRow, rows)
+        for state, meaning in (
+            ("too few", f"fewer than {self.settings.min_images_per_label} usable images, left out"),
+            ("gone", "no images any more, kept as an output"),
+        ):
+            if found := [row.label for row in rows if row.state == state]:
+                log.warning("labels with %s: %s", meaning, ", ".join(found))
+        for group in labels.twins(row.label for row in rows if row.state == "used"):
+            log.warning("labels that look alike: %s; are they the same?", ", ".join(map(repr, group)))
+        return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}
+
+    def _known(self) -> list[str]:
+        from dgmd_pipeline import labels
+
+        record, mapping = read_record(self.path), self.path / "mapping.json"
+        source = ("aws_data_bucket", "aws_data_path")
+        now = self.declared()
+        if not mapping.exists() or (record and any(record.settings.get(name) != now[name] for name in source)):
+            return []
+        return labels.read_mapping(mapping)
+
+    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
+        """Return the identity of the content: which label has which index, and which ones are used."""
+        del inputs
+        if folder is None:
+            return None
+        from dgmd_pipeline.labels import LabelRow
+
+        rows = manifest.read(folder / "labels.csv", LabelRow)
+        return digest([[row.label, row.index, row.state == "used"] for row in rows if row.index >= 0])
+
+
+class BalanceClasses(Step):
+    """A row -> fewer rows, and class weights for the imbalance that remains."""
+
+    folder = "balanced"
+    uses = ("balance_limit",)
+
+    def requires(self) -> list[Step]:
+        return [InspectImages(self.run_), MapLabels(self.run_)]
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import balance, labels
+
+        inspected, label_map = self.requires()
+        rows = manifest.read(label_map.path / "labels.csv", labels.LabelRow)
+        used = {row.label: row.index for row in rows if row.state == "used"}
+        before = [
+            row for row in manifest.read(inspected.path / "images.csv", manifest.Image) if row.label in used
+        ]
+        after = balance.balance(before, used, self.settings.balance_limit)
+        manifest.write(draft / "images.csv", manifest.Example, after)
+        weights = balance.class_weights(after)
+        (draft / "class_weights.json").write_text(json.dumps(weights, indent=1) + "\n", "utf-8")
+        counts = Counter(row.label for row in after)
+        return {
+            "before": dict(sorted(Counter(row.label for row in before).items())),
+            "after": dict(sorted(counts.items())),
+            "largest weight": round(max(weights.values()), 3),
+        }
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        before, after = counts["before"], counts["after"]
+        cut = [f"{label} {before[label]:,} -> {after[label]:,}" for label in before if after[label] < before[label]]
+        sizes = f"classes of {min(after.values()):,} to {max(after.values()):,}"
+        return (
+            f"{sum(before.values()):,} -> {sum(after.values()):,} images in {sizes}"
+            + (f"; cut down: {', '.join(cut)}" if cut else "")
+            + f"; largest class weight {counts['largest weight']:.2f}"
+        )
+
+
+class SplitImages(Step):
+    """A row -> a row on one side."""
+
+    folder = "split"
+    uses = ("validation_pcnt",)
+
+    def requires(self) -> Step:
+        return BalanceClasses(self.run_)
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline.split import split
+
+        rows = manifest.read(self.requires().path / "images.csv", manifest.Example)
+        sides = split(rows, self.settings.validation_pcnt)
+        manifest.write(draft / "training.csv", manifest.Example, sides.training)
+        manifest.write(draft / "validation.csv", manifest.Example, sides.validation)
+        if not sides.validation:
+            raise NoUsableInput(
+                "No label has images that can be kept for validation: each is a single group of near-duplicates. "
+                "Add pictures that differ."
+            )
+        if sides.unvalidated:
+            log.warning("labels without validation images (near-duplicates only): %s", ", ".join(sides.unvalidated))
+        return {"training": len(sides.training), "validation": len(sides.validation), "across labels": sides.across}
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        across = counts["across labels"]
+        return f"{counts['training']:,} training, {counts['validation']:,} validation" + (
+            f"; {across:,} near-duplicate groups span labels, all in training" if across else ""
+        )
+
+
+class WriteTFRecords(Step):
+    """A row with a side -> a record in one of the side's shards."""
+
+    side: str = luigi.Parameter()
+    uses = ("num_shards", "image_width", "image_height")
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        return f"tfrecord_{self.side}"
+
+    def requires(self) -> list[Step]:
+        return [SplitImages(self.run_), InspectImages(self.run_), DownloadImages(self.run_)]
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import records
+
+        split, _, raw = self.requires()
+        rows = list(manifest.read(split.path / f"{self.side}.csv", manifest.Example))
+        counts = records.write(
+            rows,
+            raw.path,
+            draft,
+            self.side,
+            self.settings.num_shards,
+            self.settings.image_width,
+            self.settings.image_height,
+            lambda function, pieces: progress(
+                self.run_.pool.map(function, pieces), self.folder, len(rows), "images", count=int
+            ),
+        )
+        if counts["shards"] < self.settings.num_shards:
+            log.warning("%s: %d images make only %d shards", self.folder, len(rows), counts["shards"])
+        return counts
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        return f"{counts['images']:,} images in {counts['shards']:,} shards, {counts['bytes'] / 1e6:,.1f} MB"
+
+
+class ExtractFeatures(Step):
+    """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
+
+    side: str = luigi.Parameter()
+    uses = ("backbone", "image_width", "image_height")
+    reads = ("backbone_weights", "keras_home")
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        return f"features_{self.side}"
+
+    def requires(self) -> Step:
+        return WriteTFRecords(self.run_, self.side)
+
+    def others(self) -> dict[str, str]:
+        from dgmd_pipeline import model
+
+        return {"weights": model.weights_identity(self.settings.backbone_weights)}
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import features, model, records
+
+        source = self.requires().path
+        backbone = model.build_backbone(
+            self.settings.backbone,
+            self.settings.backbone_weights,
+            self.settings.image_height,
+            self.settings.image_width,
+            self.settings.keras_home,
+        )
+        records.check(source)
+        pictures = records.read(source)
+        count = len(pictures)
+        batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
+        for _ in progress(features.extract(batches, count, backbone, draft), self.folder, count, "images"):
+            pass
+        return {"images": count, "dimensions": int(backbone.output_shape[-1])}
+
+
+EXTRACTION_BATCH = 32
+
+
+class TrainModel(Step):
+    """Features or records -> a trained model. Every training is a new one and has an id of its own."""
+
+    folder = "trained_model"
+    uses = (
+        "backbone",
+        "batch_size",
+        "epochs",
+        "learning_rate",
+        "decay_rate",
+        "patience",
+        "optimizer",
+        "dropout",
+        "weight_decay",
+        "class_weights",
+        "seed",
+    )
+    reads = ("backbone_weights", "keras_home", "image_width", "image_height")
+
+    def requires(self) -> list[Step]:
+        return [*learned_from(self), MapLabels(self.run_), BalanceClasses(self.run_)]
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import features, labels, model, records, training
+
+        *sides, label_map, balanced = self.requires()
+        classes = len(labels.read_mapping(label_map.path / "mapping.json"))
+        weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
+        recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
+        size = (self.settings.image_height, self.settings.image_width)
+        if model.is_frozen(self.settings.backbone):
+            backbone = model.build_backbone(
+                self.settings.backbone, self.settings.backbone_weights, *size, self.settings.keras_home
+            )
+            data = (features.load(side.path) for side in sides)
+            trained = training.train_head(*data, classes, weights, recipe, self._show)
+            whole = model.assemble(backbone, trained.model)
+        else:
+            for side in sides:
+                records.check(side.path)
+            shuffled, rest = (
+                records.read(side.path, seed) for side, seed in zip(sides, (recipe.seed or 0, None), strict=True)
+            )
+            trained = training.train_whole(shuffled, rest, size, classes, weights, recipe, self._show)
+            whole = trained.model
+        whole.save(draft / "model.keras")
+        manifest.write(draft / "history.csv", training.Epoch, trained.history)
+        kept = trained.history[trained.kept]
+        about = {"id": uuid.uuid4().hex, "kept": trained.kept, "seed": trained.seed, "metrics": kept._asdict()}
+        (draft / "training.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+        return {
+            "epochs": len(trained.history),
+            "kept": trained.kept + 1,
+            "accuracy": kept.accuracy,
+            "val_accuracy": kept.val_accuracy,
+            "parameters": whole.count_params(),
+        }
+
+    def _show(self, row: Any) -> None:
+        log.info(
+            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, accuracy %.4f, learning rate %.2g",
+            row.epoch + 1, self.settings.epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
+            row.learning_rate,
+        )  # fmt: skip
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        return (
+            f"{counts['epochs']} epochs, kept epoch {counts['kept']}: accuracy {counts['accuracy']:.4f}, "
+            f"validation {counts['val_accuracy']:.4f}; {counts['parameters']:,} parameters"
+        )
+
+    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
+        """Return the training's own id; a training still to come has one that nothing else has."""
+        del inputs
+        return uuid.uuid4().hex if folder is None else json.loads((folder / "training.json").read_text("utf-8"))["id"]
+
+
+def learned_from(step: Step) -> list[Step]:
+    """Return the two tasks, one a side, whose folders hold what is learned from and measured on."""
+    from dgmd_pipeline import model
+
+    kind = ExtractFeatures if model.is_frozen(step.settings.backbone) else WriteTFRecords
+    return [kind(step.run_, side) for side in SIDES]
+
+
+def _class_weights(path: Path) -> dict[int, float]:
+    return {int(index): weight for index, weight in json.loads(path.read_text("utf-8")).items()}
+
+
+class EvaluateModel(Step):
+    """A model and the validation side -> measurements."""
+
+    folder = "evaluation"
+    reads = ("backbone",)
+
+    def requires(self) -> list[Step]:
+        return [TrainModel(self.run_), learned_from(self)[1], MapLabels(self.run_)]
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import evaluation, features, labels, model, records
+
+        trained, validation, label_map = self.requires()
+        if model.is_frozen(self.settings.backbone):
+            vectors, truth = features.load(validation.path)
+            probabilities = evaluation.predict_head(trained.path / "model.keras", vectors)
+        else:
+            probabilities, truth = evaluation.predict(trained.path / "model.keras", records.read(validation.path))
+        return evaluation.evaluate(probabilities, truth, labels.read_mapping(label_map.path / "mapping.json"), draft)
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
+
+
+class RegisterModel(Step):
+    """Everything about a training -> a run and a version in the registry that is not production. The last task."""
+
+    folder = "registered_model"
+    uses = ("model_name", "mlflow_tracking_uri")
+    reads = ("data_dir", "mlflow_experiment_name", "aws_data_bucket", "aws_data_path", "git_revision")
+
+    def requires(self) -> list[Step]:
+        return [
+            DownloadImages(self.run_),
+            InspectImages(self.run_),
+            MapLabels(self.run_),
+            BalanceClasses(self.run_),
+            SplitImages(self.run_),
+            TrainModel(self.run_),
+            EvaluateModel(self.run_),
+        ]
+
+    def work(self, draft: Path) -> dict[str, Any]:
+        from dgmd_pipeline import labels, registry, training
+
+        raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
+        about = json.loads((trained.path / "training.json").read_text("utf-8"))
+        records = {step.folder: record for step in line_of(self) if (record := read_record(step.path))}
+        history = manifest.read(trained.path / "history.csv", training.Epoch)
+        metrics = json.loads((evaluation.path / "metrics.json").read_text("utf-8"))
+        candidate = registry.Candidate(
+            training_id=about["id"],
+            model=trained.path / "model.keras",
+            labels=labels.read_mapping(label_map.path / "mapping.json"),
+            params=_params(records, about["seed"]),
+            history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
+            kept=about["kept"],
+            metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
+            tags=self._tags(metrics),
+            source=self._source(raw),
+            source_digest=self.run_.finished[raw.folder],
+            files={
+                label_map.path / "mapping.json": "",
+                evaluation.path: "evaluation",
+                split.path / "training.csv": "split",
+                split.path / "validation.csv": "split",
+                inspected.path / "rejected.csv": "inspected",
+                balanced.path / "class_weights.json": "balanced",
+            },
+        )
+        store = registry_store(self.settings)
+        experiment = self.settings.mlflow_experiment_name or self.settings.model_name
+        version = registry.register(store, experiment, self.settings.model_name, candidate)
+        return {"name": version.name, "version": version.version, "run": version.run_id, "new": version.new}
+
+    def _tags(self, metrics: dict[str, float]) -> dict[str, str]:
+        from dgmd_pipeline import registry
+
+        return {
+            "dgmd.version": registry.installed("dgmd_pipeline"),
+            "dgmd.git_revision": self.settings.git_revision or registry.git_revision(Path(__file__)) or "unknown",
+            "dgmd.validation_accuracy": f"{metrics['accuracy']:.4f}",
+        }
+
+    def _source(self, raw: Step) -> str:
+        if read_record(raw.path):
+            return f"s3://{self.settings.aws_data_bucket}/{self.settings.aws_data_path}"
+        return raw.path.resolve().as_uri()
+
+    def summary(self, counts: dict[str, Any]) -> str:
+        state = "non-production" if counts["new"] else "was registered already"
+        return f"{counts['name']} version {counts['version']}, {state}"
+
+
+def registry_store(settings: Any) -> Any:
+    """Return where to register: the server that is set, or the embedded store."""
+    from dgmd_pipeline import registry
+
+    if settings.mlflow_tracking_uri:
+        return registry.Store(settings.mlflow_tracking_uri, None)
+    return registry.embedded(settings.data_dir / "mlflow")
+
+
+def _params(records: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return the settings that the folders were made with, by variable name."""
+    settings = {name.upper(): value for record in records.values() for name, value in record.settings.items()}
+    return settings | {"SEED": seed}
+
+
+def _data_counts(records: dict[str, Any]) -> dict[str, float]:
+    split, balanced = records[SplitImages.folder].counts, records[BalanceClasses.folder].counts
+    return {
+        "images_inspected": sum(balanced["before"].values()),
+        "images_balanced": sum(balanced["after"].values()),
+        "images_training": split["training"],
+        "images_validation": split["validation"],
+    }

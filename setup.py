@@ -1,0 +1,30 @@
+"""What the package is and needs; requirements.txt says why each dependency is there."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()
+
+setup(
+    name="dgmd_pipeline",
+    version="0.1.0",
+    description="A bucket of labelled pictures becomes an image classifier in an MLflow model registry",
+    packages=["dgmd_pipeline"],
+    python_requires=">=3.11,<3.14",  # NumPy 2.4 begins at the one, TensorFlow 2.21 ends before the other
+    install_requires=[line for line in requirements if line and not line.startswith("#")],
+    extras_require={
+        # the demo's local S3 endpoint
+        "demo": ["moto[server,s3]>=5.1,<6"],
+        # TensorFlow for NVIDIA GPUs, Linux; see the README, it takes the place of tensorflow-cpu
+        "cuda": ["tensorflow[and-cuda]>=2.20,<2.22; sys_platform == 'linux'"],
+        # tests and linters
+        "test": [
+            "moto[server,s3]>=5.1,<6",  # a real S3 endpoint in a thread
+            "pytest>=8.3,<10",
+            "hypothesis>=6.100,<7",  # properties of labels and splits
+            "ruff==0.17.6",  # one version for everybody, or formatting differs
+            "mypy==2.4.1",
+        ],
+    },
+)
