@@ -1,1 +1,28 @@
-"""Fill me."""
+"""A bucket of labelled pictures becomes an image classifier in a model registry.
+
+The way of one image: an object in the bucket is downloaded (`bucket`), inspected (`images`), its label gets a class
+index (`labels`), large classes are cut down (`balance`), it goes to training or validation (`split`), becomes a
+TFRecord (`records`) and, through the frozen backbone, a feature vector (`features`); of all of them a model is trained
+(`training`), measured (`evaluation`) and registered (`registry`).
+
+cli.py         the commands: arguments and environment -> graph -> exit code
+settings.py    the environment -> one frozen object
+tasks.py       the graph, to be read from top to bottom; names the step folders
+step.py        the step contract: a folder that is there is done, and says where it comes from
+bucket.py      the door to S3: object -> raw file
+images.py      raw file -> inspected row
+manifest.py    rows, in memory and as CSV
+labels.py      rows -> label map
+balance.py     rows -> fewer rows and class weights
+split.py       row -> its side
+records.py     row <-> TFRecord
+features.py    record -> feature vector
+model.py       layers: backbones by name, the head, the servable whole
+training.py    features or records -> trained model
+evaluation.py  model and records -> measurements
+registry.py    the door to MLflow: run, model and version
+workers.py     pieces of work -> results, in processes on all cores
+progress.py    finished pieces -> a bar or log lines
+errors.py      what a person is told, and the exit code that goes with it
+demo.py        a small real data set behind a local S3 endpoint
+"""

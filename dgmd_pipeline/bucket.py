@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,7 +36,7 @@ CHUNK = 1 << 16  # bytes between two looks at whether to stop; larger ones save 
 READ_ATTEMPTS = 4
 PATIENCE = 5.0  # seconds for the threads to end; one that waits for a silent server longer is left behind, as a daemon
 
-ACCESS_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden", "403"}
+ACCESS_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"}
 WRONG_CREDENTIALS = {
     "AuthFailure",
     "ExpiredToken",
@@ -49,8 +50,6 @@ WRONG_CREDENTIALS = {
     "UnrecognizedClientException",
 }
 OTHER_REGION = {
-    "301",
-    "307",
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
     "PermanentRedirect",
@@ -102,12 +101,17 @@ def connect(threads: int = 32) -> Client:
     )
     region = session.get_config_variable("region") or "us-east-1"
     try:
-        return boto3.Session(botocore_session=session, region_name=region).client("s3", config=config)
+        client = boto3.Session(botocore_session=session, region_name=region).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise NoUsableInput(
             f"boto3 refuses the AWS settings ({_without_user(error)}). Correct them; AWS_ENDPOINT_URL, if set, looks "
             "like http://minio:9000."
         ) from None
+    # After a redirect that names no region botocore asks HeadBucket for it, and so again after that one's redirect,
+    # without end, where a server redirects everything (to https, say). AWS names the region.
+    no_region: Any = SimpleNamespace(status_code=200), {"ResponseMetadata": {"HTTPHeaders": {}}}
+    client.meta.events.register("before-call.s3.HeadBucket", lambda **_: no_region)
+    return client
 
 
 def _without_user(error: Exception) -> str:
@@ -295,7 +299,7 @@ def _elsewhere(client: Client, bucket: str, prefix: str) -> str:
         page = client.list_objects_v2(Bucket=bucket, Prefix=under, Delimiter="/")
         folders = [folder["Prefix"][len(under) :] for folder in page.get("CommonPrefixes", ())]
         if folders:
-            more = ", ..." if len(folders) > 5 else ""  # noqa: PLR2004 - as many as one can read in a sentence
+            more = ", ..." if len(folders) > 5 else ""
             shown = ", ".join(_printable(folder) for folder in folders[:5])
             return f": s3://{bucket}/{under} has {shown}{more}. Correct the path or upload the pictures."
         if page.get("Contents"):
@@ -363,10 +367,6 @@ def _refusal(response: Mapping[str, Any], client: Client, bucket: str, key: str)
             {"NoSuchBucket"},
             f"There is no bucket {bucket!r} at {host}: correct AWS_DATA_BUCKET or AWS_ENDPOINT_URL.",
         ),
-        (
-            {"404"},
-            f"{host} knows no bucket {bucket!r} (404), or is no S3: correct AWS_DATA_BUCKET or AWS_ENDPOINT_URL.",
-        ),
         ({"InvalidBucketName"}, f"{bucket!r} is no name of a bucket: correct AWS_DATA_BUCKET."),
         (ACCESS_DENIED, f"Access to s3://{bucket}/{key} at {host} was denied ({code}) to {denied}"),
         (
@@ -383,6 +383,11 @@ def _refusal(response: Mapping[str, Any], client: Client, bucket: str, key: str)
             f"AWS_DEFAULT_REGION to {region}.",
         ),
     )
+    if code.isdigit():  # S3 itself answers words
+        return (
+            f"{host} answered {code} without a reason, as a proxy does or a server that is no S3: correct "
+            "AWS_ENDPOINT_URL, or try again later."
+        )
     other = f"{host} refused a request about s3://{bucket}/{key} ({code}): try again later or ask who runs it."
     return next((sentence for codes, sentence in sentences if code in codes), other)
 

@@ -103,7 +103,7 @@ def _check_what_comes_last(values: settings.Settings, run: "Run") -> None:
     from dgmd_pipeline import model, registry, tasks
 
     if run.outlooks[tasks.TrainModel.folder].state != "done":
-        model.check_weights(values.backbone, values.backbone_weights)
+        model.check_weights(values.backbone, values.backbone_weights, values.keras_home)
     if values.mlflow_tracking_uri:
         warning = registry.check_server(values.mlflow_tracking_uri, settings.mlflow_login())
         if warning:

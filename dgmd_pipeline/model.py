@@ -1,7 +1,9 @@
 """Layers: backbones by name, the head, the servable whole."""
 
 import hashlib
+import http.client
 import os
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +40,7 @@ _KERNELS = "weights_tf_dim_ordering_tf_kernels"
 
 # Files and checksums as in the sources of Keras 3 (keras/src/applications). They are loaded here and not by Keras,
 # whose MobileNetV2 would pick another file for each picture size.
-BACKBONES: dict[str, Backbone | None] = {
+FROZEN = {
     "EfficientNetV2-B0": Backbone(
         "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
     ),
@@ -83,60 +85,80 @@ BACKBONES: dict[str, Backbone | None] = {
         _MINUS_ONE_TO_ONE,
         75,
     ),
-    "cnn": None,  # small, trained from scratch, has no weights to load
 }
+BACKBONES = (*FROZEN, "cnn")  # what BACKBONE may be; `cnn` is small, trained from scratch, and has no weights to load
+
+
+def start_tensorflow() -> None:
+    """Import TensorFlow without what its libraries write to the process's standard error while they load."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def is_frozen(backbone: str) -> bool:
     """Whether its output for a picture never changes, so that it can be stored: all but `cnn`."""
-    return BACKBONES[backbone] is not None
+    return backbone in FROZEN
 
 
-def check_weights(backbone: str, weights: str) -> None:
+def check_weights(backbone: str, weights: str, keras_home: Path) -> None:
     """See to it that the weights can be loaded later, without importing Keras: hours of work may lie in between.
 
-    `weights` is `imagenet`, `none` or a file. ImageNet weights that are not in Keras's cache are fetched into it.
+    `weights` is `imagenet`, `none` or a file, `keras_home` the folder where Keras keeps what it downloads
+    (`KERAS_HOME`, `~/.keras`). ImageNet weights that are not there yet are fetched now, as they are needed anyway.
     Raises PipelineError where there is no such file, or where it cannot be fetched.
     """
-    weights_file(backbone, weights)
+    _weights_file(backbone, weights, keras_home)
 
 
-def weights_file(backbone: str, weights: str) -> Path | None:
-    """The file that `weights` means, fetched if need be; None for `none` and for `cnn`. Errors as `check_weights`."""
-    known = BACKBONES[backbone]
-    if known is None or weights == "none":
+def weights_identity(weights: str) -> str:
+    """Return what tells these weights from others: the word itself, or a file's SHA-256 (its name does not matter)."""
+    if weights in ("imagenet", "none"):
+        return weights
+    with _readable(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
+    if not is_frozen(name) or weights == "none":
         return None
-    if weights == "imagenet":
-        return _imagenet(backbone, known)
+    return _imagenet(name, FROZEN[name], keras_home) if weights == "imagenet" else _readable(weights)
+
+
+def _readable(weights: str) -> Path:
     path = Path(weights)
-    if not path.name.endswith((".weights.h5", "_notop.h5", "_no_top.h5", "_no_top_v2.h5")):
+    if path.suffix != ".h5":  # what else Keras loads can hold code
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights named *.weights.h5 (from Keras's "
-            "save_weights) or *_notop.h5 (from keras.applications)."
+            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights: *.weights.h5 as Keras's "
+            "save_weights writes it, or *_notop.h5 of keras.applications."
         )
-    if not os.access(path, os.R_OK) or not path.is_file():
+    if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: there is no readable file at {path.absolute()}; give the path of one, "
-            "or imagenet, or none."
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Give the path of one, or imagenet, "
+            "or none."
         )
     return path
 
 
-def _imagenet(name: str, backbone: Backbone) -> Path:
+def _imagenet(name: str, backbone: Backbone, keras_home: Path) -> Path:
     url = WEIGHTS_URL + backbone.url
-    path = _keras_home() / "models" / Path(backbone.url).name
+    path = keras_home / "models" / Path(backbone.url).name
     if path.is_file() and backbone.md5 in (None, _md5(path)):
         return path
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as answer, draft.open("wb") as file:  # noqa: S310
-            while block := answer.read(1 << 20):
-                file.write(block)
+            shutil.copyfileobj(answer, file)
         if backbone.md5 not in (None, _md5(draft)):
             raise OSError("what came has another checksum than Keras states")
         draft.replace(path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise PipelineError(
             f"The ImageNet weights of {name} are not in {path} and cannot be fetched from {url} ({error}). "
             "On a machine that has a route, download that file and copy it to that path; "
@@ -147,35 +169,27 @@ def _imagenet(name: str, backbone: Backbone) -> Path:
     return path
 
 
-def _keras_home() -> Path:
-    # As keras/src/backend/config.py finds it; asking Keras would import TensorFlow, 3.6 s.
-    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-
-
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def build_backbone(backbone: str, weights: str, height: int, width: int) -> "keras.Model":
-    """Build the network that turns pictures [batch, height, width, 3] of 0..255 into vectors [batch, d] (float32).
+def build_backbone(backbone: str, weights: str, height: int, width: int, keras_home: Path) -> "keras.Model":
+    """Build a frozen network that turns pictures [batch, height, width, 3] of 0..255 into vectors (float32 [batch, d]).
 
-    Scaling is inside. Every backbone but `cnn` is frozen, its batch normalisation included; `cnn` is trainable and
-    starts from Keras's random numbers (`keras.utils.set_random_seed` before makes them repeatable).
-    `weights="none"` sets Keras's random seed, so that two processes build the same network.
-    Raises PipelineError for weights that are missing or belong to another network, and for pictures too small for it.
+    Scaling is inside, batch normalisation uses the statistics that came with the weights. `weights="none"` sets Keras's
+    random seed, so that two processes build the same network.
+    Raises PipelineError for weights that are missing or another network's, and for pictures too small for the network.
     """
     import keras
 
-    known = BACKBONES[backbone]
-    if known is None:
-        return _cnn(height, width)
+    known = FROZEN[backbone]
     if min(height, width) < known.min_size:
         raise PipelineError(
             f"{backbone} needs pictures of at least {known.min_size} x {known.min_size} pixels, "
             f"IMAGE_WIDTH={width} and IMAGE_HEIGHT={height} are smaller; raise them or choose BACKBONE=cnn."
         )
-    path = weights_file(backbone, weights)
+    path = _weights_file(backbone, weights, keras_home)
     if path is None:
         keras.utils.set_random_seed(SEED_OF_NONE)
     pixels = keras.Input((height, width, 3), name="pixels")
@@ -199,7 +213,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _cnn(height: int, width: int) -> "keras.Model":
+def build_cnn(height: int, width: int) -> "keras.Model":
+    """TODO"""
     import keras
     from keras import layers
 

@@ -7,26 +7,31 @@ A record is a `tf.train.Example` with five features:
     width, height  int64   pixels, of the stored picture
     key            bytes   the source's path below raw/, that is the object's key below the bucket's prefix
 
-The records hold what the model would make of the original, so the encoding has to lose next to nothing. Measured over
-60 photographs of about 160 kB (640 x 427 to 1200 x 900, some noise) at 256 x 192, CPU time a picture on one core, against
-`keras.layers.Resizing` on the full decode; wanted: a mean difference of at most 1 level, a 99th percentile of at most 5:
+The records hold what the model would make of the original, so the encoding has to lose next to nothing: against
+`keras.layers.Resizing` of the full decode, a mean difference of at most 1 level and a 99th percentile of at most 5.
+Measured over 60 photographs of about 160 kB (640 x 427 to 1200 x 900, noise of 1 to 6 levels) at 256 x 192, CPU time
+for one picture; "over" is the share of single pictures that miss the mark:
 
-    encoding             bytes    write ms  read ms (tf.io)  mean   p99
-    JPEG 95, 4:2:0       20,700     0.23        0.56         2.24   14
-    JPEG 95, 4:4:4       28,200     0.30        0.60         1.52    8
-    JPEG 98, 4:4:4       42,500     0.36        0.72         0.97    4     one picture in three above a mean of 1
-    JPEG 99, 4:4:4       55,100     0.40        0.85         0.74    3     <- this one
-    JPEG 100, 4:4:4      68,800     0.45        1.01         0.58    3
-    PNG, level 1         86,700     3.8         1.4          0.24    3
-    BMP (no encoding)   147,500     0.13        0.38         0.24    3     the resizing alone
+    encoding          bytes   write ms   read ms (tf.io)   mean    p99   over
+    JPEG 95, 4:2:0   20,800       0.22              0.54   2.25   13.6    100 %
+    JPEG 95, 4:4:4   28,200       0.32              0.55   1.52    7.4    100 %
+    JPEG 97, 4:4:4   36,600       0.33              0.61   1.16    5.2     95 %
+    JPEG 98, 4:4:4   42,400       0.35              0.68   0.96    4.0     25 %
+    JPEG 99, 4:4:4   55,000       0.40              0.78   0.73    2.8      0 %   <- this one
+    JPEG 100, 4:4:4  68,600       0.48              0.91   0.58    2.4      0 %
+    PNG, level 1     86,800       4.2               1.7    0.26    0.7      0 %   no loss but rounding
+    BMP             147,500       0.16              0.43   0.26    0.7      0 %
+
+Noise does not break it: of 60 levels in the original it is 0.9 and 3.2.
 """
 
 import hashlib
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +39,7 @@ import google_crc32c
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.images import open_rgb
+from dgmd_pipeline.images import DAMAGED, open_rgb
 from dgmd_pipeline.manifest import Example
 
 if TYPE_CHECKING:
@@ -43,7 +48,9 @@ if TYPE_CHECKING:
 INDEX = "index.json"
 SCHEMA = 1  # of the records and their index; raised when either changes
 JPEG = {"quality": 99, "subsampling": "4:4:4"}
-PIECE_IMAGES = 256  # smaller than a shard may be: ten shards keep more than ten cores busy, and the last ones end together
+PIECE_IMAGES = (
+    256  # smaller than a shard may be: ten shards keep more than ten cores busy, and the last ones end together
+)
 SHARDS_AT_ONCE = 16  # read side by side in shuffled reading; fixed, so that the order is the same on every machine
 SHUFFLE_BYTES = 128 * 2**20  # encoded pictures held for shuffling; stored order mixes labels already
 
@@ -51,8 +58,9 @@ SHUFFLE_BYTES = 128 * 2**20  # encoded pictures held for shuffling; stored order
 class _Piece(NamedTuple):
     """What a worker needs to write a part of a shard."""
 
-    raw: str
-    target: str
+    raw: Path
+    shard: Path  # that the part will belong to
+    part: Path  # to write
     rows: list[Example]
     width: int
     height: int
@@ -72,37 +80,34 @@ def write(
 
     Pictures are read below `raw` and stretched to `width` x `height` pixels. There are `shards` shards, or as many as
     images if those are fewer. The bytes depend on the set of rows and the pictures alone: not on the order of `rows`,
-    the machine, or how many processes work. `map` is like the builtin one; it may call its function, whose arguments can
-    be pickled, in other processes, and yields in order. The results it yields are numbers of images written.
-    Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable, OSError
-    where `folder` cannot be written.
+    the machine, or how many processes work. `map` is like the builtin one; it may call the function for its pieces in
+    other processes, and yields in order what comes back, numbers of images.
+    Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
+    OSError where `folder` cannot be written.
     """
     ordered = sorted(rows, key=_rank)
     shards = min(shards, len(ordered))
     pieces = []
-    parts: dict[Path, list[Path]] = {}
-    for shard in range(shards):
-        target = folder / f"{side}-{shard:05d}-of-{shards:05d}.tfrecord"
-        start, stop = (len(ordered) * number // shards for number in (shard, shard + 1))
-        parts[target] = []
+    for number in range(shards):
+        start, stop = (len(ordered) * edge // shards for edge in (number, number + 1))
+        shard = folder / f"{side}-{number:05d}-of-{shards:05d}.tfrecord"
         for first in range(start, stop, PIECE_IMAGES):
-            part = target.with_suffix(f".part{first - start}")
-            parts[target].append(part)
-            pieces.append(_Piece(str(raw), str(part), ordered[first : min(first + PIECE_IMAGES, stop)], width, height))
-    written = iter(map(_write_piece, pieces))
+            chosen = ordered[first : min(first + PIECE_IMAGES, stop)]
+            pieces.append(_Piece(raw, shard, shard.with_suffix(f".part{first - start}"), chosen, width, height))
     entries: list[dict[str, Any]] = []
-    for target, names in parts.items():
+    done = zip(pieces, map(_write_piece, pieces), strict=True)
+    for shard, parts in groupby(done, key=lambda each: each[0].shard):
         digest = hashlib.sha256()
         images = 0
-        with target.open("wb") as file:
-            for part in names:
-                images += next(written)
-                with part.open("rb") as source:
+        with shard.open("wb") as file:
+            for piece, count in parts:
+                images += count
+                with piece.part.open("rb") as source:
                     while chunk := source.read(2**20):
                         file.write(chunk)
                         digest.update(chunk)
-                part.unlink()
-            entries.append({"file": target.name, "records": images, "bytes": file.tell(), "sha256": digest.hexdigest()})
+                piece.part.unlink()
+            entries.append({"file": shard.name, "records": images, "bytes": file.tell(), "sha256": digest.hexdigest()})
     counts = {"images": len(ordered), "shards": shards, "bytes": sum(entry["bytes"] for entry in entries)}
     index = {"schema": SCHEMA, "encoding": {"format": "JPEG", **JPEG}, "width": width, "height": height}
     text = json.dumps({**index, **counts, "files": entries}, indent=2) + "\n"
@@ -111,7 +116,7 @@ def write(
 
 
 def read(folder: Path, seed: int | None = None) -> "tf.data.Dataset":
-    """Open what `write` wrote: a dataset of (picture uint8 [height, width, 3], label int64 []), each image exactly once.
+    """Open what `write` wrote: a dataset of (picture uint8 [height, width, 3], label int64 []), every image once.
 
     Without `seed` the order is that of the files, always, and of `keys`. With it the shards and the records in them are
     shuffled, differently in each epoch and the same way for the same seed. Pictures are decoded in parallel; the caller
@@ -143,7 +148,7 @@ def keys(folder: Path) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """Compare every shard's size and SHA-256 with the index. Raises PipelineError that names the first one that differs."""
+    """Compare every shard's size and SHA-256 with the index; raise PipelineError naming the first that differs."""
 
     def problem(entry: dict[str, Any]) -> str | None:
         path = folder / entry["file"]
@@ -160,7 +165,8 @@ def check(folder: Path) -> None:
         for found in pool.map(problem, _index(folder)["files"]):
             if found:
                 raise PipelineError(
-                    f"{found}: it was changed or damaged after it was written. Delete the folder {folder} and run again."
+                    f"{found}: it was changed or damaged after it was written. "
+                    f"Delete the folder {folder} and run again."
                 )
 
 
@@ -201,10 +207,10 @@ def _rank(row: Example) -> tuple[bytes, str]:
 
 
 def _write_piece(piece: _Piece) -> int:
-    with Path(piece.target).open("wb") as file:
+    with piece.part.open("wb") as file:
         for row in piece.rows:
             features: dict[str, bytes | int] = {
-                "image": _encode(Path(piece.raw, row.path), piece.width, piece.height),
+                "image": _encode(piece.raw / row.path, piece.width, piece.height),
                 "label": row.index,
                 "width": piece.width,
                 "height": piece.height,
@@ -216,24 +222,24 @@ def _write_piece(piece: _Piece) -> int:
 
 def _encode(path: Path, width: int, height: int) -> bytes:
     try:
-        # Reducing while decoding, to no less than twice the size, costs 0.15 to 0.45 levels; any further costs 2 to 3.
-        picture = open_rgb(path, (2 * width, 2 * height))
-    except (OSError, ValueError, SyntaxError) as error:
+        picture = open_rgb(path)
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was a readable picture when it was inspected and is not any more ({error}). Put it back, or delete the "
-            "folder inspected to have all pictures inspected again, and run again."
+            f"{path} was a readable picture when it was inspected and is not any more "
+            f"({type(error).__name__}: {error}). Put it back, or delete the folder inspected "
+            "to have all pictures inspected again, and run again."
         ) from error
-    small = picture.resize((width, height), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", **JPEG, comment=b"")  # the source's comment would come along
+    small = picture.resize((width, height), Image.Resampling.BILINEAR)
+    small.save(buffer, "JPEG", **JPEG, comment=b"")  # Pillow would take the source's comment along
     return buffer.getvalue()
 
 
 def _example(features: dict[str, bytes | int]) -> bytes:
     """Serialise a `tf.train.Example`: bytes as a BytesList of one, an integer (>= 0) as an Int64List of one.
 
-    Written out because importing TensorFlow for it costs every worker 3.6 s and 700 MB, and because protobuf promises no
-    stable bytes. Source: protobuf.dev/programming-guides/encoding, tensorflow/core/example/{example,feature}.proto.
+    Written out because importing TensorFlow for it costs every worker 3.6 s and 700 MB, and because protobuf promises
+    no stable bytes. Source: protobuf.dev/programming-guides/encoding, tensorflow/core/example/{example,feature}.proto.
     """
     entries = b""
     for name, value in sorted(features.items()):

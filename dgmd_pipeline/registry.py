@@ -134,7 +134,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
             experiment_id = _experiment(client, experiment, store.artifacts)
             _delete_unfinished(client, experiment_id, candidate.training_id)
             run_id, model_uri = _log(client, experiment_id, candidate)
-            found = _create(name, model_uri, run_id, candidate)
+            found = _create(client, name, model_uri, run_id, candidate)
         _mark_as_candidate(client, found)
         return found
     except (MlflowException, requests.RequestException) as error:
@@ -224,11 +224,18 @@ def _requirements() -> list[str]:
     return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy"))]
 
 
-def _create(name: str, model_uri: str, run_id: str, candidate: Candidate) -> Version:
-    import mlflow
+def _create(client: "MlflowClient", name: str, model_uri: str, run_id: str, candidate: Candidate) -> Version:
+    from mlflow.exceptions import MlflowException
 
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     tags = {**candidate.tags, TRAINING: candidate.training_id, ENVIRONMENT: NON_PRODUCTION}
-    created = mlflow.register_model(model_uri, name, tags=tags)
+    created = client.create_model_version(
+        name, model_uri, run_id, tags=tags, model_id=model_uri.removeprefix("models:/")
+    )
     return Version(name, int(created.version), run_id, new=True)
 
 

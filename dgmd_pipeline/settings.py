@@ -23,6 +23,7 @@ LIBRARY_DEFAULTS = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job tells nobody about itself
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -121,7 +122,7 @@ def variable(name: str) -> str:
 
 def redact(text: str) -> str:
     """Take user, password and query out of every URI in a text: they may be secrets."""
-    text = re.sub(r"(\b[a-zA-Z][\w+.-]*://)[^/@\s'\"]*@", r"\1", text)
+    text = re.sub(r"(\b[a-zA-Z][\w+.-]*://)[^/\s'\"]*@", r"\1", text)
     return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
 
 

@@ -307,6 +307,7 @@ class ExtractFeatures(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import features, model, records
 
+        model.start_tensorflow()
         source = self.requires().path
         backbone = model.build_backbone(
             self.settings.backbone,
@@ -352,6 +353,7 @@ class TrainModel(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import features, labels, model, records, training
 
+        model.start_tensorflow()
         *sides, label_map, balanced = self.requires()
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
@@ -428,6 +430,7 @@ class EvaluateModel(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import evaluation, features, labels, model, records
 
+        model.start_tensorflow()
         trained, validation, label_map = self.requires()
         if model.is_frozen(self.settings.backbone):
             vectors, truth = features.load(validation.path)
@@ -459,8 +462,9 @@ class RegisterModel(Step):
         ]
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import labels, registry, training
+        from dgmd_pipeline import labels, model, registry, training
 
+        model.start_tensorflow()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
         about = json.loads((trained.path / "training.json").read_text("utf-8"))
         records = {step.folder: record for step in line_of(self) if (record := read_record(step.path))}

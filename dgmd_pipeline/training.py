@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
-SHUFFLE_BYTES = 256 << 20  # pictures held in memory for shuffling
 
 
 class Recipe(NamedTuple):
@@ -80,22 +79,19 @@ def train_whole(
     class_weights: dict[int, float],
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
-    backbone: str = "cnn",
 ) -> Trained:
-    """Train a backbone and its head from scratch on records: datasets of (picture uint8 [height, width, 3], label index).
+    """Train the small network and its head from scratch on records: datasets of (picture uint8 [height, width, 3], label index).
 
-    `size` is (height, width). The model that comes back takes pictures of any size (`model.assemble`).
+    `training` comes shuffled, in another order each time it is read. `size` is (height, width). The model that comes back takes pictures of any size (`model.assemble`).
     """
     import keras
     import tensorflow as tf
 
     seed = _seed(recipe)
-    network = model.build_backbone(backbone, "none", *size)
+    network = model.build_cnn(*size)
     head = model.build_head(network.output_shape[-1], classes, recipe.dropout)
     together = keras.Sequential([network, head])  # the records hold pictures of this size: nothing to resize in training
-    buffer = max(recipe.batch_size, SHUFFLE_BYTES // (size[0] * size[1] * 3))
-    shuffled = training.shuffle(buffer, seed=seed).batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
-    rest = validation.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
+    shuffled, rest = (side.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE) for side in (training, validation))
     trained = _fit(together, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
     return trained._replace(model=model.assemble(network, head))
 
@@ -176,6 +172,7 @@ def _fit(
         validation_data=validation,
         epochs=recipe.epochs,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_epoch_end=end)],
+        shuffle=False,  # the data come shuffled
         verbose=0,
     )
     network.set_weights(best)

@@ -1,0 +1,35 @@
+# The few things that one does with this project. Everything happens in .venv, which the first of them makes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+# Run the whole pipeline on a small real data set behind a local S3 endpoint.
+demo: .venv/demo
+	$(BIN)/python pipeline.py demo
+
+# Run all tests; `make test PYTEST="-m 'not slow'"` leaves out the slow ones.
+test: .venv/test
+	$(BIN)/python -m pytest $(PYTEST)
+
+# Check style and types.
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Mend style where that can be done by a machine.
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo-data demo.env
+
+# An extra of setup.py is installed when its stamp is older than what is asked for.
+.venv/%: setup.py requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

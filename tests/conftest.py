@@ -1,0 +1,108 @@
+"""Real parts in tiny sizes: a real S3 endpoint in a thread, a real MLflow server process, the real command."""
+
+import io
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgmd_pipeline.settings import Settings, load, variable
+
+ROOT = Path(__file__).parent.parent
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-tests", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_environment(tmp_path_factory):
+    """No test sees the settings, credentials or caches of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("AWS_", "MLFLOW_")) or name in map(variable, Settings.model_fields):
+                patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        load()  # the quiet defaults for libraries
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def picture(label: str, number: int, side: int = 24) -> bytes:
+    """A PNG of noise with a bright bar whose place tells the label: learnable, and no two are alike."""
+    random = np.random.default_rng([number, *label.encode()])
+    pixels = random.integers(0, 160, (side, side, 3), dtype=np.uint8)
+    place = sum(label.encode()) % 4 * side // 4
+    pixels[:, place : place + side // 4] = 250
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint, request):
+    """An empty bucket: its name and a client to fill it with."""
+    client = boto3.client(
+        "s3", endpoint_url=s3_endpoint, aws_access_key_id="tester", aws_secret_access_key="x", region_name="us-east-1"
+    )
+    name = f"bucket-{abs(hash(request.node.nodeid)) % 10**12}"
+    client.create_bucket(Bucket=name)
+    return name, client
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory):
+    """A real MLflow server over HTTP, SQLite behind it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1)
+            break
+        except OSError:
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+    yield uri
+    os.killpg(server.pid, 9)
+    server.wait()
+
+
+def run_pipeline(folder: Path, *arguments: str, start: bool = False, **variables: object):
+    """The real command in a process of its own, in `folder`; `start` gives the process without waiting for it."""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    command = [sys.executable, str(ROOT / "pipeline.py"), *arguments]
+    options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if start:
+        return subprocess.Popen(command, **{**options, "stderr": subprocess.DEVNULL})
+    return subprocess.run(command, check=False, timeout=300, **options)

@@ -1,0 +1,414 @@
+"""The real command in processes, against a real S3 endpoint and a real MLflow server."""
+
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import CREDENTIALS, picture, run_pipeline
+from PIL import Image
+
+TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
+STEPS = [
+    "raw", "inspected", "label_map", "balanced", "split", "tfrecord_training", "tfrecord_validation",
+    "trained_model", "evaluation", "registered_model",
+]  # fmt: skip
+LABELS = ["allspice", "black pepper", "cloves"]
+
+
+def fill(client, bucket, labels=LABELS, images=10):
+    for label in labels:
+        for number in range(images):
+            key = f"train/images/{label}/{label} shop_{number}.jpeg"
+            client.put_object(Bucket=bucket, Key=key, Body=picture(label, number))
+
+
+def folders(data_dir):
+    """What tells whether a step was done again."""
+    return {step: (data_dir / step / "_SUCCESS").stat().st_ino for step in STEPS}
+
+
+def redone(before, data_dir):
+    return {step for step, inode in folders(data_dir).items() if before[step] != inode}
+
+
+@pytest.fixture(scope="module")
+def finished(s3_endpoint, mlflow_server, tmp_path_factory):
+    """A finished run, not to be changed: its folder, variables and result."""
+    import boto3
+
+    folder = tmp_path_factory.mktemp("finished")
+    variables = {
+        **TINY,
+        **CREDENTIALS,
+        "DATA_DIR": folder / "data",
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_DATA_BUCKET": "finished",
+        "AWS_DATA_PATH": "train/images",
+        "MODEL_NAME": "finished",
+        "MLFLOW_TRACKING_URI": mlflow_server.replace("//", "//me:pa55word@"),
+    }
+    client = boto3.client("s3", endpoint_url=s3_endpoint, aws_access_key_id="x", aws_secret_access_key="x")
+    client.create_bucket(Bucket="finished")
+    fill(client, "finished")
+    put = {
+        "cloves/broken.jpeg": picture("cloves", 0)[:100],
+        "cloves/copy of 1.png": picture("cloves", 1),
+        "cloves/../../outside.png": picture("cloves", 99),
+        "readme.txt": b"no label",
+        "nutmeg/lonely.png": picture("nutmeg", 1),
+    }
+    for name, content in put.items():
+        client.put_object(Bucket="finished", Key=f"train/images/{name}", Body=content)
+    client.put_object(Bucket="finished", Key="train/images-old/anise/old.png", Body=picture("anise", 1))
+    return folder / "data", variables, run_pipeline(folder, **variables)
+
+
+@pytest.fixture
+def data(finished, tmp_path):
+    """A copy of the finished run's folder, to be changed."""
+    original, variables, _ = finished
+    shutil.copytree(original, tmp_path / "data")
+    return tmp_path / "data", {**variables, "DATA_DIR": tmp_path / "data"}
+
+
+def client_of(variables):
+    return mlflow.MlflowClient(variables["MLFLOW_TRACKING_URI"].replace("me:pa55word@", ""))
+
+
+def test_a_bucket_becomes_a_registered_model(finished):
+    data_dir, variables, result = finished
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(path.name for path in data_dir.iterdir() if path.name[0] != ".") == sorted(STEPS)
+    assert not [path for path in data_dir.iterdir() if path.name.startswith((".draft", ".old"))]
+    version = client_of(variables).get_model_version_by_alias("finished", "candidate")
+    assert int(version.version) == 1
+    assert version.tags["environment"] == "non-production"
+    assert version.current_stage == "None"
+
+
+def test_the_run_says_what_it_will_do_and_what_each_step_came_to(finished):
+    lines = finished[2].stdout.splitlines()
+    for step in STEPS:
+        assert any(f"  {step:20} run    folder is missing" in line for line in lines), step
+        assert any(f" {step:20} " in line and line.rstrip().endswith(" s)") for line in lines), step
+    text = finished[2].stdout
+    assert "labels with fewer than 2 usable images, left out: nutmeg" in text
+    assert "24 training, 6 validation" in text
+    assert "luigi" not in (text + finished[2].stderr).lower()
+
+
+def test_bad_input_is_reported_and_stays_out(finished):
+    data_dir, _, result = finished
+    rejected = (data_dir / "inspected" / "rejected.csv").read_text()
+    for name in ("cloves/broken.jpeg", "cloves/copy of 1.png", "cloves/../../outside.png", "readme.txt"):
+        assert name in rejected
+    assert not (data_dir.parent / "outside.png").exists()
+    assert "1 unsafe name" in result.stdout
+    assert "anise" not in rejected
+
+
+def test_the_mlflow_run_tells_everything(finished):
+    data_dir, variables, _ = finished
+    client = client_of(variables)
+    version = client.get_model_version("finished", "1")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["EPOCHS"] == "2"
+    assert run.data.params["SEED"] == "1"
+    assert run.data.params["AWS_DATA_PATH"] == "train/images"
+    training = json.loads((data_dir / "trained_model" / "training.json").read_text())
+    assert version.tags["dgmd.training_id"] == run.data.tags["dgmd.training_id"] == training["id"]
+    assert run.inputs.dataset_inputs[0].dataset.name == "s3://finished/train/images"
+    for metric in ("accuracy", "loss", "val_accuracy", "val_loss"):
+        history = sorted(client.get_metric_history(version.run_id, metric), key=lambda point: point.step)
+        assert len(history) >= 2
+        assert history[-1].value == pytest.approx(training["metrics"][metric])
+    measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
+    assert run.data.metrics["evaluation_accuracy"] == measured["accuracy"]
+    artifacts = {item.path for item in client.list_artifacts(version.run_id)}
+    assert {"mapping.json", "evaluation", "split", "inspected"} <= artifacts
+
+
+def test_no_secret_in_output_records_or_mlflow(finished):
+    data_dir, variables, result = finished
+    secrets = ("pa55word", CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
+    client = client_of(variables)
+    run = client.get_run(client.get_model_version("finished", "1").run_id)
+    texts = [result.stdout, result.stderr, str(run.to_dictionary()), str(client.get_model_version("finished", "1"))]
+    texts += [path.read_text() for path in data_dir.rglob("_SUCCESS")]
+    assert not [text for text in texts for secret in secrets if secret in text]
+
+
+def test_the_registered_model_is_all_that_a_consumer_needs(finished, tmp_path):
+    _, variables, _ = finished
+    pictures = [picture(label, 100 + number, side) for label in LABELS for number, side in ((1, 24), (2, 37))]
+    for number, content in enumerate(pictures):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    code = """
+import json, sys
+import mlflow, numpy as np
+from PIL import Image
+model = mlflow.pyfunc.load_model("models:/finished@candidate")
+version = mlflow.MlflowClient().get_model_version_by_alias("finished", "candidate")
+run_mapping = json.load(open(mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path="mapping.json")))
+own_mapping = json.load(open(mlflow.artifacts.download_artifacts("models:/finished/1/mapping.json")))
+assert run_mapping == own_mapping
+assert model.metadata.metadata["labels"] == list(run_mapping.values())
+sums, shapes = [], []
+for number in range(6):
+    p = model.predict(np.asarray(Image.open(f"{number}.png"))[np.newaxis])
+    sums.append(float(p.sum())), shapes.append(p.shape)
+try:
+    model.predict(np.zeros((1, 24, 24, 3), np.float32))
+    refused = False
+except mlflow.exceptions.MlflowException:
+    refused = True
+assert "dgmd_pipeline" not in sys.modules
+json.dump({"mapping": run_mapping, "sums": sums, "shapes": shapes, "refused": refused}, open("said.json", "w"))
+"""
+    uri = {"MLFLOW_TRACKING_URI": variables["MLFLOW_TRACKING_URI"].replace("me:pa55word@", "")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **uri}, check=True, timeout=120)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert said["mapping"] == {str(index): label for index, label in enumerate(LABELS)}
+    assert said["sums"] == pytest.approx([1.0] * 6, abs=1e-5)
+    assert said["shapes"] == [[1, 3]] * 6
+    assert said["refused"]
+
+
+def test_a_second_run_does_nothing_and_imports_nothing_heavy(data, tmp_path):
+    data_dir, variables = data
+    before = folders(data_dir)
+    code = """
+import sys
+from dgmd_pipeline.cli import main
+assert main([]) == 0
+heavy = {"tensorflow", "keras", "mlflow", "sklearn", "boto3", "PIL", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Nothing to do: finished version 1 is registered." in result.stdout
+    assert redone(before, data_dir) == set()
+
+
+@pytest.mark.slow
+def test_deleting_the_trained_model_registers_a_new_version_from_the_converted_files(data, tmp_path):
+    data_dir, variables = data
+    before = folders(data_dir)
+    shutil.rmtree(data_dir / "trained_model")
+    variables |= {"MODEL_NAME": "finished", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}  # no S3 any more
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert redone(before, data_dir) == {"trained_model", "evaluation", "registered_model"}
+    assert json.loads((data_dir / "registered_model" / "_SUCCESS").read_text())["counts"]["version"] == 2
+    client = client_of(variables)
+    assert int(client.get_model_version_by_alias("finished", "candidate").version) == 2
+    assert client.get_model_version("finished", "1").aliases == []
+
+
+@pytest.mark.slow
+def test_a_training_is_registered_once_however_often_it_is_noted(data, tmp_path):
+    data_dir, variables = data
+    variables["MODEL_NAME"] = "noted"
+    assert run_pipeline(tmp_path, **variables).returncode == 0  # the kept training, under another name
+    shutil.rmtree(data_dir / "registered_model")
+    shutil.rmtree(data_dir / "evaluation")
+    before = folders(data_dir) if (data_dir / "evaluation").exists() else (data_dir / "trained_model").stat().st_ino
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "noted version 1, was registered already" in result.stdout
+    assert (data_dir / "trained_model").stat().st_ino == before
+    assert len(client_of(variables).search_model_versions("name = 'noted'")) == 1
+
+
+@pytest.mark.slow
+def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(data, tmp_path):
+    data_dir, variables = data
+    before = folders(data_dir)
+    shutil.rmtree(data_dir / "trained_model")
+    away = {"MLFLOW_TRACKING_URI": "http://me:pa55word@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1}
+    result = run_pipeline(tmp_path, **{**variables, **away})
+    assert result.returncode == 30, result.stdout + result.stderr
+    assert "warning: The MLflow server at http://127.0.0.1:9 cannot be reached" in result.stdout
+    assert "The training is kept; the next run only registers." in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "pa55word" not in result.stdout + result.stderr
+    trained = (data_dir / "trained_model").stat().st_ino
+    variables["MODEL_NAME"] = "later"
+    assert run_pipeline(tmp_path, **variables).returncode == 0
+    assert redone(before, data_dir) == {"trained_model", "evaluation", "registered_model"}
+    assert (data_dir / "trained_model").stat().st_ino == trained
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_goes_through_stored_features(data, tmp_path):
+    data_dir, variables = data
+    code = "import sys; from dgmd_pipeline import model; " \
+        "model.build_backbone('MobileNetV3-Small', 'none', 32, 32).save_weights(sys.argv[1])"  # fmt: skip
+    weights = tmp_path / "mobile.weights.h5"
+    subprocess.run([sys.executable, "-c", code, weights], check=True, capture_output=True)
+    variables |= {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32, "MODEL_NAME": "frozen"}
+    variables["BACKBONE_WEIGHTS"] = weights
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert np.load(data_dir / "features_training" / "features.npy").shape == (24, 576)
+    before = folders(data_dir)
+    result = run_pipeline(tmp_path, **{**variables, "EPOCHS": 1})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert redone(before, data_dir) == {"trained_model", "evaluation", "registered_model"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"AWS_DATA_BUCKET": "no-such-bucket"}, "no-such-bucket"),
+        ({"AWS_DATA_PATH": "train/nothing-here"}, "train/nothing-here"),
+        ({"AWS_SHARED_CREDENTIALS_FILE": "/nowhere/credentials", "AWS_ACCESS_KEY_ID": ""}, "/nowhere/credentials"),
+        ({"AWS_DATA_PATH": "train/images/allspice"}, "train/images/allspice"),
+    ],
+)
+def test_no_usable_input_has_its_own_sentence_and_exit_code(finished, tmp_path, variables, sentence):
+    variables = {**finished[1], "DATA_DIR": tmp_path / "data", **variables}
+    if variables["AWS_ACCESS_KEY_ID"] == "":
+        del variables["AWS_ACCESS_KEY_ID"], variables["AWS_SECRET_ACCESS_KEY"]
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 20, result.stdout + result.stderr
+    assert sentence in result.stdout.splitlines()[-1]
+    assert "Traceback" not in result.stdout + result.stderr
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+
+
+def test_one_label_is_no_usable_input(bucket, s3_endpoint, tmp_path):
+    name, client = bucket
+    fill(client, name, labels=["allspice"])
+    variables = {**TINY, **CREDENTIALS, "AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name}
+    result = run_pipeline(tmp_path, **variables, AWS_DATA_PATH="train/images")
+    assert result.returncode == 20, result.stdout + result.stderr
+    assert "at least two labels with 2 usable images" in result.stdout
+    assert "allspice (10)" in result.stdout
+
+
+def test_a_label_of_broken_files_stops_the_run_by_name(bucket, s3_endpoint, tmp_path):
+    name, client = bucket
+    fill(client, name)
+    for number in range(12):
+        client.put_object(Bucket=name, Key=f"train/images/cloves/page{number}.jpeg", Body=b"<html>%d</html>" % number)
+    variables = {**TINY, **CREDENTIALS, "AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name}
+    result = run_pipeline(tmp_path, **variables, AWS_DATA_PATH="train/images")
+    assert result.returncode == 20, result.stdout + result.stderr
+    assert "cloves (12 of 22 files)" in result.stdout
+
+
+def test_wrong_settings_are_answered_at_once_and_together(tmp_path):
+    code = """
+import sys
+from dgmd_pipeline.cli import main
+assert main([]) == 2
+heavy = {"tensorflow", "keras", "mlflow", "sklearn", "boto3", "PIL", "numpy", "luigi"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    environment = {**os.environ, "VALIDATION_PCNT": "20", "EPOCHS": "0"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "did you mean 0.2?" in result.stdout
+    assert "EPOCHS=0: expected a whole number of at least 1." in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_at_the_same_time_exits_with_its_own_code(tmp_path):
+    (tmp_path / "data").mkdir()
+    code = "import sys, pathlib; from dgmd_pipeline import step\n" \
+        "with step.lock(pathlib.Path('data')): print(flush=True); sys.stdin.read()"  # fmt: skip
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    result = run_pipeline(tmp_path)
+    holder.communicate()
+    assert result.returncode == 10
+    assert f"in use by another run: process {holder.pid} on" in result.stdout
+
+
+def test_an_old_mlflow_server_stops_the_run_before_the_first_step(tmp_path):
+    class Old(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"2.22.1")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Old)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    result = run_pipeline(tmp_path, MLFLOW_TRACKING_URI=uri, BACKBONE="cnn")
+    server.shutdown()
+    assert result.returncode == 30, result.stdout + result.stderr
+    assert "is version 2.22.1" in result.stdout
+    assert "upgrade the server" in result.stdout
+    assert not (tmp_path / "data" / "raw").exists()
+
+
+def test_weights_that_cannot_be_had_stop_the_run_before_the_first_step(tmp_path):
+    result = run_pipeline(tmp_path, BACKBONE_WEIGHTS=tmp_path / "missing.weights.h5")
+    assert result.returncode == 30, result.stdout + result.stderr
+    assert "missing.weights.h5" in result.stdout.splitlines()[-1]
+    assert not (tmp_path / "data" / "raw").exists()
+
+
+@pytest.mark.parametrize("after", ["raw   ", "inspected   ", "trained_model   "])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_well(finished, tmp_path, after, sent):
+    variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": f"stopped-{sent}-{after.strip()}"}
+    process = run_pipeline(tmp_path, start=True, **variables)
+    for line in process.stdout:
+        if f" {after}" in line and line.rstrip().endswith("..."):
+            break
+    time.sleep(0.3)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[sent], output
+    if sent != signal.SIGKILL:
+        assert "the next run goes on from the finished steps" in output
+        assert not [path for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted([".lock", *STEPS])
+    for step in STEPS[:7]:
+        for path in (finished[0] / step).rglob("*"):
+            if path.is_file() and path.name != "_SUCCESS":
+                again = tmp_path / "data" / path.relative_to(finished[0])
+                assert again.read_bytes() == path.read_bytes(), path
+    assert len(client_of(variables).search_model_versions(f"name = '{variables['MODEL_NAME']}'")) == 1
+
+
+def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path, mlflow_server):
+    for label in LABELS[:2]:
+        folder = tmp_path / "data" / "raw" / label / "below"
+        folder.mkdir(parents=True)
+        for number in range(6):
+            buffer = io.BytesIO()
+            Image.open(io.BytesIO(picture(label, number))).save(buffer, "BMP")
+            (folder / f"{number}.bmp").write_bytes(buffer.getvalue())
+    variables = {**TINY, "MLFLOW_TRACKING_URI": mlflow_server, "MODEL_NAME": "by-hand", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "put there by hand: used as it is" in result.stdout
+    result = run_pipeline(tmp_path, **variables)
+    assert "Nothing to do" in result.stdout
+    (tmp_path / "data" / "raw" / LABELS[0] / "new.png").write_bytes(picture(LABELS[0], 50))
+    result = run_pipeline(tmp_path, "plan", **variables)
+    assert "inspected            run    raw changes" in result.stdout

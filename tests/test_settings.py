@@ -1,0 +1,119 @@
+import pytest
+
+from dgmd_pipeline.errors import SettingsError
+from dgmd_pipeline.settings import Settings, load, redact, variable
+
+DEFAULTS = {
+    "DATA_DIR": "data",
+    "AWS_DATA_BUCKET": "dgmd-s17-assets",
+    "AWS_DATA_PATH": "train/downloaded-images",
+    "NUM_SHARDS": 10,
+    "VALIDATION_PCNT": 0.2,
+    "BATCH_SIZE": 128,
+    "EPOCHS": 15,
+    "DECAY_RATE": 0.5,
+    "LEARNING_RATE": 0.01,
+    "MODEL_NAME": "dgmd_model",
+    "IMAGE_WIDTH": 256,
+    "IMAGE_HEIGHT": 192,
+}
+
+
+def test_the_names_and_defaults_that_deployments_rely_on():
+    values = {variable(name): value for name, value in load().public().items()}
+    assert {name: values[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_environment_sets_them(monkeypatch):
+    monkeypatch.setenv("EPOCHS", "3")
+    monkeypatch.setenv("AWS_DATA_PATH", "/train/images/")
+    monkeypatch.setenv("BACKBONE", "CNN")
+    settings = load()
+    assert (settings.epochs, settings.aws_data_path, settings.backbone) == (3, "train/images", "cnn")
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
+    monkeypatch.setenv("EPOCHS", "")
+    assert load().epochs == 15
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("EPOCHS=3\nBATCH_SIZE=7\nAWS_PROFILE='my team'\n")
+    monkeypatch.setenv("BATCH_SIZE", "9")
+    settings = load()
+    assert (settings.epochs, settings.batch_size) == (3, 9)
+    monkeypatch.delenv("EPOCHS")  # what load has put there
+    import os
+
+    assert os.environ["AWS_PROFILE"] == "my team"
+    monkeypatch.delenv("AWS_PROFILE")
+
+
+def test_a_missing_env_file_that_was_named_is_a_mistake():
+    with pytest.raises(SettingsError, match="--env-file nowhere.env: there is no such file"):
+        load("nowhere.env")
+
+
+def test_all_mistakes_come_in_one_message(monkeypatch):
+    wrong = {
+        "EPOCHS": "many",
+        "VALIDATION_PCNT": "20",
+        "BATCH_SIZE": "0",
+        "LEARNING_RATE": "-1",
+        "BACKBONE": "resnet",
+        "OPTIMIZER": "best",
+        "MODEL_NAME": "team/model",
+        "CLASS_WEIGHTS": "perhaps",
+    }
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(wrong)
+    for name, value in wrong.items():
+        assert any(line.startswith(f"{name}={value}: expected ") for line in lines)
+    text = str(caught.value)
+    assert "VALIDATION_PCNT=20: expected a number above 0 and below 1. It is a fraction: did you mean 0.2?" in text
+    assert "EPOCHS=many: expected a whole number of at least 1." in text
+    assert "OPTIMIZER=best: expected one of adam, " in text
+    assert "CLASS_WEIGHTS=perhaps: expected true or false." in text
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.1", "1.0", "100", "nan", "inf"])
+def test_the_validation_share_lies_strictly_between_0_and_1(monkeypatch, value):
+    monkeypatch.setenv("VALIDATION_PCNT", value)
+    with pytest.raises(SettingsError, match=f"VALIDATION_PCNT={value}: expected a number above 0 and below 1"):
+        load()
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load().epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:s3cr3t@host:5000/path", "http://host:5000/path"),
+        ("failed: postgresql+psycopg2://u:p%40w@db/mlflow?password=s3cr3t, retrying", "failed: postgresql+psycopg2://db/mlflow retrying"),
+        ("http://user:with@sign@host/", "http://host/"),
+        ("https://token@host and http://a:b@c", "https://host and http://c"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("mail me@example.org", "mail me@example.org"),
+    ],
+)
+def test_users_passwords_and_queries_are_taken_out_of_uris(text, shown):
+    assert redact(text) == shown
+
+
+def test_what_is_recorded_has_no_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cr3t@mlflow.example.org/")
+    assert load().public(["mlflow_tracking_uri"]) == {"mlflow_tracking_uri": "https://mlflow.example.org/"}
+    assert load().mlflow_tracking_uri == "https://me:s3cr3t@mlflow.example.org/"
+
+
+def test_every_setting_has_a_description_and_an_upper_case_variable():
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.alias == name.upper()

@@ -1,0 +1,212 @@
+import json
+import os
+import subprocess
+import sys
+
+import luigi
+import pytest
+
+from dgmd_pipeline import step
+from dgmd_pipeline.errors import Busy, PipelineError
+from dgmd_pipeline.settings import Settings
+
+
+class First(step.Step):
+    folder = "first"
+    uses = ("epochs",)
+
+    def work(self, draft):
+        (draft / "epochs").write_text(str(self.settings.epochs))
+        return {"things": 1}
+
+
+class Second(step.Step):
+    folder = "second"
+    uses = ("batch_size",)
+    reads = ("seed",)
+
+    def requires(self):
+        return First(self.run_)
+
+    def work(self, draft):
+        (draft / "copy").write_text((self.requires().path / "epochs").read_text())
+        return {"things": 2}
+
+
+class Third(step.Step):
+    folder = "third"
+
+    def requires(self):
+        return [First(self.run_), Second(self.run_)]
+
+    def work(self, draft):
+        return {}
+
+
+def go(data_dir, last=Third, **settings):
+    """Plan, run, and return the plan as {step: (state, reason)} and the steps that worked."""
+    run = step.Run(Settings(DATA_DIR=data_dir, **settings))
+    task = last(run)
+    before = {name: (data_dir / name).stat().st_ino for name in ("first", "second", "third") if (data_dir / name).exists()}
+    plan = {outlook.step: (outlook.state, outlook.reason) for outlook in step.plan(task)}
+    luigi.build([task], local_scheduler=True, log_level="CRITICAL")
+    if run.failure:
+        raise run.failure
+    assert task.complete()
+    worked = {
+        name
+        for name in ("first", "second", "third")
+        if (data_dir / name).exists() and before.get(name) != (data_dir / name).stat().st_ino
+    }
+    return plan, worked
+
+
+def test_everything_runs_once_and_then_nothing_does(tmp_path):
+    plan, worked = go(tmp_path)
+    assert worked == {"first", "second", "third"}
+    assert set(plan.values()) == {("run", "folder is missing")}
+    plan, worked = go(tmp_path)
+    assert worked == set()
+    assert set(plan.values()) == {("done", "")}
+
+
+def test_a_record_says_where_a_folder_comes_from(tmp_path):
+    go(tmp_path, EPOCHS=7)
+    record = step.read_record(tmp_path / "second")
+    assert record.step == "second"
+    assert record.settings == {"batch_size": 128}
+    assert record.inputs == {"first": step.read_record(tmp_path / "first").identity}
+    assert record.counts == {"things": 2}
+    assert record.seconds >= 0 and record.started and record.version
+
+
+def test_a_changed_setting_redoes_the_step_that_uses_it_and_what_follows(tmp_path):
+    go(tmp_path, BATCH_SIZE=128)
+    plan, worked = go(tmp_path, BATCH_SIZE=64)
+    assert worked == {"second", "third"}
+    assert plan == {
+        "first": ("done", ""),
+        "second": ("run", "BATCH_SIZE 128 -> 64"),
+        "third": ("run", "second changes"),
+    }
+
+
+def test_a_setting_that_no_step_uses_redoes_nothing(tmp_path):
+    go(tmp_path, SEED=1)
+    assert go(tmp_path, SEED=2)[1] == set()
+
+
+def test_a_deleted_folder_is_redone_and_what_follows_only_if_it_differs(tmp_path):
+    go(tmp_path)
+    step.remove(tmp_path / "first")
+    plan, worked = go(tmp_path)
+    assert worked == {"first"}
+    assert plan["first"] == ("run", "folder is missing")
+    assert plan["second"] == ("maybe", "only if first changes")
+
+
+def test_going_back_to_earlier_settings_is_a_rerun(tmp_path):
+    go(tmp_path, EPOCHS=1)
+    go(tmp_path, EPOCHS=2)
+    assert go(tmp_path, EPOCHS=1)[1] == {"first", "second", "third"}
+    assert (tmp_path / "second" / "copy").read_text() == "1"
+
+
+def test_a_raised_format_redoes_its_step(tmp_path, monkeypatch):
+    go(tmp_path)
+    monkeypatch.setattr(Second, "format", 2)
+    plan, worked = go(tmp_path)
+    assert worked == {"second", "third"}
+    assert plan["second"] == ("run", "format 1 -> 2")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": "second"}'])
+def test_a_folder_whose_record_cannot_be_read_is_made_anew(tmp_path, content):
+    go(tmp_path)
+    record = tmp_path / "second" / step.SUCCESS
+    record.unlink() if content is None else record.write_text(content)
+    plan, worked = go(tmp_path)
+    assert worked == {"second"}
+    assert plan["second"][1].startswith("no readable _SUCCESS")
+
+
+def test_reading_an_undeclared_setting_is_an_error(tmp_path):
+    class Careless(step.Step):
+        folder = "careless"
+
+        def work(self, draft):
+            return {"epochs": self.settings.epochs}
+
+    with pytest.raises(AttributeError, match="reads the setting epochs without declaring it"):
+        go(tmp_path, Careless)
+
+
+def test_a_step_that_fails_leaves_neither_draft_nor_folder(tmp_path):
+    class Failing(step.Step):
+        folder = "failing"
+
+        def work(self, draft):
+            (draft / "half").write_text("")
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        go(tmp_path, Failing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_keeps_the_folder_that_was_there(tmp_path, monkeypatch):
+    go(tmp_path, EPOCHS=1)
+    monkeypatch.setattr(First, "work", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path, EPOCHS=2)
+    assert (tmp_path / "first" / "epochs").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "third"]
+
+
+def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
+    (tmp_path / ".old-first").mkdir()
+    (tmp_path / ".old-first" / "a").write_text("kept")
+    for name in (".draft-first", ".draft-second", ".old-second", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b").write_text(name)
+    step.recover(tmp_path, ["first", "second"])
+    assert (tmp_path / "first" / "a").read_text() == "kept"
+    assert (tmp_path / "second" / "b").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_task_ids_show_no_setting(tmp_path):
+    run = step.Run(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))
+    text = f"{First(run)} {First(run).task_id} {First(run).to_str_params()}"
+    assert "s3cr3t" not in text
+    assert str(tmp_path) not in text
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+    code = f"""
+import sys, pathlib
+from dgmd_pipeline import step
+with step.lock(pathlib.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(Busy, match=rf"in use by another run: process {holder.pid} on .*, started 20\d\d-"), step.lock(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with step.lock(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PipelineError, match="has to be able to write there"):
+        go(tmp_path)
+
+
+def test_the_record_is_json_for_others_too(tmp_path):
+    go(tmp_path)
+    assert json.loads((tmp_path / "first" / "_SUCCESS").read_text())["step"] == "first"
