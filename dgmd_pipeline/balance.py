@@ -29,6 +29,6 @@ def _rank(row: Example) -> bytes:
 
 def class_weights(rows: Iterable[Example]) -> dict[int, float]:
     """Return class index -> weight, such that every class weighs the same and the mean over the images is 1."""
-    counts = Counter(row.index for row in rows)
+    counts = Counter(row.class_index for row in rows)
     total = sum(counts.values())
     return {index: total / (len(counts) * count) for index, count in sorted(counts.items())}

@@ -13,7 +13,7 @@ from dgmd_pipeline import settings
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.step import Outlook, Run, Step
+    from dgmd_pipeline.step import Job, Outlook, Step
 
 log = logging.getLogger("dgmd_pipeline")
 
@@ -51,7 +51,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Like Ctrl-C it passes through Luigi, which takes any other exception for a failed task."""
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
@@ -81,8 +81,8 @@ def _run(options: argparse.Namespace) -> int:
     from dgmd_pipeline import step, tasks, workers
 
     values = settings.load(options.env_file)
-    run = step.Run(values, workers.Pool())
-    last = tasks.RegisterModel(run)
+    job = step.Job(values, workers.Pool())
+    last = tasks.RegisterModel(job=job)
     with step.lock(values.data_dir):
         step.recover(values.data_dir, [task.folder for task in step.line_of(last)])
         outlooks = step.plan(last)
@@ -91,18 +91,18 @@ def _run(options: argparse.Namespace) -> int:
             counts = outlooks[-1].counts
             log.info("Nothing to do: %s version %s is registered.", counts["name"], counts["version"])
             return 0
-        _check_what_comes_last(values, run)
+        _check_what_comes_last(values, job)
         try:
             return _build(last, options.verbose)
         finally:
-            run.pool.close()
+            job.pool.close()
 
 
-def _check_what_comes_last(values: settings.Settings, run: "Run") -> None:
+def _check_what_comes_last(values: settings.Settings, job: "Job") -> None:
     """Look for what would only fail at the end, before the first step."""
     from dgmd_pipeline import model, registry, tasks
 
-    if run.outlooks[tasks.TrainModel.folder].state != "done":
+    if job.outlooks[tasks.TrainModel.name].state != "done":
         model.check_weights(values.backbone, values.backbone_weights, values.keras_home)
     if values.mlflow_tracking_uri:
         warning = registry.check_server(values.mlflow_tracking_uri, settings.mlflow_login())
@@ -118,7 +118,7 @@ def _build(last: "Step", verbose: bool) -> int:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
     luigi.configuration.get_config().set("core", "no_configure_logging", "true")
     luigi.build([last], local_scheduler=True)
-    failure = last.run_.failure
+    failure = last.job.failure
     if isinstance(failure, PipelineError):
         raise failure
     if failure is not None:
@@ -134,7 +134,7 @@ def _plan(options: argparse.Namespace) -> int:
     from dgmd_pipeline import step, tasks
 
     values = settings.load(options.env_file)
-    _show_plan(step.plan(tasks.RegisterModel(step.Run(values))), values.data_dir)
+    _show_plan(step.plan(tasks.RegisterModel(job=step.Job(values))), values.data_dir)
     return 0
 
 
@@ -169,5 +169,5 @@ class _Lines(logging.Formatter):
         return super().formatMessage(record)
 
 
-def _show_fault(kind: type[BaseException], error: BaseException, trace: object) -> None:
+def _show_fault(_: type[BaseException], error: BaseException, __: object) -> None:
     log.error("%s", "".join(traceback.format_exception(error)))

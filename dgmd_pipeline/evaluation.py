@@ -22,9 +22,7 @@ def predict(model: Path, pictures: "tf.data.Dataset", batch: int = 64) -> tuple[
     import keras
 
     network = keras.models.load_model(model, compile=False)
-    batches = [
-        (network.predict_on_batch(x), y.numpy()) for x, y in pictures.batch(batch).prefetch(2)
-    ]
+    batches = [(network.predict_on_batch(x), y.numpy()) for x, y in pictures.batch(batch).prefetch(2)]
     probabilities, truth = zip(*batches, strict=True)
     return np.concatenate(probabilities), np.concatenate(truth)
 

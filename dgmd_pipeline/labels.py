@@ -15,7 +15,7 @@ class LabelRow(NamedTuple):
     """A label that has an index, or would have one if there were enough pictures of it."""
 
     label: str
-    index: int  # -1: too few images and never seen before, so it has no output
+    class_index: int  # -1: too few images and never seen before, so it has no output
     images: int  # usable ones
     state: str  # "used", "too few" or "gone"
 
@@ -37,9 +37,7 @@ def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[
             f"usable images found: {found}. Add labelled pictures, or see inspected/rejected.csv for those left out."
         )
     names = [*known, *sorted(used - set(known))]
-    rows = [
-        LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)
-    ]
+    rows = [LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)]
     rows += [LabelRow(label, -1, counts[label], "too few") for label in sorted(counts.keys() - set(names))]
     return rows
 

@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
     path: str  # below raw/
     label: str
-    index: int  # the label's class index
+    class_index: int  # what stands for the label in records and models
     sha256: str
     group: str  # as in Image
 
@@ -83,4 +83,4 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
         for values in reader:
             for index, number in numbers:
                 values[index] = number(values[index])
-            yield kind(*values)
+            yield kind(*values)  # type: ignore[arg-type]

@@ -195,8 +195,9 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     pixels = keras.Input((height, width, 3), name="pixels")
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
     network = getattr(keras.applications, known.function)(
-        include_top=False, weights=None, input_tensor=scaled, pooling="avg", name="backbone"
+        include_top=False, weights=None, input_tensor=scaled, pooling="avg"
     )
+    network.name = "backbone"  # given to the function, EfficientNetV2 would look up its layers by it
     if path is not None:
         try:
             network.load_weights(path)
@@ -223,7 +224,7 @@ def build_cnn(height: int, width: int) -> "keras.Model":
     filters = 32
     size = max(height, width)
     while True:
-        large = size > 64  # noqa: PLR2004
+        large = size > 64
         x = layers.Conv2D(filters, 3, strides=2 if large else 1, padding="same", use_bias=False)(x)
         x = layers.BatchNormalization(momentum=0.9)(x)
         x = layers.ReLU()(x)

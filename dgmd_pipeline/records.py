@@ -211,7 +211,7 @@ def _write_piece(piece: _Piece) -> int:
         for row in piece.rows:
             features: dict[str, bytes | int] = {
                 "image": _encode(piece.raw / row.path, piece.width, piece.height),
-                "label": row.index,
+                "label": row.class_index,
                 "width": piece.width,
                 "height": piece.height,
                 "key": row.path.encode("utf-8", "surrogateescape"),

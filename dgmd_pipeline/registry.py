@@ -145,7 +145,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
 
 def _find(client: "MlflowClient", name: str, training_id: str) -> Version | None:
     for version in client.search_model_versions(f"name = '{name}' and tags.`{TRAINING}` = '{training_id}'"):
-        return Version(name, int(version.version), version.run_id, new=False)
+        return Version(name, int(version.version), version.run_id or "", new=False)
     return None
 
 
@@ -178,7 +178,7 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
         mlflow.log_params(dict(candidate.params))
         mlflow.log_input(
-            MetaDataset(
+            MetaDataset(  # type: ignore[abstract]
                 resolve_dataset_source(candidate.source), name=candidate.source, digest=candidate.source_digest[:16]
             ),
             context="training",

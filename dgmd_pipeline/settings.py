@@ -164,7 +164,12 @@ def _allowed(field: FieldInfo) -> str:
     kind = field.annotation
     if getattr(kind, "__origin__", None) is Literal:
         return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
-    words = {int: "a whole number", int | None: "a whole number", float: "a number", bool: "true or false"}
+    words: dict[object, str] = {
+        int: "a whole number",
+        int | None: "a whole number",
+        float: "a number",
+        bool: "true or false",
+    }
     bounds = []
     for item in field.metadata:
         match item:
@@ -176,4 +181,4 @@ def _allowed(field: FieldInfo) -> str:
                 bounds.append(f"below {high}")
             case Le(le=high):
                 bounds.append(f"of at most {high}")
-    return " ".join([words.get(kind, "a text that is not empty"), " and ".join(bounds)]).strip()  # type: ignore[call-overload]
+    return " ".join([words.get(kind, "a text that is not empty"), " and ".join(bounds)]).strip()

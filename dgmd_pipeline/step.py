@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 import luigi
 from luigi.parameter import ParameterVisibility
@@ -123,9 +123,12 @@ def _now() -> str:
 class Values(Protocol):
     """What a step needs of the settings object."""
 
-    data_dir: Path
+    @property
+    def data_dir(self) -> Path:
+        """Where the step folders are."""
 
-    def public(self, names: Iterable[str] | None = None) -> dict[str, Any]: ...
+    def public(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """Return settings as JSON values without secrets."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Outlook:
 
 
 @dataclass(eq=False)
-class Run:
+class Job:
     """What the steps of one run share: its settings, its processes and what is known of each folder."""
 
     settings: Values
@@ -150,10 +153,10 @@ class Run:
     failure: BaseException | None = None
 
 
-class RunParameter(luigi.Parameter):
-    """A `Run` as Luigi parameter: task ids and logs show a hash of its settings, never their values."""
+class JobParameter(luigi.Parameter):
+    """A `Job` as Luigi parameter: task ids and logs show a hash of its settings, never their values."""
 
-    def serialize(self, x: Run) -> str:
+    def serialize(self, x: Job) -> str:
         return digest(x.settings.public())[:10]
 
 
@@ -172,12 +175,17 @@ class Declared:
 class Step(luigi.Task):
     """A Luigi task that keeps the step contract. A subclass declares what it uses and does its work."""
 
-    run_: Run = RunParameter(visibility=ParameterVisibility.PRIVATE)
-    folder: str  # below DATA_DIR
-    format = 1  # raised by hand when what the step writes changes
-    uses: tuple[str, ...] = ()  # settings that what it writes depends on
-    reads: tuple[str, ...] = ()  # settings that it needs, but that change nothing in what it writes
-    data_is_welcome = False  # a folder without a record is the operator's own and used as it is
+    job: Job = JobParameter(visibility=ParameterVisibility.PRIVATE)
+    name: ClassVar[str]  # of its folder below DATA_DIR
+    format: ClassVar[int] = 1  # raised by hand when what the step writes changes
+    uses: ClassVar[tuple[str, ...]] = ()  # settings that what it writes depends on
+    reads: ClassVar[tuple[str, ...]] = ()  # settings that it needs, but that change nothing in what it writes
+    data_is_welcome: ClassVar[bool] = False  # a folder without a record is the operator's own and used as it is
+
+    @property
+    def folder(self) -> str:
+        """The name of the step's folder below DATA_DIR."""
+        return self.name
 
     def work(self, draft: Path) -> dict[str, Any]:
         """Write into `draft` and return what it came to, for the record and the line of the step."""
@@ -187,8 +195,12 @@ class Step(luigi.Task):
         """Return what the step came to, in words."""
         return ", ".join(f"{value:,} {name}" for name, value in counts.items())
 
-    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
-        """Return the identity of what `folder` holds; without a folder, of what it will hold, or None if unknown."""
+    def expected(self, inputs: dict[str, str]) -> str | None:
+        """Return the identity of what the step will write, or None where only the work can tell."""
+        return digest([self.folder, self.format, self.declared(), inputs])
+
+    def identify(self, folder: Path, inputs: dict[str, str]) -> str:
+        """Return the identity of what `folder` holds."""
         del folder
         return digest([self.folder, self.format, self.declared(), inputs])
 
@@ -199,27 +211,27 @@ class Step(luigi.Task):
     @property
     def path(self) -> Path:
         """The step's folder."""
-        return self.run_.settings.data_dir / self.folder
+        return self.job.settings.data_dir / self.folder
 
     @property
     def settings(self) -> Any:
         """The settings that the step has declared."""
-        return Declared(self.run_.settings, self.uses + self.reads)
+        return Declared(self.job.settings, self.uses + self.reads)
 
     def declared(self) -> dict[str, Any]:
         """Return the settings that what the step writes depends on, as they are recorded."""
-        return self.run_.settings.public(self.uses)
+        return self.job.settings.public(self.uses)
 
     def complete(self) -> bool:
         """Tell from what is known whether the step has nothing left to do. Luigi asks again and again."""
-        return self.folder in self.run_.finished
+        return self.folder in self.job.finished
 
     def run(self) -> None:
         """Work, unless the inputs turn out to be what they were."""
-        inputs = {task.folder: self.run_.finished[task.folder] for task in self.deps()} | self.others()
+        inputs = {task.folder: self.job.finished[task.folder] for task in self.deps()} | self.others()
         record = read_record(self.path)
         if record and not differences(self, record, inputs):
-            self.run_.finished[self.folder] = record.identity
+            self.job.finished[self.folder] = record.identity
             log.info("%-20s unchanged", self.folder)
             return
         log.info("%-20s ...", self.folder)
@@ -227,18 +239,17 @@ class Step(luigi.Task):
         with _disk_errors_explained(self.path), draft(self.path) as folder:
             counts = self.work(folder)
             seconds = round(time.monotonic() - start, 3)
-            identity = self.identify(inputs, folder)
-            assert identity, "a finished step has an identity"
+            identity = self.identify(folder, inputs)
             record = Record(
                 self.folder, self.format, identity, self.declared(), inputs, counts, started, seconds, _version()
             )
             (folder / SUCCESS).write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        self.run_.finished[self.folder] = identity
+        self.job.finished[self.folder] = identity
         log.info("%-20s %s (%.1f s)", self.folder, self.summary(counts), seconds)
 
     def on_failure(self, exception: BaseException) -> str:
         """Keep the exception for whoever started the run; Luigi would only log it."""
-        self.run_.failure = exception
+        self.job.failure = exception
         return super().on_failure(exception)
 
 
@@ -300,8 +311,8 @@ def plan(last: Step) -> list[Outlook]:
     outlooks: dict[str, Outlook] = {}
     for step in line_of(last):
         outlooks[step.folder] = _outlook(step, [outlooks[task.folder] for task in step.deps()])
-    last.run_.outlooks = outlooks
-    last.run_.finished = {
+    last.job.outlooks = outlooks
+    last.job.finished = {
         name: outlook.identity for name, outlook in outlooks.items() if outlook.state == "done" and outlook.identity
     }
     return list(outlooks.values())
@@ -311,13 +322,13 @@ def _outlook(step: Step, before: list[Outlook]) -> Outlook:
     known = {outlook.step: outlook.identity for outlook in before if outlook.identity}
     inputs = known | step.others()
     unknown = [outlook.step for outlook in before if not outlook.identity]
-    expected = None if unknown else step.identify(inputs, None)
+    expected = None if unknown else step.expected(inputs)
     if not step.path.exists():
         return Outlook(step.folder, "run", "folder is missing", expected)
     record = read_record(step.path)
     if record is None:
         if step.data_is_welcome:
-            return Outlook(step.folder, "done", "put there by hand: used as it is", step.identify({}, step.path))
+            return Outlook(step.folder, "done", "put there by hand: used as it is", step.identify(step.path, {}))
         return Outlook(step.folder, "run", f"no readable {SUCCESS}: made by hand or by an older version", expected)
     reasons = differences(step, record, inputs | {name: record.inputs.get(name, "new") for name in unknown})
     if reasons:

@@ -26,7 +26,7 @@ SIDES = ("training", "validation")
 class DownloadImages(Step):
     """An object in the bucket -> a file under `raw/`."""
 
-    folder = "raw"
+    name = "raw"
     uses = ("aws_data_bucket", "aws_data_path")
     data_is_welcome = True
 
@@ -53,11 +53,11 @@ class DownloadImages(Step):
         left_out = f", {counts['left out']:,} left out" if counts["left out"] else ""
         return f"{counts['objects']:,} objects, {counts['bytes'] / 1e6:,.1f} MB{left_out}"
 
-    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
+    def expected(self, _: dict[str, str]) -> str | None:
+        return None
+
+    def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the listing's identity; of a folder that has none, one of its files."""
-        del inputs
-        if folder is None:
-            return None
         if (folder / "listing.csv").exists():
             from dgmd_pipeline import bucket
 
@@ -81,11 +81,11 @@ def _warn_of_rejected(rejected: list[manifest.Rejected], what: str, folder: Path
 class InspectImages(Step):
     """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
 
-    folder = "inspected"
+    name = "inspected"
     reads = ("max_rejected_pcnt",)
 
     def requires(self) -> Step:
-        return DownloadImages(self.run_)
+        return DownloadImages(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import images
@@ -99,7 +99,7 @@ class InspectImages(Step):
             raw.path,
             draft,
             lambda function, pieces: progress(
-                self.run_.pool.map(function, pieces), "inspect", len(files), "images", count=len
+                self.job.pool.map(function, pieces), "inspect", len(files), "images", count=len
             ),
         )
         images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt)
@@ -130,18 +130,18 @@ def _left_out_before(raw: Path) -> Iterator[manifest.Rejected]:
 class MapLabels(Step):
     """A row -> its label's class index. The map is append-only within one bucket and prefix."""
 
-    folder = "label_map"
+    name = "label_map"
     uses = ("aws_data_bucket", "aws_data_path", "min_images_per_label")
 
     def requires(self) -> Step:
-        return InspectImages(self.run_)
+        return InspectImages(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import labels
 
         usable = manifest.read(self.requires().path / "images.csv", manifest.Image)
         rows = labels.assign(usable, self._known(), self.settings.min_images_per_label)
-        names = [row.label for row in rows if row.index >= 0]
+        names = [row.label for row in rows if row.class_index >= 0]
         labels.write_mapping(draft / "mapping.json", names)
         manifest.write(draft / "labels.csv", labels.LabelRow, rows)
         for state, meaning in (
@@ -164,35 +164,33 @@ class MapLabels(Step):
             return []
         return labels.read_mapping(mapping)
 
-    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
+    def expected(self, _: dict[str, str]) -> str | None:
+        return None
+
+    def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the identity of the content: which label has which index, and which ones are used."""
-        del inputs
-        if folder is None:
-            return None
         from dgmd_pipeline.labels import LabelRow
 
         rows = manifest.read(folder / "labels.csv", LabelRow)
-        return digest([[row.label, row.index, row.state == "used"] for row in rows if row.index >= 0])
+        return digest([[row.label, row.class_index, row.state == "used"] for row in rows if row.class_index >= 0])
 
 
 class BalanceClasses(Step):
     """A row -> fewer rows, and class weights for the imbalance that remains."""
 
-    folder = "balanced"
+    name = "balanced"
     uses = ("balance_limit",)
 
     def requires(self) -> list[Step]:
-        return [InspectImages(self.run_), MapLabels(self.run_)]
+        return [InspectImages(job=self.job), MapLabels(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import balance, labels
 
         inspected, label_map = self.requires()
         rows = manifest.read(label_map.path / "labels.csv", labels.LabelRow)
-        used = {row.label: row.index for row in rows if row.state == "used"}
-        before = [
-            row for row in manifest.read(inspected.path / "images.csv", manifest.Image) if row.label in used
-        ]
+        used = {row.label: row.class_index for row in rows if row.state == "used"}
+        before = [row for row in manifest.read(inspected.path / "images.csv", manifest.Image) if row.label in used]
         after = balance.balance(before, used, self.settings.balance_limit)
         manifest.write(draft / "images.csv", manifest.Example, after)
         weights = balance.class_weights(after)
@@ -218,11 +216,11 @@ class BalanceClasses(Step):
 class SplitImages(Step):
     """A row -> a row on one side."""
 
-    folder = "split"
+    name = "split"
     uses = ("validation_pcnt",)
 
     def requires(self) -> Step:
-        return BalanceClasses(self.run_)
+        return BalanceClasses(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline.split import split
@@ -251,14 +249,15 @@ class WriteTFRecords(Step):
     """A row with a side -> a record in one of the side's shards."""
 
     side: str = luigi.Parameter()
+    name = "tfrecord"
     uses = ("num_shards", "image_width", "image_height")
 
     @property
-    def folder(self) -> str:  # type: ignore[override]
-        return f"tfrecord_{self.side}"
+    def folder(self) -> str:
+        return f"{self.name}_{self.side}"
 
     def requires(self) -> list[Step]:
-        return [SplitImages(self.run_), InspectImages(self.run_), DownloadImages(self.run_)]
+        return [SplitImages(job=self.job), InspectImages(job=self.job), DownloadImages(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import records
@@ -274,7 +273,7 @@ class WriteTFRecords(Step):
             self.settings.image_width,
             self.settings.image_height,
             lambda function, pieces: progress(
-                self.run_.pool.map(function, pieces), self.folder, len(rows), "images", count=int
+                self.job.pool.map(function, pieces), self.folder, len(rows), "images", count=int
             ),
         )
         if counts["shards"] < self.settings.num_shards:
@@ -289,15 +288,16 @@ class ExtractFeatures(Step):
     """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
 
     side: str = luigi.Parameter()
+    name = "features"
     uses = ("backbone", "image_width", "image_height")
     reads = ("backbone_weights", "keras_home")
 
     @property
-    def folder(self) -> str:  # type: ignore[override]
-        return f"features_{self.side}"
+    def folder(self) -> str:
+        return f"{self.name}_{self.side}"
 
     def requires(self) -> Step:
-        return WriteTFRecords(self.run_, self.side)
+        return WriteTFRecords(job=self.job, side=self.side)
 
     def others(self) -> dict[str, str]:
         from dgmd_pipeline import model
@@ -331,7 +331,7 @@ EXTRACTION_BATCH = 32
 class TrainModel(Step):
     """Features or records -> a trained model. Every training is a new one and has an id of its own."""
 
-    folder = "trained_model"
+    name = "trained_model"
     uses = (
         "backbone",
         "batch_size",
@@ -348,7 +348,7 @@ class TrainModel(Step):
     reads = ("backbone_weights", "keras_home", "image_width", "image_height")
 
     def requires(self) -> list[Step]:
-        return [*learned_from(self), MapLabels(self.run_), BalanceClasses(self.run_)]
+        return [*learned_from(self), MapLabels(job=self.job), BalanceClasses(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import features, labels, model, records, training
@@ -363,8 +363,8 @@ class TrainModel(Step):
             backbone = model.build_backbone(
                 self.settings.backbone, self.settings.backbone_weights, *size, self.settings.keras_home
             )
-            data = (features.load(side.path) for side in sides)
-            trained = training.train_head(*data, classes, weights, recipe, self._show)
+            learned, rest = (features.load(side.path) for side in sides)
+            trained = training.train_head(learned, rest, classes, weights, recipe, self._show)
             whole = model.assemble(backbone, trained.model)
         else:
             for side in sides:
@@ -400,10 +400,12 @@ class TrainModel(Step):
             f"validation {counts['val_accuracy']:.4f}; {counts['parameters']:,} parameters"
         )
 
-    def identify(self, inputs: dict[str, str], folder: Path | None) -> str | None:
-        """Return the training's own id; a training still to come has one that nothing else has."""
-        del inputs
-        return uuid.uuid4().hex if folder is None else json.loads((folder / "training.json").read_text("utf-8"))["id"]
+    def expected(self, _: dict[str, str]) -> str | None:
+        return "a training like no other"
+
+    def identify(self, folder: Path, _: dict[str, str]) -> str:
+        """Return the training's own id."""
+        return json.loads((folder / "training.json").read_text("utf-8"))["id"]
 
 
 def learned_from(step: Step) -> list[Step]:
@@ -411,7 +413,7 @@ def learned_from(step: Step) -> list[Step]:
     from dgmd_pipeline import model
 
     kind = ExtractFeatures if model.is_frozen(step.settings.backbone) else WriteTFRecords
-    return [kind(step.run_, side) for side in SIDES]
+    return [kind(job=step.job, side=side) for side in SIDES]
 
 
 def _class_weights(path: Path) -> dict[int, float]:
@@ -421,11 +423,11 @@ def _class_weights(path: Path) -> dict[int, float]:
 class EvaluateModel(Step):
     """A model and the validation side -> measurements."""
 
-    folder = "evaluation"
+    name = "evaluation"
     reads = ("backbone",)
 
     def requires(self) -> list[Step]:
-        return [TrainModel(self.run_), learned_from(self)[1], MapLabels(self.run_)]
+        return [TrainModel(job=self.job), learned_from(self)[1], MapLabels(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import evaluation, features, labels, model, records
@@ -446,19 +448,19 @@ class EvaluateModel(Step):
 class RegisterModel(Step):
     """Everything about a training -> a run and a version in the registry that is not production. The last task."""
 
-    folder = "registered_model"
+    name = "registered_model"
     uses = ("model_name", "mlflow_tracking_uri")
     reads = ("data_dir", "mlflow_experiment_name", "aws_data_bucket", "aws_data_path", "git_revision")
 
     def requires(self) -> list[Step]:
         return [
-            DownloadImages(self.run_),
-            InspectImages(self.run_),
-            MapLabels(self.run_),
-            BalanceClasses(self.run_),
-            SplitImages(self.run_),
-            TrainModel(self.run_),
-            EvaluateModel(self.run_),
+            DownloadImages(job=self.job),
+            InspectImages(job=self.job),
+            MapLabels(job=self.job),
+            BalanceClasses(job=self.job),
+            SplitImages(job=self.job),
+            TrainModel(job=self.job),
+            EvaluateModel(job=self.job),
         ]
 
     def work(self, draft: Path) -> dict[str, Any]:
@@ -480,7 +482,7 @@ class RegisterModel(Step):
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
             tags=self._tags(metrics),
             source=self._source(raw),
-            source_digest=self.run_.finished[raw.folder],
+            source_digest=self.job.finished[raw.folder],
             files={
                 label_map.path / "mapping.json": "",
                 evaluation.path: "evaluation",
@@ -530,7 +532,7 @@ def _params(records: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _data_counts(records: dict[str, Any]) -> dict[str, float]:
-    split, balanced = records[SplitImages.folder].counts, records[BalanceClasses.folder].counts
+    split, balanced = records[SplitImages.name].counts, records[BalanceClasses.name].counts
     return {
         "images_inspected": sum(balanced["before"].values()),
         "images_balanced": sum(balanced["after"].values()),

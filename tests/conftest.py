@@ -18,7 +18,11 @@ from PIL import Image
 from dgmd_pipeline.settings import Settings, load, variable
 
 ROOT = Path(__file__).parent.parent
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-tests", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tester",
+    "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @pytest.fixture(autouse=True, scope="session")

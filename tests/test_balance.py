@@ -25,7 +25,7 @@ def test_only_classes_above_the_limit_are_cut_down_to_it():
 
 def test_labels_without_an_index_are_left_out():
     rows = balance.balance(images(anise=4, nutmeg=4, mint=4), INDEXES, 1.15)
-    assert {(row.label, row.index) for row in rows} == {("anise", 0), ("mint", 2)}
+    assert {(row.label, row.class_index) for row in rows} == {("anise", 0), ("mint", 2)}
 
 
 def test_the_same_images_stay_whatever_their_order():
@@ -42,5 +42,5 @@ def test_most_images_that_stayed_stay_when_others_arrive():
 def test_class_weights_make_every_class_weigh_the_same():
     rows = balance.balance(images(anise=30, basil=10, mint=20), INDEXES, 10)
     weights = balance.class_weights(rows)
-    assert {weights[index] * count for index, count in Counter(row.index for row in rows).items()} == {20.0}
-    assert sum(weights[row.index] for row in rows) / len(rows) == pytest.approx(1)
+    assert {weights[index] * count for index, count in Counter(row.class_index for row in rows).items()} == {20.0}
+    assert sum(weights[row.class_index] for row in rows) / len(rows) == pytest.approx(1)

@@ -19,7 +19,7 @@ def images(**counts):
 
 def test_labels_are_numbered_in_alphabetical_order():
     rows = labels.assign(images(mint=2, anise=3), known=[], minimum=2)
-    assert [(row.label, row.index, row.images, row.state) for row in rows] == [
+    assert [(row.label, row.class_index, row.images, row.state) for row in rows] == [
         ("anise", 0, 3, "used"),
         ("mint", 1, 2, "used"),
     ]
@@ -27,7 +27,7 @@ def test_labels_are_numbered_in_alphabetical_order():
 
 def test_a_known_label_keeps_its_index_and_new_ones_follow():
     rows = labels.assign(images(basil=2, anise=2, zest=2), known=["zest", "mint"], minimum=2)
-    assert [(row.label, row.index, row.state) for row in rows] == [
+    assert [(row.label, row.class_index, row.state) for row in rows] == [
         ("zest", 0, "used"),
         ("mint", 1, "gone"),
         ("anise", 2, "used"),

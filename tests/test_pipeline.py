@@ -330,9 +330,7 @@ def test_a_second_run_at_the_same_time_exits_with_its_own_code(tmp_path):
     (tmp_path / "data").mkdir()
     code = "import sys, pathlib; from dgmd_pipeline import step\n" \
         "with step.lock(pathlib.Path('data')): print(flush=True); sys.stdin.read()"  # fmt: skip
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     result = run_pipeline(tmp_path)
     holder.communicate()
@@ -403,7 +401,12 @@ def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path, mlflow_server
             buffer = io.BytesIO()
             Image.open(io.BytesIO(picture(label, number))).save(buffer, "BMP")
             (folder / f"{number}.bmp").write_bytes(buffer.getvalue())
-    variables = {**TINY, "MLFLOW_TRACKING_URI": mlflow_server, "MODEL_NAME": "by-hand", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    variables = {
+        **TINY,
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "MODEL_NAME": "by-hand",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    }
     result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "put there by hand: used as it is" in result.stdout

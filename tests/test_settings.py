@@ -96,7 +96,10 @@ def test_settings_are_frozen():
     ("text", "shown"),
     [
         ("http://user:s3cr3t@host:5000/path", "http://host:5000/path"),
-        ("failed: postgresql+psycopg2://u:p%40w@db/mlflow?password=s3cr3t, retrying", "failed: postgresql+psycopg2://db/mlflow retrying"),
+        (
+            "failed: postgresql+psycopg2://u:p%40w@db/mlflow?password=s3cr3t, retrying",
+            "failed: postgresql+psycopg2://db/mlflow retrying",
+        ),
         ("http://user:with@sign@host/", "http://host/"),
         ("https://token@host and http://a:b@c", "https://host and http://c"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),

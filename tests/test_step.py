@@ -12,7 +12,7 @@ from dgmd_pipeline.settings import Settings
 
 
 class First(step.Step):
-    folder = "first"
+    name = "first"
     uses = ("epochs",)
 
     def work(self, draft):
@@ -21,12 +21,12 @@ class First(step.Step):
 
 
 class Second(step.Step):
-    folder = "second"
+    name = "second"
     uses = ("batch_size",)
     reads = ("seed",)
 
     def requires(self):
-        return First(self.run_)
+        return First(job=self.job)
 
     def work(self, draft):
         (draft / "copy").write_text((self.requires().path / "epochs").read_text())
@@ -34,10 +34,10 @@ class Second(step.Step):
 
 
 class Third(step.Step):
-    folder = "third"
+    name = "third"
 
     def requires(self):
-        return [First(self.run_), Second(self.run_)]
+        return [First(job=self.job), Second(job=self.job)]
 
     def work(self, draft):
         return {}
@@ -45,13 +45,15 @@ class Third(step.Step):
 
 def go(data_dir, last=Third, **settings):
     """Plan, run, and return the plan as {step: (state, reason)} and the steps that worked."""
-    run = step.Run(Settings(DATA_DIR=data_dir, **settings))
-    task = last(run)
-    before = {name: (data_dir / name).stat().st_ino for name in ("first", "second", "third") if (data_dir / name).exists()}
+    job = step.Job(Settings(DATA_DIR=data_dir, **settings))
+    task = last(job=job)
+    before = {
+        name: (data_dir / name).stat().st_ino for name in ("first", "second", "third") if (data_dir / name).exists()
+    }
     plan = {outlook.step: (outlook.state, outlook.reason) for outlook in step.plan(task)}
     luigi.build([task], local_scheduler=True, log_level="CRITICAL")
-    if run.failure:
-        raise run.failure
+    if job.failure:
+        raise job.failure
     assert task.complete()
     worked = {
         name
@@ -132,7 +134,7 @@ def test_a_folder_whose_record_cannot_be_read_is_made_anew(tmp_path, content):
 
 def test_reading_an_undeclared_setting_is_an_error(tmp_path):
     class Careless(step.Step):
-        folder = "careless"
+        name = "careless"
 
         def work(self, draft):
             return {"epochs": self.settings.epochs}
@@ -143,7 +145,7 @@ def test_reading_an_undeclared_setting_is_an_error(tmp_path):
 
 def test_a_step_that_fails_leaves_neither_draft_nor_folder(tmp_path):
     class Failing(step.Step):
-        folder = "failing"
+        name = "failing"
 
         def work(self, draft):
             (draft / "half").write_text("")
@@ -176,8 +178,8 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
 
 
 def test_task_ids_show_no_setting(tmp_path):
-    run = step.Run(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))
-    text = f"{First(run)} {First(run).task_id} {First(run).to_str_params()}"
+    job = step.Job(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))
+    text = f"{First(job=job)} {First(job=job).task_id} {First(job=job).to_str_params()}"
     assert "s3cr3t" not in text
     assert str(tmp_path) not in text
 
@@ -192,7 +194,10 @@ with step.lock(pathlib.Path({str(tmp_path)!r})):
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(Busy, match=rf"in use by another run: process {holder.pid} on .*, started 20\d\d-"), step.lock(tmp_path):
+    with (
+        pytest.raises(Busy, match=rf"in use by another run: process {holder.pid} on .*, started 20\d\d-"),
+        step.lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.communicate()
