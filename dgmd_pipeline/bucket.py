@@ -491,13 +491,11 @@ def _fetch(
                     source.key, label, "archived", "its storage class has to be restored before it can be read"
                 )
             raise _explain(error, client, bucket, source.key) from error
-        with closing(response["Body"]) as body:
-            size = response.get("ContentLength", source.size)
-            if size == source.size:
-                try:
-                    size = _copy(body, part, stop)
-                except broken:
-                    continue
+        try:
+            with closing(response["Body"]) as body:
+                size = _copy(body, part, stop)
+        except broken:
+            continue
         if size is None or stop.is_set():
             part.unlink(missing_ok=True)
             return None

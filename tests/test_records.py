@@ -27,7 +27,7 @@ def picture(raw: Path, path: str, index: int, size: tuple[int, int] = (40, 30)) 
     file.parent.mkdir(parents=True, exist_ok=True)
     corners.resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Example(path=path, label=path.partition("/")[0], index=index, sha256=digest, group=digest)
+    return Example(path=path, label=path.partition("/")[0], class_index=index, sha256=digest, group=digest)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_what_is_written_is_read_with_its_key_label_and_pixels(rows, raw, tmp_pa
     assert len(read) == len(rows) == records.read(folder).cardinality().numpy()
     by_path = {row.path: row for row in rows}
     for key, (pixels, label) in zip(keys, read, strict=True):
-        assert label == by_path[key].index
+        assert label == by_path[key].class_index
         assert pixels.shape == (HEIGHT, WIDTH, 3)
         assert pixels.dtype == np.uint8
         assert np.abs(pixels.astype(int) - wanted(raw, by_path[key])).max() <= 4
@@ -93,7 +93,7 @@ def test_tensorflow_reads_the_records_and_would_write_the_same_bytes(rows, raw, 
         assert list(features["width"].int64_list.value) == [WIDTH]
         assert list(features["height"].int64_list.value) == [HEIGHT]
         path = features["key"].bytes_list.value[0].decode()
-        assert list(features["label"].int64_list.value) == [by_path[path].index]
+        assert list(features["label"].int64_list.value) == [by_path[path].class_index]
 
 
 def test_large_numbers_and_long_values_are_serialised_as_tensorflow_does():
