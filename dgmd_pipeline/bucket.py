@@ -20,8 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import NoUsableInput
-from .manifest import Rejected, SourceObject
+from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.manifest import Rejected, SourceObject
 
 Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is nothing to check them against
 

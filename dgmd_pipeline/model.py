@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import math
 import os
 import shutil
 import urllib.request
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     import keras
 
 HEAD_UNITS = (124, 64)
+CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
+CNN_FILTERS = (24, 96)  # of its first convolution, doubled up to the second number
+BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to arrive than a small data set has
 SEED_OF_NONE = 20_230_917  # `weights="none"` gives the same numbers in every process
 FETCH_TIMEOUT = 20  # seconds without a byte
 
@@ -215,27 +219,26 @@ def _first_line(error: Exception) -> str:
 
 
 def build_cnn(height: int, width: int) -> "keras.Model":
-    """TODO"""
+    """Build a small trainable network from pictures [batch, height, width, 3] of 0..255 to vectors (float32 [batch, d]).
+
+    Strided convolutions down to a map of at most 16 x 16, a convolution there, one on half of it, then each channel's
+    largest value. Its first weights come from Keras's random numbers. Chosen by measurement: docs/measurements.md.
+    """
     import keras
     from keras import layers
 
     pixels = keras.Input((height, width, 3), name="pixels")
     x = layers.Rescaling(1 / 255, name="scaling")(pixels)
-    filters = 32
-    size = max(height, width)
-    while True:
-        large = size > 64
-        x = layers.Conv2D(filters, 3, strides=2 if large else 1, padding="same", use_bias=False)(x)
-        x = layers.BatchNormalization(momentum=0.9)(x)
+    halvings = max(0, math.ceil(math.log2(max(height, width) / CNN_MAP)))
+    for number in range(halvings + 2):
+        if number == halvings + 1:
+            x = layers.MaxPooling2D(padding="same")(x)
+        filters = min(CNN_FILTERS[0] << number, CNN_FILTERS[1])
+        strides = 2 if number < halvings else 1
+        x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
         x = layers.ReLU()(x)
-        if not large:
-            x = layers.MaxPooling2D(2, padding="same")(x)
-        size = (size + 1) // 2
-        if size <= 4:
-            break
-        filters = min(2 * filters, 128)
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(pixels, x, name="backbone")
+    return keras.Model(pixels, layers.GlobalMaxPooling2D()(x), name="backbone")
 
 
 def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
@@ -244,7 +247,7 @@ def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
     from keras import layers
 
     vector = keras.Input((features,), name="features")
-    x = layers.BatchNormalization(momentum=0.9)(vector)
+    x = layers.BatchNormalization(momentum=BN_MOMENTUM)(vector)
     for units in HEAD_UNITS:
         x = layers.Dense(units, activation="relu")(x)
         x = layers.Dropout(dropout)(x)

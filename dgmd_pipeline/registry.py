@@ -1,6 +1,7 @@
 """A trained model and its measurements -> a run and a version in the MLflow registry. The only door to MLflow."""
 
 import base64
+import http.client
 import logging
 import re
 import urllib.error
@@ -87,7 +88,7 @@ def check_server(uri: str, login: str | None = None, timeout: float = 5) -> str 
             403: "It may not know the host name it was called by: set MLFLOW_SERVER_ALLOWED_HOSTS on the server. ",
         }.get(error.code, "")
         return f"The MLflow server at {shown} answers {error.code} {error.reason}. {hint}{later}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"The MLflow server at {shown} cannot be reached ({getattr(error, 'reason', error)}). {later}"
     major = re.match(r"(\d+)\.\d", found)
     if major is None:

@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ class DownloadImages(Step):
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
         objects, rejected = bucket.list_objects(client, name, prefix)
         arrived = []
-        for item in progress(
-            bucket.download(client, name, objects, draft), "download", len(objects), "objects", size=_size
-        ):
-            if isinstance(item, manifest.SourceObject):
-                arrived.append(item)
-            else:
-                rejected.append(item)
+        with closing(bucket.download(client, name, objects, draft)) as items:
+            for item in progress(items, "download", len(objects), "objects", size=_size):
+                if isinstance(item, manifest.SourceObject):
+                    arrived.append(item)
+                else:
+                    rejected.append(item)
+        if not arrived:
+            raise NoUsableInput(
+                f"None of the {len(rejected):,} objects in s3://{name}/{prefix} can be used; the first one is "
+                f"{rejected[0].path}: {rejected[0].detail}. Upload pictures as {prefix}/<label>/<file>."
+            )
         manifest.write(draft / "listing.csv", manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
         manifest.write(draft / "rejected.csv", manifest.Rejected, sorted(rejected))
         _warn_of_rejected(rejected, "objects", self.path)

@@ -180,7 +180,8 @@ def _fit(
 
 
 def _better(row: Epoch, best: Epoch) -> bool:
-    return row.val_accuracy > best.val_accuracy
+    """Higher validation accuracy, and at the same accuracy, which is frequent on small validation sides, lower loss."""
+    return (row.val_accuracy, -row.val_loss) > (best.val_accuracy, -best.val_loss)
 
 
 def _optimizer(recipe: Recipe) -> Any:

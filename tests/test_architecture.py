@@ -66,8 +66,8 @@ def test_each_outside_world_has_one_door(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in ("settings", "demo")])
 def test_only_settings_reads_the_environment(module):
-    names = {node.attr for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)}
-    assert not names & {"environ", "getenv", "environb"}
+    text = (PACKAGE / f"{module}.py").read_text()
+    assert not [name for name in ("os.environ", "os.getenv", "import environ", "import getenv") if name in text]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "tasks"])

@@ -48,7 +48,7 @@ def signed(monkeypatch):
 
 
 @pytest.fixture
-def client(moto, monkeypatch, signed):  # noqa: ARG001
+def client(moto, monkeypatch, signed):
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     return bucket.connect(8)
 
@@ -80,6 +80,9 @@ def s3_that(monkeypatch):
                 url = urlsplit(self.path)
                 key = unquote(url.path.lstrip("/")).partition("/")[2]
                 answer(self, key, {name: values[0] for name, values in parse_qs(url.query).items()})
+
+            def do_HEAD(self):
+                self.do_GET()
 
             def log_message(self, *_):
                 pass

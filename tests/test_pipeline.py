@@ -353,6 +353,7 @@ def test_an_old_mlflow_server_stops_the_run_before_the_first_step(tmp_path):
     uri = f"http://127.0.0.1:{server.server_port}"
     result = run_pipeline(tmp_path, MLFLOW_TRACKING_URI=uri, BACKBONE="cnn")
     server.shutdown()
+    server.server_close()
     assert result.returncode == 30, result.stdout + result.stderr
     assert "is version 2.22.1" in result.stdout
     assert "upgrade the server" in result.stdout

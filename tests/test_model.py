@@ -1,0 +1,289 @@
+import functools
+import hashlib
+import http.server
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgmd_pipeline import model
+from dgmd_pipeline.errors import PipelineError
+
+SMALL = "MobileNetV3-Small"
+NETWORK_OF_NONE = f"""
+import hashlib
+from dgmd_pipeline import model
+network = model.build_backbone({SMALL!r}, "none", 32, 32, None)
+print(hashlib.sha256(b"".join(w.tobytes() for w in network.get_weights())).hexdigest())
+"""
+LOAD_AND_PREDICT = """
+import sys
+sys.modules["dgmd_pipeline"] = None  # importing it is an error from here on
+import keras, numpy
+pictures = numpy.load("pictures.npy")
+numpy.save("probabilities.npy", keras.models.load_model("model.keras").predict(pictures, verbose=0))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("keras-home")
+
+
+@pytest.fixture(scope="module")
+def small(home):
+    return model.build_backbone(SMALL, "none", 32, 32, home)
+
+
+@pytest.fixture(scope="module")
+def classifier(small):
+    return model.assemble(small, model.build_head(small.output_shape[-1], 5, 0.2))
+
+
+def pictures(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write_as_keras_applications_do(network, path):
+    import h5py
+    from keras.src.legacy.saving import legacy_h5_format
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, network)
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_model_takes_uint8_pictures_of_any_size(classifier):
+    assert classifier.input_shape == (None, None, None, 3)
+    assert classifier.inputs[0].dtype == "uint8"
+    for shape in ((3, 32, 32, 3), (1, 50, 20, 3), (2, 8, 100, 3)):
+        probabilities = classifier.predict(pictures(*shape), verbose=0)
+        assert probabilities.shape == (shape[0], 5)
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_the_assembled_model_is_the_head_on_the_backbone_for_pictures_of_the_target_size(classifier, small):
+    batch = pictures(4, 32, 32, 3)
+    expected = classifier.get_layer("head").predict(small.predict(batch, verbose=0), verbose=0)
+    np.testing.assert_allclose(classifier.predict(batch, verbose=0), expected, atol=1e-6)
+
+
+def test_pictures_of_the_target_size_are_not_changed_by_resizing(classifier):
+    import keras
+
+    resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
+    batch = pictures(2, 32, 32, 3)
+    np.testing.assert_array_equal(resizing.predict(batch, verbose=0), batch)
+
+
+def test_resizing_is_bilinear_and_antialiased_as_pillow_does_it(classifier):
+    import keras
+
+    resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
+    picture = Image.effect_mandelbrot((200, 90), (-2, -1, 1, 1), 50).convert("RGB")
+    ours = resizing.predict(np.asarray(picture)[None], verbose=0)[0]
+    pillow = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    assert np.abs(ours - pillow).max() < 1.5  # Pillow rounds twice
+
+
+def test_the_saved_model_loads_and_predicts_where_this_package_is_unknown(classifier, tmp_path):
+    batch = pictures(2, 40, 60, 3)
+    classifier.save(tmp_path / "model.keras")
+    np.save(tmp_path / "pictures.npy", batch)
+    subprocess.run([sys.executable, "-c", LOAD_AND_PREDICT], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "probabilities.npy"), classifier.predict(batch, verbose=0), atol=1e-6
+    )
+
+
+def test_random_weights_are_the_same_in_every_process(small):
+    here = hashlib.sha256(b"".join(weights.tobytes() for weights in small.get_weights())).hexdigest()
+    there = subprocess.run([sys.executable, "-c", NETWORK_OF_NONE], check=True, capture_output=True, text=True)
+    assert there.stdout.strip() == here
+
+
+def test_a_backbone_is_frozen(small):
+    assert not small.trainable_weights
+    batch = pictures(2, 32, 32, 3)
+    np.testing.assert_array_equal(small(batch, training=True), small(batch, training=False))
+
+
+def test_a_weights_file_is_loaded(small, tmp_path, home):
+    rng = np.random.default_rng(1)
+    ours = [rng.random(weights.shape, np.float32) for weights in small.get_weights()]
+    path = tmp_path / "mine.weights.h5"
+    before = small.get_weights()
+    try:
+        small.set_weights(ours)
+        small.save_weights(path)
+        assert_same_weights(model.build_backbone(SMALL, str(path), 48, 64, home), small)
+    finally:
+        small.set_weights(before)
+
+
+@pytest.mark.parametrize("name", [name for name in model.BACKBONES if name.startswith("MobileNet")])
+def test_weights_of_a_plain_keras_network_are_loaded(name, tmp_path, home):
+    import keras
+
+    plain = getattr(keras.applications, model.FROZEN[name].function)(
+        include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg"
+    )
+    path = tmp_path / "plain_notop.h5"
+    write_as_keras_applications_do(plain, path)
+    assert_same_weights(model.build_backbone(name, str(path), 64, 32, home), plain)
+
+
+def test_imagenet_weights_are_taken_from_the_cache_of_keras(tmp_path):
+    made = model.build_backbone("MobileNetV2", "none", 32, 32, tmp_path)
+    made.set_weights([weights + 1 for weights in made.get_weights()])
+    name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+    write_as_keras_applications_do(made, tmp_path / "models" / name)
+    model.check_weights("MobileNetV2", "imagenet", tmp_path)
+    assert_same_weights(model.build_backbone("MobileNetV2", "imagenet", 32, 32, tmp_path), made)
+
+
+def serve(folder):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_imagenet_weights_are_fetched_into_the_cache_of_keras(tmp_path, monkeypatch):
+    content = b"weights"
+    backbone = model.FROZEN[SMALL]._replace(url="some/weights_notop.h5", md5=hashlib.md5(content).hexdigest())  # noqa: S324
+    monkeypatch.setitem(model.FROZEN, SMALL, backbone)
+    (tmp_path / "server" / "some").mkdir(parents=True)
+    (tmp_path / "server" / backbone.url).write_bytes(content)
+    server = serve(tmp_path / "server")
+    monkeypatch.setattr(model, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        model.check_weights(SMALL, "imagenet", tmp_path / "home")
+    finally:
+        server.shutdown()
+    assert [path.name for path in (tmp_path / "home" / "models").iterdir()] == ["weights_notop.h5"]
+    assert (tmp_path / "home" / "models" / "weights_notop.h5").read_bytes() == content
+
+
+def test_fetched_weights_with_another_checksum_are_not_kept(tmp_path, monkeypatch):
+    file = tmp_path / "server" / model.FROZEN[SMALL].url
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a page of somebody's proxy")
+    server = serve(tmp_path / "server")
+    monkeypatch.setattr(model, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        with pytest.raises(PipelineError, match="another checksum"):
+            model.check_weights(SMALL, "imagenet", tmp_path / "home")
+    finally:
+        server.shutdown()
+    assert not list((tmp_path / "home" / "models").iterdir())
+
+
+def test_weights_that_cannot_be_fetched_say_which_file_goes_where_and_what_else_can_be_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "WEIGHTS_URL", "http://127.0.0.1:9/")
+    with pytest.raises(PipelineError) as failure:
+        model.check_weights("EfficientNetV2-B1", "imagenet", tmp_path)
+    for part in (
+        "http://127.0.0.1:9/efficientnet_v2/efficientnetv2-b1_notop.h5",
+        str(tmp_path / "models" / "efficientnetv2-b1_notop.h5"),
+        "BACKBONE_WEIGHTS",
+        "BACKBONE=cnn",
+    ):
+        assert part in str(failure.value)
+
+
+def test_weights_of_another_network_are_refused_with_a_sentence(small, tmp_path, home):
+    path = tmp_path / "small.weights.h5"
+    small.save_weights(path)
+    with pytest.raises(PipelineError, match=r"small\.weights\.h5 are not those of MobileNetV3-Large"):
+        model.build_backbone("MobileNetV3-Large", str(path), 32, 32, home)
+    legacy = tmp_path / "small_notop.h5"
+    write_as_keras_applications_do(small, legacy)
+    with pytest.raises(PipelineError, match=r"small_notop\.h5 are not those of MobileNetV2"):
+        model.build_backbone("MobileNetV2", str(legacy), 32, 32, home)
+
+
+def test_a_file_that_holds_no_weights_is_refused_with_a_sentence(tmp_path, home):
+    path = tmp_path / "no.weights.h5"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(PipelineError, match=r"no\.weights\.h5 are not those of"):
+        model.build_backbone(SMALL, str(path), 32, 32, home)
+
+
+def test_a_missing_weights_file_and_one_of_another_kind_are_refused_with_a_sentence(tmp_path, home):
+    with pytest.raises(PipelineError, match="there is no readable file"):
+        model.check_weights(SMALL, str(tmp_path / "gone.weights.h5"), home)
+    whole = tmp_path / "whole.keras"
+    whole.touch()
+    with pytest.raises(PipelineError, match=r"expected imagenet, none, or a file of weights"):
+        model.check_weights(SMALL, str(whole), home)
+
+
+def test_no_weights_need_no_check(home):
+    model.check_weights("cnn", "imagenet", home)
+    model.check_weights("EfficientNetV2-B1", "none", home)
+    assert not list(home.iterdir())
+
+
+def test_weights_are_identified_by_what_they_are(tmp_path):
+    (tmp_path / "a.weights.h5").write_bytes(b"one")
+    (tmp_path / "b.weights.h5").write_bytes(b"one")
+    (tmp_path / "c.weights.h5").write_bytes(b"two")
+    a, b, c = (model.weights_identity(str(tmp_path / f"{name}.weights.h5")) for name in "abc")
+    assert a == b != c
+    assert model.weights_identity("imagenet") != model.weights_identity("none")
+
+
+def test_checking_weights_imports_neither_keras_nor_tensorflow(tmp_path):
+    code = (
+        "import sys, pathlib; from dgmd_pipeline import model\n"
+        f"model.check_weights('MobileNetV2', 'none', pathlib.Path({str(tmp_path)!r}))\n"
+        "model.weights_identity('imagenet')\n"
+        "assert 'keras' not in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
+    with pytest.raises(PipelineError, match="Xception needs pictures of at least 71 x 71"):
+        model.build_backbone("Xception", "none", 70, 200, home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(model.FROZEN))
+def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
+    """Compares with the preprocessing function that Keras keeps beside each network."""
+    import importlib
+
+    import keras
+
+    size = max(model.FROZEN[name].min_size, 33)
+    ours = model.build_backbone(name, "none", size, size + 1, home)
+    function = getattr(keras.applications, model.FROZEN[name].function)
+    plain = function(include_top=False, weights=None, input_shape=(size, size + 1, 3), pooling="avg")
+    plain.set_weights(ours.get_weights())
+    modules = ("efficientnet_v2", "mobilenet_v2", "mobilenet_v3", "densenet", "resnet_v2", "xception", "inception_v3")
+    module = next(
+        found
+        for found in (importlib.import_module(f"keras.applications.{module}") for module in modules)
+        if hasattr(found, model.FROZEN[name].function)
+    )
+    batch = pictures(2, size, size + 1, 3)
+    expected = plain.predict(module.preprocess_input(batch.astype(np.float32)), verbose=0)
+    np.testing.assert_allclose(ours.predict(batch, verbose=0), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (192, 256), (300, 9)])
+def test_the_small_network_takes_any_size(height, width):
+    network = model.build_cnn(height, width)
+    assert network(pictures(1, height, width, 3)).shape == (1, network.output_shape[-1])
+    assert network.count_params() < 300_000
