@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from dgmd_pipeline import step, tasks, workers
-
     values = settings.load(options.env_file)
+    from dgmd_pipeline import step, tasks, workers  # after the settings: mistakes are answered at once
+
     job = step.Job(values, workers.Pool())
     last = tasks.RegisterModel(job=job)
     with step.lock(values.data_dir):
@@ -152,7 +152,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _log_to_stdout(verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 

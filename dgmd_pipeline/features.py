@@ -1,6 +1,6 @@
 """Record -> feature vector: the frozen backbone's output for every picture, stored once, used in every epoch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ LABELS = "labels.npy"
 
 
 def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Model", folder: Path) -> Iterator[int]:
-    """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order of `batches`.
+    """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order they come.
 
-    `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes ([batch]),
-    tensors or arrays, `count` pictures in all. Yields the number of pictures done after each batch; nothing but the
-    labels is held in memory. Raises ValueError where `batches` hold more or fewer than `count` pictures.
+    `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (integers
+    [batch]), as tensors or arrays; `count` pictures in all. Yields after each batch how many pictures are done; nothing
+    but a batch and the labels is held in memory. Raises ValueError where there are more or fewer than `count`.
     """
     forward = freeze(backbone)
     labels: list[np.ndarray] = []
@@ -38,14 +38,14 @@ def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Mod
 
 
 def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Open what `extract` wrote: features (float32 [n, d], mapped into memory and read as needed), labels (int64 [n])."""
+    """Open what `extract` wrote: features (float32 [n, d], mapped from disk and read as needed), labels (int64 [n])."""
     return np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS)
 
 
-def freeze(backbone: "keras.Model") -> Any:
-    """Return a function from pictures (uint8 [batch, height, width, 3]) to the backbone's vectors (float32 array [batch, d]).
+def freeze(backbone: "keras.Model") -> Callable[[Any], np.ndarray]:
+    """Return a function from pictures (uint8 [batch, height, width, 3]) to their vectors (float32 [batch, d]).
 
-    With its variables made constants TensorFlow folds batch normalisation into the convolutions.
+    Where variables are constants, TensorFlow folds batch normalisation into the convolutions: docs/measurements.md.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2

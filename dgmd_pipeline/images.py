@@ -139,7 +139,6 @@ def inspect(
                     other = next(each for each in copies if each.label != copy.label)
                     detail = f"the same file as {other.path}, which has another label"
                     rejected.append(Rejected(copy.path, copy.label, "conflict", detail))
-        kept.sort()
         images = [decoded[index] for index in kept]
         if images:
             thumbnails = np.memmap(store, np.uint8, "r", shape=(len(decoded), _SIDE, _SIDE, 3))
@@ -316,12 +315,19 @@ def _why(error: Exception, data: bytes, said: list[warnings.WarningMessage]) -> 
         return "too many pixels", str(error).split(",", 1)[0]
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, PIL.UnidentifiedImageError):  # its own message is an address in memory
-        message = f"the content does not begin like a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
-    # WebP's reader has one error for everything, but the header says how long the file ought to be.
-    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    early = "truncated" in message.lower() or (webp and len(data) < int.from_bytes(data[4:8], "little") + 8)
+        message = f"no reader for {', '.join(FORMATS[:-1])} or {FORMATS[-1]} makes a picture of it"
+    early = "truncated" in message.lower() or len(data) < _least_size(data)
     detail = "; ".join(dict.fromkeys([message, *(str(each.message) for each in said)]))
     return "truncated" if early else "unreadable", " ".join(detail.split())
+
+
+def _least_size(data: bytes) -> int:
+    """Return the bytes that the header of a WebP or TIFF announces; their readers do not tell cut from damaged."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8
+    if data[:4] in (b"II*\0", b"MM\0*"):  # where the directory is; most writers put it at the end
+        return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
+    return 0
 
 
 # Near-duplicates: candidates by a perceptual hash, confirmed by their thumbnails

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -143,8 +144,8 @@ def _readable(weights: str) -> Path:
         )
     if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Give the path of one, or imagenet, "
-            "or none."
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Give the path of one, "
+            "or imagenet, or none."
         )
     return path
 
@@ -203,23 +204,33 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     )
     network.name = "backbone"  # given to the function, EfficientNetV2 would look up its layers by it
     if path is not None:
-        try:
-            network.load_weights(path)
-        except (ValueError, KeyError, OSError) as error:
-            raise PipelineError(
-                f"The weights in {path} are not those of {backbone} without its top layers ({_first_line(error)}). "
-                "Choose the BACKBONE that they were saved from, or another BACKBONE_WEIGHTS."
-            ) from error
+        _load_weights(network, path, backbone)
     network.trainable = False
     return network
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
+    import numpy as np
+
+    # Keras warns about a layer that the file does not have and leaves it as it was: so it must not be a number before.
+    network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            network.load_weights(path)
+        missing = sum(bool(np.isnan(values).any()) for values in network.get_weights())
+        if missing:
+            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or hold no numbers")
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise PipelineError(
+            f"The weights in {path} are not those of {name} without its top layers ({reason}). "
+            "Choose the BACKBONE that they were saved from, or another BACKBONE_WEIGHTS."
+        ) from error
 
 
 def build_cnn(height: int, width: int) -> "keras.Model":
-    """Build a small trainable network from pictures [batch, height, width, 3] of 0..255 to vectors (float32 [batch, d]).
+    """Build a small trainable network: pictures [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
     Strided convolutions down to a map of at most 16 x 16, a convolution there, one on half of it, then each channel's
     largest value. Its first weights come from Keras's random numbers. Chosen by measurement: docs/measurements.md.
@@ -242,23 +253,30 @@ def build_cnn(height: int, width: int) -> "keras.Model":
 
 
 def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
-    """Build what turns feature vectors [batch, features] into probabilities [batch, classes] (float32)."""
+    """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
+
+    The vectors and what each hidden layer makes of them are normalised, which takes the network through any scale that a
+    backbone's output may have: docs/measurements.md.
+    """
     import keras
     from keras import layers
 
     vector = keras.Input((features,), name="features")
     x = layers.BatchNormalization(momentum=BN_MOMENTUM)(vector)
     for units in HEAD_UNITS:
-        x = layers.Dense(units, activation="relu")(x)
+        x = layers.Dense(units, use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
+        x = layers.ReLU()(x)
         x = layers.Dropout(dropout)(x)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(vector, x, name="head")
 
 
 def assemble(backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
-    """Put together what is served: RGB pictures, uint8 [batch, any height, any width, 3] -> probabilities [batch, classes].
+    """Put together what is served: RGB pictures uint8 [batch, height, width, 3] -> probabilities float32 [batch, classes].
 
-    Only layers that Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    Pictures of any size are stretched to the backbone's, bilinear and antialiased. The weights are shared, not copied.
+    There are only layers that Keras itself knows, so `keras.models.load_model` needs nothing of this package.
     """
     import keras
     from keras import layers

@@ -59,6 +59,17 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def walk(folder: Path) -> str:
+    """Return the identity of files that nobody recorded: paths, sizes and modification times of those in subfolders."""
+    entries = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if Path(path) != folder:
+            status = [(name, os.stat(f"{path}/{name}", follow_symlinks=False)) for name in sorted(names)]
+            entries += [[f"{path[len(str(folder)) :]}/{name}", it.st_size, it.st_mtime_ns] for name, it in status]
+    return digest(entries)
+
+
 @contextlib.contextmanager
 def draft(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target` to write in; it takes its place when the block ends, or is removed."""

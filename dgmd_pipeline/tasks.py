@@ -18,7 +18,7 @@ import luigi
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import Step, digest, line_of, read_record
+from dgmd_pipeline.step import Step, digest, line_of, read_record, walk
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
@@ -67,9 +67,7 @@ class DownloadImages(Step):
             from dgmd_pipeline import bucket
 
             return bucket.identity(manifest.read(folder / "listing.csv", manifest.SourceObject))
-        from dgmd_pipeline import images
-
-        return images.identity(folder)
+        return walk(folder)
 
 
 def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
@@ -107,10 +105,12 @@ class InspectImages(Step):
                 self.job.pool.map(function, pieces), "inspect", len(files), "images", count=len
             ),
         )
+        # Written beside the draft first: where the run stops here, the reasons are what its reader needs.
+        report = self.path.with_name("rejected.csv")
+        manifest.write(report, manifest.Rejected, [*_left_out_before(raw.path), *rejected])
         images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt)
+        report.replace(draft / "rejected.csv")
         manifest.write(draft / "images.csv", manifest.Image, usable)
-        left_out = [*_left_out_before(raw.path), *rejected]
-        manifest.write(draft / "rejected.csv", manifest.Rejected, left_out)
         _warn_of_rejected(rejected, "files", self.path)
         groups = Counter(row.group for row in usable)
         alike = sum(count for count in groups.values() if count > 1)

@@ -1,6 +1,5 @@
 """Features or records -> trained model."""
 
-import math
 import secrets
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
+OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class Recipe(NamedTuple):
@@ -64,11 +63,18 @@ def train_head(
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
 ) -> Trained:
-    """Train a head on stored features: pairs of features (float32 [n, d], may be mapped from disk) and labels (int64 [n])."""
+    """Train a head on stored features.
+
+    A side is a pair of features (float32 [n, d], possibly mapped from disk: no more than a batch is read at a time) and
+    labels (int64 [n], 0 to `classes` - 1; a class may be missing). `class_weights` are by label index, 1 where there is
+    none; they weigh the training's loss alone. `on_epoch` is called at the end of each epoch.
+    Raises PipelineError where the loss or the weights cease to be numbers.
+    """
     seed = _seed(recipe)
     head = model.build_head(training[0].shape[1], classes, recipe.dropout)
     shuffled = _batches(*training, recipe.batch_size, np.random.default_rng(seed))
-    return _fit(head, shuffled, _batches(*validation, 1024), classes, class_weights, recipe, seed, on_epoch)
+    rest = _batches(*validation, recipe.batch_size)
+    return _fit(head, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
 
 
 def train_whole(
@@ -80,9 +86,11 @@ def train_whole(
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
 ) -> Trained:
-    """Train the small network and its head from scratch on records: datasets of (picture uint8 [height, width, 3], label index).
+    """Train the small network together with its head, from scratch, on pictures.
 
-    `training` comes shuffled, in another order each time it is read. `size` is (height, width). The model that comes back takes pictures of any size (`model.assemble`).
+    A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length; that of `training`
+    comes shuffled, in another order each time. `size` is (height, width). The rest is as in `train_head`, but the model
+    that comes back is the one to be served (`model.assemble`).
     """
     import keras
     import tensorflow as tf
@@ -90,8 +98,12 @@ def train_whole(
     seed = _seed(recipe)
     network = model.build_cnn(*size)
     head = model.build_head(network.output_shape[-1], classes, recipe.dropout)
-    together = keras.Sequential([network, head])  # the records hold pictures of this size: nothing to resize in training
-    shuffled, rest = (side.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE) for side in (training, validation))
+    together = keras.Sequential([network, head])  # without the resizing: the records hold pictures of this size
+    # A last batch of a few pictures would spoil batch normalisation's statistics just before they are used: batches are
+    # made equal, and the few pictures that are then left over are others in each epoch.
+    even = len(training) // -(-len(training) // recipe.batch_size)
+    shuffled = training.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    rest = validation.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
     trained = _fit(together, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
     return trained._replace(model=model.assemble(network, head))
 
@@ -107,18 +119,20 @@ def _seed(recipe: Recipe) -> int:
 def _batches(
     features: np.ndarray, labels: np.ndarray, batch_size: int, shuffle: np.random.Generator | None = None
 ) -> "tf.data.Dataset":
-    """Batches read from disk as they are needed, in another order each time where `shuffle` is given."""
+    """Batches of equal size (give or take one), in another order each time where `shuffle` is given."""
     import tensorflow as tf
+
+    count = -(-len(labels) // batch_size)
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         order = np.arange(len(labels)) if shuffle is None else shuffle.permutation(len(labels))
-        for start in range(0, len(order), batch_size):
-            chosen = np.sort(order[start : start + batch_size])  # in the order of the file
+        for chosen in np.array_split(order, count):
+            chosen.sort()  # read in the order of the file
             yield features[chosen], labels[chosen]
 
     spec = (tf.TensorSpec([None, features.shape[1]], tf.float32), tf.TensorSpec([None], tf.int64))
     batched = tf.data.Dataset.from_generator(batches, output_signature=spec)
-    return batched.apply(tf.data.experimental.assert_cardinality(-(-len(labels) // batch_size))).prefetch(2)
+    return batched.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
 
 
 def _fit(
@@ -145,7 +159,7 @@ def _fit(
         optimizer=_optimizer(recipe), loss="sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False
     )
     history: list[Epoch] = []
-    best: list[Any] = []
+    best: list[np.ndarray] = []
     kept = 0
 
     def begin(epoch: int, logs: dict | None = None) -> None:  # noqa: ARG001
@@ -155,15 +169,17 @@ def _fit(
         nonlocal best, kept
         rate = learning_rate_of(epoch, recipe.learning_rate, recipe.decay_rate)
         row = Epoch(epoch, logs["accuracy"], logs["loss"], logs["val_accuracy"], logs["val_loss"], rate)
-        if not math.isfinite(row.loss) or not math.isfinite(row.val_loss):
+        weights = network.get_weights()
+        # The weights too: ReLU makes 0 of what is not a number, and the loss looks like one.
+        if not all(np.isfinite(values).all() for values in (row.loss, row.val_loss, *weights)):
             raise PipelineError(
-                f"Training came to a loss of {row.loss} (validation {row.val_loss}) in epoch {epoch + 1}, where a number "
-                f"was expected; try a LEARNING_RATE lower than {recipe.learning_rate:g}."
+                f"Training came to weights or a loss that are not numbers in epoch {epoch + 1} (loss {row.loss:g}, "
+                f"validation {row.val_loss:g}); try a LEARNING_RATE lower than {recipe.learning_rate:g}."
             )
         history.append(row)
         on_epoch(row)
-        if len(history) == 1 or _better(row, history[kept]):
-            kept, best = epoch, network.get_weights()
+        if epoch == 0 or _better(row, history[kept]):
+            kept, best = epoch, weights
         elif epoch - kept >= recipe.patience:
             network.stop_training = True
 
@@ -185,9 +201,10 @@ def _better(row: Epoch, best: Epoch) -> bool:
 
 
 def _optimizer(recipe: Recipe) -> Any:
+    """The optimizer by name. Second moments over 100 steps, not 1,000: a whole training may have fewer than 200."""
     import keras
 
     if recipe.optimizer == "sgd":
         return keras.optimizers.SGD(recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
-    kinds = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "rmsprop": keras.optimizers.RMSprop}
-    return kinds[recipe.optimizer](recipe.learning_rate, weight_decay=recipe.weight_decay)
+    kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[recipe.optimizer]
+    return kind(recipe.learning_rate, beta_2=0.99, weight_decay=recipe.weight_decay)

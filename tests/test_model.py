@@ -100,9 +100,7 @@ def test_the_saved_model_loads_and_predicts_where_this_package_is_unknown(classi
     classifier.save(tmp_path / "model.keras")
     np.save(tmp_path / "pictures.npy", batch)
     subprocess.run([sys.executable, "-c", LOAD_AND_PREDICT], cwd=tmp_path, check=True)
-    np.testing.assert_allclose(
-        np.load(tmp_path / "probabilities.npy"), classifier.predict(batch, verbose=0), atol=1e-6
-    )
+    np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), classifier.predict(batch, verbose=0), atol=1e-6)
 
 
 def test_random_weights_are_the_same_in_every_process(small):
@@ -286,4 +284,4 @@ def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
 def test_the_small_network_takes_any_size(height, width):
     network = model.build_cnn(height, width)
     assert network(pictures(1, height, width, 3)).shape == (1, network.output_shape[-1])
-    assert network.count_params() < 300_000
+    assert network.count_params() < 500_000

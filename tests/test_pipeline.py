@@ -308,6 +308,7 @@ def test_a_label_of_broken_files_stops_the_run_by_name(bucket, s3_endpoint, tmp_
     result = run_pipeline(tmp_path, **variables, AWS_DATA_PATH="train/images")
     assert result.returncode == 20, result.stdout + result.stderr
     assert "cloves (12 of 22 files)" in result.stdout
+    assert (tmp_path / "data" / "rejected.csv").read_text().count("cloves/page") == 12
 
 
 def test_wrong_settings_are_answered_at_once_and_together(tmp_path):
@@ -367,8 +368,16 @@ def test_weights_that_cannot_be_had_stop_the_run_before_the_first_step(tmp_path)
     assert not (tmp_path / "data" / "raw").exists()
 
 
-@pytest.mark.parametrize("after", ["raw   ", "inspected   ", "trained_model   "])
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("after", "sent"),
+    [
+        ("raw   ", signal.SIGTERM),
+        ("raw   ", signal.SIGKILL),
+        ("inspected   ", signal.SIGINT),
+        ("trained_model   ", signal.SIGTERM),
+        ("registered_model   ", signal.SIGKILL),
+    ],
+)
 @pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_well(finished, tmp_path, after, sent):
     variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": f"stopped-{sent}-{after.strip()}"}

@@ -177,6 +177,20 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
+def test_files_without_a_record_are_told_apart_by_path_size_and_time(tmp_path):
+    (tmp_path / "label").mkdir()
+    (tmp_path / "label" / "a").write_text("1")
+    (tmp_path / "notes.txt").write_text("not in a subfolder")
+    first = step.walk(tmp_path)
+    (tmp_path / "notes.txt").write_text("changed")
+    (tmp_path / "label" / ".hidden").mkdir()
+    assert step.walk(tmp_path) == first
+    os.utime(tmp_path / "label" / "a", ns=(1, 1))
+    second = step.walk(tmp_path)
+    (tmp_path / "label" / "a").rename(tmp_path / "label" / "b")
+    assert len({first, second, step.walk(tmp_path)}) == 3
+
+
 def test_task_ids_show_no_setting(tmp_path):
     job = step.Job(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))
     text = f"{First(job=job)} {First(job=job).task_id} {First(job=job).to_str_params()}"

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+
+from dgmd_pipeline import training
+from dgmd_pipeline.errors import PipelineError
+
+RECIPE = training.Recipe(
+    batch_size=16, epochs=4, learning_rate=0.01, decay_rate=0.5, patience=3,
+    optimizer="adam", dropout=0.2, weight_decay=0.0, seed=1,
+)  # fmt: skip
+
+
+def ignore(row):
+    del row
+
+
+def clouds(count=120, classes=3, dimensions=8, seed=0, spread=1.0):
+    """Features that a head learns in a few epochs: one cloud of points for each class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    centres = np.random.default_rng(0).normal(0, 2, (classes, dimensions))
+    return (centres[labels] + rng.normal(0, spread, (count, dimensions))).astype(np.float32), labels.astype(np.int64)
+
+
+def stripes(count, size=16):
+    """Pictures with upright or lying stripes, and which."""
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 2, count)
+    waves = np.sin(np.arange(size) + rng.uniform(0, 6, (count, 1)))[:, :, None] * np.ones((1, 1, size))
+    grey = np.where(labels[:, None, None] == 0, waves, waves.transpose(0, 2, 1)) * 100 + 128
+    noisy = grey[..., None] + rng.normal(0, 10, (count, size, size, 3))
+    return noisy.clip(0, 255).astype(np.uint8), labels
+
+
+def datasets(*sides):
+    import tensorflow as tf
+
+    return [tf.data.Dataset.from_tensor_slices(side) for side in sides]
+
+
+def train(recipe=RECIPE, sides=None, classes=3, class_weights=None, on_epoch=ignore):
+    one, other = sides or (clouds(), clouds(60, seed=1))
+    return training.train_head(one, other, classes, class_weights or {}, recipe, on_epoch)
+
+
+def test_the_learning_rate_falls_with_the_epoch():
+    assert [training.learning_rate_of(epoch, 0.01, 0.5) for epoch in range(3)] == [0.01, 0.01 / 1.5, 0.005]
+    assert training.learning_rate_of(7, 0.01, 0) == 0.01
+
+
+def test_a_head_learns_and_reports_every_epoch():
+    seen = []
+    trained = train(on_epoch=seen.append)
+    assert seen == trained.history
+    assert [row.epoch for row in seen] == [0, 1, 2, 3]
+    np.testing.assert_allclose([row.learning_rate for row in seen], [0.01, 0.01 / 1.5, 0.005, 0.004])
+    assert trained.history[trained.kept].val_accuracy > 0.9
+    assert seen[-1].loss < seen[0].loss
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_every_optimizer_learns_at_the_default_learning_rate(optimizer):
+    trained = train(RECIPE._replace(optimizer=optimizer, epochs=10, weight_decay=0.001))
+    assert trained.history[trained.kept].val_accuracy > 0.9
+
+
+def test_the_optimizer_uses_the_learning_rate_of_the_epoch():
+    """At a decay so large that only the first epoch has a learning rate, more epochs change no kernel."""
+    recipe = RECIPE._replace(decay_rate=1e12)
+    one, three = train(recipe._replace(epochs=1)), train(recipe._replace(epochs=3))
+    decaying = train(recipe._replace(epochs=3, decay_rate=0.0))
+    kernels = [trained.model.layers[-1].kernel.numpy() for trained in (one, three, decaying)]
+    np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-6)
+    assert decaying.kept > 0
+    assert np.abs(kernels[0] - kernels[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("patience, epochs, stops", [(2, 60, True), (60, 5, False)])
+def test_it_stops_when_validation_gets_no_better_and_keeps_the_best_epoch(patience, epochs, stops):
+    features, labels = clouds(spread=3)
+    noise = np.random.default_rng(5).permutation(labels)  # cannot be learned: validation wanders about chance
+    validation = clouds(90, seed=2)
+    trained = train(RECIPE._replace(epochs=epochs, patience=patience), sides=((features, noise), validation))
+    history, kept = trained.history, trained.kept
+    assert len(history) == (kept + 1 + patience if stops else epochs) <= epochs
+    assert kept < len(history) - 1  # or there were nothing to restore
+    assert history[kept].val_accuracy == max(row.val_accuracy for row in history)
+    accuracy = (trained.model.predict(validation[0], verbose=0).argmax(axis=1) == validation[1]).mean()
+    np.testing.assert_allclose(accuracy, history[kept].val_accuracy, atol=1e-6)
+
+
+def test_at_the_same_validation_accuracy_the_lower_loss_is_better():
+    row = training.Epoch(0, 1.0, 0.1, 0.9, 0.5, 0.01)
+    assert training._better(row._replace(val_loss=0.4), row)
+    assert not training._better(row._replace(val_loss=0.6), row)
+    assert training._better(row._replace(val_accuracy=0.91, val_loss=0.6), row)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others():
+    one, again, other = train(), train(), train(RECIPE._replace(seed=2))
+    for a, b in zip(one.model.get_weights(), again.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert one.seed == 1
+    assert not np.allclose(one.model.get_weights()[-2], other.model.get_weights()[-2])
+
+
+def test_without_a_seed_every_training_is_another_one_that_can_be_repeated():
+    one, other = train(RECIPE._replace(seed=None)), train(RECIPE._replace(seed=None))
+    assert one.seed != other.seed
+    again = train(RECIPE._replace(seed=one.seed))
+    np.testing.assert_allclose(one.model.get_weights()[-2], again.model.get_weights()[-2], atol=1e-6)
+    assert not np.allclose(one.model.get_weights()[-2], other.model.get_weights()[-2])
+
+
+@pytest.mark.parametrize("learning_rate, value", [(0.01, np.nan), (1e30, 1.0)])
+def test_what_is_not_a_number_stops_the_run_with_a_sentence(learning_rate, value):
+    features, labels = clouds()
+    features[3, 3] = value
+    with pytest.raises(PipelineError, match=r"not numbers in epoch \d.*LEARNING_RATE lower than "):
+        train(RECIPE._replace(learning_rate=learning_rate), ((features, labels), clouds(60, seed=1)))
+
+
+def test_a_label_that_is_gone_from_the_data_stays_an_output():
+    trained = train(classes=5, class_weights={0: 1.0, 1: 1.0, 2: 1.0})
+    assert trained.model.output_shape == (None, 5)
+    probabilities = trained.model.predict(clouds(60, seed=1)[0], verbose=0)
+    assert set(probabilities.argmax(axis=1)) <= {0, 1, 2}
+
+
+def test_class_weights_shift_what_is_predicted():
+    features, labels = clouds(spread=6)
+    one, other = (
+        train(RECIPE._replace(epochs=8, patience=8), ((features, labels), (features, labels)), class_weights=weights)
+        .model.predict(features, verbose=0)
+        .mean(axis=0)
+        for weights in ({0: 5.0, 1: 0.2, 2: 0.2}, {0: 0.2, 1: 5.0, 2: 5.0})
+    )
+    assert one[0] > other[0] + 0.3
+
+
+def test_features_are_taken_from_a_file_mapped_into_memory(tmp_path):
+    features, labels = clouds()
+    np.save(tmp_path / "features.npy", features)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    here, there = train(sides=((features, labels),) * 2), train(sides=((mapped, labels), (mapped, labels)))
+    for a, b in zip(here.model.get_weights(), there.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_each_epoch_goes_through_every_feature_once_in_batches_of_even_size_and_another_order():
+    features = np.arange(10, dtype=np.float32)[:, None]
+    batches = training._batches(features, np.arange(10), 4, np.random.default_rng(0))
+    epochs = [[y.numpy() for _, y in batches] for _ in range(2)]
+    for epoch in epochs:
+        assert [len(batch) for batch in epoch] == [4, 3, 3]
+        assert sorted(np.concatenate(epoch)) == list(range(10))
+    assert any(set(a) != set(b) for a, b in zip(*epochs, strict=True))
+
+
+def test_the_small_network_learns_from_pictures_and_comes_back_ready_to_serve():
+    sides = datasets(stripes(96), stripes(40))
+    recipe = RECIPE._replace(epochs=5)
+    one, again = (training.train_whole(*sides, (16, 16), 2, {}, recipe, ignore) for _ in range(2))
+    pictures, labels = stripes(40)
+    probabilities = one.model.predict(pictures, verbose=0)
+    assert (probabilities.argmax(axis=1) == labels).mean() > 0.9
+    np.testing.assert_allclose(
+        (probabilities.argmax(axis=1) == labels).mean(), one.history[one.kept].val_accuracy, atol=1e-6
+    )
+    assert one.model.inputs[0].dtype == "uint8"
+    assert one.model.predict(np.zeros((1, 50, 30, 3), np.uint8), verbose=0).shape == (1, 2)
+    for a, b in zip(one.model.get_weights(), again.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
