@@ -273,7 +273,7 @@ def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
 
 
 def assemble(backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
-    """Put together what is served: RGB pictures uint8 [batch, height, width, 3] -> probabilities float32 [batch, classes].
+    """Make the servable whole: pictures (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 
     Pictures of any size are stretched to the backbone's, bilinear and antialiased. The weights are shared, not copied.
     There are only layers that Keras itself knows, so `keras.models.load_model` needs nothing of this package.

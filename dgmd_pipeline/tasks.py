@@ -94,7 +94,7 @@ class InspectImages(Step):
         from dgmd_pipeline import images
 
         raw: Step = self.requires()
-        files = list(images.find(raw.path))
+        files = list(_raw_files(raw.path))
         if not files:
             raise NoUsableInput(f"{raw.path} holds no label folders with pictures: put them there as <label>/<file>.")
         usable, rejected = images.inspect(
@@ -125,6 +125,17 @@ class InspectImages(Step):
         left_out = sum(counts["rejected"].values())
         alike = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
         return f"{counts['files']:,} files -> {counts['images']:,} images{alike}; {left_out:,} left out"
+
+
+def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
+    """Yield what was downloaded; of a folder put there by hand what is found in it."""
+    from dgmd_pipeline import images
+
+    if not (raw / "listing.csv").exists():
+        yield from images.find(raw)
+        return
+    for source in manifest.read(raw / "listing.csv", manifest.SourceObject):
+        yield manifest.RawFile(source.path, source.path.split("/", 1)[0])
 
 
 def _left_out_before(raw: Path) -> Iterator[manifest.Rejected]:

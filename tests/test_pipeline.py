@@ -254,8 +254,11 @@ def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(dat
 @pytest.mark.slow
 def test_a_frozen_backbone_goes_through_stored_features(data, tmp_path):
     data_dir, variables = data
-    code = "import sys; from dgmd_pipeline import model; " \
-        "model.build_backbone('MobileNetV3-Small', 'none', 32, 32).save_weights(sys.argv[1])"  # fmt: skip
+    code = """
+import pathlib, sys
+from dgmd_pipeline import model
+model.build_backbone("MobileNetV3-Small", "none", 32, 32, pathlib.Path()).save_weights(sys.argv[1])
+"""
     weights = tmp_path / "mobile.weights.h5"
     subprocess.run([sys.executable, "-c", code, weights], check=True, capture_output=True)
     variables |= {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32, "MODEL_NAME": "frozen"}
