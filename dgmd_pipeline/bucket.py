@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -407,7 +407,7 @@ def identity(objects: Iterable[SourceObject]) -> str:
 
 def download(
     client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, threads: int = 32
-) -> Iterator[SourceObject | Rejected]:
+) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, whole or not at all, and yield each when it is done, in any order.
 
     A Rejected stands for an object that is "gone" or "changed" (its size) since the listing, or "archived" (in a

@@ -152,7 +152,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _log_to_stdout(verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(
+        _Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -16,7 +16,7 @@ LABELS = "labels.npy"
 def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Model", folder: Path) -> Iterator[int]:
     """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order they come.
 
-    `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (integers
+    `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (int
     [batch]), as tensors or arrays; `count` pictures in all. Yields after each batch how many pictures are done; nothing
     but a batch and the labels is held in memory. Raises ValueError where there are more or fewer than `count`.
     """

@@ -14,6 +14,7 @@ from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
 
 HEAD_UNITS = (124, 64)
 CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
@@ -252,17 +253,23 @@ def build_cnn(height: int, width: int) -> "keras.Model":
     return keras.Model(pixels, layers.GlobalMaxPooling2D()(x), name="backbone")
 
 
-def build_head(features: int, classes: int, dropout: float) -> "keras.Model":
+def build_head(
+    features: int, classes: int, dropout: float, whitening: "tuple[np.ndarray, np.ndarray] | None" = None
+) -> "keras.Model":
     """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
 
-    The vectors and what each hidden layer makes of them are normalised, which takes the network through any scale that a
-    backbone's output may have: docs/measurements.md.
+    `whitening` is a kernel (float32 [features, k]) and a bias (float32 [k]): what the vectors are multiplied by first and
+    what is then added. Training leaves both as they are.
     """
     import keras
     from keras import layers
 
     vector = keras.Input((features,), name="features")
-    x = layers.BatchNormalization(momentum=BN_MOMENTUM)(vector)
+    x = vector
+    if whitening is not None:
+        fixed = layers.Dense(len(whitening[1]), trainable=False, name="whitening")
+        x = fixed(vector)
+        fixed.set_weights(whitening)
     for units in HEAD_UNITS:
         x = layers.Dense(units, use_bias=False)(x)
         x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)

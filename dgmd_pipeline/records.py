@@ -222,7 +222,7 @@ def _write_piece(piece: _Piece) -> int:
 
 def _encode(path: Path, width: int, height: int) -> bytes:
     try:
-        picture = open_rgb(path)
+        picture = open_rgb(path, (width, height))
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
             f"{path} was a readable picture when it was inspected and is not any more "
@@ -230,8 +230,7 @@ def _encode(path: Path, width: int, height: int) -> bytes:
             "to have all pictures inspected again, and run again."
         ) from error
     buffer = io.BytesIO()
-    small = picture.resize((width, height), Image.Resampling.BILINEAR)
-    small.save(buffer, "JPEG", **JPEG, comment=b"")  # Pillow would take the source's comment along
+    picture.save(buffer, "JPEG", **JPEG, comment=b"")  # Pillow would take the source's comment along
     return buffer.getvalue()
 
 

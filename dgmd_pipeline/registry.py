@@ -219,7 +219,7 @@ def _signature(classes: int) -> Any:
 
 
 def _requirements() -> list[str]:
-    """What loading the model needs. `tensorflow`, not `tensorflow-cpu`: the name that every platform has a wheel for."""
+    """Name what loading the model needs: `tensorflow`, not `tensorflow-cpu`, which has wheels for x86-64 only."""
     import tensorflow as tf
 
     return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy"))]

@@ -65,8 +65,9 @@ def walk(folder: Path) -> str:
     for path, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if Path(path) != folder:
-            status = [(name, os.stat(f"{path}/{name}", follow_symlinks=False)) for name in sorted(names)]
-            entries += [[f"{path[len(str(folder)) :]}/{name}", it.st_size, it.st_mtime_ns] for name, it in status]
+            for name in sorted(names):
+                status = Path(path, name).lstat()
+                entries.append([f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns])
     return digest(entries)
 
 

@@ -152,9 +152,9 @@ def test_the_last_value_of_each_metric_is_that_of_the_kept_weights(store, saved_
 
 def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):
     store = registry.embedded(tmp_path / "mlflow")
-    missing = candidate(tmp_path, tmp_path / "mapping.json")  # not a model: fails after the run was begun
-    with pytest.raises(ValueError, match="mapping.json"):
-        registry.register(store, "cut", "cut", missing._replace(files={tmp_path / "nowhere": ""}, model=tmp_path / "mapping.json"))
+    lost = candidate(tmp_path, saved_model, files={tmp_path / "nowhere": ""})  # found missing after the run was begun
+    with pytest.raises(OSError, match="nowhere"):
+        registry.register(store, "cut", "cut", lost)
     version = registry.register(store, "cut", "cut", candidate(tmp_path, saved_model))
     client = mlflow.MlflowClient(store.uri, store.uri)
     runs = client.search_runs([client.get_experiment_by_name("cut").experiment_id])

@@ -66,12 +66,14 @@ def test_every_optimizer_learns_at_the_default_learning_rate(optimizer):
 
 def test_the_optimizer_uses_the_learning_rate_of_the_epoch():
     """At a decay so large that only the first epoch has a learning rate, more epochs change no kernel."""
-    recipe = RECIPE._replace(decay_rate=1e12)
-    one, three = train(recipe._replace(epochs=1)), train(recipe._replace(epochs=3))
-    decaying = train(recipe._replace(epochs=3, decay_rate=0.0))
-    kernels = [trained.model.layers[-1].kernel.numpy() for trained in (one, three, decaying)]
+    sides = (clouds(spread=2), clouds(spread=2))
+    one, three, steady = (
+        train(RECIPE._replace(epochs=epochs, decay_rate=decay_rate), sides)
+        for epochs, decay_rate in ((1, 1e12), (3, 1e12), (3, 0.0))
+    )
+    kernels = [trained.model.layers[-1].kernel.numpy() for trained in (one, three, steady)]
     np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-6)
-    assert decaying.kept > 0
+    assert steady.kept > 0
     assert np.abs(kernels[0] - kernels[2]).max() > 1e-3
 
 
@@ -111,12 +113,16 @@ def test_without_a_seed_every_training_is_another_one_that_can_be_repeated():
     assert not np.allclose(one.model.get_weights()[-2], other.model.get_weights()[-2])
 
 
-@pytest.mark.parametrize("learning_rate, value", [(0.01, np.nan), (1e30, 1.0)])
-def test_what_is_not_a_number_stops_the_run_with_a_sentence(learning_rate, value):
+def test_a_training_that_comes_to_what_is_no_number_stops_with_a_sentence():
+    with pytest.raises(PipelineError, match=r"not numbers in epoch \d.*LEARNING_RATE lower than 1e\+30"):
+        train(RECIPE._replace(learning_rate=1e30))
+
+
+def test_features_that_are_not_numbers_stop_with_a_sentence():
     features, labels = clouds()
-    features[3, 3] = value
-    with pytest.raises(PipelineError, match=r"not numbers in epoch \d.*LEARNING_RATE lower than "):
-        train(RECIPE._replace(learning_rate=learning_rate), ((features, labels), clouds(60, seed=1)))
+    features[3, 3] = np.nan
+    with pytest.raises(PipelineError, match=r"features of the training pictures are not all numbers.*BACKBONE_WEIGHTS"):
+        train(sides=((features, labels), clouds(60, seed=1)))
 
 
 def test_a_label_that_is_gone_from_the_data_stays_an_output():
@@ -170,3 +176,40 @@ def test_the_small_network_learns_from_pictures_and_comes_back_ready_to_serve():
     assert one.model.predict(np.zeros((1, 50, 30, 3), np.uint8), verbose=0).shape == (1, 2)
     for a, b in zip(one.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_whitened_features_are_uncorrelated_and_of_even_size():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(0, 1, (5000, 6)) * [9, 3, 1, 1, 0.3, 0] @ rng.normal(0, 1, (6, 6)) + 50).astype(np.float32)
+    kernel, bias = training.whitening(features)
+    white = features.astype(np.float64) @ kernel + bias
+    variances = np.linalg.eigvalsh(np.cov(features.T))
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(white.T), np.diag(variances / (variances + variances.mean())), atol=0.01)
+
+
+def test_whitening_takes_features_that_are_all_the_same():
+    kernel, bias = training.whitening(np.full((7, 3), 5, np.float32))
+    np.testing.assert_allclose(np.full((1, 3), 5) @ kernel + bias, 0, atol=1e-5)
+
+
+def test_whitening_looks_at_no_more_than_so_many_vectors(monkeypatch):
+    features, _ = clouds(100)
+    monkeypatch.setattr(training, "WHITENING_ROWS", 40)
+    for some, expected in zip(training.whitening(features), training.whitening(features[::3]), strict=True):
+        np.testing.assert_array_equal(some, expected)
+
+
+def test_correlated_features_on_any_scale_are_learned_as_well_as_by_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    features, labels = clouds(600, classes=4, dimensions=20, spread=2.5)
+    mixed = (features @ (rng.normal(0, 1, (20, 60)) * 0.01) + 1).astype(np.float32)
+    scaler = StandardScaler().fit(mixed[:400])
+    linear = LogisticRegression(max_iter=1000).fit(scaler.transform(mixed[:400]), labels[:400])
+    expected = linear.score(scaler.transform(mixed[400:]), labels[400:])
+    trained = train(RECIPE._replace(epochs=10), ((mixed[:400], labels[:400]), (mixed[400:], labels[400:])), classes=4)
+    assert trained.history[trained.kept].val_accuracy > expected - 0.03
+    assert expected > 0.8

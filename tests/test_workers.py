@@ -77,7 +77,8 @@ if __name__ == "__main__":
         "def report(n):\n    pathlib.Path(f'{n}.pid').write_text(str(os.getpid())); time.sleep(600)\n"
     )
     (tmp_path / "main.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, env=environment)
     files = [tmp_path / "0.pid", tmp_path / "1.pid"]
     while not all(file.exists() and file.read_text() for file in files):
         assert parent.poll() is None
