@@ -9,6 +9,8 @@ import io
 import logging
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,18 +133,24 @@ def _say_what_next() -> None:
     registered, evaluation = read_record(DATA_DIR / "registered_model"), read_record(DATA_DIR / "evaluation")
     if not registered or not evaluation:
         return
-    name, version = registered.counts["name"], registered.counts["version"]
-    data_dir = shlex.quote(str(DATA_DIR))
+    name, version, accuracy = registered.counts["name"], registered.counts["version"], evaluation.counts["accuracy"]
+    pipeline = f"{_own('python')} {shlex.quote(sys.argv[0])}"
     log.info(
-        """
-%s version %s is registered, non-production, with a validation accuracy of %.2f %%.
+        f"""
+{name} version {version} is registered, non-production, with a validation accuracy of {accuracy:.2%}.
 
 What next?
-  look at it            mlflow server --port 5050 \\
-                          --backend-store-uri sqlite:///%s/mlflow/mlflow.db
-                        and open http://127.0.0.1:5050
-  what would run now    python pipeline.py plan --env-file %s
-  train another one     rm -r %s/trained_model
-                        EPOCHS=10 python pipeline.py --env-file %s""",
-        name, version, 100 * evaluation.counts["accuracy"], DATA_DIR, ENV_FILE, data_dir, ENV_FILE,
-    )  # fmt: skip
+  # look at it: http://127.0.0.1:5050
+  {_own("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
+  # what would run now
+  {pipeline} plan --env-file {ENV_FILE}
+  # train another model from the converted files, with other parameters
+  rm -r {DATA_DIR}/trained_model
+  EPOCHS=10 {pipeline} --env-file {ENV_FILE}"""
+    )
+
+
+def _own(command: str) -> str:
+    """Return how to call a command of this very environment from here."""
+    path = Path(sys.executable).with_name(command)
+    return command if shutil.which(command) == str(path) else shlex.quote(os.path.relpath(path))

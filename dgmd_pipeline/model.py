@@ -258,8 +258,8 @@ def build_head(
 ) -> "keras.Model":
     """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
 
-    `whitening` is a kernel (float32 [features, k]) and a bias (float32 [k]): what the vectors are multiplied by first and
-    what is then added. Training leaves both as they are.
+    `whitening` is a kernel (float32 [features, k]) and a bias (float32 [k]): what the vectors are multiplied by first,
+    and what is then added. Training leaves both as they are.
     """
     import keras
     from keras import layers

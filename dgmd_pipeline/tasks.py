@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ class BalanceClasses(Step):
     def summary(self, counts: dict[str, Any]) -> str:
         before, after = counts["before"], counts["after"]
         cut = [f"{label} {before[label]:,} -> {after[label]:,}" for label in before if after[label] < before[label]]
+        cut = cut[:5] + ([f"{len(cut) - 5} more"] if len(cut) > 5 else [])
         sizes = f"classes of {min(after.values()):,} to {max(after.values()):,}"
         return (
             f"{sum(before.values()):,} -> {sum(after.values()):,} images in {sizes}"
@@ -385,10 +387,8 @@ class TrainModel(Step):
         else:
             for side in sides:
                 records.check(side.path)
-            shuffled, rest = (
-                records.read(side.path, seed) for side, seed in zip(sides, (recipe.seed or 0, None), strict=True)
-            )
-            trained = training.train_whole(shuffled, rest, size, classes, weights, recipe, self._show)
+            learned, rest = (partial(records.read, side.path) for side in sides)
+            trained = training.train_whole(learned, rest(), size, classes, weights, recipe, self._show)
             whole = trained.model
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)

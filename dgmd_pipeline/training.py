@@ -79,7 +79,7 @@ def train_head(
 
 
 def train_whole(
-    training: "tf.data.Dataset",
+    training: Callable[[int], "tf.data.Dataset"],
     validation: "tf.data.Dataset",
     size: tuple[int, int],
     classes: int,
@@ -89,9 +89,11 @@ def train_whole(
 ) -> Trained:
     """Train the small network together with its head, from scratch, on pictures.
 
-    A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length; that of `training`
-    comes shuffled, in another order each time. `size` is (height, width). The rest is as in `train_head`, but the model
-    that comes back is the one to be served (`model.assemble`).
+    A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length. `training` is
+    called with the seed for a shuffled one, in another order in each epoch: TensorFlow mixes the seed that is set here
+    into a dataset's own, so one that was opened earlier would depend on what the process did before. `size` is (height,
+    width).
+    The rest is as in `train_head`, but the model that comes back is the one to be served (`model.assemble`).
     """
     import keras
     import tensorflow as tf
@@ -102,8 +104,9 @@ def train_whole(
     together = keras.Sequential([network, head])  # without the resizing: the records hold pictures of this size
     # A last batch of a few pictures would spoil batch normalisation's statistics just before they are used: batches are
     # made equal, and the few pictures that are then left over are others in each epoch.
-    even = len(training) // -(-len(training) // recipe.batch_size)
-    shuffled = training.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    pictures = training(seed)
+    even = len(pictures) // -(-len(pictures) // recipe.batch_size)
+    shuffled = pictures.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     rest = validation.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
     trained = _fit(together, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
     return trained._replace(model=model.assemble(network, head))
@@ -114,8 +117,8 @@ def whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A backbone's features are strongly correlated, and gradient descent is slow along directions of little variance: in
     the few hundred steps of a training it stayed tens of points behind logistic regression, docs/measurements.md.
-    Whitening by principal components (LeCun et al., "Efficient BackProp", 1998, section 4.3) mends it; the mean of their
-    variances is added to each so that directions which hold nothing but noise stay small.
+    Whitening by principal components (LeCun et al., "Efficient BackProp", 1998, section 4.3) mends it; the mean of
+    their variances is added to each so that directions which hold nothing but noise stay small.
     At most WHITENING_ROWS vectors are looked at, evenly spread. Raises PipelineError for features that are not numbers.
     """
     chosen = features[:: -(-len(features) // WHITENING_ROWS)]
@@ -228,10 +231,9 @@ def _better(row: Epoch, best: Epoch) -> bool:
 
 
 def _optimizer(recipe: Recipe) -> Any:
-    """The optimizer by name. Second moments over 100 steps, not 1,000: a whole training may have fewer than 200."""
     import keras
 
     if recipe.optimizer == "sgd":
         return keras.optimizers.SGD(recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[recipe.optimizer]
-    return kind(recipe.learning_rate, beta_2=0.99, weight_decay=recipe.weight_decay)
+    return kind(recipe.learning_rate, weight_decay=recipe.weight_decay)

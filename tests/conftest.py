@@ -78,6 +78,17 @@ def bucket(s3_endpoint, request):
     return name, client
 
 
+def wait_for(url: str, process: subprocess.Popen, tries: int = 1200) -> None:
+    for _ in range(tries):
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.1)
+    raise AssertionError(f"nobody answers at {url}")
+
+
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory):
     """A real MLflow server over HTTP, SQLite behind it."""
@@ -90,13 +101,7 @@ def mlflow_server(tmp_path_factory):
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1)
-            break
-        except OSError:
-            assert server.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
+    wait_for(f"{uri}/health", server)
     yield uri
     os.killpg(server.pid, 9)
     server.wait()

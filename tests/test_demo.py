@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
-from conftest import run_pipeline
+from conftest import run_pipeline, wait_for
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.demo import picture
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +41,8 @@ def test_it_makes_at_most_three_more_errors_than_a_support_vector_machine_on_the
     digits = load_digits()
     values, truth = {}, {}
     for side in ("training", "validation"):
-        rows = (folder / "demo-data" / "split" / f"{side}.csv").read_text().splitlines()[1:]
-        paths = [row.split(",")[0] for row in rows]
-        named = [original(path) for path in paths]
+        rows = manifest.read(folder / "demo-data" / "split" / f"{side}.csv", manifest.Example)
+        named = [original(row.path) for row in rows]
         truth[side] = [digit for digit, _ in named]
         values[side] = [digits.data[np.flatnonzero(digits.target == digit)[number]] for digit, number in named]
     machine = SVC(gamma=0.001).fit(values["training"], truth["training"])
@@ -70,12 +74,10 @@ assert not {"tensorflow", "mlflow"} & set(sys.modules)
 def test_a_consumer_that_knows_nothing_of_this_package_reads_the_digits(demo):
     from sklearn.datasets import load_digits
 
-    from dgmd_pipeline.demo import picture
-
     folder, _ = demo
     digits = load_digits()
-    rows = (folder / "demo-data" / "split" / "validation.csv").read_text().splitlines()[1:]
-    chosen = [original(row.split(",")[0]) for row in rows]
+    rows = manifest.read(folder / "demo-data" / "split" / "validation.csv", manifest.Example)
+    chosen = [original(row.path) for row in rows]
     for number, (digit, position) in enumerate(chosen):
         values = digits.images[np.flatnonzero(digits.target == digit)[position]]
         (folder / f"consumer-{digit}-{number}.png").write_bytes(picture(values, 20 + number % 50, "PNG"))
@@ -100,13 +102,22 @@ print(sum(right) / len(right))
 
 def test_the_next_commands_work_as_printed(demo):
     folder, result = demo
-    plan = run_pipeline(folder, "plan", "--env-file", "demo.env")
-    assert plan.returncode == 0
-    assert "python pipeline.py plan --env-file demo.env" in result.stdout
-    assert "rm -r demo-data/trained_model" in result.stdout
-    subprocess.run(["rm", "-r", "demo-data/trained_model"], cwd=folder, check=True)
-    before = {path.name: path.stat().st_ino for path in (folder / "demo-data").glob("*/_SUCCESS")}
-    again = run_pipeline(folder, "--env-file", "demo.env", EPOCHS=10)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "dgmd_model version 2, non-production" in again.stdout
-    del before
+    after = result.stdout.partition("What next?")[2].splitlines()
+    server, plan, remove, again = [line.strip() for line in after if line.startswith("  ") and "#" not in line]
+    page = subprocess.Popen(["/bin/sh", "-c", f"exec {server}"], cwd=folder, start_new_session=True)
+    try:
+        wait_for("http://127.0.0.1:5050/health", page)
+        experiments = urllib.request.urlopen(
+            "http://127.0.0.1:5050/ajax-api/2.0/mlflow/registered-models/search"
+        ).read()
+        assert b'"dgmd_model"' in experiments
+    finally:
+        os.killpg(page.pid, signal.SIGKILL)
+        page.wait()
+    plan = subprocess.run(plan, shell=True, cwd=folder, check=True, capture_output=True, text=True)
+    assert " run " not in plan.stdout
+    kept = (folder / "demo-data" / "tfrecord_training").stat().st_ino
+    result = subprocess.run(f"{remove} && {again}", shell=True, cwd=folder, check=True, capture_output=True, text=True)
+    assert "dgmd_model version 2, non-production" in result.stdout
+    assert "epoch 10/10" in result.stdout or "epochs, kept" in result.stdout
+    assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept
