@@ -200,10 +200,9 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
         keras.utils.set_random_seed(SEED_OF_NONE)
     pixels = keras.Input((height, width, 3), name="pixels")
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
-    network = getattr(keras.applications, known.function)(
-        include_top=False, weights=None, input_tensor=scaled, pooling="avg"
-    )
-    network.name = "backbone"  # given to the function, EfficientNetV2 would look up its layers by it
+    build = getattr(keras.applications, known.function)
+    vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
+    network = keras.Model(pixels, vector, name="backbone")  # EfficientNetV2 looks up its layers by the name given to it
     if path is not None:
         _load_weights(network, path, backbone)
     network.trainable = False

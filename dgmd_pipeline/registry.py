@@ -175,8 +175,9 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     from mlflow.data.meta_dataset import MetaDataset
 
     model = keras.models.load_model(candidate.model, compile=False)
-    tags = {**candidate.tags, TRAINING: candidate.training_id}
-    with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
+    # Made by the client: `mlflow.start_run` would add the address of the git remote, which may hold a token.
+    made = client.create_run(experiment_id, tags={**candidate.tags, TRAINING: candidate.training_id})
+    with mlflow.start_run(run_id=made.info.run_id) as run:
         mlflow.log_params(dict(candidate.params))
         mlflow.log_input(
             MetaDataset(  # type: ignore[abstract]
