@@ -171,14 +171,6 @@ def test_a_version_that_was_promoted_meanwhile_does_not_become_candidate_again(s
     assert client.get_model_version("promoted", "1").aliases == []
 
 
-def test_a_run_does_not_tell_where_the_checkout_was_cloned_from(saved_model, tmp_path):
-    store = registry.embedded(tmp_path / "mlflow")
-    version = registry.register(store, "private", "private", candidate(tmp_path, saved_model))
-    tags = mlflow.MlflowClient(store.uri, store.uri).get_run(version.run_id).data.tags
-    assert "mlflow.source.git.repoURL" not in tags
-    assert tags["dgmd.version"] == "0.1.0"
-
-
 def test_a_deleted_experiment_is_explained(saved_model, tmp_path):
     store = registry.embedded(tmp_path / "mlflow")
     registry.register(store, "deleted", "deleted", candidate(tmp_path, saved_model))
