@@ -15,14 +15,14 @@ setup(
     install_requires=[line for line in requirements if line and not line.startswith("#")],
     extras_require={
         # the demo's local S3 endpoint
-        "demo": ["moto[server,s3]>=5.1,<6"],
+        "demo": ["moto[server,s3]>=5.2,<6"],
         # TensorFlow for NVIDIA GPUs, Linux; see the README, it takes the place of tensorflow-cpu
-        "cuda": ["tensorflow[and-cuda]>=2.20,<2.22; sys_platform == 'linux'"],
+        "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # tests and linters
         "test": [
-            "moto[server,s3]>=5.1,<6",  # a real S3 endpoint in a thread
-            "pytest>=8.3,<10",
-            "hypothesis>=6.100,<7",  # properties of labels and splits
+            "moto[server,s3]>=5.2,<6",  # a real S3 endpoint in a thread
+            "pytest>=9.2,<10",
+            "hypothesis>=6.150,<7",  # properties of labels and splits
             "ruff==0.17.6",  # one version for everybody, or formatting differs
             "mypy==2.4.1",
         ],
