@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
 
     job = step.Job(values, workers.Pool())
     last = tasks.RegisterModel(job=job)
-    with step.lock(values.data_dir):
+    with step.disk_errors_explained(values.data_dir), step.lock(values.data_dir):
         step.recover(values.data_dir, [task.folder for task in step.line_of(last)])
         outlooks = step.plan(last)
         _show_plan(outlooks, values.data_dir)
@@ -134,7 +134,8 @@ def _plan(options: argparse.Namespace) -> int:
     from dgmd_pipeline import step, tasks
 
     values = settings.load(options.env_file)
-    _show_plan(step.plan(tasks.RegisterModel(job=step.Job(values))), values.data_dir)
+    with step.disk_errors_explained(values.data_dir):
+        _show_plan(step.plan(tasks.RegisterModel(job=step.Job(values))), values.data_dir)
     return 0
 
 

@@ -248,7 +248,7 @@ class Step(luigi.Task):
             return
         log.info("%-20s ...", self.folder)
         started, start = _now(), time.monotonic()
-        with _disk_errors_explained(self.path), draft(self.path) as folder:
+        with disk_errors_explained(self.path.parent), draft(self.path) as folder:
             counts = self.work(folder)
             seconds = round(time.monotonic() - start, 3)
             identity = self.identify(folder, inputs)
@@ -270,20 +270,20 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors_explained(path: Path) -> Iterator[None]:
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn what the disk under `folder` refuses into a PipelineError; any other OSError passes."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
             raise PipelineError(
-                f"{path}: the disk is full ({free / 1e6:,.0f} MB are free). Make room and run again: "
-                "finished steps are kept."
+                f"{folder}: the disk is full ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free). Make room and "
+                "run again: finished steps are kept."
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise PipelineError(
-                f"{error.filename or path}: {error.strerror}. The pipeline runs as user {os.getuid()} and has to "
-                "be able to write there: change the owner or the mount."
+                f"{error.filename or folder}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
+                "whom the pipeline runs as, can read and write: mend its owner or its mount, or choose another one."
             ) from None
         raise
 

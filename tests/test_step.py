@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import luigi
 import pytest
@@ -219,11 +220,27 @@ with step.lock(pathlib.Path({str(tmp_path)!r})):
         pass
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(PipelineError, match="has to be able to write there"):
+@pytest.mark.parametrize("place", ["a file/data", "/sys/nowhere/data"])
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
+    (tmp_path / "a file").write_text("")
+    data_dir = tmp_path / place
+    with (
+        pytest.raises(PipelineError, match=r"can read and write"),
+        step.disk_errors_explained(data_dir),
+        step.lock(data_dir),
+    ):
+        pass
+
+
+def test_a_full_disk_is_explained(tmp_path, monkeypatch):
+    def work(self, draft):
+        with Path("/dev/full").open("w") as full:
+            full.write("x" * 100_000)
+
+    monkeypatch.setattr(First, "work", work)
+    with pytest.raises(PipelineError, match=r"the disk is full \(.* MB are free\). Make room and run again"):
         go(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_is_json_for_others_too(tmp_path):
