@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     decay_rate: float = Field(0.5, ge=0, description="LEARNING_RATE / (1 + DECAY_RATE * epoch)")
     patience: int = Field(3, ge=1, description="epochs without better validation accuracy before stopping")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="how the weights are updated")
-    dropout: float = Field(0.2, ge=0, lt=1, description="fraction of the head's units dropped in training")
+    dropout: float = Field(0.1, ge=0, lt=1, description="fraction of the head's units dropped in training")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
