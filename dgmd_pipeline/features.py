@@ -17,8 +17,8 @@ def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Mod
     """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order they come.
 
     `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (int
-    [batch]), as tensors or arrays; `count` pictures in all. Yields after each batch how many pictures are done; nothing
-    but a batch and the labels is held in memory. Raises ValueError where there are more or fewer than `count`.
+    [batch]), as tensors or arrays; `count` pictures in all. Yields how many pictures each batch had; nothing but a
+    batch and the labels is held in memory. Raises ValueError where there are more or fewer than `count`.
     """
     forward = freeze(backbone)
     labels: list[np.ndarray] = []
@@ -31,7 +31,7 @@ def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Mod
             file.write(forward(pictures).astype("<f4", copy=False).tobytes())
             labels.append(np.asarray(indexes, np.int64))
             done += len(labels[-1])
-            yield done
+            yield len(labels[-1])
     if done != count:
         raise ValueError(f"{folder}: expected {count} pictures, the records held {done}")
     np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))

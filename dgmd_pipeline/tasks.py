@@ -338,7 +338,8 @@ class ExtractFeatures(Step):
         pictures = records.read(source)
         count = len(pictures)
         batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
-        for _ in progress(features.extract(batches, count, backbone, draft), self.folder, count, "images"):
+        extracted = features.extract(batches, count, backbone, draft)
+        for _ in progress(extracted, self.folder, count, "images", count=int):
             pass
         return {"images": count, "dimensions": int(backbone.output_shape[-1])}
 
@@ -387,8 +388,8 @@ class TrainModel(Step):
         else:
             for side in sides:
                 records.check(side.path)
-            learned, rest = (partial(records.read, side.path) for side in sides)
-            trained = training.train_whole(learned, rest(), size, classes, weights, recipe, self._show)
+            shuffled, ordered = (partial(records.read, side.path) for side in sides)
+            trained = training.train_whole(shuffled, ordered(), size, classes, weights, recipe, self._show)
             whole = trained.model
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
