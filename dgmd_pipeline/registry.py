@@ -7,6 +7,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -179,12 +180,11 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     made = client.create_run(experiment_id, tags={**candidate.tags, TRAINING: candidate.training_id})
     with mlflow.start_run(run_id=made.info.run_id) as run:
         mlflow.log_params(dict(candidate.params))
-        mlflow.log_input(
-            MetaDataset(  # type: ignore[abstract]
-                resolve_dataset_source(candidate.source), name=candidate.source, digest=candidate.source_digest[:16]
-            ),
-            context="training",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a folder MLflow says that it may be a folder
+            source = resolve_dataset_source(candidate.source)
+        dataset = MetaDataset(source, name=candidate.source, digest=candidate.source_digest[:16])  # type: ignore[abstract]
+        mlflow.log_input(dataset, context="training")
         for step, metrics in enumerate(candidate.history, start=1):
             mlflow.log_metrics(dict(metrics), step=step)
         if candidate.kept != len(candidate.history) - 1:
