@@ -7,10 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dgmd_pipeline import settings
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, Stopped
 
 if TYPE_CHECKING:
     from dgmd_pipeline.step import Job, Outlook, Step
@@ -30,33 +30,40 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for and return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments, argparse.Namespace(env_file=None, verbose=False))
     _log_to_stdout(options.verbose)
     sys.excepthook = _show_fault
-    signal.signal(signal.SIGTERM, _terminate)
+    received.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         return options.command(options)
     except PipelineError as error:
         log.error("%s", error)
         return error.exit_code
-    except Terminated:
-        log.error("terminated; the next run goes on from the finished steps")
-        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        log.error("interrupted; the next run goes on from the finished steps")
-        return 128 + signal.SIGINT
+        how = "terminated" if received[0] == signal.SIGTERM else "interrupted"
+        log.error("%s; the next run goes on from the finished steps", how)
+        return 128 + received[0]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Like Ctrl-C it passes through Luigi, which takes any other exception for a failed task."""
+received: list[int] = []  # signals that ask to stop
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
+def _stop(number: int, _: object) -> None:
+    received.append(number)
+    check_stopped()
+
+
+def check_stopped() -> None:
+    """Raise Stopped if a signal came. What the handler raises inside TensorFlow may be swallowed or changed there."""
+    if received:
+        raise Stopped
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    # Suppressed defaults: a command's own would undo what stands before the command.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env-file", metavar="FILE", help="read variables from FILE (default: .env, if it is there)")
     common.add_argument("--verbose", action="store_true", help="show what Luigi says, too")
     parser = argparse.ArgumentParser(
@@ -67,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.set_defaults(command=_run)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command, text in (
         ("run", _run, "do what is not done yet (the default)"),
         ("plan", _plan, "show what a run would do, and why"),
@@ -81,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     values = settings.load(options.env_file)
     from dgmd_pipeline import step, tasks, workers  # after the settings: mistakes are answered at once
 
-    job = step.Job(values, workers.Pool())
+    job = step.Job(values, workers.Pool(), check_stopped)
     last = tasks.RegisterModel(job=job)
     with step.disk_errors_explained(values.data_dir), step.lock(values.data_dir):
         step.recover(values.data_dir, [task.folder for task in step.line_of(last)])
@@ -118,6 +125,7 @@ def _build(last: "Step", verbose: bool) -> int:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
     luigi.configuration.get_config().set("core", "no_configure_logging", "true")
     luigi.build([last], local_scheduler=True)
+    check_stopped()
     failure = last.job.failure
     if isinstance(failure, PipelineError):
         raise failure
@@ -156,6 +164,8 @@ def _log_to_stdout(verbose: bool) -> None:
     handler.setFormatter(
         _Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     )
+    logging.raiseExceptions = False  # whoever reads a run through `head` does not want to hear of the closed pipe
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 

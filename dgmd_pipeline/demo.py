@@ -68,7 +68,10 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
 
 def _write_env_file(variables: dict[str, str]) -> None:
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    head = "# The demo's settings. Its S3 endpoint is there only while `python pipeline.py demo` runs.\n"
+    head = (
+        "# The demo's settings; what is set in the environment goes before them.\n"
+        "# Its S3 endpoint is there only while `python pipeline.py demo` runs.\n"
+    )
     ENV_FILE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -145,9 +148,9 @@ What next?
   {_own("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
   # what would run now
   {pipeline} plan --env-file {ENV_FILE}
-  # train another model from the converted files, with other parameters
+  # train again from the converted files (for other parameters change {ENV_FILE})
   rm -r {DATA_DIR}/trained_model
-  EPOCHS=10 {pipeline} --env-file {ENV_FILE}"""
+  {pipeline} --env-file {ENV_FILE}"""
     )
 
 

@@ -27,3 +27,7 @@ class NoUsableInput(PipelineError):
     """There is nothing to train on: no bucket, no access, no pictures, fewer than two labels. Exit code 20."""
 
     exit_code = 20
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. A KeyboardInterrupt, because Luigi takes anything else for a failed task."""

@@ -153,7 +153,7 @@ def inspect(
     return images, sorted(rejected)
 
 
-def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float) -> None:
+def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
 
     Those are the files with a reason in `UNDECODABLE`. Duplicates, conflicts and pictures that are too small were
@@ -169,7 +169,7 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
         named = ", ".join(f"{label} ({count[label]} of {total[label]} files)" for label in over)
         raise NoUsableInput(
             f"More than {limit:.0%} of the files cannot be decoded for {named}; for example {first.path}: "
-            f"{first.reason}, {first.detail}. The reason for each file is in rejected.csv: mend or remove the files, "
+            f"{first.reason}, {first.detail}. The reason for each file is in {report}: mend or remove the files, "
             f"or raise MAX_REJECTED_PCNT, which is {limit:g}."
         )
 

@@ -123,6 +123,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
     """
     import mlflow
     import requests
+    import sqlalchemy.exc
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -139,9 +140,16 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
             found = _create(client, name, model_uri, run_id, candidate)
         _mark_as_candidate(client, found)
         return found
-    except (MlflowException, requests.RequestException) as error:
+    except (
+        MlflowException,
+        requests.RequestException,
+        sqlalchemy.exc.SQLAlchemyError,
+        ModuleNotFoundError,  # the driver of a database
+    ) as error:
+        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise PipelineError(
-            f"MLflow at {store.uri} did not take the model: {error}. The training is kept; the next run only registers."
+            f"MLflow at {store.uri} did not take the model: {reason}. "
+            "The training is kept; the next run only registers."
         ) from error
 
 

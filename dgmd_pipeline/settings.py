@@ -82,6 +82,28 @@ class Settings(BaseSettings):
     def _is_a_folder(cls, value: str) -> str:
         return value.strip("/")
 
+    @field_validator("aws_data_bucket")
+    @classmethod
+    def _is_a_bucket(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
+            raise ValueError("the bare name of a bucket, without s3:// and slashes")
+        return value
+
+    @field_validator("backbone_weights")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        if value not in ("imagenet", "none") and not (Path(value).is_file() and os.access(value, os.R_OK)):
+            raise ValueError("imagenet, none, or the path of a weights file that can be read")
+        return value
+
+    @field_validator("mlflow_tracking_uri")
+    @classmethod
+    def _is_a_store(cls, value: str | None) -> str | None:
+        known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
+        if value is not None and not re.fullmatch(known, value):
+            raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+        return value
+
     @field_validator("model_name")
     @classmethod
     def _is_one_name(cls, value: str) -> str:
@@ -135,7 +157,10 @@ def load(env_file: str | Path | None = None) -> Settings:
     if env_file and not path.is_file():
         raise SettingsError(f"--env-file {path}: there is no such file.")
     if path.is_file():
-        dotenv.load_dotenv(path, override=False)
+        try:
+            dotenv.load_dotenv(path, override=False)
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 that can be read ({error}).") from None
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:

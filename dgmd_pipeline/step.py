@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -89,9 +89,12 @@ def draft(target: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder where there is one."""
+    """Remove a folder where there is one, or the file that is in its place."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
 
 
 def recover(data_dir: Path, steps: Iterable[str]) -> None:
@@ -160,6 +163,7 @@ class Job:
 
     settings: Values
     pool: Any = None
+    check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     outlooks: dict[str, Outlook] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)  # step -> identity
     failure: BaseException | None = None
@@ -250,6 +254,7 @@ class Step(luigi.Task):
         started, start = _now(), time.monotonic()
         with disk_errors_explained(self.path.parent), draft(self.path) as folder:
             counts = self.work(folder)
+            self.job.check_stopped()
             seconds = round(time.monotonic() - start, 3)
             identity = self.identify(folder, inputs)
             record = Record(
@@ -283,7 +288,8 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise PipelineError(
                 f"{error.filename or folder}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
-                "whom the pipeline runs as, can read and write: mend its owner or its mount, or choose another one."
+                f"whom the pipeline runs as, can read and write: `chown -R {os.getuid()}` it, run as its owner "
+                "(docker run --user), mend its mount, or choose another one."
             ) from None
         raise
 
@@ -292,7 +298,7 @@ def differences(step: Step, record: Record, inputs: dict[str, str]) -> list[str]
     """Return why a folder with this record is not what the step would make now."""
     now = step.declared()
     reasons = [
-        f"{name.upper()} {record.settings.get(name, 'not recorded')} -> {now.get(name, 'no longer used')}"
+        f"{name.upper()} {_shown(record.settings, name)} -> {_shown(now, name)}"
         for name in sorted({*record.settings, *now})
         if name not in record.settings or name not in now or record.settings[name] != now[name]
     ]
@@ -302,6 +308,10 @@ def differences(step: Step, record: Record, inputs: dict[str, str]) -> list[str]
         f"{name} changes" for name in sorted({*record.inputs, *inputs}) if record.inputs.get(name) != inputs.get(name)
     ]
     return reasons
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    return "(not used)" if name not in settings else "(not set)" if settings[name] is None else str(settings[name])
 
 
 def line_of(last: Step) -> list[Step]:

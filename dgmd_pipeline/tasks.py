@@ -97,7 +97,10 @@ class InspectImages(Step):
         raw: Step = self.requires()
         files = list(_raw_files(raw.path))
         if not files:
-            raise NoUsableInput(f"{raw.path} holds no label folders with pictures: put them there as <label>/<file>.")
+            raise NoUsableInput(
+                f"{raw.path} holds no label folders with pictures: put them there as <label>/<file>, or delete the "
+                "folder to have it downloaded."
+            )
         usable, rejected = images.inspect(
             files,
             raw.path,
@@ -106,10 +109,11 @@ class InspectImages(Step):
                 self.job.pool.map(function, pieces), "inspect", len(files), "images", count=len
             ),
         )
+        rejected = [*_without_label(raw.path), *rejected]
         # Written beside the draft first: where the run stops here, the reasons are what its reader needs.
         report = self.path.with_name("rejected.csv")
         manifest.write(report, manifest.Rejected, [*_left_out_before(raw.path), *rejected])
-        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt)
+        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
         report.replace(draft / "rejected.csv")
         manifest.write(draft / "images.csv", manifest.Image, usable)
         _warn_of_rejected(rejected, "files", self.path)
@@ -137,6 +141,14 @@ def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
         return
     for source in manifest.read(raw / "listing.csv", manifest.SourceObject):
         yield manifest.RawFile(source.path, source.path.split("/", 1)[0])
+
+
+def _without_label(raw: Path) -> Iterator[manifest.Rejected]:
+    """Yield what lies directly in a folder that was put there by hand."""
+    if not (raw / "listing.csv").exists():
+        for path in sorted(raw.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                yield manifest.Rejected(path.name, "", "no label", "it lies directly in raw/, in no label's folder")
 
 
 def _left_out_before(raw: Path) -> Iterator[manifest.Rejected]:
@@ -221,7 +233,7 @@ class BalanceClasses(Step):
 
     def summary(self, counts: dict[str, Any]) -> str:
         before, after = counts["before"], counts["after"]
-        cut = [f"{label} {before[label]:,} -> {after[label]:,}" for label in before if after[label] < before[label]]
+        cut = [f"'{label}' {before[label]:,} -> {after[label]:,}" for label in before if after[label] < before[label]]
         cut = cut[:5] + ([f"{len(cut) - 5} more"] if len(cut) > 5 else [])
         sizes = f"classes of {min(after.values()):,} to {max(after.values()):,}"
         return (
@@ -405,6 +417,7 @@ class TrainModel(Step):
         }
 
     def _show(self, row: Any) -> None:
+        self.job.check_stopped()
         log.info(
             "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, accuracy %.4f, learning rate %.2g",
             row.epoch + 1, self.settings.epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
@@ -512,6 +525,7 @@ class RegisterModel(Step):
         store = registry_store(self.settings)
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registry.register(store, experiment, self.settings.model_name, candidate)
+        (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
         return {"name": version.name, "version": version.version, "run": version.run_id, "new": version.new}
 
     def _tags(self, metrics: dict[str, float]) -> dict[str, str]:

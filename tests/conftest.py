@@ -40,8 +40,12 @@ def _clean_environment(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(monkeypatch, tmp_path):
+def _own_folder_and_environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def picture(label: str, number: int, side: int = 24) -> bytes:

@@ -119,5 +119,4 @@ def test_the_next_commands_work_as_printed(demo):
     kept = (folder / "demo-data" / "tfrecord_training").stat().st_ino
     result = subprocess.run(f"{remove} && {again}", shell=True, cwd=folder, check=True, capture_output=True, text=True)
     assert "dgmd_model version 2, non-production" in result.stdout
-    assert "epoch 10/10" in result.stdout or "epochs, kept" in result.stdout
     assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept

@@ -623,7 +623,7 @@ def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
     ]
     rows = usable_rows("cat", 1) + usable_rows("dog", 1)
     with pytest.raises(NoUsableInput) as error:
-        check_rejected(rows, rejected, 0.5)
+        check_rejected(rows, rejected, 0.5, Path("/data/rejected.csv"))
     message = str(error.value)
     assert "More than 50% of the files cannot be decoded for cat (2 of 3 files), cow (1 of 1 files)" in message
     assert "dog" not in message  # exactly the limit
@@ -634,8 +634,8 @@ def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
 
 def test_duplicates_conflicts_and_small_pictures_do_not_count_as_undecodable():
     rejected = [Rejected(f"a/{reason}", "a", reason, "") for reason in ("duplicate", "conflict", "too small")]
-    check_rejected([], rejected, 0)
+    check_rejected([], rejected, 0, Path())
 
 
 def test_rows_without_a_label_stop_nothing():
-    check_rejected(usable_rows("a", 1), [Rejected("key", "", "unreadable", "no label")], 0)
+    check_rejected(usable_rows("a", 1), [Rejected("key", "", "unreadable", "no label")], 0, Path())

@@ -366,10 +366,12 @@ def test_an_old_mlflow_server_stops_the_run_before_the_first_step(tmp_path):
     assert not (tmp_path / "data" / "raw").exists()
 
 
-def test_weights_that_cannot_be_had_stop_the_run_before_the_first_step(tmp_path):
-    result = run_pipeline(tmp_path, BACKBONE_WEIGHTS=tmp_path / "missing.weights.h5")
+def test_weights_that_cannot_be_fetched_stop_the_run_before_the_first_step(tmp_path):
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "KERAS_HOME": tmp_path / "keras"}
+    result = run_pipeline(tmp_path, **nowhere)
     assert result.returncode == 30, result.stdout + result.stderr
-    assert "missing.weights.h5" in result.stdout.splitlines()[-1]
+    assert "The ImageNet weights of EfficientNetV2-B1 are not in" in result.stdout.splitlines()[-1]
+    assert "Traceback" not in result.stdout + result.stderr
     assert not (tmp_path / "data" / "raw").exists()
 
 
@@ -416,6 +418,7 @@ def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path, mlflow_server
             buffer = io.BytesIO()
             Image.open(io.BytesIO(picture(label, number))).save(buffer, "BMP")
             (folder / f"{number}.bmp").write_bytes(buffer.getvalue())
+    (tmp_path / "data" / "raw" / "loose.png").write_bytes(picture("loose", 1))
     variables = {
         **TINY,
         "MLFLOW_TRACKING_URI": mlflow_server,
@@ -425,6 +428,7 @@ def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path, mlflow_server
     result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "put there by hand: used as it is" in result.stdout
+    assert "loose.png,,no label," in (tmp_path / "data" / "inspected" / "rejected.csv").read_text()
     result = run_pipeline(tmp_path, **variables)
     assert "Nothing to do" in result.stdout
     (tmp_path / "data" / "raw" / LABELS[0] / "new.png").write_bytes(picture(LABELS[0], 50))

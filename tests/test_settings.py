@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from dgmd_pipeline.errors import SettingsError
@@ -42,11 +44,7 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(monkeypatch, tmp_path):
     monkeypatch.setenv("BATCH_SIZE", "9")
     settings = load()
     assert (settings.epochs, settings.batch_size) == (3, 9)
-    monkeypatch.delenv("EPOCHS")  # what load has put there
-    import os
-
-    assert os.environ["AWS_PROFILE"] == "my team"
-    monkeypatch.delenv("AWS_PROFILE")
+    assert os.environ["AWS_PROFILE"] == "my team"  # for boto3
 
 
 def test_a_missing_env_file_that_was_named_is_a_mistake():
@@ -64,6 +62,9 @@ def test_all_mistakes_come_in_one_message(monkeypatch):
         "OPTIMIZER": "best",
         "MODEL_NAME": "team/model",
         "CLASS_WEIGHTS": "perhaps",
+        "AWS_DATA_BUCKET": "s3://bucket",
+        "BACKBONE_WEIGHTS": "/nowhere.weights.h5",
+        "MLFLOW_TRACKING_URI": "127.0.0.1:5000",
     }
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
@@ -85,6 +86,27 @@ def test_the_validation_share_lies_strictly_between_0_and_1(monkeypatch, value):
     monkeypatch.setenv("VALIDATION_PCNT", value)
     with pytest.raises(SettingsError, match=f"VALIDATION_PCNT={value}: expected a number above 0 and below 1"):
         load()
+
+
+@pytest.mark.parametrize("uri", ["foo://bar", "http://", "/data/mlruns", "mlflow:5000", " "])
+def test_what_is_no_address_of_an_mlflow_store_is_refused(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(SettingsError, match=r"MLFLOW_TRACKING_URI=.*: expected http://host:port, "):
+        load()
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://dgmd_mlflow:5000/", "https://u:p@host/x", "sqlite:////data/mlflow.db", "databricks"]
+)
+def test_what_is_one_is_taken(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert load().mlflow_tracking_uri == uri
+
+
+def test_a_file_of_variables_that_is_not_text_is_a_mistake(tmp_path):
+    (tmp_path / "my.env").write_bytes(b"NAME=M\xfcller\n")
+    with pytest.raises(SettingsError, match=r"my\.env: expected lines NAME=value in UTF-8"):
+        load("my.env")
 
 
 def test_settings_are_frozen():

@@ -8,7 +8,7 @@ import luigi
 import pytest
 
 from dgmd_pipeline import step
-from dgmd_pipeline.errors import Busy, PipelineError
+from dgmd_pipeline.errors import Busy, PipelineError, Stopped
 from dgmd_pipeline.settings import Settings
 
 
@@ -163,6 +163,25 @@ def test_a_step_that_fails_keeps_the_folder_that_was_there(tmp_path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         go(tmp_path, EPOCHS=2)
     assert (tmp_path / "first" / "epochs").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "third"]
+
+
+def test_a_step_that_a_signal_came_into_is_not_committed(tmp_path):
+    def stopped():
+        raise Stopped
+
+    job = step.Job(Settings(DATA_DIR=tmp_path), check_stopped=stopped)
+    step.plan(First(job=job))
+    with pytest.raises(Stopped):
+        First(job=job).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_replaced(tmp_path):
+    go(tmp_path)
+    step.remove(tmp_path / "second")
+    (tmp_path / "second").write_text("a file")
+    assert go(tmp_path)[1] == {"second"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "third"]
 
 

@@ -1,0 +1,78 @@
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dgmd_pipeline import cli
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """`main` sets up the process that it is called in."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, hook, errors = logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions
+    yield
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions = handlers, hook, errors
+
+
+@pytest.mark.parametrize("arguments", [["--env-file", "my.env", "plan"], ["plan", "--env-file", "my.env"]])
+def test_options_may_stand_before_and_after_the_command(arguments, capsys, tmp_path):
+    (tmp_path / "my.env").write_text("EPOCHS=0\n")
+    assert cli.main(arguments) == 2
+    assert "EPOCHS=0: expected a whole number of at least 1." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["plan", "too much"]])
+def test_a_wrong_argument_is_answered_by_usage_and_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(arguments)
+    assert exited.value.code == 2
+    assert "usage: pipeline.py" in capsys.readouterr().err
+
+
+def test_the_help_names_commands_and_exit_codes(capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["--help"])
+    assert exited.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("run ", "plan ", "demo ", "  143 "))
+
+
+def test_lines_for_people_hide_passwords_in_arguments_and_tracebacks(capsys):
+    cli._log_to_stdout(verbose=False)
+    log = logging.getLogger("dgmd_pipeline.test")
+    log.info("at %s", "http://me:s3cr3t@host/")
+    try:
+        raise ValueError("no http://me:s3cr3t@host/")
+    except ValueError:
+        log.exception("failed")
+    said = capsys.readouterr().out
+    assert "http://host/" in said
+    assert "error: failed" in said
+    assert "Traceback" in said
+    assert "s3cr3t" not in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_swallows_is_not_forgotten(monkeypatch, number, code):
+    def command(_):
+        with contextlib.suppress(KeyboardInterrupt):  # as TensorFlow does when it comes while it traces a function
+            signal.raise_signal(number)
+        cli.check_stopped()
+
+    monkeypatch.setattr(cli, "_plan", command)
+    assert cli.main(["plan"]) == code
+
+
+def test_a_reader_that_goes_away_is_no_reason_for_tracebacks(tmp_path):
+    command = f"{sys.executable} {ROOT / 'pipeline.py'} plan | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "Plan for data" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "Logging error" not in result.stderr
