@@ -34,7 +34,7 @@ def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[
         found = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
         raise NoUsableInput(
             f"A classifier needs at least two labels with {minimum} usable images each (MIN_IMAGES_PER_LABEL); "
-            f"usable images found: {found}. Add labelled pictures; those left out are in DATA_DIR/inspected/rejected.csv."
+            f"usable ones found: {found}. Add labelled pictures; those left out are in DATA_DIR/inspected/rejected.csv."
         )
     names = [*known, *sorted(used - set(known))]
     rows = [LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)]
