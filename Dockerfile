@@ -7,6 +7,7 @@ FROM python:3.11-slim-bookworm
 ARG GIT_REVISION=unknown
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    KERAS_HOME=/app/data/.keras \
     GIT_REVISION=$GIT_REVISION
 
 WORKDIR /app

@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     job = step.Job(values, workers.Pool(), check_stopped)
     last = tasks.RegisterModel(job=job)
     with step.disk_errors_explained(values.data_dir), step.lock(values.data_dir):
-        step.recover(values.data_dir, [task.folder for task in step.line_of(last)])
+        step.recover(values.data_dir)
         outlooks = step.plan(last)
         _show_plan(outlooks, values.data_dir)
         if last.complete():

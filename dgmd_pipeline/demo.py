@@ -52,9 +52,10 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
             "AWS_ACCESS_KEY_ID": "demo",
             "AWS_SECRET_ACCESS_KEY": "demo",
             "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
         }
         _write_env_file(variables)
-        _forget_own_settings()
+        foreign = _forget_own_settings()
         os.environ.update(variables)
         if not (DATA_DIR / "raw").exists():
             _fill_bucket()
@@ -63,6 +64,8 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
         server.stop()
     if code == 0:
         _say_what_next()
+        if foreign := [name for name in foreign if name in variables or not name.startswith("AWS_")]:
+            log.warning("Your environment goes before %s: first do `unset %s`", ENV_FILE, " ".join(foreign))
     return code
 
 
@@ -75,12 +78,15 @@ def _write_env_file(variables: dict[str, str]) -> None:
     ENV_FILE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _forget_own_settings() -> None:
-    """A demo must not reach the caller's bucket or register in the caller's MLflow."""
+def _forget_own_settings() -> list[str]:
+    """Take the caller's settings away: a demo must not reach the caller's bucket or MLflow. Return their names."""
     from dgmd_pipeline.settings import Settings, variable
 
-    for name in [*map(variable, Settings.model_fields), *(name for name in os.environ if name.startswith("AWS_"))]:
-        os.environ.pop(name, None)
+    own = {variable(name) for name in Settings.model_fields}
+    foreign = sorted(name for name in os.environ if name in own or name.startswith("AWS_"))
+    for name in foreign:
+        del os.environ[name]
+    return foreign
 
 
 def _fill_bucket() -> None:

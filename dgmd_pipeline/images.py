@@ -28,7 +28,7 @@ from dgmd_pipeline.manifest import Image, RawFile, Rejected
 # file) is opened by the JPEG reader and counts as its first picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE = 8  # pixels; the smallest pictures known to be worth training on are 8 x 8 digits
-MAX_PIXELS = 100_000_000  # a phone's largest mode is 200 megapixels, a usual photograph 12; decoded: 3 bytes each
+MAX_PIXELS = 100_000_000  # a phone's largest mode is 200 megapixels, a usual photograph 12; 4 to 8 bytes each decoded
 MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
 PIECE = 64  # files handed to a worker at a time
 
@@ -169,7 +169,8 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
         named = ", ".join(f"{label} ({count[label]} of {total[label]} files)" for label in over)
         raise NoUsableInput(
             f"More than {limit:.0%} of the files cannot be decoded for {named}; for example {first.path}: "
-            f"{first.reason}, {first.detail}. The reason for each file is in {report}: mend or remove the files, "
+            f"{first.reason}, {first.detail}. The reason for each file is in {report}: mend or remove the files, in "
+            "the bucket if they came from there (and delete the folder raw), "
             f"or raise MAX_REJECTED_PCNT, which is {limit:g}."
         )
 

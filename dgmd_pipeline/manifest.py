@@ -60,7 +60,7 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     """Write `rows` with a header to a new CSV file and return how many there were."""
     count = 0
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(kind._fields)
         for row in rows:
             writer.writerow(row)

@@ -226,8 +226,8 @@ def _encode(path: Path, width: int, height: int) -> bytes:
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
             f"{path} was a readable picture when it was inspected and is not any more "
-            f"({type(error).__name__}: {error}). Put it back, or delete the folder inspected "
-            "to have all pictures inspected again, and run again."
+            f"({type(error).__name__}: {error}). Put it back (a downloaded one by deleting "
+            "the folder raw), or, where pictures were put there by hand, delete the folder inspected; and run again."
         ) from error
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", **JPEG, comment=b"")  # Pillow would take the source's comment along

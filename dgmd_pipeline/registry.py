@@ -117,35 +117,32 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
     """Log a run and create a non-production version with alias `candidate`, or find the one of this training.
 
     The version is created with its tags in one call, so that whoever is stopped after it finds it by the training's
-    id. A run of this training that has no version was cut off; it is deleted and made anew.
+    id. A run of this training that was cut off is deleted and made anew, one that is complete is used.
 
     Raises PipelineError where MLflow cannot be reached or refuses; the client has retried by then.
     """
     import mlflow
-    import requests
-    import sqlalchemy.exc
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     try:
         mlflow.set_tracking_uri(store.uri)
-        mlflow.set_registry_uri(store.uri)
         client = MlflowClient()
         found = _find(client, name, candidate.training_id)
         if found is None:
             experiment_id = _experiment(client, experiment, store.artifacts)
-            _delete_unfinished(client, experiment_id, candidate.training_id)
-            run_id, model_uri = _log(client, experiment_id, candidate)
+            logged = _logged(client, experiment_id, candidate.training_id)
+            run_id, model_uri = logged or _log(client, experiment_id, candidate)
             found = _create(client, name, model_uri, run_id, candidate)
         _mark_as_candidate(client, found)
         return found
-    except (
-        MlflowException,
-        requests.RequestException,
-        sqlalchemy.exc.SQLAlchemyError,
-        ModuleNotFoundError,  # the driver of a database
-    ) as error:
+    except PipelineError:
+        raise
+    except Exception as error:
+        # Behind MLflow are HTTP, databases and artifact stores, whose clients' errors have no class in common. What
+        # Python itself raises is a fault of ours, save for the disk's errors and a database driver that is missing.
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
+            raise
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise PipelineError(
             f"MLflow at {store.uri} did not take the model: {reason}. "
@@ -171,9 +168,17 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     return experiment.experiment_id
 
 
-def _delete_unfinished(client: "MlflowClient", experiment_id: str, training_id: str) -> None:
-    for run in client.search_runs([experiment_id], f"tags.`{TRAINING}` = '{training_id}'"):
-        client.delete_run(run.info.run_id)
+def _logged(client: "MlflowClient", experiment_id: str, training_id: str) -> tuple[str, str] | None:
+    """Return run id and model URI of this training where they are complete; delete runs that were cut off."""
+    complete = None
+    for found in client.search_runs([experiment_id], f"tags.`{TRAINING}` = '{training_id}'"):
+        run = client.get_run(found.info.run_id)
+        models = run.outputs.model_outputs if run.outputs else []
+        if run.info.status == "FINISHED" and models:
+            complete = run.info.run_id, f"models:/{models[0].model_id}"
+        else:
+            client.delete_run(run.info.run_id)
+    return complete
 
 
 def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tuple[str, str]:
@@ -184,9 +189,8 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     from mlflow.data.meta_dataset import MetaDataset
 
     model = keras.models.load_model(candidate.model, compile=False)
-    # Made by the client: `mlflow.start_run` would add the address of the git remote, which may hold a token.
-    made = client.create_run(experiment_id, tags={**candidate.tags, TRAINING: candidate.training_id})
-    with mlflow.start_run(run_id=made.info.run_id) as run:
+    tags = {**candidate.tags, TRAINING: candidate.training_id}
+    with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
         mlflow.log_params(dict(candidate.params))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a folder MLflow says that it may be a folder

@@ -12,7 +12,7 @@ from typing import Literal
 
 import dotenv
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -33,7 +33,12 @@ class Settings(BaseSettings):
     """What a run is asked to do. Field names are the variables in lower case."""
 
     model_config = SettingsConfigDict(
-        frozen=True, alias_generator=str.upper, case_sensitive=True, env_ignore_empty=True, extra="ignore"
+        frozen=True,
+        alias_generator=str.upper,
+        case_sensitive=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        allow_inf_nan=False,
     )
 
     data_dir: Path = Field(Path("./data"), description="folder that holds the step folders")
@@ -71,7 +76,7 @@ class Settings(BaseSettings):
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
     mlflow_experiment_name: str | None = Field(None, description="MLflow experiment; unset: MODEL_NAME")
     mlflow_tracking_uri: str | None = Field(
-        None, description="MLflow server; unset: an embedded store under DATA_DIR/mlflow"
+        None, description="MLflow server or its database; unset: an embedded store in DATA_DIR/mlflow"
     )
 
     keras_home: Path = Field(Path.home() / ".keras", description="where Keras keeps downloaded weights")
@@ -92,8 +97,9 @@ class Settings(BaseSettings):
     @field_validator("backbone_weights")
     @classmethod
     def _is_there(cls, value: str) -> str:
-        if value not in ("imagenet", "none") and not (Path(value).is_file() and os.access(value, os.R_OK)):
-            raise ValueError("imagenet, none, or the path of a weights file that can be read")
+        readable = value.endswith(".h5") and Path(value).is_file() and os.access(value, os.R_OK)
+        if value not in ("imagenet", "none") and not readable:
+            raise ValueError("imagenet, none, or the path of a weights file (.h5) that can be read")
         return value
 
     @field_validator("mlflow_tracking_uri")
@@ -113,13 +119,20 @@ class Settings(BaseSettings):
 
     @field_validator("backbone")
     @classmethod
-    def _is_known(cls, value: str) -> str:
-        from dgmd_pipeline.model import BACKBONES
+    def _is_known(cls, value: str, info: ValidationInfo) -> str:
+        from dgmd_pipeline.model import BACKBONES, FROZEN
 
         names = {name.casefold(): name for name in BACKBONES}
         if value.casefold() not in names:
             raise ValueError("one of " + ", ".join(BACKBONES))
-        return names[value.casefold()]
+        name = names[value.casefold()]
+        sides = [info.data[side] for side in ("image_width", "image_height") if side in info.data]
+        if name in FROZEN and min(sides, default=4096) < FROZEN[name].min_size:
+            raise ValueError(
+                f"IMAGE_WIDTH and IMAGE_HEIGHT of at least {FROZEN[name].min_size} for this network, or cnn, which "
+                "takes smaller pictures"
+            )
+        return name
 
     def experiment(self) -> str:
         """Return the name of the MLflow experiment."""
@@ -144,7 +157,8 @@ def variable(name: str) -> str:
 
 def redact(text: str) -> str:
     """Take user, password and query out of every URI in a text: they may be secrets."""
-    text = re.sub(r"(\b[a-zA-Z][\w+.-]*://)[^/\s'\"]*@", r"\1", text)
+    # Up to the last @: a password may hold / and quotes. An S3 address has no user, but its keys may have an @.
+    text = re.sub(r"\b(?!s3:)([a-zA-Z][\w+.-]*://)\S*@", r"\1", text)
     return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
 
 
@@ -173,7 +187,10 @@ def load(env_file: str | Path | None = None) -> Settings:
 def _mistake(name: str, value: object, message: str) -> str:
     field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
     allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else _allowed(field)
-    line = f"{name}={redact(str(value))}: expected {allowed}."
+    shown = redact(str(value))
+    if name.endswith("_URI"):
+        shown = shown.rpartition("@")[2]  # a login without a scheme before it
+    line = f"{name}={shown}: expected {allowed}."
     if name.endswith("_PCNT"):
         try:
             percent = float(str(value))

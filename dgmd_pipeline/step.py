@@ -65,7 +65,7 @@ def walk(folder: Path) -> str:
     for path, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if Path(path) != folder:
-            for name in sorted(names):
+            for name in sorted(name for name in names if not name.startswith(".")):
                 status = Path(path, name).lstat()
                 entries.append([f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns])
     return digest(entries)
@@ -83,7 +83,8 @@ def draft(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         folder.rename(target)
-        remove(old)
+        if old.exists():
+            old.rename(folder)  # a draft again: one that is only partly removed must never be put back
     finally:
         remove(folder)
 
@@ -91,20 +92,21 @@ def draft(target: Path) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Remove a folder where there is one, or the file that is in its place."""
     with contextlib.suppress(FileNotFoundError):
-        if folder.is_dir():
+        if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
         else:
             folder.unlink()
 
 
-def recover(data_dir: Path, steps: Iterable[str]) -> None:
+def recover(data_dir: Path) -> None:
     """Put back or sweep away what a killed run left behind."""
-    for step in steps:
-        old, target = data_dir / f".old-{step}", data_dir / step
-        if old.exists() and not target.exists():
+    for old in data_dir.glob(".old-*"):
+        target = old.with_name(old.name.removeprefix(".old-"))
+        if not target.exists():
             old.rename(target)
         remove(old)
-        remove(data_dir / f".draft-{step}")
+    for folder in data_dir.glob(".draft-*"):
+        remove(folder)
 
 
 @contextlib.contextmanager
@@ -285,7 +287,7 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
                 f"{folder}: the disk is full ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free). Make room and "
                 "run again: finished steps are kept."
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
             raise PipelineError(
                 f"{error.filename or folder}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
                 f"whom the pipeline runs as, can read and write: `chown -R {os.getuid()}` it, run as its owner "
@@ -350,7 +352,7 @@ def _outlook(step: Step, before: list[Outlook]) -> Outlook:
     record = read_record(step.path)
     if record is None:
         if step.data_is_welcome:
-            return Outlook(step.folder, "done", "put there by hand: used as it is", step.identify(step.path, {}))
+            return Outlook(step.folder, "done", "put there by hand: used as it is", walk(step.path))
         return Outlook(step.folder, "run", f"no readable {SUCCESS}: made by hand or by an older version", expected)
     reasons = differences(step, record, inputs | {name: record.inputs.get(name, "new") for name in unknown})
     if reasons:

@@ -19,7 +19,7 @@ import luigi
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import Step, digest, line_of, read_record, walk
+from dgmd_pipeline.step import Step, digest, line_of, read_record
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
@@ -63,12 +63,10 @@ class DownloadImages(Step):
         return None
 
     def identify(self, folder: Path, _: dict[str, str]) -> str:
-        """Return the listing's identity; of a folder that has none, one of its files."""
-        if (folder / "listing.csv").exists():
-            from dgmd_pipeline import bucket
+        """Return the listing's identity."""
+        from dgmd_pipeline import bucket
 
-            return bucket.identity(manifest.read(folder / "listing.csv", manifest.SourceObject))
-        return walk(folder)
+        return bucket.identity(manifest.read(folder / "listing.csv", manifest.SourceObject))
 
 
 def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
@@ -86,7 +84,6 @@ class InspectImages(Step):
     """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
 
     name = "inspected"
-    reads = ("max_rejected_pcnt",)
 
     def requires(self) -> Step:
         return DownloadImages(job=self.job)
@@ -109,13 +106,8 @@ class InspectImages(Step):
                 self.job.pool.map(function, pieces), "inspect", len(files), "images", count=len
             ),
         )
-        rejected = [*_without_label(raw.path), *rejected]
-        # Written beside the draft first: where the run stops here, the reasons are what its reader needs.
-        report = self.path.with_name("rejected.csv")
-        manifest.write(report, manifest.Rejected, [*_left_out_before(raw.path), *rejected])
-        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
-        report.replace(draft / "rejected.csv")
         manifest.write(draft / "images.csv", manifest.Image, usable)
+        manifest.write(draft / "rejected.csv", manifest.Rejected, [*_left_out_before(raw.path), *rejected])
         _warn_of_rejected(rejected, "files", self.path)
         groups = Counter(row.group for row in usable)
         alike = sum(count for count in groups.values() if count > 1)
@@ -136,39 +128,40 @@ def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
     """Yield what was downloaded; of a folder put there by hand what is found in it."""
     from dgmd_pipeline import images
 
-    if not (raw / "listing.csv").exists():
+    if read_record(raw) is None:
         yield from images.find(raw)
         return
     for source in manifest.read(raw / "listing.csv", manifest.SourceObject):
         yield manifest.RawFile(source.path, source.path.split("/", 1)[0])
 
 
-def _without_label(raw: Path) -> Iterator[manifest.Rejected]:
-    """Yield what lies directly in a folder that was put there by hand."""
-    if not (raw / "listing.csv").exists():
-        for path in sorted(raw.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                yield manifest.Rejected(path.name, "", "no label", "it lies directly in raw/, in no label's folder")
-
-
 def _left_out_before(raw: Path) -> Iterator[manifest.Rejected]:
-    if (raw / "rejected.csv").exists():
+    """Yield the objects that were not downloaded; of a folder put there by hand the files that have no label."""
+    if read_record(raw) is not None:
         yield from manifest.read(raw / "rejected.csv", manifest.Rejected)
+        return
+    for path in sorted(raw.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            yield manifest.Rejected(path.name, "", "no label", "it lies directly in raw/, in no label's folder")
 
 
 class MapLabels(Step):
     """A row -> its label's class index. The map is append-only within one bucket and prefix."""
 
     name = "label_map"
-    uses = ("aws_data_bucket", "aws_data_path", "min_images_per_label")
+    uses = ("aws_data_bucket", "aws_data_path", "max_rejected_pcnt", "min_images_per_label")
 
     def requires(self) -> Step:
         return InspectImages(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import labels
+        from dgmd_pipeline import images, labels
 
-        usable = manifest.read(self.requires().path / "images.csv", manifest.Image)
+        inspected: Step = self.requires()
+        usable = list(manifest.read(inspected.path / "images.csv", manifest.Image))
+        report = inspected.path / "rejected.csv"
+        rejected = manifest.read(report, manifest.Rejected)
+        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
         rows = labels.assign(usable, self._known(), self.settings.min_images_per_label)
         names = [row.label for row in rows if row.class_index >= 0]
         labels.write_mapping(draft / "mapping.json", names)
@@ -479,8 +472,8 @@ class RegisterModel(Step):
     """Everything about a training -> a run and a version in the registry that is not production. The last task."""
 
     name = "registered_model"
-    uses = ("model_name", "mlflow_tracking_uri")
-    reads = ("data_dir", "mlflow_experiment_name", "aws_data_bucket", "aws_data_path", "git_revision")
+    uses = ("model_name", "mlflow_experiment_name", "mlflow_tracking_uri")
+    reads = ("data_dir", "aws_data_bucket", "aws_data_path", "backbone_weights", "git_revision")
 
     def requires(self) -> list[Step]:
         return [
@@ -499,14 +492,16 @@ class RegisterModel(Step):
         model.start_tensorflow()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
         about = json.loads((trained.path / "training.json").read_text("utf-8"))
-        records = {step.folder: record for step in line_of(self) if (record := read_record(step.path))}
+        before = line_of(self)[:-1]
+        records = {step.folder: record for step in before if (record := read_record(step.path))}
         history = manifest.read(trained.path / "history.csv", training.Epoch)
         metrics = json.loads((evaluation.path / "metrics.json").read_text("utf-8"))
         candidate = registry.Candidate(
             training_id=about["id"],
             model=trained.path / "model.keras",
             labels=labels.read_mapping(label_map.path / "mapping.json"),
-            params=_params(records, about["seed"]),
+            params=_params(records, self.declared() | {"backbone_weights": self.settings.backbone_weights})
+            | {"SEED": about["seed"]},
             history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
             kept=about["kept"],
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
@@ -556,10 +551,10 @@ def registry_store(settings: Any) -> Any:
     return registry.embedded(settings.data_dir / "mlflow")
 
 
-def _params(records: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return the settings that the folders were made with, by variable name."""
-    settings = {name.upper(): value for record in records.values() for name, value in record.settings.items()}
-    return settings | {"SEED": seed}
+def _params(records: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the folders were made with, and others, by variable name."""
+    settings = [record.settings for record in records.values()] + [others]
+    return {name.upper(): value for some in settings for name, value in some.items()}
 
 
 def _data_counts(records: dict[str, Any]) -> dict[str, float]:

@@ -110,15 +110,18 @@ def test_every_exit_code_is_in_the_readme():
         assert f"\n  {code} " in EXIT_CODES
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan"], ["plan", "--env-file", "missing"]])
-def test_light_commands_import_nothing_heavy(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "exits"), [(["--help"], 0), (["plan"], 0), (["plan", "--env-file", "missing"], 2)]
+)
+def test_light_commands_import_nothing_heavy(arguments, exits, tmp_path):
     code = f"""
 import sys
 from dgmd_pipeline.cli import main
 try:
-    main({arguments!r})
-except SystemExit:
-    pass
+    code = main({arguments!r})
+except SystemExit as exited:
+    code = exited.code
+assert code == {exits}, code
 heavy = {{"tensorflow", "keras", "mlflow", "sklearn", "matplotlib", "boto3", "PIL", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -153,12 +153,23 @@ def test_the_last_value_of_each_metric_is_that_of_the_kept_weights(store, saved_
 def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):
     store = registry.embedded(tmp_path / "mlflow")
     lost = candidate(tmp_path, saved_model, files={tmp_path / "nowhere": ""})  # found missing after the run was begun
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(PipelineError, match=r"did not take the model: .*nowhere"):
         registry.register(store, "cut", "cut", lost)
     version = registry.register(store, "cut", "cut", candidate(tmp_path, saved_model))
     client = mlflow.MlflowClient(store.uri, store.uri)
     runs = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
     assert [run.info.run_id for run in runs] == [version.run_id]
+
+
+def test_a_run_that_was_complete_before_its_version_was_created_is_used(saved_model, tmp_path):
+    store = registry.embedded(tmp_path / "mlflow")
+    first = registry.register(store, "shared", "first", candidate(tmp_path, saved_model))
+    second = registry.register(store, "shared", "second", candidate(tmp_path, saved_model))
+    assert second.new
+    assert second.run_id == first.run_id
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    assert client.get_run(first.run_id).info.lifecycle_stage == "active"
+    assert mlflow.pyfunc.load_model("models:/second/1").metadata.metadata["labels"] == ["anise", "mint"]
 
 
 def test_a_version_that_was_promoted_meanwhile_does_not_become_candidate_again(saved_model, tmp_path):

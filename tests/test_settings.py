@@ -124,12 +124,35 @@ def test_settings_are_frozen():
         ),
         ("http://user:with@sign@host/", "http://host/"),
         ("https://token@host and http://a:b@c", "https://host and http://c"),
+        ("postgresql://u:se/cr'et@host/db", "postgresql://host/db"),
+        ("s3://bucket/train/me@home.jpeg", "s3://bucket/train/me@home.jpeg"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("mail me@example.org", "mail me@example.org"),
     ],
 )
 def test_users_passwords_and_queries_are_taken_out_of_uris(text, shown):
     assert redact(text) == shown
+
+
+def test_a_login_without_a_scheme_is_not_shown_either(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "admin:hunter2@mlflow:5000")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["BALANCE_LIMIT", "LEARNING_RATE", "DECAY_RATE"])
+def test_infinity_is_not_a_number_here(monkeypatch, name):
+    monkeypatch.setenv(name, "inf")
+    with pytest.raises(SettingsError, match=f"{name}=inf: expected a number"):
+        load()
+
+
+def test_a_network_says_which_pictures_are_too_small_for_it(monkeypatch):
+    monkeypatch.setenv("BACKBONE", "xception")
+    monkeypatch.setenv("IMAGE_HEIGHT", "48")
+    with pytest.raises(SettingsError, match="BACKBONE=xception: expected IMAGE_WIDTH and IMAGE_HEIGHT of at least 71"):
+        load()
 
 
 def test_what_is_recorded_has_no_password(monkeypatch):

@@ -191,7 +191,7 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
     for name in (".draft-first", ".draft-second", ".old-second", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "b").write_text(name)
-    step.recover(tmp_path, ["first", "second"])
+    step.recover(tmp_path)
     assert (tmp_path / "first" / "a").read_text() == "kept"
     assert (tmp_path / "second" / "b").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
@@ -204,6 +204,7 @@ def test_files_without_a_record_are_told_apart_by_path_size_and_time(tmp_path):
     first = step.walk(tmp_path)
     (tmp_path / "notes.txt").write_text("changed")
     (tmp_path / "label" / ".hidden").mkdir()
+    (tmp_path / "label" / ".DS_Store").write_text("")
     assert step.walk(tmp_path) == first
     os.utime(tmp_path / "label" / "a", ns=(1, 1))
     second = step.walk(tmp_path)
