@@ -134,10 +134,6 @@ class Settings(BaseSettings):
             )
         return name
 
-    def experiment(self) -> str:
-        """Return the name of the MLflow experiment."""
-        return self.mlflow_experiment_name or self.model_name
-
     def public(self, names: Iterable[str] | None = None) -> dict[str, object]:
         """Return settings, all or those named, as JSON values fit to be recorded and shown: no secret in a URI."""
         values = self.model_dump(mode="json", include=None if names is None else set(names))
