@@ -11,12 +11,15 @@ import urllib.request
 from pathlib import Path
 
 import boto3
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from dgmd_pipeline.settings import Settings, load, variable
 
+hypothesis.settings.register_profile("here", deadline=None)  # how long a test takes is not what it tests
+hypothesis.settings.load_profile("here")
 ROOT = Path(__file__).parent.parent
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tester",
