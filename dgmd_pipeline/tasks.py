@@ -23,6 +23,7 @@ from dgmd_pipeline.step import Step, digest, line_of, read_record
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
+EXTRACTION_BATCH = 32  # pictures; larger ones are not faster and take more memory
 
 
 class DownloadImages(Step):
@@ -268,16 +269,21 @@ class SplitImages(Step):
         )
 
 
-class WriteTFRecords(Step):
-    """A row with a side -> a record in one of the side's shards."""
+class OneSide(Step):
+    """A step that is done for each side of the split, in a folder of its own."""
 
     side: str = luigi.Parameter()
-    name = "tfrecord"
-    uses = ("num_shards", "image_width", "image_height")
 
     @property
     def folder(self) -> str:
         return f"{self.name}_{self.side}"
+
+
+class WriteTFRecords(OneSide):
+    """A row with a side -> a record in one of the side's shards."""
+
+    name = "tfrecord"
+    uses = ("num_shards", "image_width", "image_height")
 
     def requires(self) -> list[Step]:
         return [SplitImages(job=self.job), InspectImages(job=self.job), DownloadImages(job=self.job)]
@@ -307,17 +313,12 @@ class WriteTFRecords(Step):
         return f"{counts['images']:,} images in {counts['shards']:,} shards, {counts['bytes'] / 1e6:,.1f} MB"
 
 
-class ExtractFeatures(Step):
+class ExtractFeatures(OneSide):
     """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
 
-    side: str = luigi.Parameter()
     name = "features"
     uses = ("backbone", "image_width", "image_height")
     reads = ("backbone_weights", "keras_home")
-
-    @property
-    def folder(self) -> str:
-        return f"{self.name}_{self.side}"
 
     def requires(self) -> Step:
         return WriteTFRecords(job=self.job, side=self.side)
@@ -347,9 +348,6 @@ class ExtractFeatures(Step):
         for _ in progress(extracted, self.folder, count, "images", count=int):
             pass
         return {"images": count, "dimensions": int(backbone.output_shape[-1])}
-
-
-EXTRACTION_BATCH = 32
 
 
 class TrainModel(Step):
