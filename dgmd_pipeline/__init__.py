@@ -8,7 +8,8 @@ TFRecord (`records`) and, through the frozen backbone, a feature vector (`featur
 cli.py         the commands: arguments and environment -> graph -> exit code
 settings.py    the environment -> one frozen object
 tasks.py       the graph, to be read from top to bottom; names the step folders
-step.py        the step contract: a folder that is there is done, and says where it comes from
+step.py        the step contract: a folder that is there is done, says where it comes from, and whether it is today's
+folders.py     a draft -> a folder that is whole: commit, recovery, the lock, what the disk refuses
 bucket.py      the door to S3: object -> raw file
 images.py      raw file -> inspected row
 manifest.py    rows, in memory and as CSV
@@ -22,6 +23,7 @@ training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
 registry.py    the door to MLflow: run, model and version
 workers.py     pieces of work -> results, in processes on all cores
+signals.py     SIGINT and SIGTERM -> the run's end, in time
 progress.py    finished pieces -> a bar or log lines
 errors.py      what a person is told, and the exit code that goes with it
 demo.py        a small real data set behind a local S3 endpoint

@@ -4,22 +4,25 @@ Where the bucket is and who asks for it (endpoint, region, credentials, profile,
 business: its environment variables and its files under ~/.aws.
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import unicodedata
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from time import monotonic
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Rejected, SourceObject
 
@@ -28,7 +31,7 @@ Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is
 PARTS = (
     ".part"  # the folder of unfinished files: one file a thread, so no name is too long and none can clash with a key
 )
-RESERVED = {"_success", "listing.csv", "rejected.csv", PARTS}  # what the pipeline itself writes there, case folded
+RESERVED = {"_success", "listing.csv", "rejected.csv", PARTS, ".resume"}  # what the pipeline itself writes there
 MAX_NAME_BYTES = 255  # the longest name of a file on every usual disk
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of other systems
 
@@ -403,6 +406,87 @@ def identity(objects: Iterable[SourceObject]) -> str:
     for line in sorted((source.path, source.size, source.etag) for source in objects):
         digest.update("\0".join(map(str, line)).encode() + b"\n")
     return digest.hexdigest()
+
+
+class Changes(NamedTuple):
+    """How a listing differs from an earlier one."""
+
+    new: int
+    changed: int  # another size or ETag
+    gone: int
+
+
+def changes(before: Iterable[SourceObject], now: Iterable[SourceObject]) -> Changes:
+    """Compare two listings by path, size and ETag."""
+    earlier = {source.path: (source.size, source.etag) for source in before}
+    new = changed = 0
+    for source in now:
+        known = earlier.pop(source.path, None)
+        new += known is None
+        changed += known is not None and known != (source.size, source.etag)
+    return Changes(new, changed, len(earlier))
+
+
+def keep(
+    objects: Sequence[SourceObject],
+    folder: Path,
+    notes: Path,
+    former: Path,
+    known: Iterable[SourceObject],
+) -> tuple[list[SourceObject], list[SourceObject]]:
+    """Leave in `folder` what need not be fetched again, and return those objects and the others.
+
+    Kept is what an earlier download that was cut off wrote there, as far as it still is what the listing says; any
+    other file is removed. `notes` is a file that keeps the listing for the next time. Of the objects `known` to be in
+    the folder `former`, those that are still listed are linked, or copied where the disk has no hard links.
+    """
+    wanted = {source.path: source for source in objects}
+    if notes.exists():
+        for source in manifest.read(notes, SourceObject):
+            if wanted.get(source.path) != source:
+                _discard(folder, source.path)
+    part = notes.with_suffix(".part")
+    manifest.write(part, SourceObject, objects)
+    part.replace(notes)
+    for source in known:
+        if wanted.get(source.path) == source and not _is_whole(folder, source) and _is_whole(former, source):
+            _link(former / source.path, folder / source.path, part)
+    there: list[SourceObject] = []
+    missing: list[SourceObject] = []
+    for source in objects:
+        (there if _is_whole(folder, source) else missing).append(source)
+    return there, missing
+
+
+def _is_whole(folder: Path, source: SourceObject) -> bool:
+    try:
+        status = os.lstat(f"{folder}/{source.path}")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == source.size
+
+
+def _discard(folder: Path, path: str) -> None:
+    """Remove a file and the folders that are empty then: an object may need a folder's place."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (folder / path).unlink()
+    for above in list((folder / path).parents)[: path.count("/")]:
+        try:
+            above.rmdir()
+        except OSError:  # not empty, or not there
+            break
+
+
+def _link(source: Path, target: Path, part: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copyfile(source, part)  # a disk without hard links, or files of another owner
+        part.replace(target)
 
 
 def download(

@@ -1,18 +1,20 @@
 """The commands: arguments and environment -> settings -> graph -> exit code."""
 
 import argparse
+import dataclasses
+import json
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from dgmd_pipeline import settings
-from dgmd_pipeline.errors import PipelineError, Stopped
+from dgmd_pipeline import signals
+from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.settings import Settings
     from dgmd_pipeline.step import Job, Outlook, Step
 
 log = logging.getLogger("dgmd_pipeline")
@@ -30,35 +32,21 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for and return the exit code."""
-    options = _parser().parse_args(arguments, argparse.Namespace(env_file=None, verbose=False))
-    _log_to_stdout(options.verbose)
-    sys.excepthook = _show_fault
-    received.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        return options.command(options)
-    except PipelineError as error:
-        log.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        how = "terminated" if received[0] == signal.SIGTERM else "interrupted"
-        log.error("%s; the next run goes on from the finished steps", how)
-        return 128 + received[0]
+    options = _parser().parse_args(arguments, argparse.Namespace(**DEFAULTS))
+    with signals.caught():
+        _log(sys.stderr if options.json else sys.stdout, options.verbose)
+        sys.excepthook = _show_fault
+        try:
+            return options.command(options)
+        except PipelineError as error:
+            log.error("%s", error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            log.error("%s", signals.farewell(signals.received[0]))
+            return 128 + signals.received[0]
 
 
-received: list[int] = []  # signals that ask to stop
-
-
-def _stop(number: int, _: object) -> None:
-    received.append(number)
-    check_stopped()
-
-
-def check_stopped() -> None:
-    """Raise Stopped if a signal came. What the handler raises inside TensorFlow may be swallowed or changed there."""
-    if received:
-        raise Stopped
+DEFAULTS = {"env_file": None, "verbose": False, "force": None, "until": None, "refresh": False, "json": False}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,12 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env-file", metavar="FILE", help="read variables from FILE (default: .env, if it is there)")
     common.add_argument("--verbose", action="store_true", help="show what Luigi says, too")
+    steps = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[common])
+    steps.add_argument("--force", metavar="STEP", action="append", help="do STEP again, and all after it")
+    steps.add_argument("--until", metavar="STEP", help="stop when STEP is done")
+    steps.add_argument("--refresh", action="store_true", help="take over what is new in the bucket (REFRESH=true)")
     parser = argparse.ArgumentParser(
         "pipeline.py",
         description="Turn a bucket of labelled pictures into a registered image classifier. Without a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common],
+        parents=[steps],
     )
     parser.set_defaults(command=_run)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -80,77 +72,131 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "show what a run would do, and why"),
         ("demo", _demo, "run on a small data set behind a local S3 endpoint"),
     ):
-        commands.add_parser(name, help=text, parents=[common]).set_defaults(command=command)
+        added = commands.add_parser(name, help=text, parents=[common if command is _demo else steps])
+        added.set_defaults(command=command)
+        if command is _plan:
+            added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _settings(options: argparse.Namespace) -> "Settings":
+    from dgmd_pipeline import settings  # here, so that a signal is heard while it is imported
+
     values = settings.load(options.env_file)
-    from dgmd_pipeline import step, tasks, workers  # after the settings: mistakes are answered at once
+    return values.model_copy(update={"refresh": True}) if options.refresh else values
 
-    job = step.Job(values, workers.Pool(), check_stopped)
-    last = tasks.RegisterModel(job=job)
-    with step.disk_errors_explained(values.data_dir), step.lock(values.data_dir):
-        step.recover(values.data_dir)
-        outlooks = step.plan(last)
+
+def _run(options: argparse.Namespace) -> int:
+    values = _settings(options)
+    from dgmd_pipeline import folders  # after the settings: mistakes are answered at once
+
+    with folders.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+        from dgmd_pipeline import step, workers
+
+        folders.recover(values.data_dir)
+        job = step.Job(values, workers.Pool(), signals.check_stopped)
+        last = _last(job, options)
+        outlooks = step.plan(*last)
         _show_plan(outlooks, values.data_dir)
-        if last.complete():
-            counts = outlooks[-1].counts
-            log.info("Nothing to do: %s version %s is registered.", counts["name"], counts["version"])
-            return 0
-        _check_what_comes_last(values, job)
-        try:
-            return _build(last, options.verbose)
-        finally:
-            job.pool.close()
+        folders.sweep(values.data_dir, [outlook.step for outlook in outlooks if outlook.state == "done"])
+        before = step.read_record(last[-1].path)
+        idle = all(each.complete() for each in last)
+        if not idle:
+            _check_what_comes_last(values, job)
+            try:
+                code = _build(last, options.verbose)
+            finally:
+                job.pool.close()
+            if code or step.read_record(last[-1].path) != before:
+                return code
+        log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing else"))
+        return 0
 
 
-def _check_what_comes_last(values: settings.Settings, job: "Job") -> None:
+def _last(job: "Job", options: argparse.Namespace) -> "list[Step]":
+    """Return the steps that the run ends with, and note in `job` those that are done again in any case."""
+    from dgmd_pipeline import step, tasks
+
+    last: list[Step] = [tasks.RegisterModel(job=job)]
+    if options.until:
+        last = step.named(step.line_of(*last), options.until)
+    for word in options.force or ():
+        for each in step.named(step.line_of(*last), word):
+            job.forced[each.folder] = f"--force {word}"
+    return last
+
+
+def _what_stays(values: "Settings", last: "Step", nothing: str) -> str:
+    """Say that the last step's outcome is what it was."""
+    from dgmd_pipeline import step
+
+    record = step.read_record(last.path)
+    counts = record.counts if record else {}
+    if values.refresh:
+        nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
+        return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
+    if "version" in counts:
+        return f"{nothing}: {counts['name']} version {counts['version']} is registered."
+    return f"{nothing}: {last.folder} is done."
+
+
+def _check_what_comes_last(values: "Settings", job: "Job") -> None:
     """Look for what would only fail at the end, before the first step."""
-    from dgmd_pipeline import model, registry, tasks
+    from dgmd_pipeline import model, registry, settings, tasks
 
-    if job.outlooks[tasks.TrainModel.name].state != "done":
+    learning = {tasks.TrainModel.name, *(f"{tasks.ExtractFeatures.name}_{side}" for side in tasks.SIDES)}
+    if any(job.outlooks[name].state != "done" for name in learning & job.outlooks.keys()):
         model.check_weights(values.backbone, values.backbone_weights, values.keras_home)
-    if values.mlflow_tracking_uri:
+    if values.mlflow_tracking_uri and tasks.RegisterModel.name in job.outlooks:
         warning = registry.check_server(values.mlflow_tracking_uri, settings.mlflow_login())
         if warning:
             log.warning("%s", warning)
 
 
-def _build(last: "Step", verbose: bool) -> int:
+def _build(last: "list[Step]", verbose: bool) -> int:
     """Let Luigi run what is not complete. Its own verdict is not the truth: the last task knows."""
     import luigi
 
     for name in ("luigi", "luigi-interface"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
     luigi.configuration.get_config().set("core", "no_configure_logging", "true")
-    luigi.build([last], local_scheduler=True)
-    check_stopped()
-    failure = last.job.failure
+    luigi.build(last, local_scheduler=True)
+    signals.check_stopped()
+    failure = last[0].job.failure
     if isinstance(failure, PipelineError):
         raise failure
     if failure is not None:
         log.error("%s", "".join(traceback.format_exception(failure)))
         log.error("A step failed by a fault of the pipeline's own; please report the lines above.")
         return PipelineError.exit_code
-    if not last.complete():
-        raise PipelineError("Luigi ended without an error and without a registered model; --verbose shows its log.")
+    if missing := [each.folder for each in last if not each.complete()]:
+        raise PipelineError(f"Luigi ended without an error and without {missing[0]}; --verbose shows its log.")
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dgmd_pipeline import step, tasks
+    values = _settings(options)
+    from dgmd_pipeline import folders, step
 
-    values = settings.load(options.env_file)
-    with step.disk_errors_explained(values.data_dir):
-        _show_plan(step.plan(tasks.RegisterModel(job=step.Job(values))), values.data_dir)
+    with folders.disk_errors_explained(values.data_dir):
+        outlooks = step.plan(*_last(step.Job(values), options))
+    if options.json:
+        steps = [dataclasses.asdict(outlook) for outlook in outlooks]
+        print(json.dumps({"data_dir": str(values.data_dir), "steps": steps}, indent=1))  # noqa: T201
+    else:
+        _show_plan(outlooks, values.data_dir)
     return 0
 
 
 def _show_plan(outlooks: "Sequence[Outlook]", data_dir: Path) -> None:
+    from dgmd_pipeline.folders import human
+
     log.info("Plan for %s", data_dir)
-    for outlook in outlooks:
-        log.info("  %-20s %-6s %s", outlook.step, outlook.state, outlook.reason)
+    log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
+    for each in outlooks:
+        images = "" if each.images is None else f"{each.images:,}"
+        size = "" if each.bytes is None else human(each.bytes)
+        log.info("  %-19s %-5s %9s %8s  %s", each.step, each.state, images, size, each.reason)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -159,11 +205,9 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(lambda arguments: main([*arguments, *(["--verbose"] if options.verbose else [])]))
 
 
-def _log_to_stdout(verbose: bool) -> None:
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        _Lines("%(message)s" if sys.stdout.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    )
+def _log(stream: TextIO, verbose: bool) -> None:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Lines("%(message)s" if stream.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.raiseExceptions = False  # whoever reads a run through `head` does not want to hear of the closed pipe
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -174,7 +218,9 @@ class _Lines(logging.Formatter):
     """Lines without secrets; warnings and errors say that they are."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return settings.redact(super().format(record))
+        from dgmd_pipeline.settings import redact
+
+        return redact(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if record.levelno >= logging.WARNING:

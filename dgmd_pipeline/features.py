@@ -37,6 +37,11 @@ def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Mod
     np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
 
 
+def bytes_of(count: int, dimensions: int) -> int:
+    """Return how many bytes `extract` writes for so many pictures and dimensions, but for the files' heads."""
+    return count * (4 * dimensions + 8)
+
+
 def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Open what `extract` wrote: features (float32 [n, d], mapped from disk and read as needed), labels (int64 [n])."""
     return np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS)

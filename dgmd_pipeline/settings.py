@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     aws_data_path: str = Field(
         "train/downloaded-images", description="folder in the bucket: `<AWS_DATA_PATH>/<label>/<file>`"
     )
+    refresh: bool = Field(False, description="fetch what is new or changed in the bucket, and drop what is gone")
     max_rejected_pcnt: float = Field(
         0.5, ge=0, le=1, description="the run stops when more than this fraction of a label's files cannot be decoded"
     )

@@ -1,31 +1,25 @@
-"""The step contract: a folder that is there is done; how it is committed, recorded, identified and explained.
+"""The step contract: a folder that is there is done; where it comes from, whether it is today's, and why not.
 
-A step writes into a draft folder beside its target and renames it in place as its last act, so that a folder that
-exists is complete. `_SUCCESS` inside it says where it comes from. `plan` reads these records once, before Luigi starts,
-and says what will run and why; `Step` is the Luigi task that keeps the contract. See docs/design.md, section 2.
+`_SUCCESS` inside a step's folder says where it comes from. `plan` reads these records once, before Luigi starts, and
+says what will run and why; `Step` is the Luigi task that keeps the contract. See docs/design.md, section 2.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import luigi
 from luigi.parameter import ParameterVisibility
 
-from dgmd_pipeline.errors import Busy, PipelineError
+from dgmd_pipeline import folders
+from dgmd_pipeline.errors import SettingsError
 
 log = logging.getLogger(__name__)
 SUCCESS = "_SUCCESS"
@@ -44,12 +38,16 @@ class Record:
     started: str  # ISO 8601, UTC
     seconds: float
     version: str  # of this package
+    images: int | None = None  # that it holds or says something about
+    bytes: int | None = None  # of its files
 
 
 def read_record(folder: Path) -> Record | None:
     """Return the record of a finished folder, or None where there is none that can be read."""
     try:
-        return Record(**json.loads((folder / SUCCESS).read_text(encoding="utf-8")))
+        values = json.loads((folder / SUCCESS).read_text(encoding="utf-8"))
+        # Another version may have written more.
+        return Record(**{each.name: values[each.name] for each in fields(Record) if each.name in values})
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
 
@@ -59,82 +57,24 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def walk(folder: Path) -> str:
-    """Return the identity of files that nobody recorded: paths, sizes and modification times of those in subfolders."""
-    entries = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+class Found(NamedTuple):
+    """Files that nobody recorded."""
+
+    identity: str
+    files: int
+    bytes: int
+
+
+def walk(folder: Path) -> Found:
+    """Identify files that nobody recorded by paths, sizes and modification times; only those in subfolders count."""
+    entries: list[tuple[str, int, int]] = []
+    for path, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
         if Path(path) != folder:
             for name in sorted(name for name in names if not name.startswith(".")):
                 status = Path(path, name).lstat()
-                entries.append([f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns])
-    return digest(entries)
-
-
-@contextlib.contextmanager
-def draft(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target` to write in; it takes its place when the block ends, or is removed."""
-    folder, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
-    remove(folder)
-    folder.mkdir()
-    try:
-        yield folder
-        # Two renames, because one onto a folder that is not empty fails; `recover` mends a crash between them.
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        if old.exists():
-            old.rename(folder)  # a draft again: one that is only partly removed must never be put back
-    finally:
-        remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder where there is one, or the file that is in its place."""
-    with contextlib.suppress(FileNotFoundError):
-        if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
-        else:
-            folder.unlink()
-
-
-def recover(data_dir: Path) -> None:
-    """Put back or sweep away what a killed run left behind."""
-    for old in data_dir.glob(".old-*"):
-        target = old.with_name(old.name.removeprefix(".old-"))
-        if not target.exists():
-            old.rename(target)
-        remove(old)
-    for folder in data_dir.glob(".draft-*"):
-        remove(folder)
-
-
-@contextlib.contextmanager
-def lock(data_dir: Path) -> Iterator[None]:
-    """Hold `data_dir` for one run. The lock is the kernel's and dies with its process.
-
-    Raises Busy, naming the process that holds it.
-    """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{data_dir} is in use by another run: {_holder(file)}. Wait until it has ended.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()}")
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def _holder(file: TextIO) -> str:
-    file.seek(0)
-    return file.read() or "a process that has only just started"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+                entries.append((f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns))
+    return Found(digest(entries), len(entries), sum(size for _, size, _ in entries))
 
 
 class Values(Protocol):
@@ -156,7 +96,18 @@ class Outlook:
     state: str  # "done", "run" or "maybe": only if what is before it changes
     reason: str
     identity: str | None  # the one it has or will have, where that is known beforehand
+    images: int | None = None  # that are in it, or where it is missing in what it is made from
+    bytes: int | None = None  # of its files as they are now
     counts: dict[str, Any] = field(default_factory=dict)
+
+
+class News(NamedTuple):
+    """Why a folder is out of date though neither settings nor inputs differ, and what it will be."""
+
+    reason: str
+    identity: str | None
+    images: int
+    bytes: int
 
 
 @dataclass(eq=False)
@@ -166,6 +117,8 @@ class Job:
     settings: Values
     pool: Any = None
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
+    forced: dict[str, str] = field(default_factory=dict)  # step -> why it is done again in any case
+    listing: Any = None  # of the bucket, where planning needed it: it is made once in a run
     outlooks: dict[str, Outlook] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)  # step -> identity
     failure: BaseException | None = None
@@ -195,10 +148,12 @@ class Step(luigi.Task):
 
     job: Job = JobParameter(visibility=ParameterVisibility.PRIVATE)
     name: ClassVar[str]  # of its folder below DATA_DIR
+    verb: ClassVar[str] = ""  # what people call it on the command line
     format: ClassVar[int] = 1  # raised by hand when what the step writes changes
     uses: ClassVar[tuple[str, ...]] = ()  # settings that what it writes depends on
     reads: ClassVar[tuple[str, ...]] = ()  # settings that it needs, but that change nothing in what it writes
     data_is_welcome: ClassVar[bool] = False  # a folder without a record is the operator's own and used as it is
+    resumes: ClassVar[bool] = False  # goes on with the draft of a run that was stopped
 
     @property
     def folder(self) -> str:
@@ -221,6 +176,22 @@ class Step(luigi.Task):
         """Return the identity of what `folder` holds."""
         del folder
         return digest([self.folder, self.format, self.declared(), inputs])
+
+    def news(self, record: Record | None) -> News | None:
+        """Look whether the world outside has changed since the folder was made; None where it has not."""
+
+    def images(self, counts: dict[str, Any]) -> int | None:
+        """Return how many images the folder holds or says something about."""
+        return counts.get("images")
+
+    def given(self, before: Sequence[Outlook]) -> int | None:
+        """Return how many images the step gets from those before it, as far as is known."""
+        return next((outlook.images for outlook in before if outlook.images is not None), None)
+
+    def needs(self) -> int | None:
+        """Return about how many bytes the step will write, where that can be told."""
+        record = read_record(self.path)
+        return record.bytes if record else None
 
     def others(self) -> dict[str, str]:
         """Return the identities of inputs that are not steps."""
@@ -248,19 +219,34 @@ class Step(luigi.Task):
         """Work, unless the inputs turn out to be what they were."""
         inputs = {task.folder: self.job.finished[task.folder] for task in self.deps()} | self.others()
         record = read_record(self.path)
-        if record and not differences(self, record, inputs):
+        # With nothing before it that could turn out to be what it was, a step is not asked to run without need.
+        if self.deps() and record and not reasons(self, record, inputs):
             self.job.finished[self.folder] = record.identity
             log.info("%-20s unchanged", self.folder)
             return
         log.info("%-20s ...", self.folder)
-        started, start = _now(), time.monotonic()
-        with disk_errors_explained(self.path.parent), draft(self.path) as folder:
+        started, start = folders.now(), time.monotonic()
+        purpose = digest([self.folder, self.format, self.declared(), inputs]) if self.resumes else None
+        with (
+            folders.disk_errors_explained(self.path.parent, self.folder, self.needs()),
+            folders.draft(self.path, purpose) as folder,
+        ):
             counts = self.work(folder)
             self.job.check_stopped()
             seconds = round(time.monotonic() - start, 3)
             identity = self.identify(folder, inputs)
             record = Record(
-                self.folder, self.format, identity, self.declared(), inputs, counts, started, seconds, _version()
+                step=self.folder,
+                format=self.format,
+                identity=identity,
+                settings=self.declared(),
+                inputs=inputs,
+                counts=counts,
+                started=started,
+                seconds=seconds,
+                version=version("dgmd_pipeline"),
+                images=self.images(counts),
+                bytes=folders.volume(folder),
             )
             (folder / SUCCESS).write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", "utf-8")
         self.job.finished[self.folder] = identity
@@ -272,51 +258,33 @@ class Step(luigi.Task):
         return super().on_failure(exception)
 
 
-def _version() -> str:
-    return version("dgmd_pipeline")
-
-
-@contextlib.contextmanager
-def disk_errors_explained(folder: Path) -> Iterator[None]:
-    """Turn what the disk under `folder` refuses into a PipelineError; any other OSError passes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PipelineError(
-                f"{folder}: the disk is full ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free). Make room and "
-                "run again: finished steps are kept."
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
-            raise PipelineError(
-                f"{error.filename or folder}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
-                f"whom the pipeline runs as, can read and write: `chown -R {os.getuid()}` it, run as its owner "
-                "(docker run --user), mend its mount, or choose another one."
-            ) from None
-        raise
-
-
-def differences(step: Step, record: Record, inputs: dict[str, str]) -> list[str]:
-    """Return why a folder with this record is not what the step would make now."""
+def differences(step: Step, record: Record, inputs: Mapping[str, str]) -> list[str]:
+    """Return in what a folder with this record is not what the step would make now."""
     now = step.declared()
-    reasons = [
+    found = [
         f"{name.upper()} {_shown(record.settings, name)} -> {_shown(now, name)}"
         for name in sorted({*record.settings, *now})
         if name not in record.settings or name not in now or record.settings[name] != now[name]
     ]
     if record.format != step.format:
-        reasons.append(f"format {record.format} -> {step.format}")
-    reasons += [
+        found.append(f"format {record.format} -> {step.format}")
+    found += [
         f"{name} changes" for name in sorted({*record.inputs, *inputs}) if record.inputs.get(name) != inputs.get(name)
     ]
-    return reasons
+    return found
 
 
 def _shown(settings: dict[str, Any], name: str) -> str:
     return "(not used)" if name not in settings else "(not set)" if settings[name] is None else str(settings[name])
 
 
-def line_of(last: Step) -> list[Step]:
+def reasons(step: Step, record: Record, inputs: Mapping[str, str]) -> list[str]:
+    """Return why a folder with this record is to be made again."""
+    forced = step.job.forced.get(step.folder)
+    return [*([forced] if forced else []), *differences(step, record, inputs)]
+
+
+def line_of(*last: Step) -> list[Step]:
     """Return all steps that lead to `last`, and itself, each after those that it needs."""
     steps: dict[str, Step] = {}
 
@@ -326,20 +294,32 @@ def line_of(last: Step) -> list[Step]:
                 visit(task)
             steps[step.folder] = step
 
-    visit(last)
+    for step in last:
+        visit(step)
     return list(steps.values())
 
 
-def plan(last: Step) -> list[Outlook]:
+def named(steps: Iterable[Step], word: str) -> list[Step]:
+    """Return the steps that people call `word`, by verb or folder. Raises SettingsError, naming those there are."""
+    steps = list(steps)
+    found = [step for step in steps if word in (step.verb, step.folder)]
+    if not found:
+        known: dict[str, list[str]] = {}
+        for step in steps:
+            known.setdefault(step.verb, []).append(step.folder)
+        names = ", ".join(f"{verb} ({', '.join(each)})" for verb, each in known.items())
+        raise SettingsError(f"{word!r} is no step of this run. Its steps, with their folders: {names}.")
+    return found
+
+
+def plan(*last: Step) -> list[Outlook]:
     """Read the folders' records and say for every step up to `last` what will become of it, in running order."""
-    outlooks: dict[str, Outlook] = {}
-    for step in line_of(last):
-        outlooks[step.folder] = _outlook(step, [outlooks[task.folder] for task in step.deps()])
-    last.job.outlooks = outlooks
-    last.job.finished = {
-        name: outlook.identity for name, outlook in outlooks.items() if outlook.state == "done" and outlook.identity
-    }
-    return list(outlooks.values())
+    job = last[0].job
+    for step in line_of(*last):
+        job.outlooks[step.folder] = _outlook(step, [job.outlooks[task.folder] for task in step.deps()])
+    outlooks = list(job.outlooks.values())
+    job.finished = {each.step: each.identity for each in outlooks if each.state == "done" and each.identity}
+    return outlooks
 
 
 def _outlook(step: Step, before: list[Outlook]) -> Outlook:
@@ -347,18 +327,33 @@ def _outlook(step: Step, before: list[Outlook]) -> Outlook:
     inputs = known | step.others()
     unknown = [outlook.step for outlook in before if not outlook.identity]
     expected = None if unknown else step.expected(inputs)
+    for forced in [outlook.step for outlook in before if outlook.step in step.job.forced]:
+        step.job.forced.setdefault(step.folder, f"{forced} is forced")
     if not step.path.exists():
-        return Outlook(step.folder, "run", "folder is missing", expected)
+        return Outlook(step.folder, "run", "folder is missing", expected, step.given(before))
     record = read_record(step.path)
     if record is None:
         if step.data_is_welcome:
-            return Outlook(step.folder, "done", "put there by hand: used as it is", walk(step.path))
-        return Outlook(step.folder, "run", f"no readable {SUCCESS}: made by hand or by an older version", expected)
-    reasons = differences(step, record, inputs | {name: record.inputs.get(name, "new") for name in unknown})
-    if reasons:
-        return Outlook(step.folder, "run", ", ".join(reasons), expected)
+            step.news(None)
+            found = walk(step.path)
+            reason = "put there by hand: used as it is"
+            return Outlook(step.folder, "done", reason, found.identity, found.files, found.bytes)
+        reason = f"no readable {SUCCESS}: made by hand or by an older version"
+        return Outlook(step.folder, "run", reason, expected, step.given(before))
+    images = step.given(before) if record.images is None else record.images
+    why = reasons(step, record, inputs | {name: record.inputs.get(name, "new") for name in unknown})
+    if why:
+        return Outlook(step.folder, "run", ", ".join(why), expected, images, record.bytes, record.counts)
+    news = step.news(record)
+    if news:
+        return Outlook(step.folder, "run", *news, record.counts)
     pending = [outlook.step for outlook in before if outlook.state != "done"]
     if pending:
-        identity = None if unknown else record.identity
-        return Outlook(step.folder, "maybe", f"only if {' or '.join(pending)} changes", identity, record.counts)
-    return Outlook(step.folder, "done", "", record.identity, record.counts)
+        identity, state, reason = (
+            None if unknown else record.identity,
+            "maybe",
+            f"only if {' or '.join(pending)} changes",
+        )
+    else:
+        identity, state, reason = record.identity, "done", ""
+    return Outlook(step.folder, state, reason, identity, images, record.bytes, record.counts)

@@ -8,7 +8,7 @@ import json
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,15 @@ from typing import Any
 
 import luigi
 
-from dgmd_pipeline import manifest
+from dgmd_pipeline import folders, manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import Step, digest, line_of, read_record
+from dgmd_pipeline.step import News, Outlook, Record, Step, digest, line_of, read_record
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
+SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the pictures come from
+LISTING = "listing.csv"  # in raw/: the objects that it holds
 EXTRACTION_BATCH = 32  # pictures; larger ones are not faster and take more memory
 
 
@@ -30,35 +32,88 @@ class DownloadImages(Step):
     """An object in the bucket -> a file under `raw/`."""
 
     name = "raw"
-    uses = ("aws_data_bucket", "aws_data_path")
+    verb = "download"
+    uses = SOURCE
+    reads = ("refresh",)
     data_is_welcome = True
+    resumes = True
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import bucket
 
         client = bucket.connect()
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
-        objects, rejected = bucket.list_objects(client, name, prefix)
-        arrived = []
-        with closing(bucket.download(client, name, objects, draft)) as items:
-            for item in progress(items, "download", len(objects), "objects", size=_size):
+        objects, rejected = self.job.listing or bucket.list_objects(client, name, prefix)
+        if not objects:
+            raise self._nothing_usable(rejected)
+        notes = draft / folders.RESUME / LISTING
+        arrived, missing = bucket.keep(objects, draft, notes, self.path, self._known())
+        if arrived:
+            log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
+        folders.check_space(draft, sum(folders.on_disk(item.size) for item in missing))
+        with closing(bucket.download(client, name, missing, draft)) as items:
+            for item in progress(items, "download", len(missing), "objects", size=_size):
                 if isinstance(item, manifest.SourceObject):
                     arrived.append(item)
                 else:
                     rejected.append(item)
         if not arrived:
-            raise NoUsableInput(
-                f"None of the {len(rejected):,} objects in s3://{name}/{prefix} can be used; the first one is "
-                f"{rejected[0].path}: {rejected[0].detail}. Upload pictures as {prefix}/<label>/<file>."
-            )
-        manifest.write(draft / "listing.csv", manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
+            raise self._nothing_usable(rejected)
+        manifest.write(draft / LISTING, manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
         manifest.write(draft / "rejected.csv", manifest.Rejected, sorted(rejected))
         _warn_of_rejected(rejected, "objects", self.path)
-        return {"objects": len(arrived), "bytes": sum(item.size for item in arrived), "left out": len(rejected)}
+        return {
+            "objects": len(arrived),
+            "bytes": sum(item.size for item in arrived),
+            "left out": len(rejected),
+        }
+
+    def _nothing_usable(self, rejected: list[manifest.Rejected]) -> NoUsableInput:
+        name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
+        return NoUsableInput(
+            f"None of the {len(rejected):,} objects in s3://{name}/{prefix} can be used; the first one is "
+            f"{rejected[0].path}: {rejected[0].detail}. Upload pictures as {prefix}/<label>/<file>."
+        )
+
+    def _known(self) -> Iterator[manifest.SourceObject]:
+        """Yield what the folder holds of the same bucket and prefix, if it is to be brought up to date."""
+        record = read_record(self.path)
+        if self.settings.refresh and record and record.settings == self.declared() and self.name not in self.job.forced:
+            yield from manifest.read(self.path / LISTING, manifest.SourceObject)
+
+    def news(self, record: Record | None) -> News | None:
+        """List the bucket, if that is wanted, and compare."""
+        from dgmd_pipeline import bucket
+
+        if record is None and (self.settings.refresh or self.name in self.job.forced):
+            raise NoUsableInput(
+                f"{self.path} was put there by hand or by an older version: it cannot be brought up to date from the "
+                "bucket. Delete it (or move it away) to download, or unset REFRESH and leave --force download out."
+            )
+        if record is None or not self.settings.refresh:
+            return None
+        name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
+        self.job.listing = objects, _ = bucket.list_objects(bucket.connect(), name, prefix)
+        left_out = {row.path for row in manifest.read(self.path / "rejected.csv", manifest.Rejected)}
+        again = [item for item in objects if item.key in left_out]  # archived ones may have been restored
+        found = bucket.changes(
+            manifest.read(self.path / LISTING, manifest.SourceObject),
+            (item for item in objects if item.key not in left_out),
+        )
+        words = [f"{count:,} {word}" for word, count in found._asdict().items() if count]
+        identity = bucket.identity(item for item in objects if item.key not in left_out) if words else None
+        if again:
+            words.append(f"{len(again):,} left out before")
+        if not words:
+            return None
+        return News(", ".join(words), identity, len(objects), sum(item.size for item in objects))
+
+    def images(self, counts: dict[str, Any]) -> int | None:
+        return counts["objects"]
 
     def summary(self, counts: dict[str, Any]) -> str:
         left_out = f", {counts['left out']:,} left out" if counts["left out"] else ""
-        return f"{counts['objects']:,} objects, {counts['bytes'] / 1e6:,.1f} MB{left_out}"
+        return f"{counts['objects']:,} objects, {folders.human(counts['bytes'])}{left_out}"
 
     def expected(self, _: dict[str, str]) -> str | None:
         return None
@@ -67,7 +122,7 @@ class DownloadImages(Step):
         """Return the listing's identity."""
         from dgmd_pipeline import bucket
 
-        return bucket.identity(manifest.read(folder / "listing.csv", manifest.SourceObject))
+        return bucket.identity(manifest.read(folder / LISTING, manifest.SourceObject))
 
 
 def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
@@ -85,6 +140,7 @@ class InspectImages(Step):
     """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
 
     name = "inspected"
+    verb = "inspect"
 
     def requires(self) -> Step:
         return DownloadImages(job=self.job)
@@ -132,7 +188,7 @@ def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
     if read_record(raw) is None:
         yield from images.find(raw)
         return
-    for source in manifest.read(raw / "listing.csv", manifest.SourceObject):
+    for source in manifest.read(raw / LISTING, manifest.SourceObject):
         yield manifest.RawFile(source.path, source.path.split("/", 1)[0])
 
 
@@ -150,7 +206,8 @@ class MapLabels(Step):
     """A row -> its label's class index. The map is append-only within one bucket and prefix."""
 
     name = "label_map"
-    uses = ("aws_data_bucket", "aws_data_path", "max_rejected_pcnt", "min_images_per_label")
+    verb = "label"
+    uses = (*SOURCE, "max_rejected_pcnt", "min_images_per_label")
 
     def requires(self) -> Step:
         return InspectImages(job=self.job)
@@ -177,13 +234,18 @@ class MapLabels(Step):
             log.warning("labels that look alike: %s; are they the same?", ", ".join(map(repr, group)))
         return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}
 
+    def declared(self) -> dict[str, Any]:
+        """Return the settings; a `raw/` that was put there by hand comes from no bucket."""
+        declared, raw = super().declared(), DownloadImages(job=self.job).path
+        by_hand = raw.exists() and read_record(raw) is None
+        return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
+
     def _known(self) -> list[str]:
         from dgmd_pipeline import labels
 
         record, mapping = read_record(self.path), self.path / "mapping.json"
-        source = ("aws_data_bucket", "aws_data_path")
         now = self.declared()
-        if not mapping.exists() or (record and any(record.settings.get(name) != now[name] for name in source)):
+        if not mapping.exists() or (record and any(record.settings.get(name) != now.get(name) for name in SOURCE)):
             return []
         return labels.read_mapping(mapping)
 
@@ -202,6 +264,7 @@ class BalanceClasses(Step):
     """A row -> fewer rows, and class weights for the imbalance that remains."""
 
     name = "balanced"
+    verb = "balance"
     uses = ("balance_limit",)
 
     def requires(self) -> list[Step]:
@@ -225,6 +288,9 @@ class BalanceClasses(Step):
             "largest weight": round(max(weights.values()), 3),
         }
 
+    def images(self, counts: dict[str, Any]) -> int | None:
+        return sum(counts["after"].values())
+
     def summary(self, counts: dict[str, Any]) -> str:
         before, after = counts["before"], counts["after"]
         cut = [f"'{label}' {before[label]:,} -> {after[label]:,}" for label in before if after[label] < before[label]]
@@ -241,6 +307,7 @@ class SplitImages(Step):
     """A row -> a row on one side."""
 
     name = "split"
+    verb = "split"
     uses = ("validation_pcnt",)
 
     def requires(self) -> Step:
@@ -261,6 +328,9 @@ class SplitImages(Step):
         if sides.unvalidated:
             log.warning("labels without validation images (near-duplicates only): %s", ", ".join(sides.unvalidated))
         return {"training": len(sides.training), "validation": len(sides.validation), "across labels": sides.across}
+
+    def images(self, counts: dict[str, Any]) -> int | None:
+        return counts["training"] + counts["validation"]
 
     def summary(self, counts: dict[str, Any]) -> str:
         across = counts["across labels"]
@@ -283,6 +353,7 @@ class WriteTFRecords(OneSide):
     """A row with a side -> a record in one of the side's shards."""
 
     name = "tfrecord"
+    verb = "convert"
     uses = ("num_shards", "image_width", "image_height")
 
     def requires(self) -> list[Step]:
@@ -309,6 +380,16 @@ class WriteTFRecords(OneSide):
             log.warning("%s: %d images make only %d shards", self.folder, len(rows), counts["shards"])
         return counts
 
+    def given(self, before: Sequence[Outlook]) -> int | None:
+        return before[0].counts.get(self.side, before[0].images)
+
+    def needs(self) -> int | None:
+        from dgmd_pipeline import records
+
+        split = read_record(self.requires()[0].path)
+        size = (self.settings.image_width, self.settings.image_height)
+        return records.bytes_of(split.counts[self.side], *size) if split else None
+
     def summary(self, counts: dict[str, Any]) -> str:
         return f"{counts['images']:,} images in {counts['shards']:,} shards, {counts['bytes'] / 1e6:,.1f} MB"
 
@@ -317,6 +398,7 @@ class ExtractFeatures(OneSide):
     """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
 
     name = "features"
+    verb = "extract"
     uses = ("backbone", "image_width", "image_height")
     reads = ("backbone_weights", "keras_home")
 
@@ -343,6 +425,7 @@ class ExtractFeatures(OneSide):
         records.check(source)
         pictures = records.read(source)
         count = len(pictures)
+        folders.check_space(draft, features.bytes_of(count, int(backbone.output_shape[-1])))
         batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
         extracted = features.extract(batches, count, backbone, draft)
         for _ in progress(extracted, self.folder, count, "images", count=int):
@@ -354,6 +437,7 @@ class TrainModel(Step):
     """Features or records -> a trained model. Every training is a new one and has an id of its own."""
 
     name = "trained_model"
+    verb = "train"
     uses = (
         "backbone",
         "batch_size",
@@ -445,10 +529,14 @@ class EvaluateModel(Step):
     """A model and the validation side -> measurements."""
 
     name = "evaluation"
+    verb = "evaluate"
     reads = ("backbone",)
 
     def requires(self) -> list[Step]:
         return [TrainModel(job=self.job), learned_from(self)[1], MapLabels(job=self.job)]
+
+    def given(self, before: Sequence[Outlook]) -> int | None:
+        return before[1].images
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import evaluation, features, labels, model, records
@@ -470,6 +558,7 @@ class RegisterModel(Step):
     """Everything about a training -> a run and a version in the registry that is not production. The last task."""
 
     name = "registered_model"
+    verb = "register"
     uses = ("model_name", "mlflow_experiment_name", "mlflow_tracking_uri")
     reads = ("data_dir", "aws_data_bucket", "aws_data_path", "backbone_weights", "git_revision")
 
@@ -483,6 +572,9 @@ class RegisterModel(Step):
             TrainModel(job=self.job),
             EvaluateModel(job=self.job),
         ]
+
+    def given(self, before: Sequence[Outlook]) -> int | None:
+        return None
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import labels, model, registry, training

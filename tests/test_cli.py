@@ -7,17 +7,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dgmd_pipeline import cli
+from dgmd_pipeline import cli, signals
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
     """`main` sets up the process that it is called in."""
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers, hook, errors = logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions
     yield
-    for number, handler in signals.items():
-        signal.signal(number, handler)
     logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions = handlers, hook, errors
 
 
@@ -45,7 +42,7 @@ def test_the_help_names_commands_and_exit_codes(capsys):
 
 
 def test_lines_for_people_hide_passwords_in_arguments_and_tracebacks(capsys):
-    cli._log_to_stdout(verbose=False)
+    cli._log(sys.stdout, verbose=False)
     log = logging.getLogger("dgmd_pipeline.test")
     log.info("at %s", "http://me:s3cr3t@host/")
     try:
@@ -64,7 +61,7 @@ def test_a_signal_that_a_library_swallows_is_not_forgotten(monkeypatch, number, 
     def command(_):
         with contextlib.suppress(KeyboardInterrupt):  # as TensorFlow does when it comes while it traces a function
             signal.raise_signal(number)
-        cli.check_stopped()
+        signals.check_stopped()
 
     monkeypatch.setattr(cli, "_plan", command)
     assert cli.main(["plan"]) == code

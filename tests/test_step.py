@@ -1,14 +1,12 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import luigi
 import pytest
 
-from dgmd_pipeline import step
-from dgmd_pipeline.errors import Busy, PipelineError, Stopped
+from dgmd_pipeline import folders, step
+from dgmd_pipeline.errors import PipelineError, Stopped
 from dgmd_pipeline.settings import Settings
 
 
@@ -101,7 +99,7 @@ def test_a_setting_that_no_step_uses_redoes_nothing(tmp_path):
 
 def test_a_deleted_folder_is_redone_and_what_follows_only_if_it_differs(tmp_path):
     go(tmp_path)
-    step.remove(tmp_path / "first")
+    folders.remove(tmp_path / "first")
     plan, worked = go(tmp_path)
     assert worked == {"first"}
     assert plan["first"] == ("run", "folder is missing")
@@ -179,22 +177,10 @@ def test_a_step_that_a_signal_came_into_is_not_committed(tmp_path):
 
 def test_a_file_in_the_place_of_a_folder_is_replaced(tmp_path):
     go(tmp_path)
-    step.remove(tmp_path / "second")
+    folders.remove(tmp_path / "second")
     (tmp_path / "second").write_text("a file")
     assert go(tmp_path)[1] == {"second"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "third"]
-
-
-def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
-    (tmp_path / ".old-first").mkdir()
-    (tmp_path / ".old-first" / "a").write_text("kept")
-    for name in (".draft-first", ".draft-second", ".old-second", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "b").write_text(name)
-    step.recover(tmp_path)
-    assert (tmp_path / "first" / "a").read_text() == "kept"
-    assert (tmp_path / "second" / "b").read_text() == "second"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 def test_files_without_a_record_are_told_apart_by_path_size_and_time(tmp_path):
@@ -219,46 +205,15 @@ def test_task_ids_show_no_setting(tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
-    code = f"""
-import sys, pathlib
-from dgmd_pipeline import step
-with step.lock(pathlib.Path({str(tmp_path)!r})):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    with (
-        pytest.raises(Busy, match=rf"in use by another run: process {holder.pid} on .*, started 20\d\d-"),
-        step.lock(tmp_path),
-    ):
-        pass
-    holder.kill()
-    holder.communicate()
-    with step.lock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("place", ["a file/data", "/sys/nowhere/data"])
-def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
-    (tmp_path / "a file").write_text("")
-    data_dir = tmp_path / place
-    with (
-        pytest.raises(PipelineError, match=r"can read and write"),
-        step.disk_errors_explained(data_dir),
-        step.lock(data_dir),
-    ):
-        pass
-
-
 def test_a_full_disk_is_explained(tmp_path, monkeypatch):
     def work(self, draft):
         with Path("/dev/full").open("w") as full:
             full.write("x" * 100_000)
 
     monkeypatch.setattr(First, "work", work)
-    with pytest.raises(PipelineError, match=r"the disk is full \(.* MB are free\). Make room and run again"):
+    with pytest.raises(
+        PipelineError, match=r"the disk is full: first needs more than the .* it found, .* are free. Make room"
+    ):
         go(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,198 @@
+"""A draft -> a folder that is whole: commit, recovery after a kill, the lock, and what the disk refuses.
+
+A step writes into a draft folder beside its target and renames it in place as its last act, so that a folder that
+exists is complete. See docs/design.md, section 2.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from dgmd_pipeline.errors import Busy, PipelineError
+
+RESUME = ".resume"  # in a draft: what it takes to go on with it; never in a finished folder
+PURPOSE = "purpose"  # in RESUME: what the draft is to become
+BLOCK = 4096  # bytes: what a file takes on a disk is a multiple of this
+
+
+@contextlib.contextmanager
+def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
+    """Give a folder beside `target` to write in; it takes its place when the block ends, or is removed.
+
+    With a `purpose` the draft has a folder RESUME for what it takes to go on with it. Once something is in there, the
+    draft stays when the block fails or the process is killed, and is given again to who comes with the same purpose.
+    """
+    folder, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
+    if purpose is None or _purpose(folder) != purpose:
+        remove(folder)
+        folder.mkdir()
+        if purpose:
+            (folder / RESUME).mkdir()
+            (folder / RESUME / PURPOSE).write_text(purpose, "utf-8")
+    try:
+        yield folder
+        # Two renames, because one onto a folder that is not empty fails; `recover` mends a crash between them.
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+        remove(target / RESUME)
+        if old.exists():
+            old.rename(folder)  # a draft again: one that is only partly removed must never be put back
+    finally:
+        if not _can_go_on(folder):
+            remove(folder)
+
+
+def _purpose(folder: Path) -> str | None:
+    try:
+        return (folder / RESUME / PURPOSE).read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _can_go_on(folder: Path) -> bool:
+    notes = folder / RESUME
+    return notes.is_dir() and any(path.name != PURPOSE for path in notes.iterdir())
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder where there is one, or the file that is in its place."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
+
+
+def recover(data_dir: Path) -> None:
+    """Put back or sweep away what a killed run left behind; a draft that can be gone on with stays."""
+    for old in data_dir.glob(".old-*"):
+        target = old.with_name(old.name.removeprefix(".old-"))
+        if not target.exists():
+            old.rename(target)
+        remove(old)
+    for folder in data_dir.glob(".draft-*"):
+        if not _can_go_on(folder):
+            remove(folder)
+    for notes in data_dir.glob(f"[!.]*/{RESUME}"):
+        remove(notes)
+
+
+def sweep(data_dir: Path, done: Collection[str]) -> None:
+    """Remove the drafts of steps that are `done`: nobody will go on with them."""
+    for name in done:
+        remove(data_dir / f".draft-{name}")
+
+
+@contextlib.contextmanager
+def lock(data_dir: Path) -> Iterator[None]:
+    """Hold `data_dir` for one run. The lock is the kernel's and dies with its process.
+
+    Raises Busy, naming the process that holds it.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"{data_dir} is in use by another run: {_holder(file)}. Wait until it has ended.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {now()}")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _holder(file: TextIO) -> str:
+    """Return what the holder wrote; one that was started at the same time may need a moment for it."""
+    for _ in range(20):
+        file.seek(0)
+        if text := file.read():
+            return text
+        time.sleep(0.01)
+    return "a process that has only just started or is about to end"
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def volume(folder: Path) -> int:
+    """Return how many bytes the files in a folder hold, at any depth, RESUME aside."""
+    total = 0
+    for path, below, names in os.walk(folder):
+        below[:] = [name for name in below if name != RESUME]
+        total += sum(Path(path, name).lstat().st_size for name in names)
+    return total
+
+
+def on_disk(size: int) -> int:
+    """Return how many bytes a file of `size` bytes takes on a usual disk."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def human(size: int) -> str:
+    """Return a number of bytes as people read it: "382.7 MB"."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.95:  # what would be shown as 1000.0
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise PipelineError where `needed` bytes are more than the disk under `folder` has left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PipelineError(_full(folder.parent, f"{_step(folder)} needs {human(needed)}", free))
+
+
+def _step(folder: Path) -> str:
+    return folder.name.removeprefix(".draft-")
+
+
+def _full(data_dir: Path, need: str, free: int) -> str:
+    return (
+        f"{data_dir}: the disk is full: {need}, {human(free)} are free. Make room and run again: finished steps are "
+        "kept."
+    )
+
+
+@contextlib.contextmanager
+def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | None = None) -> Iterator[None]:
+    """Turn what the disk under `data_dir` refuses into a PipelineError; any other OSError passes.
+
+    `needed` is about how many bytes `what` takes, where that is known.
+    """
+    before = _free(data_dir)
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = f"about {human(needed)}" if needed and needed > before else f"more than the {human(before)} it found"
+            raise PipelineError(_full(data_dir, f"{what} needs {need}", _free(data_dir))) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
+            raise PipelineError(
+                f"{error.filename or data_dir}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
+                f"whom the pipeline runs as, can read and write: `chown -R {os.getuid()}` it, run as its owner "
+                "(docker run --user), mend its mount, or choose another one."
+            ) from None
+        raise
+
+
+def _free(folder: Path) -> int:
+    """Return the bytes that are free where `folder` is, or will be."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        with contextlib.suppress(OSError):  # not there yet, or not to be looked at
+            return shutil.disk_usage(place).free
+    raise FileNotFoundError(folder)
