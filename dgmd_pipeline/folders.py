@@ -13,13 +13,14 @@ import socket
 import time
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from dgmd_pipeline.errors import Busy, PipelineError
 
 RESUME = ".resume"  # in a draft: what it takes to go on with it; never in a finished folder
 PURPOSE = "purpose"  # in RESUME: what the draft is to become
+FULL = (errno.ENOSPC, errno.EDQUOT)
 BLOCK = 4096  # bytes: what a file takes on a disk is a multiple of this
 
 
@@ -99,24 +100,31 @@ def lock(data_dir: Path) -> Iterator[None]:
     Raises Busy, naming the process that holds it.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / ".lock").open("a+", encoding="utf-8") as file:
+    with (data_dir / ".lock").open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(f"{data_dir} is in use by another run: {_holder(file)}. Wait until it has ended.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {now()}")
-        file.flush()
+        _sign(file, f"process {os.getpid()} on {socket.gethostname()}, started {now()}")
         yield
-        file.truncate(0)
+        _sign(file, "")
 
 
-def _holder(file: TextIO) -> str:
+def _sign(file: FileIO, text: str) -> None:
+    file.truncate(0)
+    try:
+        file.write(text.encode())
+    except OSError as error:
+        if error.errno not in FULL:  # the lock holds without its holder's name
+            raise
+
+
+def _holder(file: FileIO) -> str:
     """Return what the holder wrote; one that was started at the same time may need a moment for it."""
     for _ in range(20):
         file.seek(0)
         if text := file.read():
-            return text
+            return text.decode()
         time.sleep(0.01)
     return "a process that has only just started or is about to end"
 
@@ -178,7 +186,7 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             need = f"about {human(needed)}" if needed and needed > before else f"more than the {human(before)} it found"
             raise PipelineError(_full(data_dir, f"{what} needs {need}", _free(data_dir))) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):

@@ -1,5 +1,7 @@
+import fcntl
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -50,3 +52,97 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
         folders.lock(data_dir),
     ):
         pass
+
+
+def test_a_draft_takes_its_targets_place_when_the_block_ends(tmp_path):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "old").write_text("")
+    with folders.draft(tmp_path / "step") as draft:
+        (draft / "new").write_text("")
+        assert (tmp_path / "step" / "old").exists()
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+def interrupted(target, purpose, note="note"):
+    """Write a file and a note into a draft, and fail."""
+    with pytest.raises(ZeroDivisionError), folders.draft(target, purpose) as draft:
+        (draft / "file").write_text("half of the work")
+        if note:
+            (draft / folders.RESUME / note).write_text("")
+        raise ZeroDivisionError
+
+
+def test_a_draft_with_notes_is_given_again_for_the_same_purpose_and_loses_them_when_it_is_done(tmp_path):
+    interrupted(tmp_path / "step", "this")
+    folders.recover(tmp_path)
+    with folders.draft(tmp_path / "step", "this") as draft:
+        assert (draft / "file").read_text() == "half of the work"
+    assert [path.name for path in tmp_path.rglob("*")] == ["step", "file"]
+
+
+@pytest.mark.parametrize("purpose", ["that", None])
+def test_a_draft_is_not_given_for_another_purpose(tmp_path, purpose):
+    interrupted(tmp_path / "step", "this")
+    with folders.draft(tmp_path / "step", purpose) as draft:
+        assert not (draft / "file").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["step"]
+
+
+@pytest.mark.parametrize(("purpose", "note"), [("this", None), (None, None)])
+def test_a_draft_without_notes_is_removed_on_failure(tmp_path, purpose, note):
+    interrupted(tmp_path / "step", purpose, note)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_drafts_of_steps_that_are_done_are_swept(tmp_path):
+    interrupted(tmp_path / "step", "this")
+    interrupted(tmp_path / "other", "that")
+    folders.sweep(tmp_path, ["step"])
+    assert [path.name for path in tmp_path.iterdir()] == [".draft-other"]
+
+
+def test_notes_that_a_kill_left_in_a_finished_folder_are_swept(tmp_path):
+    (tmp_path / "step" / folders.RESUME).mkdir(parents=True)
+    (tmp_path / "step" / "file").write_text("")
+    folders.recover(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["step", "file"]
+
+
+def test_the_volume_of_a_folder_is_that_of_its_files_without_notes(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a").write_bytes(b"123")
+    (tmp_path / "b").write_bytes(b"45")
+    (tmp_path / folders.RESUME).mkdir()
+    (tmp_path / folders.RESUME / "c").write_bytes(b"6789")
+    assert folders.volume(tmp_path) == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_999, "1.0 MB"),
+     (382_700_000, "382.7 MB"), (2_500_000_000_000_000, "2500.0 TB")],
+)  # fmt: skip
+def test_sizes_are_for_people(size, text):
+    assert folders.human(size) == text
+
+
+def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
+    draft = tmp_path / ".draft-raw"
+    draft.mkdir()
+    folders.check_space(draft, 1)
+    with pytest.raises(
+        PipelineError, match=r"the disk is full: raw needs 1000000.0 TB, .* are free. Make room and run"
+    ):
+        folders.check_space(draft, 10**18)
+
+
+def test_the_lock_waits_for_the_name_of_a_holder_that_is_just_starting(tmp_path):
+
+    with (tmp_path / ".lock").open("a+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        timer = threading.Timer(0.05, lambda: (holder.write("process 7"), holder.flush()))
+        timer.start()
+        with pytest.raises(Busy, match="process 7"), folders.lock(tmp_path):
+            pass
+        timer.join()

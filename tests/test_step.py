@@ -6,21 +6,23 @@ import luigi
 import pytest
 
 from dgmd_pipeline import folders, step
-from dgmd_pipeline.errors import PipelineError, Stopped
+from dgmd_pipeline.errors import PipelineError, SettingsError, Stopped
 from dgmd_pipeline.settings import Settings
 
 
 class First(step.Step):
     name = "first"
+    verb = "begin"
     uses = ("epochs",)
 
     def work(self, draft):
         (draft / "epochs").write_text(str(self.settings.epochs))
-        return {"things": 1}
+        return {"things": 1, "images": 7}
 
 
 class Second(step.Step):
     name = "second"
+    verb = "go on"
     uses = ("batch_size",)
     reads = ("seed",)
 
@@ -42,10 +44,12 @@ class Third(step.Step):
         return {}
 
 
-def go(data_dir, last=Third, **settings):
+def go(data_dir, last=Third, forced=None, **settings):
     """Plan, run, and return the plan as {step: (state, reason)} and the steps that worked."""
     job = step.Job(Settings(DATA_DIR=data_dir, **settings))
     task = last(job=job)
+    if forced:
+        job.forced[forced] = f"--force {forced}"
     before = {
         name: (data_dir / name).stat().st_ino for name in ("first", "second", "third") if (data_dir / name).exists()
     }
@@ -221,3 +225,40 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
 def test_the_record_is_json_for_others_too(tmp_path):
     go(tmp_path)
     assert json.loads((tmp_path / "first" / "_SUCCESS").read_text())["step"] == "first"
+
+
+def test_a_forced_step_and_all_after_it_are_done_again(tmp_path):
+    go(tmp_path)
+    plan, worked = go(tmp_path, forced="second")
+    assert worked == {"second", "third"}
+    assert plan["first"] == ("done", "")
+    assert plan["second"] == ("run", "--force second")
+    assert plan["third"] == ("run", "second is forced")
+
+
+def test_a_step_has_a_verb_and_a_folder_and_an_unknown_name_is_answered_with_both(tmp_path):
+    line = step.line_of(Third(job=step.Job(Settings(DATA_DIR=tmp_path))))
+    assert step.named(line, "begin") == step.named(line, "first") == [line[0]]
+    with pytest.raises(SettingsError, match=r"'begni' is no step of this run\. .* begin \(first\), go on \(second\)"):
+        step.named(line, "begni")
+
+
+def test_a_record_of_an_older_or_newer_version_is_read(tmp_path):
+    go(tmp_path)
+    path = tmp_path / "first" / "_SUCCESS"
+    values = json.loads(path.read_text())
+    del values["bytes"], values["images"]
+    path.write_text(json.dumps(values | {"of tomorrow": 1}))
+    assert step.read_record(tmp_path / "first").bytes is None
+    assert go(tmp_path)[1] == set()
+
+
+def test_a_plan_knows_images_and_bytes(tmp_path):
+    def outlooks():
+        return [(each.images, each.bytes) for each in step.plan(Third(job=step.Job(Settings(DATA_DIR=tmp_path))))]
+
+    assert outlooks() == [(None, None)] * 3
+    go(tmp_path, last=First)
+    assert outlooks() == [(7, 2), (7, None), (7, None)]  # what is missing is given what is there
+    go(tmp_path)
+    assert outlooks() == [(7, 2), (7, 2), (7, 0)]
