@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,11 +194,14 @@ def _show_plan(outlooks: "Sequence[Outlook]", data_dir: Path) -> None:
     from dgmd_pipeline.folders import human
 
     log.info("Plan for %s", data_dir)
+    # A log's lines stay whole, for those who search it; on a terminal what does not fit stays in its column.
+    width = shutil.get_terminal_size().columns - 48 if sys.stdout.isatty() else 10_000
     log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
     for each in outlooks:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else human(each.bytes)
-        log.info("  %-19s %-5s %9s %8s  %s", each.step, each.state, images, size, each.reason)
+        why = textwrap.wrap(each.reason, max(20, width)) or [""]
+        log.info("  %-19s %-5s %9s %8s  %s", each.step, each.state, images, size, f"\n{48 * ' '}".join(why))
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -51,6 +51,14 @@ def _own_folder_and_environment(monkeypatch, tmp_path):
     os.environ.update(before)
 
 
+@pytest.fixture
+def _own_process():
+    """`cli.main` sets up the process that it is called in."""
+    handlers, hook, errors = logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions
+    yield
+    logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions = handlers, hook, errors
+
+
 def picture(label: str, number: int, side: int = 24) -> bytes:
     """A PNG of noise with a bright bar whose place tells the label: learnable, and no two are alike."""
     random = np.random.default_rng([number, *label.encode()])

@@ -9,13 +9,7 @@ from conftest import ROOT
 
 from dgmd_pipeline import cli, signals
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    """`main` sets up the process that it is called in."""
-    handlers, hook, errors = logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions
-    yield
-    logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions = handlers, hook, errors
+pytestmark = pytest.mark.usefixtures("_own_process")
 
 
 @pytest.mark.parametrize("arguments", [["--env-file", "my.env", "plan"], ["plan", "--env-file", "my.env"]])

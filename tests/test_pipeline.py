@@ -1,9 +1,11 @@
 """The real command in processes, against a real S3 endpoint and a real MLflow server."""
 
+import contextlib
 import http.server
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -15,7 +17,7 @@ import time
 import mlflow
 import numpy as np
 import pytest
-from conftest import CREDENTIALS, picture, run_pipeline
+from conftest import CREDENTIALS, ROOT, picture, run_pipeline
 from PIL import Image
 
 from dgmd_pipeline.settings import Settings, variable
@@ -440,3 +442,237 @@ def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path, mlflow_server
     (tmp_path / "data" / "raw" / LABELS[0] / "new.png").write_bytes(picture(LABELS[0], 50))
     result = run_pipeline(tmp_path, "plan", **variables)
     assert re.search(r"  inspected +run .* raw changes$", result.stdout, re.MULTILINE)
+
+
+def plan_of(folder, *arguments, **variables):
+    """The plan as `{step: (state, why)}`."""
+    result = run_pipeline(folder, "plan", "--json", *arguments, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {step["step"]: (step["state"], step["reason"]) for step in json.loads(result.stdout)["steps"]}
+
+
+def test_a_plan_is_json_for_machines(data, tmp_path):
+    data_dir, variables = data
+    (data_dir / "balanced").rename(tmp_path / "away")
+    result = run_pipeline(tmp_path, "plan", "--json", **{**variables, "VALIDATION_PCNT": 0.25})
+    plan = json.loads(result.stdout)
+    assert plan["data_dir"] == str(data_dir)
+    rows = {step["step"]: step for step in plan["steps"]}
+    assert list(rows) == STEPS
+    states = {name: (row["state"], row["reason"]) for name, row in rows.items()}
+    assert states["inspected"] == ("done", "")
+    assert states["balanced"] == ("run", "folder is missing")
+    assert states["split"] == ("run", "VALIDATION_PCNT 0.2 -> 0.25")
+    assert states["tfrecord_training"] == ("run", "split changes")
+    images = {name: row["images"] for name, row in rows.items()}
+    assert images["raw"] == 33
+    assert images["inspected"] == images["balanced"] == 31
+    assert (images["tfrecord_training"], images["tfrecord_validation"]) == (24, 6)
+    size = sum(path.stat().st_size for path in (data_dir / "raw").rglob("*") if path.is_file())
+    assert rows["raw"]["bytes"] == size - (data_dir / "raw" / "_SUCCESS").stat().st_size
+    assert rows["balanced"]["bytes"] is None
+
+
+def test_a_plan_fits_a_terminal(data, tmp_path):
+    data_dir, variables = data
+    (data_dir / "split").rename(tmp_path / "away")
+    lines = on_a_terminal(tmp_path, "plan", **variables)
+    assert max(map(len, lines)) <= 80
+    rows = "\n".join(lines)
+    assert re.search(r"^  inspected +done +31 +\d+\.\d kB  $", rows, re.MULTILINE), rows
+    assert f"  only if tfrecord_training or\n{48 * ' '}tfrecord_validation changes\n" in rows
+
+
+def on_a_terminal(folder, *arguments, **variables):
+    """Run the command on a terminal of 80 columns and return the lines that are shown."""
+    ours, its = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", **{name: str(value) for name, value in variables.items()}}
+    command = [sys.executable, ROOT / "pipeline.py", *arguments]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while more := os.read(ours, 4096):
+            shown += more
+    os.close(ours)
+    assert process.wait() == 0
+    return shown.decode().replace("\r\n", "\n").splitlines()
+
+
+@pytest.mark.parametrize("command", [["--force"], ["plan", "--until"], ["run", "--force"]])
+def test_an_unknown_step_is_answered_with_the_known_ones(data, tmp_path, command):
+    data_dir, variables = data
+    before = folders(data_dir)
+    result = run_pipeline(tmp_path, *command, "tain", **variables)
+    assert result.returncode == 2, result.stdout
+    assert "'tain' is no step of this run" in result.stdout
+    for name in ("download (raw)", "convert (tfrecord_training, tfrecord_validation)", "train (trained_model)"):
+        assert name in result.stdout
+    assert redone(before, data_dir) == set()
+
+
+def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tmp_path):
+    data_dir, variables = data
+    variables["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"  # not asked
+    before = folders(data_dir)
+    result = run_pipeline(tmp_path, "--force", "inspect", "--until", "split", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert redone(before, data_dir) == {"inspected", "label_map", "balanced", "split"}
+    assert "MLflow" not in result.stdout
+    result = run_pipeline(tmp_path, "run", "--until", "convert", **variables)
+    assert "Nothing to do: tfrecord_validation is done." in result.stdout
+    result = run_pipeline(tmp_path, "--force", "train", "--until", "split", **variables)
+    assert result.returncode == 2
+    assert "'train' is no step of this run" in result.stdout
+
+
+@pytest.mark.slow
+def test_forced_registration_notes_the_version_that_is_there_and_forced_training_makes_a_new_one(data, tmp_path):
+    data_dir, variables = data
+    variables["MODEL_NAME"] = "forced"
+    assert run_pipeline(tmp_path, **variables).returncode == 0
+    before = folders(data_dir)
+    result = run_pipeline(tmp_path, "--force", "register", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "forced version 1, was registered already" in result.stdout
+    assert redone(before, data_dir) == {"registered_model"}
+    result = run_pipeline(tmp_path, "--force", "train", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "forced version 2, non-production" in result.stdout
+    assert redone(before, data_dir) == {"trained_model", "evaluation", "registered_model"}
+
+
+@pytest.fixture
+def live(bucket, s3_endpoint, tmp_path, finished, mlflow_server):
+    """A bucket of one's own with 3 x 10 pictures, and the variables for runs on it."""
+    name, client = bucket
+    fill(client, name)
+    variables = {
+        **TINY,
+        **CREDENTIALS,
+        "DATA_DIR": tmp_path / "data",
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_DATA_BUCKET": name,
+        "AWS_DATA_PATH": "train/images",
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "MODEL_NAME": name,
+    }
+    return name, client, variables
+
+
+def test_a_refresh_takes_over_what_is_new_changed_or_gone_and_nothing_else(live, tmp_path):
+    name, client, variables = live
+    raw = tmp_path / "data" / "raw"
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    before = {path: path.stat().st_ino for path in raw.rglob("*.jpeg")}
+    assert plan_of(tmp_path, "--until", "label", **variables)["raw"] == ("done", "")
+
+    result = run_pipeline(tmp_path, "--until", "label", "--refresh", **variables)
+    assert result.returncode == 0
+    assert f"Nothing new in s3://{name}/train/images." in result.stdout
+
+    prefix = "train/images"
+    for number in range(12):
+        client.put_object(Bucket=name, Key=f"{prefix}/anise/{number}.png", Body=picture("anise", number))
+    client.put_object(Bucket=name, Key=f"{prefix}/cloves/cloves shop_3.jpeg", Body=picture("cloves", 333))
+    for number in (4, 5, 6):
+        client.delete_object(Bucket=name, Key=f"{prefix}/cloves/cloves shop_{number}.jpeg")
+    variables["REFRESH"] = "true"
+    plan = plan_of(tmp_path, **variables)
+    assert plan["raw"] == ("run", "12 new, 1 changed, 3 gone")
+    assert plan["inspected"] == ("run", "raw changes")
+    result = run_pipeline(tmp_path, "--until", "label", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "26 of 39 objects are there already" in result.stdout
+    after = {path: path.stat().st_ino for path in raw.rglob("*.*") if path.parent != raw}
+    assert len(after) == 39
+    kept = {path for path in after if before.get(path) == after[path]}
+    assert len(kept) == 26
+    assert (raw / "cloves" / "cloves shop_3.jpeg").read_bytes() == picture("cloves", 333)
+    mapping = json.loads((tmp_path / "data" / "label_map" / "mapping.json").read_text())
+    assert mapping == {"0": "allspice", "1": "black pepper", "2": "cloves", "3": "anise"}  # appended, not sorted in
+    assert plan_of(tmp_path, "--until", "label", **variables)["raw"] == ("done", "")
+
+
+def test_an_object_that_was_left_out_is_tried_again_by_a_refresh_and_changes_nothing_if_it_still_cannot_be_had(
+    live, tmp_path
+):
+    name, client, variables = live
+    key = "train/images/cloves/frozen.jpeg"
+    client.put_object(Bucket=name, Key=key, Body=picture("cloves", 70), StorageClass="GLACIER")
+    assert run_pipeline(tmp_path, "--until", "inspect", **variables).returncode == 0
+    assert "archived" in (tmp_path / "data" / "raw" / "rejected.csv").read_text()
+    before = (tmp_path / "data" / "inspected" / "_SUCCESS").stat().st_mtime_ns
+    variables["REFRESH"] = "true"
+    plan = plan_of(tmp_path, "--until", "inspect", **variables)
+    assert plan == {"raw": ("run", "1 left out before"), "inspected": ("maybe", "only if raw changes")}
+    result = run_pipeline(tmp_path, "--until", "inspect", **variables)
+    assert f"Nothing new in s3://{name}/train/images." in result.stdout
+    assert (tmp_path / "data" / "inspected" / "_SUCCESS").stat().st_mtime_ns == before
+    client.restore_object(Bucket=name, Key=key, RestoreRequest={"Days": 1})
+    assert run_pipeline(tmp_path, "--until", "inspect", **variables).returncode == 0
+    assert (tmp_path / "data" / "raw" / "cloves" / "frozen.jpeg").read_bytes() == picture("cloves", 70)
+    assert plan_of(tmp_path, "--until", "inspect", **variables)["raw"] == ("done", "")
+
+
+@pytest.mark.slow
+def test_a_refresh_without_news_keeps_the_version(live, tmp_path):
+    name, client, variables = live
+    variables["REFRESH"] = "true"
+    assert run_pipeline(tmp_path, **variables).returncode == 0
+    before = folders(tmp_path / "data")
+    result = run_pipeline(tmp_path, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"Nothing new in s3://{name}/train/images: keeping version 1." in result.stdout.splitlines()[-1]
+    assert redone(before, tmp_path / "data") == set()
+    client.put_object(Bucket=name, Key="train/images/cloves/new.png", Body=picture("cloves", 99))
+    result = run_pipeline(tmp_path, **variables)
+    assert f"{name} version 2, non-production" in result.stdout
+
+
+@pytest.mark.parametrize("how", [["--refresh"], ["--force", "download"]])
+def test_pictures_put_there_by_hand_are_never_replaced(tmp_path, how):
+    folder = tmp_path / "data" / "raw" / "label"
+    folder.mkdir(parents=True)
+    (folder / "own.png").write_bytes(picture("label", 1))
+    for command in ([], ["plan"]):
+        result = run_pipeline(tmp_path, *command, *how, BACKBONE="cnn")
+        assert result.returncode == 20, result.stdout + result.stderr
+        assert "was put there by hand or by an older version" in result.stdout
+        assert "Traceback" not in result.stdout + result.stderr
+    assert (folder / "own.png").read_bytes() == picture("label", 1)
+
+
+def test_pictures_put_there_by_hand_come_from_no_bucket(tmp_path):
+    for label in LABELS[:2]:
+        (tmp_path / "data" / "raw" / label).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "data" / "raw" / label / f"{number}.png").write_bytes(picture(label, number))
+    assert run_pipeline(tmp_path, "--until", "label", BACKBONE="cnn").returncode == 0
+    plan = plan_of(tmp_path, "--until", "label", BACKBONE="cnn", AWS_DATA_BUCKET="another")
+    assert plan["label_map"] == ("done", "")
+
+
+def test_a_download_that_was_killed_goes_on_and_fetches_nothing_twice(live, tmp_path):
+    name, client, variables = live
+    for number in range(300):
+        key = f"train/images/nutmeg/{number}.png"
+        client.put_object(Bucket=name, Key=key, Body=picture("nutmeg", number, 64))
+    process = run_pipeline(tmp_path, "--until", "download", start=True, **variables)
+    draft = tmp_path / "data" / ".draft-raw"
+    while len(list(draft.glob("nutmeg/*"))) < 40:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    there = {path: path.stat().st_ino for path in draft.rglob("*.*") if ".part" not in path.parts}
+    assert 40 <= len(there) < 330
+    result = run_pipeline(tmp_path, "--until", "download", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = re.search(r"([\d,]+) of 330 objects are there already", result.stdout)
+    assert int(said[1]) >= len([path for path in there if path.parent.name in (*LABELS, "nutmeg")])
+    raw = tmp_path / "data" / "raw"
+    for path, inode in there.items():
+        if path.parent.name in (*LABELS, "nutmeg"):
+            assert (raw / path.relative_to(draft)).stat().st_ino == inode
+    assert len(list(raw.glob("*/*"))) == 330
+    assert not (raw / ".resume").exists()

@@ -1,0 +1,176 @@
+"""How long a run with nothing to do takes to find that out, and how that grows with the data.
+
+A tiny pipeline is run to its end once. Then its manifests are blown up to N rows, the records of the steps stay as they
+are, and `python pipeline.py` is asked again: CPU time of the whole process, median of interleaved repeats, beside that
+of `import tensorflow` and of an empty Python. Two more columns: the same with N files in a raw/ that was put there by
+hand, which has to be walked, and with REFRESH=true against an endpoint that lists N objects.
+
+    python benchmarks/knowing.py [--rows 1000 10000 100000 1000000] [--repeats 5]
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from dgmd_pipeline import manifest, step
+
+PIPELINE = Path(__file__).parent.parent / "pipeline.py"
+NOTHING = "Nothing to do: dgmd_model version 1 is registered."
+LABELS = 24
+SIZE = 54 + 24 * 24 * 3  # bytes of a BMP of 24 x 24 pixels
+PAGE = 1000  # what S3 puts on a page of a listing
+ROWS_PROMISED, LIMIT = 100_000, 1.0  # rows, seconds of CPU time
+
+
+def source(number: int) -> manifest.SourceObject:
+    path = f"label {number % LABELS:02d}/label shop_{number:07d}.jpeg"
+    return manifest.SourceObject(f"p/{path}", SIZE, f"{number:032x}", path)
+
+
+def blow_up(data_dir: Path, rows: int) -> None:
+    """Give the manifests of a finished run so many rows."""
+    objects = [source(number) for number in range(rows)]
+    images = [
+        manifest.Image(each.path, each.path[:8], f"{n:064x}", "JPEG", 640, 480, f"{n:064x}")
+        for n, each in enumerate(objects)
+    ]
+    examples = [manifest.Example(i.path, i.label, n % LABELS, i.sha256, i.group) for n, i in enumerate(images)]
+    cut = len(examples) * 4 // 5
+    manifest.write(data_dir / "raw" / "listing.csv", manifest.SourceObject, objects)
+    manifest.write(data_dir / "inspected" / "images.csv", manifest.Image, images)
+    manifest.write(data_dir / "balanced" / "images.csv", manifest.Example, examples)
+    manifest.write(data_dir / "split" / "training.csv", manifest.Example, examples[:cut])
+    manifest.write(data_dir / "split" / "validation.csv", manifest.Example, examples[cut:])
+
+
+def put_by_hand(data_dir: Path, files: int) -> None:
+    """Give a finished run on pictures of one's own so many files, as if it had been made from them."""
+    raw = data_dir / "raw"
+    for path in (raw / source(number).path for number in range(files)):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    identity = step.walk(raw).identity
+    for path in data_dir.glob("*/_SUCCESS"):
+        record = json.loads(path.read_text())
+        if "raw" in record["inputs"]:
+            record["inputs"]["raw"] = identity
+            path.write_text(json.dumps(record))
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (24, 24, 3), np.uint8)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """An endpoint whose only bucket holds `objects` objects, all of them tiny pictures."""
+
+    protocol_version = "HTTP/1.1"
+    objects = 0
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        body = self.page(parse_qs(url.query)) if url.path.count("/") == 1 else picture(int(url.path[-12:-5]))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def page(self, query: dict[str, list[str]]) -> bytes:
+        first = int(query.get("continuation-token", ["0"])[0])
+        last = min(first + PAGE, self.objects)
+        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < self.objects else ""
+        items = "".join(
+            f"<Contents><Key>{quote(each.key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>&quot;{each.etag}&quot;</ETag><Size>{each.size}</Size></Contents>"
+            for each in map(source, range(first, last))
+        )
+        return (
+            '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}{items}"
+            "</ListBucketResult>"
+        ).encode()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def cpu_seconds(*command: object, says: str = "", **variables: object) -> float:
+    """Run Python with these arguments, check what it says, and return the CPU time of it and its children."""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, *map(str, command)]
+    result = subprocess.run(words, check=False, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if result.returncode or says not in result.stdout:
+        raise SystemExit(f"{words} ended with {result.returncode}:\n{result.stdout}{result.stderr}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tiny = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 1, "EPOCHS": 1}
+    place = {"AWS_DATA_BUCKET": "bucket", "AWS_DATA_PATH": "p", "AWS_EC2_METADATA_DISABLED": "true"}
+    variables = tiny | place | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+    rows_of: dict[int, dict[str, list[float]]] = {rows: defaultdict(list) for rows in options.rows}
+    with tempfile.TemporaryDirectory() as name:
+        fetched, own = Path(name, "fetched"), Path(name, "own")
+        Bucket.objects = 4 * LABELS
+        cpu_seconds(PIPELINE, says="version 1, non-production", **variables, DATA_DIR=fetched)
+        shutil.copytree(fetched / "raw", own / "raw")
+        (own / "raw" / "_SUCCESS").unlink()
+        cpu_seconds(PIPELINE, says="version 1, non-production", **variables, DATA_DIR=own)
+        for rows, seconds in rows_of.items():
+            Bucket.objects = rows
+            blow_up(fetched, rows)
+            put_by_hand(own, rows)
+            for _ in range(options.repeats):
+                seconds["python"].append(cpu_seconds("-c", "pass"))
+                seconds["import tensorflow"].append(cpu_seconds("-c", "import tensorflow"))
+                seconds["nothing to do"].append(cpu_seconds(PIPELINE, says=NOTHING, **variables, DATA_DIR=fetched))
+                seconds["own raw/"].append(cpu_seconds(PIPELINE, says=NOTHING, **variables, DATA_DIR=own))
+                seconds["REFRESH"].append(
+                    cpu_seconds(PIPELINE, says="Nothing new in s3", **variables, DATA_DIR=fetched, REFRESH="true")
+                )
+    server.shutdown()
+    show(rows_of)
+
+
+def show(rows_of: dict[int, dict[str, list[float]]]) -> None:
+    names = next(iter(rows_of.values()))
+    print("CPU seconds: median of interleaved repeats (lowest to highest)\n")
+    print("| rows |", " | ".join(names), "|\n|", " --- |" * (len(names) + 1), sep="")
+    for rows, seconds in rows_of.items():
+        cells = [f"{statistics.median(all_):.2f} ({min(all_):.2f} to {max(all_):.2f})" for all_ in seconds.values()]
+        print(f"| {rows:,} |", " | ".join(cells), "|")
+        knowing = statistics.median(seconds["nothing to do"])
+        heavy = statistics.median(seconds["import tensorflow"])
+        print(f"  {rows:,} rows: {knowing / heavy:.2f} of `import tensorflow`", file=sys.stderr)
+        if rows <= ROWS_PROMISED and knowing > LIMIT:
+            raise SystemExit(f"{rows:,} rows took {knowing:.2f} s of CPU time, promised is {LIMIT} s.")
+
+
+if __name__ == "__main__":
+    main()
