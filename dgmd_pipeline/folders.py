@@ -162,18 +162,12 @@ def check_space(folder: Path, needed: int) -> None:
     """Raise PipelineError where `needed` bytes are more than the disk under `folder` has left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise PipelineError(_full(folder.parent, f"{_step(folder)} needs {human(needed)}", free))
+        step = folder.name.removeprefix(".draft-")
+        raise _full(folder.parent, f"{step} needs {human(needed)}, {human(free)} are free")
 
 
-def _step(folder: Path) -> str:
-    return folder.name.removeprefix(".draft-")
-
-
-def _full(data_dir: Path, need: str, free: int) -> str:
-    return (
-        f"{data_dir}: the disk is full: {need}, {human(free)} are free. Make room and run again: finished steps are "
-        "kept."
-    )
+def _full(data_dir: Path, need: str) -> PipelineError:
+    return PipelineError(f"{data_dir}: the disk is full: {need}. Make room and run again: finished steps are kept.")
 
 
 @contextlib.contextmanager
@@ -187,8 +181,11 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
         yield
     except OSError as error:
         if error.errno in FULL:
-            need = f"about {human(needed)}" if needed and needed > before else f"more than the {human(before)} it found"
-            raise PipelineError(_full(data_dir, f"{what} needs {need}", _free(data_dir))) from None
+            known = needed is not None and needed > before
+            need = f"about {human(needed or 0)}, {human(before)} were free"
+            raise _full(
+                data_dir, f"{what} needs {need if known else f'more than the {human(before)} that were free'}"
+            ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
             raise PipelineError(
                 f"{error.filename or data_dir}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "

@@ -46,17 +46,18 @@ class DownloadImages(Step):
         objects, rejected = self.job.listing or bucket.list_objects(client, name, prefix)
         if not objects:
             raise self._nothing_usable(rejected)
-        notes = draft / folders.RESUME / LISTING
-        arrived, missing = bucket.keep(objects, draft, notes, self.path, self._known())
-        if arrived:
-            log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
-        folders.check_space(draft, sum(folders.on_disk(item.size) for item in missing))
-        with closing(bucket.download(client, name, missing, draft)) as items:
-            for item in progress(items, "download", len(missing), "objects", size=_size):
-                if isinstance(item, manifest.SourceObject):
-                    arrived.append(item)
-                else:
-                    rejected.append(item)
+        with folders.disk_errors_explained(self.path.parent, self.folder, _on_disk(objects)):
+            notes = draft / folders.RESUME / LISTING
+            arrived, missing = bucket.keep(objects, draft, notes, self.path, self._known())
+            if arrived:
+                log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
+            folders.check_space(draft, _on_disk(missing))
+            with closing(bucket.download(client, name, missing, draft)) as items:
+                for item in progress(items, "download", len(missing), "objects", size=_size):
+                    if isinstance(item, manifest.SourceObject):
+                        arrived.append(item)
+                    else:
+                        rejected.append(item)
         if not arrived:
             raise self._nothing_usable(rejected)
         manifest.write(draft / LISTING, manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
@@ -123,6 +124,10 @@ class DownloadImages(Step):
         from dgmd_pipeline import bucket
 
         return bucket.identity(manifest.read(folder / LISTING, manifest.SourceObject))
+
+
+def _on_disk(objects: list[manifest.SourceObject]) -> int:
+    return sum(folders.on_disk(item.size) for item in objects)
 
 
 def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
