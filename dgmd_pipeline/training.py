@@ -182,7 +182,7 @@ def _load(checkpoint: Path) -> _Progress:
             best, state = ([file[name] for name in file.files if name.startswith(kind)] for kind in ("best", "state"))
             history = [Epoch(int(epoch), *rest) for epoch, *rest in file["history"].tolist()]
             return _Progress(int(file["seed"]), history, int(file["kept"]), best, state)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise _unusable(checkpoint, error) from error
 
 
@@ -255,6 +255,7 @@ def _fit(
     seed, history, kept, best, state = progress
     if checkpoint and history:
         try:
+            network.set_weights(best)  # do they fit? it is too late to ask at the end
             for variable, values in zip(variables, state, strict=True):
                 variable.assign(values)
         except ValueError as error:
