@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
+import numpy as np
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
@@ -120,12 +121,13 @@ def bytes_of(images: int, width: int, height: int) -> int:
     return round(images * width * height * 1.12)
 
 
-def read(folder: Path, seed: int | None = None) -> "tf.data.Dataset":
+def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Dataset":
     """Open what `write` wrote: a dataset of (picture uint8 [height, width, 3], label int64 []), every image once.
 
     Without `seed` the order is that of the files, always, and of `keys`. With it the shards and the records in them are
-    shuffled, differently in each epoch and the same way for the same seed. Pictures are decoded in parallel; the caller
-    batches. Raises PipelineError where there is no readable index; a damaged record is TensorFlow's DataLossError.
+    shuffled: in the same order whenever it is read, in this process or another, and in another one for another `epoch`
+    or seed (TensorFlow adds the seed that is set globally). Pictures are decoded in parallel; the caller batches.
+    Raises PipelineError where there is no readable index; a damaged record is TensorFlow's DataLossError.
     """
     import tensorflow as tf
 
@@ -138,7 +140,8 @@ def read(folder: Path, seed: int | None = None) -> "tf.data.Dataset":
         picture = tf.io.decode_jpeg(features["image"], channels=3, dct_method="INTEGER_ACCURATE")
         return tf.ensure_shape(picture, shape), features["label"]
 
-    records = _records(folder, index, seed).map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    random = None if seed is None else np.random.default_rng((seed, epoch))
+    records = _records(folder, index, random).map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return records.apply(tf.data.experimental.assert_cardinality(index["images"]))
 
 
@@ -175,19 +178,19 @@ def check(folder: Path) -> None:
                 )
 
 
-def _records(folder: Path, index: dict[str, Any], seed: int | None) -> "tf.data.Dataset":
+def _records(folder: Path, index: dict[str, Any], random: np.random.Generator | None) -> "tf.data.Dataset":
     import tensorflow as tf
 
     paths = [str(folder / entry["file"]) for entry in index["files"]]
+    if random is None:
+        return tf.data.TFRecordDataset(tf.constant(paths, tf.string))
+    random.shuffle(paths)
     files = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
-    if seed is None:
-        return tf.data.TFRecordDataset(files)
     buffer = SHUFFLE_BYTES * index["images"] // max(index["bytes"], 1)
-    return (
-        files.shuffle(max(len(paths), 1), seed=seed)
-        .interleave(tf.data.TFRecordDataset, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .shuffle(max(min(buffer, index["images"]), 1), seed=seed)
-    )
+    # Without the last argument each reading of the same dataset has another order.
+    return files.interleave(
+        tf.data.TFRecordDataset, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    ).shuffle(max(min(buffer, index["images"]), 1), seed=int(random.integers(2**63)), reshuffle_each_iteration=False)
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A trained model and its measurements -> a run and a version in the MLflow registry. The only door to MLflow."""
 
 import base64
+import contextlib
 import http.client
 import logging
 import re
@@ -8,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ CANDIDATE = "candidate"
 ENVIRONMENT = "environment"
 NON_PRODUCTION = "non-production"
 SERVER_MAJOR = 3
+EMBEDDED_BYTES = 2_000_000  # of an embedded store beside its models: its database has 0.96 MB after the first
 
 
 class Store(NamedTuple):
@@ -59,10 +61,19 @@ class Candidate(NamedTuple):
 
 
 def embedded(folder: Path) -> Store:
-    """Return a store in a folder of its own: an SQLite database and artifact files."""
+    """Return the store that `create` made: an SQLite database and artifact files."""
     folder = folder.resolve()
-    (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     return Store(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+
+
+def create(folder: Path) -> None:
+    """Make an embedded store in an empty folder, which may be moved before it is used."""
+    from mlflow import MlflowClient
+
+    (folder / "artifacts").mkdir()
+    store = embedded(folder)
+    with _explained(store):
+        MlflowClient(store.uri).search_experiments()
 
 
 def check_server(uri: str, login: str | None = None, timeout: float = 5) -> str | None:
@@ -124,8 +135,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
     import mlflow
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    try:
+    with _explained(store):
         mlflow.set_tracking_uri(store.uri)
         client = MlflowClient()
         found = _find(client, name, candidate.training_id)
@@ -136,6 +146,15 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
             found = _create(client, name, model_uri, run_id, candidate)
         _mark_as_candidate(client, found)
         return found
+
+
+@contextlib.contextmanager
+def _explained(store: Store) -> Iterator[None]:
+    """Turn what MLflow raises into a PipelineError, and keep it from talking."""
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        yield
     except PipelineError:
         raise
     except Exception as error:

@@ -443,6 +443,7 @@ class TrainModel(Step):
 
     name = "trained_model"
     verb = "train"
+    resumes = True
     uses = (
         "backbone",
         "batch_size",
@@ -470,18 +471,21 @@ class TrainModel(Step):
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
         size = (self.settings.image_height, self.settings.image_width)
+        checkpoint = draft / folders.RESUME / "training.npz"
+        if checkpoint.exists():
+            log.info("  goes on after the last epoch of a training that was stopped")
         if model.is_frozen(self.settings.backbone):
             backbone = model.build_backbone(
                 self.settings.backbone, self.settings.backbone_weights, *size, self.settings.keras_home
             )
             learned, rest = (features.load(side.path) for side in sides)
-            trained = training.train_head(learned, rest, classes, weights, recipe, self._show)
+            trained = training.train_head(learned, rest, classes, weights, recipe, self._show, checkpoint)
             whole = model.assemble(backbone, trained.model)
         else:
             for side in sides:
                 records.check(side.path)
             shuffled, ordered = (partial(records.read, side.path) for side in sides)
-            trained = training.train_whole(shuffled, ordered(), size, classes, weights, recipe, self._show)
+            trained = training.train_whole(shuffled, ordered(), size, classes, weights, recipe, self._show, checkpoint)
             whole = trained.model
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
@@ -612,11 +616,24 @@ class RegisterModel(Step):
                 balanced.path / "class_weights.json": "balanced",
             },
         )
-        store = registry_store(self.settings)
+        store = self._store(draft, folders.volume(trained.path) + folders.volume(evaluation.path))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registry.register(store, experiment, self.settings.model_name, candidate)
         (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
         return {"name": version.name, "version": version.version, "run": version.run_id, "new": version.new}
+
+    def _store(self, draft: Path, needed: int) -> Any:
+        """Return where to register: the server that is set, or the embedded store, which needs room here."""
+        from dgmd_pipeline import registry
+
+        if self.settings.mlflow_tracking_uri:
+            return registry.Store(self.settings.mlflow_tracking_uri, None)
+        folders.check_space(draft, needed + registry.EMBEDDED_BYTES)
+        store = self.settings.data_dir / "mlflow"
+        if not store.exists():  # a database that is cut off while its tables are made is lost
+            with folders.draft(store) as new:
+                registry.create(new)
+        return registry.embedded(store)
 
     def _tags(self, metrics: dict[str, float]) -> dict[str, str]:
         from dgmd_pipeline import registry
@@ -635,15 +652,6 @@ class RegisterModel(Step):
     def summary(self, counts: dict[str, Any]) -> str:
         state = "non-production" if counts["new"] else "was registered already"
         return f"{counts['name']} version {counts['version']}, {state}"
-
-
-def registry_store(settings: Any) -> Any:
-    """Return where to register: the server that is set, or the embedded store."""
-    from dgmd_pipeline import registry
-
-    if settings.mlflow_tracking_uri:
-        return registry.Store(settings.mlflow_tracking_uri, None)
-    return registry.embedded(settings.data_dir / "mlflow")
 
 
 def _params(records: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

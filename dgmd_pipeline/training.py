@@ -1,7 +1,9 @@
 """Features or records -> trained model."""
 
 import secrets
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,6 +53,16 @@ class Trained(NamedTuple):
     seed: int  # what makes this training repeatable on a CPU
 
 
+class _Progress(NamedTuple):
+    """How far a training has come, and all that it needs to go on: what a checkpoint holds."""
+
+    seed: int
+    history: list[Epoch]
+    kept: int  # the best epoch so far
+    best: list[np.ndarray]  # its weights
+    state: list[np.ndarray]  # what the network, its dropout's random numbers and the optimizer have come to
+
+
 def learning_rate_of(epoch: int, learning_rate: float, decay_rate: float) -> float:
     """Return the learning rate of an epoch, counted from 0."""
     return learning_rate / (1 + decay_rate * epoch)
@@ -63,52 +75,66 @@ def train_head(
     class_weights: dict[int, float],
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
+    checkpoint: Path | None = None,
 ) -> Trained:
     """Train a head on stored features.
 
     A side is a pair of features (float32 [n, d], possibly mapped from disk: no more than a batch is read at a time) and
     labels (int64 [n], 0 to `classes` - 1; a class may be missing). `class_weights` are by label index, 1 where there is
     none; they weigh the training's loss alone. `on_epoch` is called at the end of each epoch.
-    Raises PipelineError where the loss or the weights cease to be numbers.
+
+    At the end of each epoch, before `on_epoch`, all that is needed to go on is written to the file `checkpoint` (.npz),
+    whole or not at all: seed, history, the best epoch's weights, and the state of network, dropout and optimizer. If
+    that file is there, training goes on after its last epoch, with its seed, and on a CPU comes to the same weights as
+    if it had never stopped. It has to be of the same data and recipe; whoever called deletes it.
+
+    Raises PipelineError where the loss or the weights cease to be numbers, or `checkpoint` is damaged or another's.
     """
-    seed = _seed(recipe)
+    progress = _begin(recipe, checkpoint)
     head = model.build_head(training[0].shape[1], classes, recipe.dropout, whitening(training[0]))
-    shuffled = _batches(*training, recipe.batch_size, np.random.default_rng(seed))
     rest = _batches(*validation, recipe.batch_size)
-    return _fit(head, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
+
+    def shuffled(epoch: int) -> "tf.data.Dataset":
+        return _batches(*training, recipe.batch_size, (progress.seed, epoch))
+
+    return _fit(head, shuffled, rest, classes, class_weights, recipe, progress, on_epoch, checkpoint)
 
 
 def train_whole(
-    training: Callable[[int], "tf.data.Dataset"],
+    training: Callable[[int, int], "tf.data.Dataset"],
     validation: "tf.data.Dataset",
     size: tuple[int, int],
     classes: int,
     class_weights: dict[int, float],
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
+    checkpoint: Path | None = None,
 ) -> Trained:
     """Train the small network together with its head, from scratch, on pictures.
 
     A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length. `training` is
-    called with the seed for a shuffled one, in another order in each epoch: TensorFlow mixes the seed that is set here
-    into a dataset's own, so one that was opened earlier would depend on what the process did before. `size` is (height,
-    width).
+    called with the seed and the epoch for one in an order that depends on these alone: TensorFlow mixes the seed that
+    is set here into a dataset's own, so one that was opened earlier would depend on what the process did before. `size`
+    is (height, width).
     The rest is as in `train_head`, but the model that comes back is the one to be served (`model.assemble`).
     """
     import keras
     import tensorflow as tf
 
-    seed = _seed(recipe)
+    progress = _begin(recipe, checkpoint)
     network = model.build_cnn(*size)
     head = model.build_head(network.output_shape[-1], classes, recipe.dropout)
     together = keras.Sequential([network, head])  # without the resizing: the records hold pictures of this size
-    # A last batch of a few pictures would spoil batch normalisation's statistics just before they are used: batches are
-    # made equal, and the few pictures that are then left over are others in each epoch.
-    pictures = training(seed)
-    even = len(pictures) // -(-len(pictures) // recipe.batch_size)
-    shuffled = pictures.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     rest = validation.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
-    trained = _fit(together, shuffled, rest, classes, class_weights, recipe, seed, on_epoch)
+
+    def shuffled(epoch: int) -> "tf.data.Dataset":
+        # A last batch of a few pictures would spoil batch normalisation's statistics just before they are used: batches
+        # are made equal, and the few pictures that are then left over are others in each epoch.
+        pictures = training(progress.seed, epoch)
+        even = len(pictures) // -(-len(pictures) // recipe.batch_size)
+        return pictures.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+    trained = _fit(together, shuffled, rest, classes, class_weights, recipe, progress, on_epoch, checkpoint)
     return trained._replace(model=model.assemble(network, head))
 
 
@@ -138,24 +164,61 @@ def whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return kernel.astype(np.float32), (-mean @ kernel).astype(np.float32)
 
 
-def _seed(recipe: Recipe) -> int:
+def _begin(recipe: Recipe, checkpoint: Path | None) -> _Progress:
+    """Read how far it has come, if it has begun; set the seed."""
     import keras
 
-    seed = secrets.randbits(31) if recipe.seed is None else recipe.seed
-    keras.utils.set_random_seed(seed)
-    return seed
+    if checkpoint and checkpoint.exists():
+        progress = _load(checkpoint)
+    else:
+        progress = _Progress(secrets.randbits(31) if recipe.seed is None else recipe.seed, [], 0, [], [])
+    keras.utils.set_random_seed(progress.seed)
+    return progress
+
+
+def _load(checkpoint: Path) -> _Progress:
+    try:
+        with np.load(checkpoint, allow_pickle=False) as file:
+            best, state = ([file[name] for name in file.files if name.startswith(kind)] for kind in ("best", "state"))
+            history = [Epoch(int(epoch), *rest) for epoch, *rest in file["history"].tolist()]
+            return _Progress(int(file["seed"]), history, int(file["kept"]), best, state)
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise _unusable(checkpoint, error) from error
+
+
+def _save(progress: _Progress, checkpoint: Path) -> None:
+    arrays = {name: np.array(getattr(progress, name)) for name in ("seed", "history", "kept")}
+    for kind in ("best", "state"):
+        arrays |= {f"{kind}{number}": values for number, values in enumerate(getattr(progress, kind))}
+    draft = checkpoint.with_name(f"{checkpoint.name}.part")
+    try:
+        with draft.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        draft.replace(checkpoint)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _unusable(checkpoint: Path, error: Exception) -> PipelineError:
+    reason = str(error).split("\n")[0].rstrip(".")
+    return PipelineError(
+        f"{checkpoint} should hold how far a training has come, to go on with it, and is damaged or another training's "
+        f"({type(error).__name__}: {reason}). Delete it to train from the start."
+    )
 
 
 def _batches(
-    features: np.ndarray, labels: np.ndarray, batch_size: int, shuffle: np.random.Generator | None = None
+    features: np.ndarray, labels: np.ndarray, batch_size: int, shuffle: tuple[int, int] | None = None
 ) -> "tf.data.Dataset":
-    """Batches of equal size (give or take one), in another order each time where `shuffle` is given."""
+    """Batches of equal size (give or take one), in the order of a seed and an epoch where these are given."""
     import tensorflow as tf
 
     count = -(-len(labels) // batch_size)
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = np.arange(len(labels)) if shuffle is None else shuffle.permutation(len(labels))
+        order = np.arange(len(labels))
+        if shuffle is not None:
+            np.random.default_rng(shuffle).shuffle(order)
         for chosen in np.array_split(order, count):
             chosen.sort()  # read in the order of the file
             yield features[chosen], labels[chosen]
@@ -167,62 +230,75 @@ def _batches(
 
 def _fit(
     network: "keras.Model",
-    training: "tf.data.Dataset",
+    training: Callable[[int], "tf.data.Dataset"],
     validation: "tf.data.Dataset",
     classes: int,
     class_weights: dict[int, float],
     recipe: Recipe,
-    seed: int,
+    progress: _Progress,
     on_epoch: Callable[[Epoch], None],
+    checkpoint: Path | None,
 ) -> Trained:
-    import keras
     import tensorflow as tf
 
     by_class = np.ones(classes, np.float32)
     for index, weight in class_weights.items():
         by_class[index] = weight
     by_class_tensor = tf.constant(by_class)
-    weighted = training.map(lambda x, y: (x, y, tf.gather(by_class_tensor, y)))
 
     # XLA on a CPU is several times slower, and Keras's "auto" would choose it.
     network.compile(
         optimizer=_optimizer(recipe), loss="sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False
     )
-    history: list[Epoch] = []
-    best: list[np.ndarray] = []
-    kept = 0
+    network.optimizer.build(network.trainable_variables)
+    # All that changes: not the whitening, 13 of a head's 16 MB, but dropout's random state, which is not a weight.
+    fixed = {id(variable) for layer in network.layers if not layer.trainable for variable in layer.variables}
+    weights = [variable for variable in network.weights if id(variable) not in fixed]
+    variables = [variable for variable in network.variables if id(variable) not in fixed]
+    variables += network.optimizer.variables
+    seed, history, kept, best, state = progress
+    if checkpoint and history:
+        try:
+            _assign(weights, best)  # do they fit? it is too late to ask at the end
+            _assign(variables, state)
+        except ValueError as error:
+            raise _unusable(checkpoint, error) from error
 
-    def begin(epoch: int, logs: dict | None = None) -> None:  # noqa: ARG001
-        network.optimizer.learning_rate = learning_rate_of(epoch, recipe.learning_rate, recipe.decay_rate)
-
-    def end(epoch: int, logs: dict[str, float]) -> None:
-        nonlocal best, kept
+    for epoch in range(len(history), recipe.epochs):
+        if epoch - kept > recipe.patience:
+            break
         rate = learning_rate_of(epoch, recipe.learning_rate, recipe.decay_rate)
-        row = Epoch(epoch, logs["accuracy"], logs["loss"], logs["val_accuracy"], logs["val_loss"], rate)
-        weights = network.get_weights()
+        network.optimizer.learning_rate = rate
+        weighted = training(epoch).map(lambda x, y: (x, y, tf.gather(by_class_tensor, y)))
+        # One epoch at a time, so that its order is its own whatever was before; shuffle: the data come shuffled.
+        logs = network.fit(weighted, validation_data=validation, shuffle=False, verbose=0).history
+        row = Epoch(epoch, **{name: value for name, [value] in logs.items()}, learning_rate=rate)
+        values = _values(weights)
         # The weights too: ReLU makes 0 of what is not a number, and the loss looks like one.
-        if not all(np.isfinite(values).all() for values in (row.loss, row.val_loss, *weights)):
+        numbers: list[Any] = [row.loss, row.val_loss, *values]
+        if not all(np.isfinite(each).all() for each in numbers):
             raise PipelineError(
                 f"Training came to weights or a loss that are not numbers in epoch {epoch + 1} (loss {row.loss:g}, "
                 f"validation {row.val_loss:g}); try a LEARNING_RATE lower than {recipe.learning_rate:g}."
             )
         history.append(row)
-        on_epoch(row)
         if epoch == 0 or _better(row, history[kept]):
-            kept, best = epoch, weights
-        elif epoch - kept >= recipe.patience:
-            network.stop_training = True
+            kept, best = epoch, values
+        if checkpoint:
+            _save(_Progress(seed, history, kept, best, _values(variables)), checkpoint)
+        on_epoch(row)
 
-    network.fit(
-        weighted,
-        validation_data=validation,
-        epochs=recipe.epochs,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_epoch_end=end)],
-        shuffle=False,  # the data come shuffled
-        verbose=0,
-    )
-    network.set_weights(best)
+    _assign(weights, best)
     return Trained(network, history, kept, seed)
+
+
+def _values(variables: Sequence["keras.Variable"]) -> list[np.ndarray]:
+    return [variable.numpy() for variable in variables]
+
+
+def _assign(variables: Sequence["keras.Variable"], values: Sequence[np.ndarray]) -> None:
+    for variable, each in zip(variables, values, strict=True):
+        variable.assign(each)
 
 
 def _better(row: Epoch, best: Epoch) -> bool:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -168,20 +168,28 @@ def test_keys_keep_spaces_accents_and_bytes_that_are_not_utf_8(raw, tmp_path):
     assert sorted(records.keys(folder)) == sorted(paths)
 
 
-def test_shuffled_reading_gives_each_image_once_in_an_order_of_each_epoch_that_the_seed_repeats(rows, raw, tmp_path):
+def test_shuffled_reading_gives_each_image_once_in_an_order_that_seed_and_epoch_repeat(rows, raw, tmp_path):
     folder = written(rows, raw, tmp_path / "records")
 
-    def epochs(seed: int | None) -> list[list[bytes]]:
-        pictures = records.read(folder, seed)
-        return [[pixels.tobytes() for pixels, _ in pictures.as_numpy_iterator()] for _ in range(2)]
+    def order(*seed_and_epoch: int) -> list[bytes]:
+        pictures = records.read(folder, *seed_and_epoch)
+        once, again = ([pixels.tobytes() for pixels, _ in pictures.as_numpy_iterator()] for _ in range(2))
+        assert once == again
+        return once
 
-    first, second = epochs(7)
-    [plain, again] = epochs(None)
-    assert plain == again
-    assert sorted(first) == sorted(second) == sorted(plain)
-    assert first != second != plain != first
-    assert epochs(7) == [first, second]
-    assert epochs(8)[0] != first
+    orders = [order(), order(7), order(7, 1), order(8), order(8, 1)]
+    assert all(sorted(some) == sorted(orders[0]) for some in orders)
+    assert all(one != other for one, other in combinations(orders, 2))
+    assert [order(), order(7, 0), order(7, 1)] == orders[:3]
+
+
+def test_in_another_epoch_other_shards_come_first(rows, raw, tmp_path, monkeypatch):
+    """Far more pictures than are held for shuffling: the order of the shards is then what mixes them."""
+    folder = written(rows, raw, tmp_path / "records", shards=20)
+    monkeypatch.setattr(records, "SHUFFLE_BYTES", 0)
+    monkeypatch.setattr(records, "SHARDS_AT_ONCE", 1)
+    firsts = {next(records.read(folder, 7, epoch).as_numpy_iterator())[0].tobytes() for epoch in range(8)}
+    assert len(firsts) > 3
 
 
 def test_damage_to_a_shard_is_found_and_the_shard_is_named(rows, raw, tmp_path):

@@ -1,8 +1,16 @@
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from dgmd_pipeline import training
+from dgmd_pipeline import records, training
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import Example
 
 RECIPE = training.Recipe(
     batch_size=16, epochs=4, learning_rate=0.01, decay_rate=0.5, patience=3,
@@ -38,9 +46,58 @@ def datasets(*sides):
     return [tf.data.Dataset.from_tensor_slices(side) for side in sides]
 
 
-def train(recipe=RECIPE, sides=None, classes=3, class_weights=None, on_epoch=ignore):
+def train(recipe=RECIPE, sides=None, classes=3, class_weights=None, on_epoch=ignore, checkpoint=None):
     one, other = sides or (clouds(), clouds(60, seed=1))
-    return training.train_head(one, other, classes, class_weights or {}, recipe, on_epoch)
+    return training.train_head(one, other, classes, class_weights or {}, recipe, on_epoch, checkpoint)
+
+
+def train_on_records(folder, recipe=RECIPE, on_epoch=ignore, checkpoint=None):
+    def shuffled(seed, epoch):
+        return records.read(folder / "training", seed, epoch)
+
+    rest = records.read(folder / "validation")
+    return training.train_whole(shuffled, rest, (16, 16), 2, {}, recipe, on_epoch, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def folder_of_records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stripes")
+    for side, number in (("training", 90), ("validation", 40)):
+        (folder / side).mkdir()
+        rows = []
+        for index, (pixels, label) in enumerate(zip(*stripes(number), strict=True)):
+            path = f"{side} {index}.png"
+            Image.fromarray(pixels).save(folder / path)
+            rows.append(Example(path, str(label), int(label), path, path))
+        records.write(rows, folder, folder / side, side, 3, 16, 16)
+    return folder
+
+
+class Stopped(Exception):
+    """What a request to stop raises in `on_epoch`."""
+
+
+def stopped_after_every_epoch(train, checkpoint):
+    """Train until it is done, interrupted after each epoch; return what came of it and the epochs that were run."""
+    seen = []
+
+    def stop(row):
+        seen.append(row)
+        raise Stopped
+
+    for _ in range(20):
+        try:
+            return train(on_epoch=stop, checkpoint=checkpoint), seen
+        except Stopped:
+            pass
+    raise AssertionError("it does not get on")
+
+
+def assert_same(one, other):
+    assert (one.kept, one.seed, len(one.history)) == (other.kept, other.seed, len(other.history))
+    np.testing.assert_allclose(one.history, other.history, atol=1e-6)
+    for a, b in zip(one.model.get_weights(), other.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_the_learning_rate_falls_with_the_epoch():
@@ -105,6 +162,97 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others():
     assert not np.allclose(one.model.get_weights()[-2], other.model.get_weights()[-2])
 
 
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_a_head_that_was_stopped_after_every_epoch_is_that_of_a_training_that_was_not(optimizer, tmp_path):
+    recipe = RECIPE._replace(optimizer=optimizer, epochs=12, patience=2, weight_decay=0.001)
+
+    def train_it(**more):
+        return train(recipe, (clouds(spread=4), clouds(60, seed=1, spread=4)), **more)
+
+    whole = train_it()
+    assert 0 < whole.kept < len(whole.history) - 1 < recipe.epochs - 1  # it stopped early, so there is a best to keep
+    resumed, seen = stopped_after_every_epoch(train_it, tmp_path / "checkpoint.npz")
+    assert_same(resumed, whole)
+    assert seen == resumed.history
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.npz"]
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_a_network_that_was_stopped_after_every_epoch_is_that_of_a_training_that_was_not(
+    optimizer, folder_of_records, tmp_path
+):
+    def train_it(**more):
+        return train_on_records(folder_of_records, RECIPE._replace(optimizer=optimizer), **more)
+
+    resumed, seen = stopped_after_every_epoch(train_it, tmp_path / "checkpoint.npz")
+    assert_same(resumed, train_it())
+    assert [row.epoch for row in seen] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_killed_trainings_go_on_in_other_processes(folder_of_records, tmp_path):
+    code = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import train, train_on_records
+
+def kill(row):
+    if row.epoch == 1:
+        os.kill(os.getpid(), {signal.SIGKILL:d})
+
+train(on_epoch=kill, checkpoint=Path("head.npz"))
+train_on_records(Path({str(folder_of_records)!r}), on_epoch=kill, checkpoint=Path("network.npz"))
+"""
+    for code_of_exit in (-signal.SIGKILL, -signal.SIGKILL, 0):  # in the head's training, in the network's, not at all
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code_of_exit, done.stderr
+    assert_same(train(on_epoch=pytest.fail, checkpoint=tmp_path / "head.npz"), train())
+    network = train_on_records(folder_of_records, on_epoch=pytest.fail, checkpoint=tmp_path / "network.npz")
+    assert_same(network, train_on_records(folder_of_records))
+
+
+def test_a_training_without_a_seed_goes_on_with_the_one_it_began_with(tmp_path):
+    def train_it(**more):
+        return train(RECIPE._replace(seed=None), **more)
+
+    resumed, _ = stopped_after_every_epoch(train_it, tmp_path / "checkpoint.npz")
+    assert_same(resumed, train(RECIPE._replace(seed=resumed.seed)))
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path):
+    checkpoint = tmp_path / "checkpoint.npz"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(row):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint.stat().st_size // 2, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train(on_epoch=fill_the_disk, checkpoint=checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    seen = []
+    assert_same(train(on_epoch=seen.append, checkpoint=checkpoint), train())
+    assert [row.epoch for row in seen] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "a bit", "no archive", "other features", "other optimizer"])
+def test_a_checkpoint_that_cannot_be_used_is_named(damage, tmp_path):
+    checkpoint = tmp_path / "checkpoint.npz"
+    features, labels = clouds(dimensions=5 if damage == "other features" else 8)
+    optimizer = "sgd" if damage == "other optimizer" else "adam"
+    train(RECIPE._replace(epochs=1, optimizer=optimizer), ((features, labels),) * 2, checkpoint=checkpoint)
+    content = checkpoint.read_bytes()
+    place = content.index(b"best0.npy") + 300  # among its numbers, bytes 157 to 412
+    flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    others = {"empty": b"", "cut off": content[:place], "a bit": flipped, "no archive": b"epoch 3\n"}
+    checkpoint.write_bytes(others.get(damage, content))
+    with pytest.raises(PipelineError, match=r"checkpoint\.npz should hold .*damaged or another.*Delete it"):
+        train(checkpoint=checkpoint)
+
+
 def test_without_a_seed_every_training_is_another_one_that_can_be_repeated():
     one, other = train(RECIPE._replace(seed=None)), train(RECIPE._replace(seed=None))
     assert one.seed != other.seed
@@ -154,8 +302,7 @@ def test_features_are_taken_from_a_file_mapped_into_memory(tmp_path):
 
 def test_each_epoch_goes_through_every_feature_once_in_batches_of_even_size_and_another_order():
     features = np.arange(10, dtype=np.float32)[:, None]
-    batches = training._batches(features, np.arange(10), 4, np.random.default_rng(0))
-    epochs = [[y.numpy() for _, y in batches] for _ in range(2)]
+    epochs = [[y.numpy() for _, y in training._batches(features, np.arange(10), 4, (0, epoch))] for epoch in range(2)]
     for epoch in epochs:
         assert [len(batch) for batch in epoch] == [4, 3, 3]
         assert sorted(np.concatenate(epoch)) == list(range(10))
@@ -166,7 +313,9 @@ def test_the_small_network_learns_from_pictures_and_comes_back_ready_to_serve():
     shuffled, rest = datasets(stripes(96), stripes(40))
     recipe = RECIPE._replace(epochs=5)
     one, again = (
-        training.train_whole(lambda seed: shuffled.shuffle(96, seed), rest, (16, 16), 2, {}, recipe, ignore)
+        training.train_whole(
+            lambda seed, epoch: shuffled.shuffle(96, seed + epoch), rest, (16, 16), 2, {}, recipe, ignore
+        )
         for _ in range(2)
     )
     pictures, labels = stripes(40)
