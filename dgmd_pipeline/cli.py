@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dgmd_pipeline import signals
 from dgmd_pipeline.errors import PipelineError
@@ -30,6 +31,16 @@ EXIT_CODES = """exit codes:
   130  interrupted (SIGINT)
   143  terminated (SIGTERM)
 """
+
+
+def command() -> NoReturn:
+    """Be the process: run `main` and exit with its code."""
+    code = main()
+    if signals.received:
+        # Whoever sent the signal waits for the end, not for the threads that libraries still have.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,13 +32,13 @@ def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
     draft stays when the block fails or the process is killed, and is given again to who comes with the same purpose.
     """
     folder, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
-    if purpose is None or _purpose(folder) != purpose:
-        remove(folder)
-        folder.mkdir()
-        if purpose:
-            (folder / RESUME).mkdir()
-            (folder / RESUME / PURPOSE).write_text(purpose, "utf-8")
     try:
+        if purpose is None or _purpose(folder) != purpose:
+            remove(folder)
+            folder.mkdir()
+            if purpose:
+                (folder / RESUME).mkdir()
+                (folder / RESUME / PURPOSE).write_text(purpose, "utf-8")
         yield folder
         # Two renames, because one onto a folder that is not empty fails; `recover` mends a crash between them.
         if target.exists():
@@ -46,10 +46,17 @@ def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
         folder.rename(target)
         remove(target / RESUME)
         if old.exists():
-            old.rename(folder)  # a draft again: one that is only partly removed must never be put back
+            _discard(old, folder)
     finally:
         if not _can_go_on(folder):
             remove(folder)
+
+
+def _discard(old: Path, folder: Path) -> None:
+    """Remove a folder that was replaced, as a draft: one that is only partly removed must never be put back."""
+    remove(folder)
+    old.rename(folder)
+    remove(folder)
 
 
 def _purpose(folder: Path) -> str | None:
@@ -76,10 +83,11 @@ def remove(folder: Path) -> None:
 def recover(data_dir: Path) -> None:
     """Put back or sweep away what a killed run left behind; a draft that can be gone on with stays."""
     for old in data_dir.glob(".old-*"):
-        target = old.with_name(old.name.removeprefix(".old-"))
-        if not target.exists():
-            old.rename(target)
-        remove(old)
+        name = old.name.removeprefix(".old-")
+        if (data_dir / name).exists():
+            _discard(old, data_dir / f".draft-{name}")
+        else:
+            old.rename(data_dir / name)
     for folder in data_dir.glob(".draft-*"):
         if not _can_go_on(folder):
             remove(folder)
@@ -158,12 +166,12 @@ def human(size: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise PipelineError where `needed` bytes are more than the disk under `folder` has left."""
-    free = shutil.disk_usage(folder).free
+def check_space(place: Path, what: str, needed: int) -> None:
+    """Raise PipelineError where `what` needs more bytes than the disk has left on which `place` is."""
+    free = shutil.disk_usage(place).free
     if needed > free:
-        step = folder.name.removeprefix(".draft-")
-        raise _full(folder.parent, f"{step} needs {human(needed)}, {human(free)} are free")
+        data_dir = next(path for path in (place, *place.parents) if not path.name.startswith("."))
+        raise _full(data_dir, f"{what} needs {human(needed)}, {human(free)} are free")
 
 
 def _full(data_dir: Path, need: str) -> PipelineError:

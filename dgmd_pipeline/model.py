@@ -278,6 +278,11 @@ def build_head(
     return keras.Model(vector, x, name="head")
 
 
+def bytes_of(network: "keras.Model") -> int:
+    """Return about how many bytes a saved network takes: its float32 weights, and a little for the rest."""
+    return 4 * network.count_params() + 200_000
+
+
 def assemble(backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
     """Make the servable whole: pictures (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 

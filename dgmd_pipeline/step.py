@@ -231,6 +231,7 @@ class Step(luigi.Task):
             folders.disk_errors_explained(self.path.parent, self.folder, self.needs()),
             folders.draft(self.path, purpose) as folder,
         ):
+            (folder / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before its last act
             counts = self.work(folder)
             self.job.check_stopped()
             seconds = round(time.monotonic() - start, 3)

@@ -51,7 +51,7 @@ class DownloadImages(Step):
             arrived, missing = bucket.keep(objects, draft, notes, self.path, self._known())
             if arrived:
                 log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
-            folders.check_space(draft, _on_disk(missing))
+            folders.check_space(draft, self.folder, _on_disk(missing))
             with closing(bucket.download(client, name, missing, draft)) as items:
                 for item in progress(items, "download", len(missing), "objects", size=_size):
                     if isinstance(item, manifest.SourceObject):
@@ -430,7 +430,7 @@ class ExtractFeatures(OneSide):
         records.check(source)
         pictures = records.read(source)
         count = len(pictures)
-        folders.check_space(draft, features.bytes_of(count, int(backbone.output_shape[-1])))
+        folders.check_space(draft, self.folder, features.bytes_of(count, int(backbone.output_shape[-1])))
         batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
         extracted = features.extract(batches, count, backbone, draft)
         for _ in progress(extracted, self.folder, count, "images", count=int):
@@ -487,6 +487,7 @@ class TrainModel(Step):
             shuffled, ordered = (partial(records.read, side.path) for side in sides)
             trained = training.train_whole(shuffled, ordered(), size, classes, weights, recipe, self._show, checkpoint)
             whole = trained.model
+        folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
         kept = trained.history[trained.kept]
@@ -628,7 +629,7 @@ class RegisterModel(Step):
 
         if self.settings.mlflow_tracking_uri:
             return registry.Store(self.settings.mlflow_tracking_uri, None)
-        folders.check_space(draft, needed + registry.EMBEDDED_BYTES)
+        folders.check_space(draft, "the MLflow store", needed + registry.EMBEDDED_BYTES)
         store = self.settings.data_dir / "mlflow"
         if not store.exists():  # a database that is cut off while its tables are made is lost
             with folders.draft(store) as new:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline import model
+from dgmd_pipeline import folders, model
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -256,6 +256,9 @@ def _fit(
     weights = [variable for variable in network.weights if id(variable) not in fixed]
     variables = [variable for variable in network.variables if id(variable) not in fixed]
     variables += network.optimizer.variables
+    if checkpoint:  # the next one is written beside the last one
+        one = sum(variable.numpy().nbytes for variable in [*weights, *variables])
+        folders.check_space(checkpoint.parent, "the training", 2 * one)
     seed, history, kept, best, state = progress
     if checkpoint and history:
         try:

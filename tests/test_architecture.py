@@ -27,7 +27,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "records": ["manifest", "images"],  # the rule for opening a picture
     "features": [],
     "model": [],
-    "training": ["model"],
+    "training": ["folders", "model"],
     "evaluation": [],
     "registry": [],
     "demo": ["bucket", "settings", "step"],

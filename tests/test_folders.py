@@ -1,4 +1,5 @@
 import fcntl
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,11 +131,11 @@ def test_sizes_are_for_people(size, text):
 def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
     draft = tmp_path / ".draft-raw"
     draft.mkdir()
-    folders.check_space(draft, 1)
+    folders.check_space(draft, "raw", 1)
     with pytest.raises(
-        PipelineError, match=r"the disk is full: raw needs 1000000.0 TB, .* are free. Make room and run"
+        PipelineError, match=rf"{tmp_path}: the disk is full: raw needs 1000000.0 TB, .* are free. Make room and run"
     ):
-        folders.check_space(draft, 10**18)
+        folders.check_space(draft, "raw", 10**18)
 
 
 def test_the_lock_waits_for_the_name_of_a_holder_that_is_just_starting(tmp_path):
@@ -146,3 +147,21 @@ def test_the_lock_waits_for_the_name_of_a_holder_that_is_just_starting(tmp_path)
         with pytest.raises(Busy, match="process 7"), folders.lock(tmp_path):
             pass
         timer.join()
+
+
+def test_an_old_folder_that_was_only_partly_removed_is_never_put_back(tmp_path, monkeypatch):
+    for name in (".old-step", "step"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def killed(path):
+        (path / "file").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folders.recover(tmp_path)
+    folders.remove(tmp_path / "step")
+    folders.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == []

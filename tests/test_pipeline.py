@@ -676,3 +676,53 @@ def test_a_download_that_was_killed_goes_on_and_fetches_nothing_twice(live, tmp_
             assert (raw / path.relative_to(draft)).stat().st_ino == inode
     assert len(list(raw.glob("*/*"))) == 330
     assert not (raw / ".resume").exists()
+
+
+def test_a_full_disk_is_answered_with_the_bytes_needed_and_the_next_run_goes_on(live, tmp_path):
+    _, _, variables = live
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    variables["DATA_DIR"] = mounted / "data"
+    command = f"'{sys.executable}' '{ROOT / 'pipeline.py'}' --until convert"
+    script = f"""
+mount -t tmpfs -o size=$1k tmpfs '{mounted}' || exit 77
+{command}; echo "exit $?"
+ls -A '{mounted}/data'
+mount -o remount,size=$2k '{mounted}'
+{command} && ls -A '{mounted}/data'
+"""
+
+    def run(size, then):
+        inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(size), str(then)]
+        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        result = subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=120)
+        if "exit " not in result.stdout:
+            pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
+        assert "Traceback" not in result.stdout + result.stderr
+        first, _, second = result.stdout.partition("exit 30\n")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert second.split()[-1] == "tfrecord_validation"
+        return first, second
+
+    said, after = run(60, 4000)
+    assert re.search(r"the disk is full: raw needs 1\d\d\.\d kB, \d\d\.\d kB are free\. Make room and run again", said)
+    assert after.startswith((".lock\n", ".draft-raw\n.lock\n"))
+    said, after = run(200, 4000)
+    assert re.search(r"the disk is full: \w+ needs (about|more than) .* free\. Make room and run again", said)
+    kept = [name for name in after.partition("Plan for")[0].split() if name in STEPS]
+    assert "raw" in kept
+    assert all(re.search(rf"  {step} +done ", after) for step in kept)
+
+
+def test_a_folder_that_is_read_only_is_answered_with_a_sentence(tmp_path):
+    script = f"""
+mkdir data && mount -t tmpfs -o ro tmpfs data || exit 77
+'{sys.executable}' '{ROOT / "pipeline.py"}'; echo "exit $?"
+"""
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    result = subprocess.run(inside, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    if "exit " not in result.stdout:
+        pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
+    assert result.stdout.endswith("exit 30\n")
+    assert "data/.lock: Read-only file system. DATA_DIR has to be a folder that user 0" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
