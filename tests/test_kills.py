@@ -51,19 +51,14 @@ after rename .draft-tfrecord_* tfrecord_*
 before rename .draft-tfrecord_* tfrecord_*
 after rename .draft-tfrecord_* tfrecord_*
 after say *epoch 2/3*
-after write .draft-trained_model/model.keras
 before rename .draft-trained_model trained_model
 after rename .draft-trained_model trained_model
-before write .draft-evaluation/_SUCCESS
 before rename .draft-evaluation evaluation
 after rename .draft-evaluation evaluation
 after POST */mlflow/runs/create
-before PATCH */mlflow/logged-models/*
 before POST */mlflow/runs/update
-after POST */mlflow/runs/update
 before POST */mlflow/model-versions/create
 after POST */mlflow/model-versions/create
-before POST */mlflow/registered-models/alias
 after POST */mlflow/registered-models/alias
 before rename .draft-registered_model registered_model
 after rename .draft-registered_model registered_model
@@ -83,7 +78,6 @@ before rename raw .old-raw
 before rename .draft-raw raw
 after rename .draft-raw raw
 before rename .old-split .draft-split
-after say *epoch 2/3*
 after rename trained_model .old-trained_model
 before rename trained_model .old-trained_model
 after rename .draft-trained_model trained_model
@@ -93,7 +87,6 @@ after rename .draft-registered_model registered_model
 """
 FEATURES = """
 after write .draft-features_*/labels.npy
-before rename .draft-features_* features_*
 after rename .draft-features_* features_*
 after say *epoch 2/3*
 """
@@ -281,6 +274,7 @@ def test_killed_while_folders_are_replaced(settings, undisturbed, tmp_path):
             # What was put aside has been put back: with the settings that it was made with, nothing is missing.
             assert whole_folders(tmp_path / "data") == finished
             assert_nothing_to_do(other)
+    assert_nothing_to_do(variables)
     check_at_end(variables, undisturbed.data_dir, trainings=2)
 
 
@@ -298,7 +292,7 @@ def test_killed_at_random_moments(settings, undisturbed, request, tmp_path):
     seed = int(os.environ.get("KILLS_SEED") or secrets.randbits(32))
     print(f"KILLS_SEED={seed}")
     chance = random.Random(seed)
-    kills, sequence = 0, 0
+    kills, sequence, shortest = 0, 0, {}
     while kills < KILLS:
         sequence += 1
         variables = {**settings, "DATA_DIR": tmp_path / f"{sequence}" / "data", "MODEL_NAME": f"random {sequence}"}
@@ -307,10 +301,11 @@ def test_killed_at_random_moments(settings, undisturbed, request, tmp_path):
             variables, reference = {**variables, **FROZEN}, request.getfixturevalue("undisturbed_frozen")
         data_dir = variables["DATA_DIR"]
         data_dir.parent.mkdir()
+        seconds = shortest.setdefault(reference, reference.seconds)
         while True:
-            before = whole_folders(data_dir)
+            before, start = whole_folders(data_dir), time.monotonic()
             process = run_pipeline(data_dir.parent, start=True, **variables)
-            moment = chance.uniform(0, reference.seconds) if kills < KILLS else None
+            moment = chance.uniform(0, seconds) if kills < KILLS else None
             try:
                 output = process.communicate(timeout=moment)[0]
             except subprocess.TimeoutExpired:
@@ -319,6 +314,8 @@ def test_killed_at_random_moments(settings, undisturbed, request, tmp_path):
             last = output.strip().split("\n")[-1]
             print(f"sequence {sequence}, kill {kills + 1} after {moment} s: {process.returncode}, {last}")
             if process.returncode == 0:
+                if not before:  # the reference may have been made by a colder or busier machine
+                    shortest[reference] = min(seconds, time.monotonic() - start)
                 break
             assert process.returncode == -signal.SIGKILL, output
             kills += 1
