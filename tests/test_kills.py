@@ -162,7 +162,8 @@ def check_after_kill(before, data_dir, reference=None):
     if reference:
         assert {step: after[step] for step in before} == before, "redone"
         for step in set(after) - LEARNED:
-            assert_same(data_dir / step, reference / step)
+            # What it takes to go on with a draft is removed just after the rename; a kill in between is mended later.
+            assert_same(data_dir / step, reference / step, aside=".resume")
 
 
 def kill_at(moment, variables, reference=None):
@@ -177,18 +178,19 @@ def kill_at(moment, variables, reference=None):
     check_after_kill(before, data_dir, reference)
 
 
-def contents(folder):
+def contents(folder, aside=None):
     def read(path):
         if path.name == "_SUCCESS":
             record = json.loads(path.read_text("utf-8"))
             return {name: value for name, value in record.items() if name not in ("started", "seconds")}
         return np.load(path) if path.suffix == ".npy" else path.read_bytes()
 
-    return {str(path.relative_to(folder)): read(path) for path in folder.rglob("*") if path.is_file()}
+    names = {path: path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {str(name): read(path) for path, name in names.items() if name.parts[0] != aside}
 
 
-def assert_same(folder, reference):
-    found, expected = contents(folder), contents(reference)
+def assert_same(folder, reference, aside=None):
+    found, expected = contents(folder, aside), contents(reference)
     assert set(found) == set(expected), folder
     for name, value in expected.items():
         if isinstance(value, np.ndarray):
