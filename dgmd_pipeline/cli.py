@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dgmd_pipeline import signals
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -212,12 +212,17 @@ def _show_plan(outlooks: "Sequence[Outlook]", data_dir: Path) -> None:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else human(each.bytes)
         why = textwrap.wrap(each.reason, max(20, width)) or [""]
-        log.info("  %-19s %-5s %9s %8s  %s", each.step, each.state, images, size, f"\n{48 * ' '}".join(why))
+        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
+        log.info("%s", row.rstrip())
 
 
 def _demo(options: argparse.Namespace) -> int:
     from dgmd_pipeline import demo
 
+    if options.force or options.until or options.refresh:
+        raise SettingsError(
+            f"demo takes no --force, --until or --refresh: give them to `run --env-file {demo.ENV_FILE}`."
+        )
     return demo.run(lambda arguments: main([*arguments, *(["--verbose"] if options.verbose else [])]))
 
 

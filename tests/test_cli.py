@@ -27,6 +27,11 @@ def test_a_wrong_argument_is_answered_by_usage_and_exit_code_2(arguments, capsys
     assert "usage: pipeline.py" in capsys.readouterr().err
 
 
+def test_a_demo_is_always_whole(capsys):
+    assert cli.main(["--until", "split", "demo"]) == 2
+    assert "demo takes no --force, --until or --refresh" in capsys.readouterr().out
+
+
 def test_the_help_names_commands_and_exit_codes(capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(["--help"])

@@ -479,7 +479,7 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
     lines = on_a_terminal(tmp_path, "plan", **variables)
     assert max(map(len, lines)) <= 80
     rows = "\n".join(lines)
-    assert re.search(r"^  inspected +done +31 +\d+\.\d kB  $", rows, re.MULTILINE), rows
+    assert re.search(r"^  inspected +done +31 +\d+\.\d kB$", rows, re.MULTILINE), rows
     assert f"  only if tfrecord_training or\n{48 * ' '}tfrecord_validation changes\n" in rows
 
 
