@@ -22,6 +22,7 @@ setup(
         "test": [
             "moto[server,s3]>=5.2,<6",  # a real S3 endpoint in a thread
             "pytest>=9.2,<10",
+            "pytest-xdist>=3.8,<4",  # most tests are processes of one thread: two at a time take half as long
             "hypothesis>=6.150,<7",  # properties of labels and splits
             "ruff==0.17.6",  # one version for everybody, or formatting differs
             "mypy==2.4.1",
