@@ -47,7 +47,7 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
             "BACKBONE": "cnn",
             "IMAGE_WIDTH": "32",
             "IMAGE_HEIGHT": "32",
-            "SEED": "0",  # on the same CPU the demo comes to the same model each time
+            "SEED": "7",  # the same model each time on the same CPU, and a usual one: docs/measurements.md
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "demo",
             "AWS_SECRET_ACCESS_KEY": "demo",
