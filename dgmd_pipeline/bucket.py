@@ -6,6 +6,7 @@ business: its environment variables and its files under ~/.aws.
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -23,9 +24,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import Rejected, SourceObject
 
+log = logging.getLogger(__name__)
 Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is nothing to check them against
 
 PARTS = (
@@ -436,15 +438,23 @@ def keep(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Leave in `folder` what need not be fetched again, and return those objects and the others.
 
-    Kept is what an earlier download that was cut off wrote there, as far as it still is what the listing says; any
-    other file is removed. `notes` is a file that keeps the listing for the next time. Of the objects `known` to be in
-    the folder `former`, those that are still listed are linked, or copied where the disk has no hard links.
+    Kept is what an earlier download that was cut off wrote there, as far as it still is what the listing says; what the
+    listing of that time had and this one has not is removed. `notes` is a file that keeps the listing for the next
+    time. Of the objects `known` to be in the folder `former`, those that are still listed are linked, or copied where
+    the disk has no hard links.
     """
     wanted = {source.path: source for source in objects}
-    if notes.exists():
-        for source in manifest.read(notes, SourceObject):
-            if wanted.get(source.path) != source:
-                _discard(folder, source.path)
+    try:
+        noted = list(manifest.read(notes, SourceObject)) if notes.exists() else []
+    except PipelineError as error:
+        log.warning("%s It is fetched anew.", str(error).partition(" It was")[0])
+        for path in folder.iterdir():
+            if path != notes.parent:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        noted = []
+    for source in noted:
+        if wanted.get(source.path) != source:
+            _discard(folder, source.path)
     part = notes.with_suffix(".part")
     manifest.write(part, SourceObject, objects)
     part.replace(notes)
@@ -456,6 +466,21 @@ def keep(
     for source in objects:
         (there if _is_whole(folder, source) else missing).append(source)
     return there, missing
+
+
+def lost(folder: Path, objects: Iterable[SourceObject]) -> int:
+    """Return how many objects that should be in a finished folder are not, or have another size."""
+    return sum(not _is_whole(folder, source) for source in objects)
+
+
+def strangers(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
+    """Return the paths of files in subfolders of a finished folder that are none of its objects, hidden ones aside."""
+    own = {source.path for source in objects}
+    found = []
+    for path, _, names in os.walk(folder):
+        below = os.path.relpath(path, folder)
+        found += [f"{below}/{name}" for name in names if f"{below}/{name}" not in own and name[0] != "." != below]
+    return sorted(found)
 
 
 def _is_whole(folder: Path, source: SourceObject) -> bool:

@@ -11,7 +11,7 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from dgmd_pipeline import signals
 from dgmd_pipeline.errors import PipelineError, SettingsError
@@ -46,20 +46,40 @@ def command() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for and return the exit code."""
     options = _parser().parse_args(arguments, argparse.Namespace(**DEFAULTS))
-    with signals.caught():
-        _log(sys.stderr if options.json else sys.stdout, options.verbose)
-        sys.excepthook = _show_fault
-        try:
-            return options.command(options)
-        except PipelineError as error:
-            log.error("%s", error)
-            return error.exit_code
-        except KeyboardInterrupt:
-            log.error("%s", signals.farewell(signals.received[0]))
-            return 128 + signals.received[0]
+    options.force = options.force_before + options.force
+    try:
+        with signals.caught():
+            _log(sys.stderr if options.json else sys.stdout, options.verbose)
+            sys.excepthook = _show_fault
+            try:
+                return options.command(options)
+            except PipelineError as error:
+                log.error("%s", error)
+                return error.exit_code
+    except KeyboardInterrupt:
+        log.error("%s", signals.farewell(signals.received[0]))
+        return 128 + signals.received[0]
 
 
-DEFAULTS = {"env_file": None, "verbose": False, "force": None, "until": None, "refresh": False, "json": False}
+DEFAULTS: dict[str, Any] = {
+    "env_file": None,
+    "verbose": False,
+    "force_before": [],
+    "force": [],
+    "until": None,
+    "refresh": False,
+    "json": False,
+}
+STEPS = "download, inspect, label, balance, split, convert, extract, train, evaluate or register"
+
+
+def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.ArgumentParser:
+    steps = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[common])
+    text = f"do STEP again, and all after it; may be given several times. STEP is {STEPS}, or a step's folder"
+    steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
+    steps.add_argument("--until", metavar="STEP", help="stop when STEP is done")
+    steps.add_argument("--refresh", action="store_true", help="take over what is new in the bucket (REFRESH=true)")
+    return steps
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,16 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env-file", metavar="FILE", help="read variables from FILE (default: .env, if it is there)")
     common.add_argument("--verbose", action="store_true", help="show what Luigi says, too")
-    steps = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[common])
-    steps.add_argument("--force", metavar="STEP", action="append", help="do STEP again, and all after it")
-    steps.add_argument("--until", metavar="STEP", help="stop when STEP is done")
-    steps.add_argument("--refresh", action="store_true", help="take over what is new in the bucket (REFRESH=true)")
     parser = argparse.ArgumentParser(
         "pipeline.py",
         description="Turn a bucket of labelled pictures into a registered image classifier. Without a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[steps],
+        parents=[_step_options(common, "force_before")],  # a command's own list would take the place of this one
     )
     parser.set_defaults(command=_run)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -85,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "show what a run would do, and why"),
         ("demo", _demo, "run on a small data set behind a local S3 endpoint"),
     ):
-        added = commands.add_parser(name, help=text, parents=[common if command is _demo else steps])
+        added = commands.add_parser(
+            name, help=text, parents=[common if command is _demo else _step_options(common, "force")]
+        )
         added.set_defaults(command=command)
         if command is _plan:
             added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
@@ -104,9 +122,9 @@ def _run(options: argparse.Namespace) -> int:
     from dgmd_pipeline import folders  # after the settings: mistakes are answered at once
 
     with folders.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
-        from dgmd_pipeline import step, workers
+        from dgmd_pipeline import step, tasks, workers
 
-        folders.recover(values.data_dir)
+        folders.recover(values.data_dir, tasks.FOLDERS)
         job = step.Job(values, workers.Pool(), signals.check_stopped)
         last = _last(job, options)
         outlooks = step.plan(*last)
@@ -122,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
                 job.pool.close()
             if code or step.read_record(last[-1].path) != before:
                 return code
-        log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing else"))
+        log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing to register"))
         return 0
 
 
@@ -133,7 +151,7 @@ def _last(job: "Job", options: argparse.Namespace) -> "list[Step]":
     last: list[Step] = [tasks.RegisterModel(job=job)]
     if options.until:
         last = step.named(step.line_of(*last), options.until)
-    for word in options.force or ():
+    for word in options.force:
         for each in step.named(step.line_of(*last), word):
             job.forced[each.folder] = f"--force {word}"
     return last

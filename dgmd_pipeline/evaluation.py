@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgmd_pipeline.model import load
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -19,9 +21,7 @@ PREDICTIONS = "predictions.npz"
 
 def predict(model: Path, pictures: "tf.data.Dataset", batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Return the probabilities (float32 [n, classes]) and true indexes (int64 [n]) of a dataset of (picture, index)."""
-    import keras
-
-    network = keras.models.load_model(model, compile=False)
+    network = load(model)
     batches = [(network.predict_on_batch(x), y.numpy()) for x, y in pictures.batch(batch).prefetch(2)]
     probabilities, truth = zip(*batches, strict=True)
     return np.concatenate(probabilities), np.concatenate(truth)
@@ -32,9 +32,7 @@ def predict_head(model: Path, features: np.ndarray, batch: int = 1024) -> np.nda
 
     The frozen backbone has been through these pictures already; what is left to do is the head.
     """
-    import keras
-
-    head = keras.models.load_model(model, compile=False).get_layer("head")
+    head = load(model).get_layer("head")
     starts = range(0, len(features), batch)
     return np.concatenate([head.predict_on_batch(np.asarray(features[start : start + batch])) for start in starts])
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -31,7 +31,7 @@ def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
     With a `purpose` the draft has a folder RESUME for what it takes to go on with it. Once something is in there, the
     draft stays when the block fails or the process is killed, and is given again to who comes with the same purpose.
     """
-    folder, old = target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
+    folder, old = _beside(target)
     try:
         if purpose is None or _purpose(folder) != purpose:
             remove(folder)
@@ -48,6 +48,8 @@ def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
         if old.exists():
             _discard(old, folder)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         if not _can_go_on(folder):
             remove(folder)
 
@@ -80,25 +82,34 @@ def remove(folder: Path) -> None:
             folder.unlink()
 
 
-def recover(data_dir: Path) -> None:
-    """Put back or sweep away what a killed run left behind; a draft that can be gone on with stays."""
-    for old in data_dir.glob(".old-*"):
-        name = old.name.removeprefix(".old-")
-        if (data_dir / name).exists():
-            _discard(old, data_dir / f".draft-{name}")
-        else:
-            old.rename(data_dir / name)
-    for folder in data_dir.glob(".draft-*"):
+def recover(data_dir: Path, names: Iterable[str]) -> None:
+    """Put back or sweep away what a killed run left of the folders `names`; a draft that can be gone on with stays."""
+    for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
+        if old.exists():
+            if target.exists():
+                _discard(old, folder)
+            else:
+                old.rename(target)
         if not _can_go_on(folder):
             remove(folder)
-    for notes in data_dir.glob(f"[!.]*/{RESUME}"):
-        remove(notes)
+        remove(target / RESUME)
 
 
-def sweep(data_dir: Path, done: Collection[str]) -> None:
+def standing(target: Path) -> Path:
+    """Return where a folder is: in its place, or where a killed run left it and `recover` will find it."""
+    old = _beside(target)[1]
+    return old if old.exists() and not target.exists() else target
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Return the paths of a folder's draft and of what it replaces."""
+    return target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
+
+
+def sweep(data_dir: Path, done: Iterable[str]) -> None:
     """Remove the drafts of steps that are `done`: nobody will go on with them."""
     for name in done:
-        remove(data_dir / f".draft-{name}")
+        remove(_beside(data_dir / name)[0])
 
 
 @contextlib.contextmanager
@@ -170,7 +181,7 @@ def check_space(place: Path, what: str, needed: int) -> None:
     """Raise PipelineError where `what` needs more bytes than the disk has left on which `place` is."""
     free = shutil.disk_usage(place).free
     if needed > free:
-        data_dir = next(path for path in (place, *place.parents) if not path.name.startswith("."))
+        data_dir = next((path.parent for path in place.parents if path.name.startswith(".draft-")), place.parent)
         raise _full(data_dir, f"{what} needs {human(needed)}, {human(free)} are free")
 
 
@@ -194,12 +205,20 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
             raise _full(
                 data_dir, f"{what} needs {need if known else f'more than the {human(before)} that were free'}"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
-            raise PipelineError(
-                f"{error.filename or data_dir}: {error.strerror}. DATA_DIR has to be a folder that user {os.getuid()}, "
-                f"whom the pipeline runs as, can read and write: `chown -R {os.getuid()}` it, run as its owner "
-                "(docker run --user), mend its mount, or choose another one."
-            ) from None
+        place = Path(error.filename) if isinstance(error.filename, str) else data_dir
+        it = "DATA_DIR" if place.is_relative_to(data_dir) or data_dir.is_relative_to(place) else "It"
+        remedy = {
+            errno.ENOTDIR: f"{it} has to be a folder: choose another path.",
+            errno.EEXIST: f"{it} has to be a folder: choose another path.",
+            errno.EROFS: f"{it} has to be writable: mend its mount, or choose another path.",
+            errno.EBUSY: f"{it} is in use by the system: mend its mount, or choose another path.",
+        } | dict.fromkeys(
+            (errno.EACCES, errno.EPERM),
+            f"{it} has to be readable and writable for user {os.getuid()}, whom the pipeline runs as: "
+            f"`chown -R {os.getuid()}` it, run as its owner (docker run --user), or choose another path.",
+        )
+        if error.errno in remedy:
+            raise PipelineError(f"{place}: {error.strerror}. {remedy[error.errno]}") from None
         raise
 
 

@@ -1,9 +1,12 @@
 """Rows: what the steps hand each other about images, as named tuples here and as CSV files on disk."""
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from dgmd_pipeline.errors import PipelineError
 
 
 class SourceObject(NamedTuple):
@@ -71,16 +74,37 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
 def read(path: Path, kind: type[Row]) -> Iterator[Row]:
     """Yield the rows of a file that `write` made, numbers as numbers.
 
-    Raises ValueError where the header is not that of `kind`: the file is another version's, or was edited.
+    Raises PipelineError where the file is gone, another version's, or was edited.
     """
     types = [kind.__annotations__[name] for name in kind._fields]
     numbers = [(index, type_) for index, type_ in enumerate(types) if type_ in (int, float)]
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header != list(kind._fields):
-            raise ValueError(f"{path}: expected the columns {','.join(kind._fields)}, found {','.join(header)}")
-        for values in reader:
-            for index, number in numbers:
-                values[index] = number(values[index])
-            yield kind(*values)  # type: ignore[arg-type]
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            if header != list(kind._fields):
+                raise ValueError(f"expected the columns {','.join(kind._fields)}, found {','.join(header)[:100]!r}")
+            for values in reader:
+                if len(values) != len(types):
+                    raise ValueError(f"line {reader.line_num} has {len(values)} values instead of {len(types)}")
+                for index, number in numbers:
+                    values[index] = number(values[index])
+                yield kind(*values)  # type: ignore[arg-type]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, csv.Error) as error:
+        raise changed(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file of a step. Raises PipelineError where the file is gone or was edited."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        raise changed(path, error) from error
+
+
+def changed(path: Path, error: Exception) -> PipelineError:
+    """Return what to say of a file that is not what its step has written."""
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+    return PipelineError(
+        f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
+    )

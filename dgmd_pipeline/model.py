@@ -7,10 +7,12 @@ import os
 import shutil
 import urllib.request
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import changed
 
 if TYPE_CHECKING:
     import keras
@@ -276,6 +278,16 @@ def build_head(
         x = layers.Dropout(dropout)(x)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(vector, x, name="head")
+
+
+def load(path: Path) -> "keras.Model":
+    """Load a saved network. Raises PipelineError where the file is gone or was changed."""
+    import keras
+
+    try:
+        return keras.models.load_model(path, compile=False)
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise changed(path, error) from error
 
 
 def bytes_of(network: "keras.Model") -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.model import load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -202,12 +203,11 @@ def _logged(client: "MlflowClient", experiment_id: str, training_id: str) -> tup
 
 def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tuple[str, str]:
     """Log everything about a training as one run and return the run's id and the model's URI."""
-    import keras
     import mlflow
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
 
-    model = keras.models.load_model(candidate.model, compile=False)
+    model = load(candidate.model)
     tags = {**candidate.tags, TRAINING: candidate.training_id}
     with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
         mlflow.log_params(dict(candidate.params))

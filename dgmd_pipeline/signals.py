@@ -33,10 +33,10 @@ def caught() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.set_wakeup_fd(wakeup)
-        os.close(writer)
         for number, handler in former.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)
 
 
 def check_stopped() -> None:
@@ -47,7 +47,7 @@ def check_stopped() -> None:
 
 def farewell(number: int) -> str:
     """Return what is said of a run that a signal ended."""
-    return f"{WORDS[signal.Signals(number)]}; the next run goes on from the finished steps"
+    return f"{WORDS[signal.Signals(number)]}; the same command goes on from there"
 
 
 def _remember(number: int, _: object) -> None:
@@ -61,7 +61,8 @@ def _watch(reader: int) -> None:
             again, _, _ = select.select([reader], [], [], GRACE)
             if again and not os.read(reader, 1):
                 break  # the block has ended
+            _, writable, _ = select.select([], [2], [], 0)  # a pipe that nobody empties would block
             with contextlib.suppress(OSError):  # nobody reads any more
-                os.write(1, f"error: {farewell(heard[0])}\n".encode())
+                os.write(2, f"error: {farewell(heard[0])}\n".encode() if writable else b"")
             os._exit(128 + heard[0])
     os.close(reader)

@@ -99,6 +99,7 @@ class Outlook:
     images: int | None = None  # that are in it, or where it is missing in what it is made from
     bytes: int | None = None  # of its files as they are now
     counts: dict[str, Any] = field(default_factory=dict)
+    hangs_on: list[str] = field(default_factory=list)  # the steps that run for certain and decide about a "maybe"
 
 
 class News(NamedTuple):
@@ -106,8 +107,8 @@ class News(NamedTuple):
 
     reason: str
     identity: str | None
-    images: int
-    bytes: int
+    images: int | None
+    bytes: int | None
 
 
 @dataclass(eq=False)
@@ -168,14 +169,18 @@ class Step(luigi.Task):
         """Return what the step came to, in words."""
         return ", ".join(f"{value:,} {name}" for name, value in counts.items())
 
+    def made_of(self, inputs: dict[str, str]) -> str:
+        """Return the identity of everything that decides what the step writes."""
+        return digest([self.folder, self.format, self.declared(), inputs])
+
     def expected(self, inputs: dict[str, str]) -> str | None:
         """Return the identity of what the step will write, or None where only the work can tell."""
-        return digest([self.folder, self.format, self.declared(), inputs])
+        return self.made_of(inputs)
 
     def identify(self, folder: Path, inputs: dict[str, str]) -> str:
         """Return the identity of what `folder` holds."""
         del folder
-        return digest([self.folder, self.format, self.declared(), inputs])
+        return self.made_of(inputs)
 
     def news(self, record: Record | None) -> News | None:
         """Look whether the world outside has changed since the folder was made; None where it has not."""
@@ -220,13 +225,14 @@ class Step(luigi.Task):
         inputs = {task.folder: self.job.finished[task.folder] for task in self.deps()} | self.others()
         record = read_record(self.path)
         # With nothing before it that could turn out to be what it was, a step is not asked to run without need.
-        if self.deps() and record and not reasons(self, record, inputs):
+        if self.deps() and record and not reasons(self, record, inputs) and not self.news(record):
+            folders.sweep(self.path.parent, [self.folder])
             self.job.finished[self.folder] = record.identity
             log.info("%-20s unchanged", self.folder)
             return
         log.info("%-20s ...", self.folder)
         started, start = folders.now(), time.monotonic()
-        purpose = digest([self.folder, self.format, self.declared(), inputs]) if self.resumes else None
+        purpose = self.made_of(inputs) if self.resumes else None
         with (
             folders.disk_errors_explained(self.path.parent, self.folder, self.needs()),
             folders.draft(self.path, purpose) as folder,
@@ -282,7 +288,7 @@ def _shown(settings: dict[str, Any], name: str) -> str:
 def reasons(step: Step, record: Record, inputs: Mapping[str, str]) -> list[str]:
     """Return why a folder with this record is to be made again."""
     forced = step.job.forced.get(step.folder)
-    return [*([forced] if forced else []), *differences(step, record, inputs)]
+    return [forced] if forced else differences(step, record, inputs)
 
 
 def line_of(*last: Step) -> list[Step]:
@@ -329,14 +335,15 @@ def _outlook(step: Step, before: list[Outlook]) -> Outlook:
     unknown = [outlook.step for outlook in before if not outlook.identity]
     expected = None if unknown else step.expected(inputs)
     for forced in [outlook.step for outlook in before if outlook.step in step.job.forced]:
-        step.job.forced.setdefault(step.folder, f"{forced} is forced")
-    if not step.path.exists():
+        step.job.forced.setdefault(step.folder, step.job.forced[forced])
+    path = folders.standing(step.path)
+    if not path.exists():
         return Outlook(step.folder, "run", "folder is missing", expected, step.given(before))
-    record = read_record(step.path)
+    record = read_record(path)
     if record is None:
         if step.data_is_welcome:
             step.news(None)
-            found = walk(step.path)
+            found = walk(path)
             reason = "put there by hand: used as it is"
             return Outlook(step.folder, "done", reason, found.identity, found.files, found.bytes)
         reason = f"no readable {SUCCESS}: made by hand or by an older version"
@@ -348,13 +355,9 @@ def _outlook(step: Step, before: list[Outlook]) -> Outlook:
     news = step.news(record)
     if news:
         return Outlook(step.folder, "run", *news, record.counts)
-    pending = [outlook.step for outlook in before if outlook.state != "done"]
-    if pending:
-        identity, state, reason = (
-            None if unknown else record.identity,
-            "maybe",
-            f"only if {' or '.join(pending)} changes",
-        )
-    else:
-        identity, state, reason = record.identity, "done", ""
-    return Outlook(step.folder, state, reason, identity, images, record.bytes, record.counts)
+    pending = {
+        name: None for outlook in before if outlook.state != "done" for name in outlook.hangs_on or [outlook.step]
+    }
+    state, reason = ("maybe", f"only if {' or '.join(pending)} changes") if pending else ("done", "")
+    identity = None if unknown else record.identity
+    return Outlook(step.folder, state, reason, identity, images, record.bytes, record.counts, list(pending))

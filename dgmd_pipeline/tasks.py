@@ -8,7 +8,7 @@ import json
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ import luigi
 from dgmd_pipeline import folders, manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import News, Outlook, Record, Step, digest, line_of, read_record
+from dgmd_pipeline.step import News, Outlook, Record, Step, digest, line_of, read_record, reasons
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
 SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the pictures come from
 LISTING = "listing.csv"  # in raw/: the objects that it holds
+STORE = "mlflow"  # the folder of the embedded store
 EXTRACTION_BATCH = 32  # pictures; larger ones are not faster and take more memory
 
 
@@ -43,7 +44,9 @@ class DownloadImages(Step):
 
         client = bucket.connect()
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
+        self._check_for_strangers()
         objects, rejected = self.job.listing or bucket.list_objects(client, name, prefix)
+        self.job.listing = None
         if not objects:
             raise self._nothing_usable(rejected)
         with folders.disk_errors_explained(self.path.parent, self.folder, _on_disk(objects)):
@@ -76,10 +79,23 @@ class DownloadImages(Step):
             f"{rejected[0].path}: {rejected[0].detail}. Upload pictures as {prefix}/<label>/<file>."
         )
 
+    def _check_for_strangers(self) -> None:
+        """Refuse to replace a folder that somebody has put pictures of their own into."""
+        from dgmd_pipeline import bucket
+
+        if read_record(self.path) is None:
+            return
+        found = bucket.strangers(self.path, manifest.read(self.path / LISTING, manifest.SourceObject))
+        if found:
+            raise NoUsableInput(
+                f"{self.path} holds {len(found):,} files that were not downloaded and would be lost, the first one is "
+                f"{found[0]}. Upload them to the bucket or move them away, and run again."
+            )
+
     def _known(self) -> Iterator[manifest.SourceObject]:
         """Yield what the folder holds of the same bucket and prefix, if it is to be brought up to date."""
         record = read_record(self.path)
-        if self.settings.refresh and record and record.settings == self.declared() and self.name not in self.job.forced:
+        if self.settings.refresh and record and not reasons(self, record, {}):
             yield from manifest.read(self.path / LISTING, manifest.SourceObject)
 
     def news(self, record: Record | None) -> News | None:
@@ -93,20 +109,23 @@ class DownloadImages(Step):
             )
         if record is None or not self.settings.refresh:
             return None
+        path = folders.standing(self.path)
+        known = list(manifest.read(path / LISTING, manifest.SourceObject))
+        left_out = {row.path for row in manifest.read(path / "rejected.csv", manifest.Rejected)}
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
-        self.job.listing = objects, _ = bucket.list_objects(bucket.connect(), name, prefix)
-        left_out = {row.path for row in manifest.read(self.path / "rejected.csv", manifest.Rejected)}
-        again = [item for item in objects if item.key in left_out]  # archived ones may have been restored
-        found = bucket.changes(
-            manifest.read(self.path / LISTING, manifest.SourceObject),
-            (item for item in objects if item.key not in left_out),
-        )
-        words = [f"{count:,} {word}" for word, count in found._asdict().items() if count]
-        identity = bucket.identity(item for item in objects if item.key not in left_out) if words else None
-        if again:
-            words.append(f"{len(again):,} left out before")
+        objects, rejected = bucket.list_objects(bucket.connect(), name, prefix)
+        usable = [item for item in objects if item.key not in left_out]
+        words = [f"{count:,} {word}" for word, count in bucket.changes(known, usable)._asdict().items() if count]
+        identity = bucket.identity(usable) if words else None
+        for count, word in (
+            (len(objects) - len(usable), "left out before"),  # archived ones may have been restored
+            (bucket.lost(path, known), "lost in the folder"),
+        ):
+            if count:
+                words.append(f"{count:,} {word}")
         if not words:
             return None
+        self.job.listing = objects, rejected
         return News(", ".join(words), identity, len(objects), sum(item.size for item in objects))
 
     def images(self, counts: dict[str, Any]) -> int | None:
@@ -340,7 +359,7 @@ class SplitImages(Step):
     def summary(self, counts: dict[str, Any]) -> str:
         across = counts["across labels"]
         return f"{counts['training']:,} training, {counts['validation']:,} validation" + (
-            f"; {across:,} near-duplicate groups span labels, all in training" if across else ""
+            f"; near-duplicate groups across labels, all in training: {across:,}" if across else ""
         )
 
 
@@ -471,22 +490,19 @@ class TrainModel(Step):
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
         size = (self.settings.image_height, self.settings.image_width)
-        checkpoint = draft / folders.RESUME / "training.npz"
-        if checkpoint.exists():
-            log.info("  goes on after the last epoch of a training that was stopped")
         if model.is_frozen(self.settings.backbone):
             backbone = model.build_backbone(
                 self.settings.backbone, self.settings.backbone_weights, *size, self.settings.keras_home
             )
             learned, rest = (features.load(side.path) for side in sides)
-            trained = training.train_head(learned, rest, classes, weights, recipe, self._show, checkpoint)
-            whole = model.assemble(backbone, trained.model)
+            train = partial(training.train_head, learned, rest, classes, weights, recipe, self._show)
         else:
             for side in sides:
                 records.check(side.path)
             shuffled, ordered = (partial(records.read, side.path) for side in sides)
-            trained = training.train_whole(shuffled, ordered(), size, classes, weights, recipe, self._show, checkpoint)
-            whole = trained.model
+            train = partial(training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show)
+        trained = self._go_on(train, draft / folders.RESUME)
+        whole = model.assemble(backbone, trained.model) if model.is_frozen(self.settings.backbone) else trained.model
         folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
@@ -501,12 +517,25 @@ class TrainModel(Step):
             "parameters": whole.count_params(),
         }
 
+    def _go_on(self, train: Callable[[Path], Any], notes: Path) -> Any:
+        """Train, from where a run that was stopped had come to; from the start where its notes cannot be used."""
+        from dgmd_pipeline import training
+
+        checkpoint = notes / "training.npz"
+        if checkpoint.exists():
+            log.info("  goes on with a training that was stopped")
+        try:
+            return train(checkpoint)
+        except training.UnusableCheckpoint as error:
+            log.warning("%s It begins anew.", error)
+            checkpoint.unlink()
+            return train(checkpoint)
+
     def _show(self, row: Any) -> None:
         self.job.check_stopped()
         log.info(
-            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, accuracy %.4f, learning rate %.2g",
+            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation %.4f, %.4f",
             row.epoch + 1, self.settings.epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
-            row.learning_rate,
         )  # fmt: skip
 
     def summary(self, counts: dict[str, Any]) -> str:
@@ -520,7 +549,7 @@ class TrainModel(Step):
 
     def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the training's own id."""
-        return json.loads((folder / "training.json").read_text("utf-8"))["id"]
+        return manifest.read_json(folder / "training.json")["id"]
 
 
 def learned_from(step: Step) -> list[Step]:
@@ -532,7 +561,7 @@ def learned_from(step: Step) -> list[Step]:
 
 
 def _class_weights(path: Path) -> dict[int, float]:
-    return {int(index): weight for index, weight in json.loads(path.read_text("utf-8")).items()}
+    return {int(index): weight for index, weight in manifest.read_json(path).items()}
 
 
 class EvaluateModel(Step):
@@ -586,16 +615,21 @@ class RegisterModel(Step):
     def given(self, before: Sequence[Outlook]) -> int | None:
         return None
 
+    def news(self, record: Record | None) -> News | None:
+        if self.settings.mlflow_tracking_uri or (self.settings.data_dir / STORE).exists():
+            return None
+        return News(f"{STORE}/ is missing", None, None, None)
+
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import labels, model, registry, training
 
         model.start_tensorflow()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
-        about = json.loads((trained.path / "training.json").read_text("utf-8"))
+        about = manifest.read_json(trained.path / "training.json")
         before = line_of(self)[:-1]
         records = {step.folder: record for step in before if (record := read_record(step.path))}
         history = manifest.read(trained.path / "history.csv", training.Epoch)
-        metrics = json.loads((evaluation.path / "metrics.json").read_text("utf-8"))
+        metrics = manifest.read_json(evaluation.path / "metrics.json")
         candidate = registry.Candidate(
             training_id=about["id"],
             model=trained.path / "model.keras",
@@ -630,7 +664,7 @@ class RegisterModel(Step):
         if self.settings.mlflow_tracking_uri:
             return registry.Store(self.settings.mlflow_tracking_uri, None)
         folders.check_space(draft, "the MLflow store", needed + registry.EMBEDDED_BYTES)
-        store = self.settings.data_dir / "mlflow"
+        store = self.settings.data_dir / STORE
         if not store.exists():  # a database that is cut off while its tables are made is lost
             with folders.draft(store) as new:
                 registry.create(new)
@@ -669,3 +703,11 @@ def _data_counts(records: dict[str, Any]) -> dict[str, float]:
         "images_training": split["training"],
         "images_validation": split["validation"],
     }
+
+
+FOLDERS = [  # all that there may be under DATA_DIR, whatever the settings
+    *(step.name for step in (DownloadImages, InspectImages, MapLabels, BalanceClasses, SplitImages)),
+    *(f"{step.name}_{side}" for step in (WriteTFRecords, ExtractFeatures) for side in SIDES),
+    *(step.name for step in (TrainModel, EvaluateModel, RegisterModel)),
+    STORE,
+]

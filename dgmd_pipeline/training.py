@@ -1,5 +1,6 @@
 """Features or records -> trained model."""
 
+import contextlib
 import secrets
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,8 @@ def train_head(
     Raises PipelineError where the loss or the weights cease to be numbers, or `checkpoint` is damaged or another's.
     """
     progress = _begin(recipe, checkpoint)
-    head = model.build_head(training[0].shape[1], classes, recipe.dropout, whitening(training[0]))
+    whitened = _whitening_of(training[0], progress, checkpoint)
+    head = model.build_head(training[0].shape[1], classes, recipe.dropout, whitened)
     rest = _batches(*validation, recipe.batch_size)
 
     def shuffled(epoch: int) -> "tf.data.Dataset":
@@ -164,6 +166,26 @@ def whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return kernel.astype(np.float32), (-mean @ kernel).astype(np.float32)
 
 
+def _whitening_of(features: np.ndarray, progress: _Progress, checkpoint: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the whitening or, to go on, read it again.
+
+    It is not the same on another number of cores or another CPU: the signs of its directions are arbitrary, and with
+    fewer pictures than dimensions most of them. A head that was resumed with one of its own lost up to 4 points.
+    """
+    if checkpoint is None:
+        return whitening(features)
+    path = checkpoint.with_name("whitening.npz")
+    if not progress.history:
+        kernel, bias = whitening(features)
+        _write(path, {"kernel": kernel, "bias": bias})
+        return kernel, bias
+    with _readable(path) as file:
+        kernel, bias = file["kernel"], file["bias"]
+        if len(kernel) != features.shape[1]:
+            raise ValueError(f"{len(kernel)} dimensions instead of {features.shape[1]}")
+        return kernel, bias
+
+
 def _begin(recipe: Recipe, checkpoint: Path | None) -> _Progress:
     """Read how far it has come, if it has begun; set the seed."""
     import keras
@@ -177,33 +199,46 @@ def _begin(recipe: Recipe, checkpoint: Path | None) -> _Progress:
 
 
 def _load(checkpoint: Path) -> _Progress:
+    with _readable(checkpoint) as file:
+        best, state = ([file[name] for name in file.files if name.startswith(kind)] for kind in ("best", "state"))
+        history = [Epoch(int(epoch), *rest) for epoch, *rest in file["history"].tolist()]
+        return _Progress(int(file["seed"]), history, int(file["kept"]), best, state)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Any]:
     try:
-        with np.load(checkpoint, allow_pickle=False) as file:
-            best, state = ([file[name] for name in file.files if name.startswith(kind)] for kind in ("best", "state"))
-            history = [Epoch(int(epoch), *rest) for epoch, *rest in file["history"].tolist()]
-            return _Progress(int(file["seed"]), history, int(file["kept"]), best, state)
+        with np.load(path, allow_pickle=False) as file:
+            yield file
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _unusable(checkpoint, error) from error
+        raise _unusable(path, error) from error
 
 
 def _save(progress: _Progress, checkpoint: Path) -> None:
     arrays = {name: np.array(getattr(progress, name)) for name in ("seed", "history", "kept")}
     for kind in ("best", "state"):
         arrays |= {f"{kind}{number}": values for number, values in enumerate(getattr(progress, kind))}
-    draft = checkpoint.with_name(f"{checkpoint.name}.part")
+    _write(checkpoint, arrays)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
     try:
         with draft.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        draft.replace(checkpoint)
+        draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _unusable(checkpoint: Path, error: Exception) -> PipelineError:
-    reason = str(error).split("\n")[0].rstrip(".")
-    return PipelineError(
-        f"{checkpoint} should hold how far a training has come, to go on with it, and is damaged or another training's "
-        f"({type(error).__name__}: {reason}). Delete it to train from the start."
+class UnusableCheckpoint(PipelineError):
+    """What should say how far a training has come is damaged or another training's: delete it to begin anew."""
+
+
+def _unusable(checkpoint: Path, error: Exception) -> UnusableCheckpoint:
+    return UnusableCheckpoint(
+        f"{checkpoint} should say how far a training has come, and is damaged or another's ({type(error).__name__})."
     )
 
 
@@ -251,14 +286,14 @@ def _fit(
         optimizer=_optimizer(recipe), loss="sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False
     )
     network.optimizer.build(network.trainable_variables)
-    # All that changes: not the whitening, 13 of a head's 16 MB, but dropout's random state, which is not a weight.
+    # All that changes: not the whitening, which would be 13 of a head's 16 MB, but dropout's random state, no weight.
     fixed = {id(variable) for layer in network.layers if not layer.trainable for variable in layer.variables}
     weights = [variable for variable in network.weights if id(variable) not in fixed]
     variables = [variable for variable in network.variables if id(variable) not in fixed]
     variables += network.optimizer.variables
     if checkpoint:  # the next one is written beside the last one
         one = sum(variable.numpy().nbytes for variable in [*weights, *variables])
-        folders.check_space(checkpoint.parent, "the training", 2 * one)
+        folders.check_space(checkpoint.parent, "the training", one if progress.history else 2 * one)
     seed, history, kept, best, state = progress
     if checkpoint and history:
         try:

@@ -723,3 +723,22 @@ def test_a_download_goes_on_where_one_was_cut_off(client, pictures, tmp_path, dr
     assert missing
     assert set(names(bucket.download(client, name, missing, folder))) == set(names(missing))
     assert {path.name: path.read_text() for path in (folder / "label").iterdir()} == {str(n): str(n) for n in range(20)}
+
+
+@pytest.mark.parametrize("damage", [b"", b"key,size\n", b"key,size,etag,path\np/a/1,x,e,a/1\n", b"\x00\xff\n"])
+def test_notes_that_cannot_be_read_are_set_aside_with_what_they_were_about(draft, tmp_path, caplog, damage):
+    folder, notes = draft
+    write_files(folder, ("a/1", "one"))
+    notes.write_bytes(damage)
+    objects = objects_of(("a/1", "one"))
+    assert bucket.keep(objects, folder, notes, tmp_path / "former", []) == ([], objects)
+    assert "It is fetched anew." in caplog.text
+    assert not (folder / "a").exists()
+    assert list(manifest.read(notes, SourceObject)) == objects
+
+
+def test_files_that_were_not_downloaded_and_objects_that_are_not_there_are_found(tmp_path):
+    write_files(tmp_path, ("a/1", "one"), ("a/own", ""), ("mine/2", ""), ("listing.csv", ""), ("a/.DS_Store", ""))
+    objects = objects_of(("a/1", "one"), ("b/lost", "x"))
+    assert bucket.strangers(tmp_path, objects) == ["a/own", "mine/2"]
+    assert bucket.lost(tmp_path, objects) == 1

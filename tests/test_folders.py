@@ -1,8 +1,8 @@
-import fcntl
+import io
 import shutil
 import subprocess
 import sys
-import threading
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
     for name in (".draft-first", ".draft-second", ".old-second", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "b").write_text(name)
-    folders.recover(tmp_path)
+    folders.recover(tmp_path, ["first", "second", "step"])
     assert (tmp_path / "first" / "a").read_text() == "kept"
     assert (tmp_path / "second" / "b").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
     (tmp_path / "a file").write_text("")
     data_dir = tmp_path / place
     with (
-        pytest.raises(PipelineError, match=r"can read and write"),
+        pytest.raises(PipelineError, match=r"DATA_DIR has to be (a folder|readable and writable|writable)"),
         folders.disk_errors_explained(data_dir),
         folders.lock(data_dir),
     ):
@@ -76,7 +76,7 @@ def interrupted(target, purpose, note="note"):
 
 def test_a_draft_with_notes_is_given_again_for_the_same_purpose_and_loses_them_when_it_is_done(tmp_path):
     interrupted(tmp_path / "step", "this")
-    folders.recover(tmp_path)
+    folders.recover(tmp_path, ["first", "second", "step"])
     with folders.draft(tmp_path / "step", "this") as draft:
         assert (draft / "file").read_text() == "half of the work"
     assert [path.name for path in tmp_path.rglob("*")] == ["step", "file"]
@@ -106,7 +106,7 @@ def test_the_drafts_of_steps_that_are_done_are_swept(tmp_path):
 def test_notes_that_a_kill_left_in_a_finished_folder_are_swept(tmp_path):
     (tmp_path / "step" / folders.RESUME).mkdir(parents=True)
     (tmp_path / "step" / "file").write_text("")
-    folders.recover(tmp_path)
+    folders.recover(tmp_path, ["first", "second", "step"])
     assert [path.name for path in tmp_path.rglob("*")] == ["step", "file"]
 
 
@@ -138,15 +138,60 @@ def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
         folders.check_space(draft, "raw", 10**18)
 
 
-def test_the_lock_waits_for_the_name_of_a_holder_that_is_just_starting(tmp_path):
+def test_the_name_of_a_holder_that_is_just_starting_is_waited_for():
+    class Late(io.BytesIO):
+        said = b""
 
-    with (tmp_path / ".lock").open("a+") as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        timer = threading.Timer(0.05, lambda: (holder.write("process 7"), holder.flush()))
-        timer.start()
-        with pytest.raises(Busy, match="process 7"), folders.lock(tmp_path):
-            pass
-        timer.join()
+        def read(self):
+            said, self.said = self.said, b"process 7"
+            return said
+
+    assert folders._holder(Late()) == "process 7"
+
+
+def test_what_the_pipeline_did_not_make_is_never_touched(tmp_path):
+    for name in (".old-photos", ".draft-letter", "photos/.resume"):
+        (tmp_path / name).mkdir(parents=True)
+    folders.recover(tmp_path, ["first"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".draft-letter", ".old-photos", "photos"]
+    assert (tmp_path / "photos" / ".resume").exists()
+
+
+def test_a_failure_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "step").mkdir()
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == ".draft-step":
+            raise OSError("on purpose")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="on purpose"), folders.draft(tmp_path / "step"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+def test_a_folder_is_found_where_a_killed_run_left_it(tmp_path):
+    (tmp_path / ".old-step").mkdir()
+    assert folders.standing(tmp_path / "step") == tmp_path / ".old-step"
+    (tmp_path / "step").mkdir()
+    assert folders.standing(tmp_path / "step") == tmp_path / "step"
+
+
+def test_a_refusal_elsewhere_is_not_blamed_on_data_dir(tmp_path):
+    with (
+        pytest.raises(PipelineError, match=r"^/somewhere/else: Permission denied. It has to be readable"),
+        folders.disk_errors_explained(tmp_path),
+    ):
+        raise PermissionError(13, "Permission denied", "/somewhere/else")
+
+
+def test_the_folder_that_is_full_is_named_even_if_it_is_hidden(tmp_path):
+    notes = tmp_path / ".hidden" / ".draft-step" / ".resume"
+    notes.mkdir(parents=True)
+    with pytest.raises(PipelineError, match=rf"^{tmp_path}/.hidden: the disk is full"):
+        folders.check_space(notes, "step", 10**18)
 
 
 def test_an_old_folder_that_was_only_partly_removed_is_never_put_back(tmp_path, monkeypatch):
@@ -161,7 +206,7 @@ def test_an_old_folder_that_was_only_partly_removed_is_never_put_back(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            folders.recover(tmp_path)
+            folders.recover(tmp_path, ["first", "second", "step"])
     folders.remove(tmp_path / "step")
-    folders.recover(tmp_path)
+    folders.recover(tmp_path, ["first", "second", "step"])
     assert list(tmp_path.iterdir()) == []

@@ -217,3 +217,9 @@ def test_a_raised_format_redoes_its_step(task, steps, cnn, monkeypatch):
     variables, data_dir = cnn
     monkeypatch.setattr(task, "format", task.format + 1)
     assert run(variables, data_dir) == steps
+
+
+def test_a_raised_format_of_the_features_redoes_them_and_what_follows(frozen, monkeypatch):
+    variables, data_dir = frozen
+    monkeypatch.setattr(tasks.ExtractFeatures, "format", 2)
+    assert run(variables, data_dir) == [*FEATURES, *LEARNED]

@@ -233,7 +233,7 @@ def test_a_forced_step_and_all_after_it_are_done_again(tmp_path):
     assert worked == {"second", "third"}
     assert plan["first"] == ("done", "")
     assert plan["second"] == ("run", "--force second")
-    assert plan["third"] == ("run", "second is forced")
+    assert plan["third"] == ("run", "--force second")
 
 
 def test_a_step_has_a_verb_and_a_folder_and_an_unknown_name_is_answered_with_both(tmp_path):
