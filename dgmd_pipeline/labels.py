@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.manifest import Image
+from dgmd_pipeline.manifest import Image, changed
 
 
 class LabelRow(NamedTuple):
@@ -72,6 +72,8 @@ def read_mapping(path: Path) -> list[str]:
         labels = [mapping[str(index)] for index in range(len(mapping))]
         if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             raise ValueError("a label is not a text, or stands there twice")
+    except FileNotFoundError as error:
+        raise changed(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(
             f'{path}: expected {{"0": "<label>", "1": "<label>", ...}} without gaps, found something else ({error}). '
