@@ -282,7 +282,7 @@ def test_killed_while_folders_are_replaced(settings, undisturbed, tmp_path):
 
 def test_killed_while_features_are_extracted_and_learned_from(settings, undisturbed, undisturbed_frozen, tmp_path):
     shutil.copytree(undisturbed.data_dir, tmp_path / "data")
-    variables = {**settings, **FROZEN, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "frozen"}
+    variables = {**settings, **FROZEN, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "killed frozen"}
     for moment in moments(FEATURES):
         kill_at(moment, variables)
     result = run(variables)
