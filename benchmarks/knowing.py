@@ -43,8 +43,12 @@ def source(number: int) -> manifest.SourceObject:
 
 
 def blow_up(data_dir: Path, rows: int) -> None:
-    """Give the manifests of a finished run so many rows."""
+    """Give the manifests of a finished run so many rows, and raw/ so many files (which take no room)."""
     objects = [source(number) for number in range(rows)]
+    for path in (data_dir / "raw" / each.path for each in objects):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(SIZE)
     images = [
         manifest.Image(each.path, each.path[:8], f"{n:064x}", "JPEG", 640, 480, f"{n:064x}")
         for n, each in enumerate(objects)
