@@ -33,7 +33,8 @@ Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is
 PARTS = (
     ".part"  # the folder of unfinished files: one file a thread, so no name is too long and none can clash with a key
 )
-RESERVED = {"_success", "listing.csv", "rejected.csv", PARTS, ".resume"}  # what the pipeline itself writes there
+# what the pipeline itself writes there, case folded
+RESERVED = {"_success", "listing.csv", "rejected.csv", PARTS, ".resume"}
 MAX_NAME_BYTES = 255  # the longest name of a file on every usual disk
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of other systems
 

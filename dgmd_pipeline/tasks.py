@@ -66,11 +66,7 @@ class DownloadImages(Step):
         manifest.write(draft / LISTING, manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
         manifest.write(draft / "rejected.csv", manifest.Rejected, sorted(rejected))
         _warn_of_rejected(rejected, "objects", self.path)
-        return {
-            "objects": len(arrived),
-            "bytes": sum(item.size for item in arrived),
-            "left out": len(rejected),
-        }
+        return {"objects": len(arrived), "bytes": sum(item.size for item in arrived), "left out": len(rejected)}
 
     def _nothing_usable(self, rejected: list[manifest.Rejected]) -> NoUsableInput:
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path

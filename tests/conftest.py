@@ -122,9 +122,14 @@ def mlflow_server(tmp_path_factory):
     server.wait()
 
 
+def environment_with(variables: dict[str, object]) -> dict[str, str]:
+    """The environment of a process that is to see these variables too."""
+    return {**os.environ, **{name: str(value) for name, value in variables.items()}}
+
+
 def run_pipeline(folder: Path, *arguments: str, start: bool = False, **variables: object):
     """The real command in a process of its own, in `folder`; `start` gives the process without waiting for it."""
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    environment = environment_with(variables)
     command = [sys.executable, str(ROOT / "pipeline.py"), *arguments]
     options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if start:

@@ -20,7 +20,7 @@ import boto3
 import mlflow
 import numpy as np
 import pytest
-from conftest import CREDENTIALS, ROOT, picture, run_pipeline
+from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 
 pytestmark = pytest.mark.slow
 CNN = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 3, "SEED": 1}
@@ -170,7 +170,7 @@ def kill_at(moment, variables, reference=None):
     data_dir = variables["DATA_DIR"]
     before = whole_folders(data_dir)
     command = [sys.executable, ROOT / "tests" / "kill_at.py", moment]
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    environment = environment_with(variables)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # Workers hold the same output, whose end this waits for: none may outlive the run.
     result = subprocess.run(command, cwd=data_dir.parent, env=environment, timeout=120, **options)

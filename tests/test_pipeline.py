@@ -17,7 +17,7 @@ import time
 import mlflow
 import numpy as np
 import pytest
-from conftest import CREDENTIALS, ROOT, picture, run_pipeline
+from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from PIL import Image
 
 from dgmd_pipeline.settings import Settings, variable
@@ -203,7 +203,7 @@ assert main([]) == 0
 heavy = {"tensorflow", "keras", "mlflow", "sklearn", "boto3", "PIL", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 """
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    environment = environment_with(variables)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Nothing to do: finished version 1 is registered." in result.stdout
@@ -489,7 +489,7 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
 def on_a_terminal(folder, *arguments, **variables):
     """Run the command on a terminal of 80 columns and return the lines that are shown."""
     ours, its = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", **{name: str(value) for name, value in variables.items()}}
+    environment = environment_with({"COLUMNS": "80", **variables})
     command = [sys.executable, ROOT / "pipeline.py", *arguments]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
     os.close(its)
@@ -697,7 +697,7 @@ mount -o remount,size=$2k '{mounted}'
 
     def run(size, then):
         inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(size), str(then)]
-        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        environment = environment_with(variables)
         result = subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=120)
         if "exit " not in result.stdout:
             pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
