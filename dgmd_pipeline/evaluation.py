@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgmd_pipeline.model import load
-
 if TYPE_CHECKING:
+    import keras
     import tensorflow as tf
 
 METRICS = "metrics.json"
@@ -19,20 +18,19 @@ CONFUSION = "confusion_matrix.csv"
 PREDICTIONS = "predictions.npz"
 
 
-def predict(model: Path, pictures: "tf.data.Dataset", batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def predict(network: "keras.Model", pictures: "tf.data.Dataset", batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Return the probabilities (float32 [n, classes]) and true indexes (int64 [n]) of a dataset of (picture, index)."""
-    network = load(model)
     batches = [(network.predict_on_batch(x), y.numpy()) for x, y in pictures.batch(batch).prefetch(2)]
     probabilities, truth = zip(*batches, strict=True)
     return np.concatenate(probabilities), np.concatenate(truth)
 
 
-def predict_head(model: Path, features: np.ndarray, batch: int = 1024) -> np.ndarray:
-    """Return the probabilities (float32 [n, classes]) of stored features (float32 [n, d]), by the model's head alone.
+def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024) -> np.ndarray:
+    """Return the probabilities (float32 [n, classes]) of stored features (float32 [n, d]), by the network's head alone.
 
     The frozen backbone has been through these pictures already; what is left to do is the head.
     """
-    head = load(model).get_layer("head")
+    head = network.get_layer("head")
     starts = range(0, len(features), batch)
     return np.concatenate([head.predict_on_batch(np.asarray(features[start : start + batch])) for start in starts])
 

@@ -1,6 +1,7 @@
 """Record -> feature vector: the frozen backbone's output for every picture, stored once, used in every epoch."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +14,36 @@ FEATURES = "features.npy"
 LABELS = "labels.npy"
 
 
-def extract(batches: Iterable[tuple[Any, Any]], count: int, backbone: "keras.Model", folder: Path) -> Iterator[int]:
+def extract(
+    batches: Iterable[tuple[Any, Any]],
+    count: int,
+    backbone: "keras.Model",
+    folder: Path,
+    map: Callable[[Callable, Iterable], Iterable] = map,
+) -> Iterator[int]:
     """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order they come.
 
     `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (int
-    [batch]), as tensors or arrays; `count` pictures in all. Yields how many pictures each batch had; nothing but a
-    batch and the labels is held in memory. Raises ValueError where there are more or fewer than `count`.
+    [batch]), as tensors or arrays; `count` pictures in all.
+    `map` is like the builtin one; it may call the function for its batches in threads, and yields in order.
+    Yields how many pictures each batch had; nothing but a few batches and the labels is held in memory. Raises
+    ValueError where there are more or fewer than `count`.
     """
     forward = freeze(backbone)
+
+    def work(batch: tuple[Any, Any]) -> tuple[bytes, np.ndarray]:
+        pictures, indexes = batch
+        return forward(pictures).astype("<f4", copy=False).tobytes(), np.asarray(indexes, np.int64)
+
     labels: list[np.ndarray] = []
     done = 0
     with (folder / FEATURES).open("wb") as file:
         # Written in sequence and not through a memory map, whose pages would count as this process's memory.
         shape = (count, backbone.output_shape[-1])
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for pictures, indexes in batches:
-            file.write(forward(pictures).astype("<f4", copy=False).tobytes())
-            labels.append(np.asarray(indexes, np.int64))
+        for vectors, indexes in map(work, batches):
+            file.write(vectors)
+            labels.append(indexes)
             done += len(labels[-1])
             yield len(labels[-1])
     if done != count:
@@ -47,6 +61,7 @@ def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS)
 
 
+@lru_cache(maxsize=1)  # 3 to 4 s; both sides go through the same backbone
 def freeze(backbone: "keras.Model") -> Callable[[Any], np.ndarray]:
     """Return a function from pictures (uint8 [batch, height, width, 3]) to their vectors (float32 [batch, d]).
 

@@ -142,7 +142,11 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
 
     random = None if seed is None else np.random.default_rng((seed, epoch))
     records = _records(folder, index, random).map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return records.apply(tf.data.experimental.assert_cardinality(index["images"]))
+    options = tf.data.Options()
+    # Its thread sleeps for 10 ms, then twice as long each time, and the end of the data waits until it wakes up: every
+    # other pass over them took up to 10 s longer. What it tunes, the number of threads, is all cores without it.
+    options.autotune.enabled = False
+    return records.apply(tf.data.experimental.assert_cardinality(index["images"])).with_options(options)
 
 
 def keys(folder: Path) -> list[str]:

@@ -9,15 +9,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.model import load
 
 if TYPE_CHECKING:
+    import keras
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,9 @@ class Candidate(NamedTuple):
     """What is logged and registered."""
 
     training_id: str  # a version with this tag is this training's
-    model: Path  # the saved Keras model: uint8 [batch, height, width, 3] -> float32 [batch, classes]
+    model: Callable[
+        [], "keras.Model"
+    ]  # called if it is needed: uint8 [batch, height, width, 3] -> float32 [batch, classes]
     labels: Sequence[str]  # of the outputs, in their order
     params: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, the first one is epoch 1
@@ -207,7 +209,7 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
 
-    model = load(candidate.model)
+    model = candidate.model()
     tags = {**candidate.tags, TRAINING: candidate.training_id}
     with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
         mlflow.log_params(dict(candidate.params))

@@ -175,10 +175,17 @@ def load(env_file: str | Path | None = None) -> Settings:
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
         raise SettingsError("\n".join(mistakes)) from None
+    from dgmd_pipeline.model import is_frozen
+
+    if is_frozen(settings.backbone):
+        # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as
+        # all threads on one batch. docs/measurements.md
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    return settings
 
 
 def _mistake(name: str, value: object, message: str) -> str:

@@ -120,6 +120,8 @@ class Job:
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     forced: dict[str, str] = field(default_factory=dict)  # step -> why it is done again in any case
     listing: Any = None  # of the bucket, where planning needed it: it is made once in a run
+    network: Callable[[], Any] | None = None  # waits for the frozen network, which is built once in a run
+    trained: tuple[str, Any] | None = None  # identity and model, where this run has trained it
     outlooks: dict[str, Outlook] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)  # step -> identity
     failure: BaseException | None = None

@@ -19,14 +19,14 @@ import luigi
 from dgmd_pipeline import folders, manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import News, Outlook, Record, Step, digest, line_of, read_record, reasons
+from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
 SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the pictures come from
 LISTING = "listing.csv"  # in raw/: the objects that it holds
 STORE = "mlflow"  # the folder of the embedded store
-EXTRACTION_BATCH = 32  # pictures; larger ones are not faster and take more memory
+EXTRACTION_BATCH = 16  # pictures in each thread; larger ones are not faster and take more memory
 
 
 class DownloadImages(Step):
@@ -431,26 +431,59 @@ class ExtractFeatures(OneSide):
         return {"weights": model.weights_identity(self.settings.backbone_weights)}
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import features, model, records
+        from dgmd_pipeline import features, records
+        from dgmd_pipeline.workers import in_threads
 
-        model.start_tensorflow()
         source = self.requires().path
-        backbone = model.build_backbone(
-            self.settings.backbone,
-            self.settings.backbone_weights,
-            self.settings.image_height,
-            self.settings.image_width,
-            self.settings.keras_home,
-        )
         records.check(source)
+        network = _network(self)
+        dimensions = int(network.output_shape[-1])
         pictures = records.read(source)
         count = len(pictures)
-        folders.check_space(draft, self.folder, features.bytes_of(count, int(backbone.output_shape[-1])))
+        folders.check_space(draft, self.folder, features.bytes_of(count, dimensions))
         batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
-        extracted = features.extract(batches, count, backbone, draft)
+        extracted = features.extract(batches, count, network, draft, in_threads)
         for _ in progress(extracted, self.folder, count, "images", count=int):
             pass
-        return {"images": count, "dimensions": int(backbone.output_shape[-1])}
+        return {"images": count, "dimensions": dimensions}
+
+
+def start_early(job: Job) -> None:
+    """Build the frozen network in a thread, if this run will need one, while the steps before it do their work.
+
+    It takes some 10 s of one core: TensorFlow's import, the layers and, where features are extracted, the forward pass.
+    """
+    due = {outlook.step for outlook in job.outlooks.values() if outlook.state == "run"}
+    extracted = due & {f"{ExtractFeatures.name}_{side}" for side in SIDES}
+    if extracted or TrainModel.name in due:
+        _start_network(job, bool(extracted))
+
+
+def _start_network(job: Job, extracted: bool) -> None:
+    from dgmd_pipeline import model, workers
+
+    settings: Any = job.settings
+    if not model.is_frozen(settings.backbone):
+        return
+
+    def build() -> Any:
+        from dgmd_pipeline import features
+
+        model.start_tensorflow()
+        size = (settings.image_height, settings.image_width)
+        network = model.build_backbone(settings.backbone, settings.backbone_weights, *size, settings.keras_home)
+        if extracted:
+            features.freeze(network)
+        return network
+
+    job.network = workers.ahead(build)
+
+
+def _network(step: Step) -> Any:
+    """Return the frozen network of this run; None where the backbone is trained."""
+    if step.job.network is None:
+        _start_network(step.job, isinstance(step, ExtractFeatures))
+    return step.job.network and step.job.network()
 
 
 class TrainModel(Step):
@@ -480,16 +513,14 @@ class TrainModel(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import features, labels, model, records, training
 
+        backbone = _network(self)
         model.start_tensorflow()
         *sides, label_map, balanced = self.requires()
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
         size = (self.settings.image_height, self.settings.image_width)
-        if model.is_frozen(self.settings.backbone):
-            backbone = model.build_backbone(
-                self.settings.backbone, self.settings.backbone_weights, *size, self.settings.keras_home
-            )
+        if backbone:
             learned, rest = (features.load(side.path) for side in sides)
             train = partial(training.train_head, learned, rest, classes, weights, recipe, self._show)
         else:
@@ -498,13 +529,14 @@ class TrainModel(Step):
             shuffled, ordered = (partial(records.read, side.path) for side in sides)
             train = partial(training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show)
         trained = self._go_on(train, draft / folders.RESUME)
-        whole = model.assemble(backbone, trained.model) if model.is_frozen(self.settings.backbone) else trained.model
+        whole = model.assemble(backbone, trained.model) if backbone else trained.model
         folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
         kept = trained.history[trained.kept]
         about = {"id": uuid.uuid4().hex, "kept": trained.kept, "seed": trained.seed, "metrics": kept._asdict()}
         (draft / "training.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+        self.job.trained = about["id"], whole
         return {
             "epochs": len(trained.history),
             "kept": trained.kept + 1,
@@ -556,6 +588,16 @@ def learned_from(step: Step) -> list[Step]:
     return [kind(job=step.job, side=side) for side in SIDES]
 
 
+def _trained(step: Step, path: Path) -> Any:
+    """Return the trained model in the folder `path`: from memory where this run has made it, loading takes 3 to 5 s."""
+    from dgmd_pipeline import model
+
+    if step.job.trained and step.job.trained[0] == step.job.finished[TrainModel.name]:
+        return step.job.trained[1]
+    model.start_tensorflow()
+    return model.load(path / "model.keras")
+
+
 def _class_weights(path: Path) -> dict[int, float]:
     return {int(index): weight for index, weight in manifest.read_json(path).items()}
 
@@ -576,13 +618,13 @@ class EvaluateModel(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import evaluation, features, labels, model, records
 
-        model.start_tensorflow()
         trained, validation, label_map = self.requires()
+        network = _trained(self, trained.path)
         if model.is_frozen(self.settings.backbone):
             vectors, truth = features.load(validation.path)
-            probabilities = evaluation.predict_head(trained.path / "model.keras", vectors)
+            probabilities = evaluation.predict_head(network, vectors)
         else:
-            probabilities, truth = evaluation.predict(trained.path / "model.keras", records.read(validation.path))
+            probabilities, truth = evaluation.predict(network, records.read(validation.path))
         return evaluation.evaluate(probabilities, truth, labels.read_mapping(label_map.path / "mapping.json"), draft)
 
     def summary(self, counts: dict[str, Any]) -> str:
@@ -617,9 +659,8 @@ class RegisterModel(Step):
         return News(f"{STORE}/ is missing", None, None, None)
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import labels, model, registry, training
+        from dgmd_pipeline import labels, registry, training
 
-        model.start_tensorflow()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
         about = manifest.read_json(trained.path / "training.json")
         before = line_of(self)[:-1]
@@ -628,7 +669,7 @@ class RegisterModel(Step):
         metrics = manifest.read_json(evaluation.path / "metrics.json")
         candidate = registry.Candidate(
             training_id=about["id"],
-            model=trained.path / "model.keras",
+            model=partial(_trained, self, trained.path),
             labels=labels.read_mapping(label_map.path / "mapping.json"),
             params=_params(records, self.declared() | {"backbone_weights": self.settings.backbone_weights})
             | {"SEED": about["seed"]},

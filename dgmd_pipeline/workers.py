@@ -1,4 +1,4 @@
-"""Self-contained pieces of work -> their results, in processes on all cores."""
+"""Self-contained pieces of work -> their results, in processes or threads on all cores."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait
@@ -40,23 +40,13 @@ class Pool:
             self._executor = ProcessPoolExecutor(
                 self._processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start
             )
-        executor, source = self._executor, iter(pieces)
-        waiting: deque[Future[Result]] = deque(
-            executor.submit(function, piece) for piece in islice(source, 2 * self._processes)
-        )
         try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(executor.submit(function, piece) for piece in islice(source, 1))
-                yield result
+            yield from _in_order(self._executor, function, pieces, 2 * self._processes)
         except BrokenProcessPool:
             raise PipelineError(
                 "A worker process was killed, most likely by the system for lack of memory. "
                 "Give the run more memory or fewer cores, and run it again: finished steps are kept."
             ) from None
-        finally:
-            for future in waiting:
-                future.cancel()
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
@@ -67,6 +57,41 @@ class Pool:
             process.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._executor = None
+
+
+def in_threads(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+    """Yield `function(piece)` in the order of the pieces, one thread a core; for work that releases the GIL."""
+    with ThreadPoolExecutor(cores()) as executor:
+        yield from _in_order(executor, function, pieces, 2 * cores())
+
+
+def ahead(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Call `function` in a thread now; what is returned waits for its end and returns or raises what came of it."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result
+
+
+def _in_order(
+    executor: Executor, function: Callable[[Piece], Result], pieces: Iterable[Piece], at_once: int
+) -> Iterator[Result]:
+    source = iter(pieces)
+    waiting = deque(executor.submit(function, piece) for piece in islice(source, at_once))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(executor.submit(function, piece) for piece in islice(source, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _start() -> None:

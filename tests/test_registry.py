@@ -10,6 +10,7 @@ import pytest
 
 from dgmd_pipeline import registry
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.model import load
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def candidate(folder, model, training_id="one", **changes):
     ]
     values = {
         "training_id": training_id,
-        "model": model,
+        "model": lambda: load(model),
         "labels": ["anise", "mint"],
         "params": {"EPOCHS": 3},
         "history": history,
