@@ -11,6 +11,7 @@ tasks.py       the graph, to be read from top to bottom; names the step folders
 step.py        the step contract: a folder that is there is done, says where it comes from, and whether it is today's
 folders.py     a draft -> a folder that is whole: commit, recovery, the lock, what the disk refuses
 bucket.py      the door to S3: object -> raw file
+transfer.py    object -> raw file, faster
 images.py      raw file -> inspected row
 manifest.py    rows, in memory and as CSV
 labels.py      rows -> label map

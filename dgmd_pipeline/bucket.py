@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import Rejected, SourceObject
+from dgmd_pipeline.transfer import Transfer
 
 log = logging.getLogger(__name__)
 Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is nothing to check them against
@@ -530,6 +531,7 @@ def download(
     parts = folder / PARTS
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
+    transfer = Transfer(client)
     todo: SimpleQueue[SourceObject | None] = SimpleQueue()
     done: SimpleQueue[SourceObject | Rejected | Exception | None] = SimpleQueue()
     stop = Event()
@@ -537,7 +539,7 @@ def download(
     def work(part: Path) -> None:
         while (source := todo.get()) is not None and not stop.is_set():
             try:
-                done.put(_fetch(client, bucket, source, folder, part=part, stop=stop))
+                done.put(_fetch(client, bucket, source, folder, part=part, stop=stop, transfer=transfer))
             except Exception as error:  # noqa: BLE001 - raised again where the results are read
                 done.put(error)
 
@@ -572,7 +574,14 @@ def download(
 
 
 def _fetch(
-    client: Client, bucket: str, source: SourceObject, folder: Path, *, part: Path, stop: Event
+    client: Client,
+    bucket: str,
+    source: SourceObject,
+    folder: Path,
+    *,
+    part: Path,
+    stop: Event,
+    transfer: Transfer,
 ) -> SourceObject | Rejected | None:
     """Write one object by way of the file `part`; None where `stop` was set meanwhile."""
     import urllib3
@@ -587,6 +596,8 @@ def _fetch(
         urllib3.exceptions.HTTPError,
     )
     label = source.path.partition("/")[0]
+    if transfer.fetch(source.key, part, stop.is_set) and part.stat().st_size == source.size:
+        return _put(source, part, folder)
     for attempt in range(READ_ATTEMPTS):
         if stop.wait(attempt and 0.1 * 4**attempt):
             return None
@@ -611,14 +622,19 @@ def _fetch(
             return None
         if size != source.size:
             return Rejected(source.key, label, "changed", f"{source.size} bytes when it was listed, now {size}")
-        target = folder / source.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(target)
-        return source
+        transfer.learn(source.key)
+        return _put(source, part, folder)
     raise NoUsableInput(
         f"The transfer of s3://{bucket}/{source.key} from {_host(client)} broke off {READ_ATTEMPTS} times: see to the "
         "network and run again."
     )
+
+
+def _put(source: SourceObject, part: Path, folder: Path) -> SourceObject:
+    target = folder / source.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(target)
+    return source
 
 
 def _copy(body: Any, part: Path, stop: Event) -> int | None:

@@ -19,7 +19,8 @@ OWN = {  # module -> what of ours it may import, besides errors
     "folders": [],
     "signals": [],
     "step": ["folders"],
-    "bucket": ["manifest"],
+    "bucket": ["manifest", "transfer"],
+    "transfer": [],
     "images": ["manifest"],
     "labels": ["manifest"],
     "balance": ["manifest"],
@@ -32,7 +33,13 @@ OWN = {  # module -> what of ours it may import, besides errors
     "registry": [],
     "demo": ["bucket", "settings", "step"],
 }
-DOORS = {"boto3": {"bucket"}, "botocore": {"bucket"}, "mlflow": {"registry"}, "luigi": {"tasks", "step", "cli"}}
+DOORS = {
+    "boto3": {"bucket"},
+    "botocore": {"bucket", "transfer"},
+    "awscrt": {"transfer"},
+    "mlflow": {"registry"},
+    "luigi": {"tasks", "step", "cli"},
+}
 
 
 def tree(module):

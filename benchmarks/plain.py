@@ -1,0 +1,154 @@
+"""What `whole_run.py` compares with: the plain script of the usual kind that the pipeline takes the place of.
+
+Serial downloads, copied folders for balance and split, pictures converted one by one in eager TensorFlow, `model.fit`
+of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch or
+a whole training is done and waits for a line on standard input: in the pauses the pipeline has its turn.
+
+    python -m benchmarks.plain FOLDER LEARNING_RATE...      one training for each rate, from data fetched once
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+LABELS: list[str]
+HEIGHT, WIDTH, BATCH, EPOCHS = 192, 256, 128, 15
+paused = 0.0
+
+
+def say(**what: object) -> None:
+    """Hand over, and do not count the time until it is our turn again."""
+    global paused  # noqa: PLW0603
+    print(json.dumps(what), flush=True)
+    start = time.monotonic()
+    sys.stdin.readline()
+    paused += time.monotonic() - start
+
+
+def download(folder: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    bucket, prefix = os.environ["AWS_DATA_BUCKET"], os.environ["AWS_DATA_PATH"]
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for item in page["Contents"]:
+            path = folder / item["Key"].removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, item["Key"], str(path))
+
+
+def balance(source: Path, target: Path) -> None:
+    files = {folder.name: sorted(folder.iterdir()) for folder in source.iterdir()}
+    most = int(1.15 * sum(map(len, files.values())) / len(files))
+    for label, paths in files.items():
+        (target / label).mkdir(parents=True)
+        for path in random.sample(paths, min(most, len(paths))):
+            shutil.copy(path, target / label / path.name)
+
+
+def split(source: Path, training: Path, validation: Path) -> None:
+    for folder in source.iterdir():
+        paths = sorted(folder.iterdir())
+        random.shuffle(paths)
+        for number, path in enumerate(paths):
+            target = (validation if number < 0.2 * len(paths) else training) / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / path.name)
+
+
+def convert(source: Path, target: Path) -> None:
+    import tensorflow as tf
+
+    paths = [path for path in source.glob("*/*")]
+    random.shuffle(paths)
+    with tf.io.TFRecordWriter(str(target)) as writer:
+        for path in paths:
+            picture = tf.io.decode_image(tf.io.read_file(str(path)), channels=3, expand_animations=False)
+            small = tf.cast(tf.round(tf.image.resize(picture, (HEIGHT, WIDTH))), tf.uint8)
+            features = {
+                "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(small).numpy()])),
+                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[LABELS.index(path.parent.name)])),
+            }
+            writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+
+
+def train(folder: Path, learning_rate: float) -> None:
+    import keras
+    import mlflow
+    import tensorflow as tf
+
+    def parse(record):
+        schema = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+        features = tf.io.parse_single_example(record, schema)
+        return tf.ensure_shape(tf.io.decode_jpeg(features["image"], channels=3), (HEIGHT, WIDTH, 3)), features["label"]
+
+    def read(name):
+        records = tf.data.TFRecordDataset(str(folder / name)).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+        return records.shuffle(1000).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+
+    backbone = keras.applications.EfficientNetV2B1(
+        include_top=False, weights=None, input_shape=(HEIGHT, WIDTH, 3), pooling="avg"
+    )
+    backbone.trainable = False
+    layers = [keras.layers.Dense(units, activation="relu") for units in (124, 64)]
+    model = keras.Sequential([backbone, *layers, keras.layers.Dense(len(LABELS), activation="softmax")])
+    model.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    pause = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, _: say(epoch=epoch))
+    decay = keras.callbacks.LearningRateScheduler(lambda epoch: learning_rate / (1 + 0.5 * epoch))
+    history = model.fit(
+        read("training.tfrecord"),
+        validation_data=read("validation.tfrecord"),
+        epochs=EPOCHS,
+        verbose=0,
+        callbacks=[decay, pause],
+    )
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_experiment("plain")
+    with mlflow.start_run():
+        mlflow.log_params({"learning_rate": learning_rate, "epochs": EPOCHS, "batch_size": BATCH})
+        for name, values in history.history.items():
+            mlflow.log_metric(name, values[-1])
+        mlflow.keras.log_model(model, name="model", registered_model_name="plain")
+
+
+def main() -> None:
+    """Do it all; report the seconds of each training with what went before it."""
+    global LABELS  # noqa: PLW0603
+    folder = Path(sys.argv[1])
+    os.chdir(folder)
+    start, steps = time.monotonic(), {}
+    for number, rate in enumerate(sys.argv[2:]):
+        if number == 0:
+            work = [
+                ("download", lambda: download(folder / "raw")),
+                ("balance", lambda: balance(folder / "raw", folder / "balanced")),
+                ("split", lambda: split(folder / "balanced", folder / "training", folder / "validation")),
+                (
+                    "convert",
+                    lambda: [convert(folder / s, folder / f"{s}.tfrecord") for s in ("training", "validation")],
+                ),
+            ]
+            for name, step in work:
+                begun = time.monotonic()
+                step()
+                steps[name] = time.monotonic() - begun
+                LABELS = sorted(path.name for path in (folder / "raw").iterdir())
+        train(folder, float(rate))
+        seconds = time.monotonic() - start - paused
+        say(seconds=seconds, steps=steps)
+        start, steps = time.monotonic() - 0, {}
+        reset_pause()
+
+
+def reset_pause() -> None:
+    """Forget the pauses of the training before."""
+    global paused  # noqa: PLW0603
+    paused = 0.0
+
+
+if __name__ == "__main__":
+    main()
