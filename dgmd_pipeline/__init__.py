@@ -24,6 +24,7 @@ training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
 registry.py    the door to MLflow: run, model and version
 workers.py     pieces of work -> results, in processes on all cores
+timing.py      records of the steps that ran -> where the time went
 signals.py     SIGINT and SIGTERM -> the run's end, in time
 progress.py    finished pieces -> a bar or log lines
 errors.py      what a person is told, and the exit code that goes with it

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
 
 
 def _run(options: argparse.Namespace) -> int:
+    start = time.monotonic()
     values = _settings(options)
     from dgmd_pipeline import folders  # after the settings: mistakes are answered at once
 
@@ -140,9 +142,11 @@ def _run(options: argparse.Namespace) -> int:
                 code = _build(last, options.verbose)
             finally:
                 job.pool.close()
-            if code or step.read_record(last[-1].path) != before:
+            if code:
                 return code
-        log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing to register"))
+        if step.read_record(last[-1].path) == before:
+            log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing to register"))
+        _show_times(job, time.monotonic() - start)
         return 0
 
 
@@ -234,6 +238,15 @@ def _show_plan(outlooks: "Sequence[Outlook]", data_dir: Path) -> None:
         why = textwrap.wrap(each.reason, max(20, width)) or [""]
         row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
         log.info("%s", row.rstrip())
+
+
+def _show_times(job: "Job", seconds: float) -> None:
+    from dgmd_pipeline import timing
+
+    if job.records:
+        log.info("Where the time went")
+        for line in timing.lines(timing.rows(job.records, seconds)):
+            log.info("%s", line)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import logging
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -57,6 +58,7 @@ class Candidate(NamedTuple):
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, the first one is epoch 1
     kept: int  # position in `history` of the epoch whose weights were kept
     metrics: Mapping[str, float]  # of the evaluation, data counts and the like
+    times: Mapping[str, float]  # metrics of the run's steps, which say nothing about the model
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # identity of the data
@@ -151,6 +153,17 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
         return found
 
 
+def add_metrics(store: Store, version: Version, metrics: Mapping[str, float]) -> None:
+    """Log metrics to the run of a version that is registered.
+
+    Raises PipelineError where MLflow cannot be reached or refuses.
+    """
+    from mlflow import MlflowClient
+
+    with _explained(store):
+        _log_metrics(MlflowClient(store.uri), version.run_id, [metrics])
+
+
 @contextlib.contextmanager
 def _explained(store: Store) -> Iterator[None]:
     """Turn what MLflow raises into a PipelineError, and keep it from talking."""
@@ -218,12 +231,11 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
             source = resolve_dataset_source(candidate.source)
         dataset = MetaDataset(source, name=candidate.source, digest=candidate.source_digest[:16])  # type: ignore[abstract]
         mlflow.log_input(dataset, context="training")
-        for step, metrics in enumerate(candidate.history, start=1):
-            mlflow.log_metrics(dict(metrics), step=step)
-        if candidate.kept != len(candidate.history) - 1:
+        history = list(candidate.history)
+        if candidate.kept != len(history) - 1:
             # A metric's last value is the one that MLflow shows: that of the weights that were kept.
-            mlflow.log_metrics(dict(candidate.history[candidate.kept]), step=len(candidate.history) + 1)
-        mlflow.log_metrics(dict(candidate.metrics))
+            history.append(history[candidate.kept])
+        _log_metrics(client, run.info.run_id, [candidate.metrics, *history])
         for path, folder in candidate.files.items():
             if path.is_dir():
                 mlflow.log_artifacts(str(path), folder)
@@ -238,7 +250,17 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
         )
         mapping = next(path for path in candidate.files if path.name == "mapping.json")
         client.log_model_artifact(info.model_id, str(mapping))
+        _log_metrics(client, run.info.run_id, [candidate.times])  # what is there before the model becomes the model's
     return run.info.run_id, info.model_uri
+
+
+def _log_metrics(client: "MlflowClient", run_id: str, steps: Iterable[Mapping[str, float]]) -> None:
+    """Log metrics of MLflow's steps 0, 1, ... in as few requests as possible: the client puts 1,000 into each."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [Metric(name, value, now, step) for step, metrics in enumerate(steps) for name, value in metrics.items()]
+    client.log_batch(run_id, points)
 
 
 def _signature(classes: int) -> Any:

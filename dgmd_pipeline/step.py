@@ -40,6 +40,8 @@ class Record:
     version: str  # of this package
     images: int | None = None  # that it holds or says something about
     bytes: int | None = None  # of its files
+    worked: int | None = None  # images that it worked on in these seconds
+    volume: int | None = None  # bytes of pictures that it read or wrote in them
 
 
 def read_record(folder: Path) -> Record | None:
@@ -124,6 +126,7 @@ class Job:
     trained: tuple[str, Any] | None = None  # identity and model, where this run has trained it
     outlooks: dict[str, Outlook] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)  # step -> identity
+    records: list[Record] = field(default_factory=list)  # of the steps that worked in this run, in their order
     failure: BaseException | None = None
 
 
@@ -191,6 +194,13 @@ class Step(luigi.Task):
         """Return how many images the folder holds or says something about."""
         return counts.get("images")
 
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        """Return how many images the step has worked on just now."""
+        return self.images(counts)
+
+    def volume(self, counts: dict[str, Any]) -> int | None:
+        """Return how many bytes of pictures have just gone through the step."""
+
     def given(self, before: Sequence[Outlook]) -> int | None:
         """Return how many images the step gets from those before it, as far as is known."""
         return next((outlook.images for outlook in before if outlook.images is not None), None)
@@ -256,9 +266,12 @@ class Step(luigi.Task):
                 version=version("dgmd_pipeline"),
                 images=self.images(counts),
                 bytes=folders.volume(folder),
+                worked=self.worked(counts),
+                volume=self.volume(counts),
             )
             (folder / SUCCESS).write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", "utf-8")
         self.job.finished[self.folder] = identity
+        self.job.records.append(record)
         log.info("%-20s %s (%.1f s)", self.folder, self.summary(counts), seconds)
 
     def on_failure(self, exception: BaseException) -> str:

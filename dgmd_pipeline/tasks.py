@@ -6,6 +6,7 @@ run with nothing to do starts without them.
 
 import json
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import luigi
 
-from dgmd_pipeline import folders, manifest
+from dgmd_pipeline import folders, manifest, timing
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.progress import progress
 from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
@@ -38,6 +39,7 @@ class DownloadImages(Step):
     reads = ("refresh",)
     data_is_welcome = True
     resumes = True
+    _fetched: Sequence[manifest.SourceObject] = ()  # by this run; the others were there
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import bucket
@@ -55,12 +57,14 @@ class DownloadImages(Step):
             if arrived:
                 log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
             folders.check_space(draft, self.folder, _on_disk(missing))
+            kept = len(arrived)
             with closing(bucket.download(client, name, missing, draft)) as items:
                 for item in progress(items, "download", len(missing), "objects", size=_size):
                     if isinstance(item, manifest.SourceObject):
                         arrived.append(item)
                     else:
                         rejected.append(item)
+        self._fetched = arrived[kept:]
         if not arrived:
             raise self._nothing_usable(rejected)
         manifest.write(draft / LISTING, manifest.SourceObject, sorted(arrived, key=lambda item: item.path))
@@ -126,6 +130,12 @@ class DownloadImages(Step):
 
     def images(self, counts: dict[str, Any]) -> int | None:
         return counts["objects"]
+
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        return len(self._fetched)
+
+    def volume(self, counts: dict[str, Any]) -> int | None:
+        return sum(item.size for item in self._fetched)
 
     def summary(self, counts: dict[str, Any]) -> str:
         left_out = f", {counts['left out']:,} left out" if counts["left out"] else ""
@@ -195,6 +205,15 @@ class InspectImages(Step):
             "near-duplicates": alike,
         }
 
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        return counts["files"]
+
+    def volume(self, counts: dict[str, Any]) -> int | None:
+        raw: Step = self.requires()
+        record = read_record(raw.path)
+        # What was put there by hand has no record; planning has walked it.
+        return record.counts.get("bytes") if record else self.job.outlooks[raw.folder].bytes
+
     def summary(self, counts: dict[str, Any]) -> str:
         left_out = sum(counts["rejected"].values())
         alike = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
@@ -254,6 +273,10 @@ class MapLabels(Step):
             log.warning("labels that look alike: %s; are they the same?", ", ".join(map(repr, group)))
         return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}
 
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        inspected = read_record(self.requires().path)
+        return inspected.images if inspected else None
+
     def declared(self) -> dict[str, Any]:
         """Return the settings; a `raw/` that was put there by hand comes from no bucket."""
         declared, raw = super().declared(), DownloadImages(job=self.job).path
@@ -310,6 +333,9 @@ class BalanceClasses(Step):
 
     def images(self, counts: dict[str, Any]) -> int | None:
         return sum(counts["after"].values())
+
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        return sum(counts["before"].values())
 
     def summary(self, counts: dict[str, Any]) -> str:
         before, after = counts["before"], counts["after"]
@@ -410,6 +436,9 @@ class WriteTFRecords(OneSide):
         size = (self.settings.image_width, self.settings.image_height)
         return records.bytes_of(split.counts[self.side], *size) if split else None
 
+    def volume(self, counts: dict[str, Any]) -> int | None:
+        return counts["bytes"]
+
     def summary(self, counts: dict[str, Any]) -> str:
         return f"{counts['images']:,} images in {counts['shards']:,} shards, {counts['bytes'] / 1e6:,.1f} MB"
 
@@ -446,6 +475,10 @@ class ExtractFeatures(OneSide):
         for _ in progress(extracted, self.folder, count, "images", count=int):
             pass
         return {"images": count, "dimensions": dimensions}
+
+    def volume(self, counts: dict[str, Any]) -> int | None:
+        written = read_record(self.requires().path)
+        return written.counts.get("bytes") if written else None
 
 
 def start_early(job: Job) -> None:
@@ -506,6 +539,7 @@ class TrainModel(Step):
         "seed",
     )
     reads = ("backbone_weights", "keras_home", "image_width", "image_height")
+    _epochs = 0  # of this run; one that was stopped may have come to the others
 
     def requires(self) -> list[Step]:
         return [*learned_from(self), MapLabels(job=self.job), BalanceClasses(job=self.job)]
@@ -561,10 +595,15 @@ class TrainModel(Step):
 
     def _show(self, row: Any) -> None:
         self.job.check_stopped()
+        self._epochs += 1
         log.info(
             "  epoch %d/%d: loss %.4f, accuracy %.4f, validation %.4f, %.4f",
             row.epoch + 1, self.settings.epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
         )  # fmt: skip
+
+    def worked(self, counts: dict[str, Any]) -> int | None:
+        learned = read_record(learned_from(self)[0].path)
+        return learned.images * self._epochs if learned and learned.images else None
 
     def summary(self, counts: dict[str, Any]) -> str:
         return (
@@ -661,6 +700,7 @@ class RegisterModel(Step):
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import labels, registry, training
 
+        start = time.monotonic()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
         about = manifest.read_json(trained.path / "training.json")
         before = line_of(self)[:-1]
@@ -676,6 +716,7 @@ class RegisterModel(Step):
             history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
             kept=about["kept"],
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
+            times=timing.metrics(records.values()),
             tags=self._tags(metrics),
             source=self._source(raw),
             source_digest=self.job.finished[raw.folder],
@@ -691,6 +732,8 @@ class RegisterModel(Step):
         store = self._store(draft, folders.volume(trained.path) + folders.volume(evaluation.path))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registry.register(store, experiment, self.settings.model_name, candidate)
+        if version.new:
+            registry.add_metrics(store, version, {timing.SECONDS + self.folder: time.monotonic() - start})
         (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
         return {"name": version.name, "version": version.version, "run": version.run_id, "new": version.new}
 

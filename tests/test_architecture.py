@@ -19,6 +19,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "folders": [],
     "signals": [],
     "step": ["folders"],
+    "timing": ["step"],
     "bucket": ["manifest", "transfer"],
     "transfer": [],
     "images": ["manifest"],

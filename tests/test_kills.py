@@ -182,7 +182,8 @@ def contents(folder, aside=None):
     def read(path):
         if path.name == "_SUCCESS":
             record = json.loads(path.read_text("utf-8"))
-            return {name: value for name, value in record.items() if name not in ("started", "seconds")}
+            of_one_run = ("started", "seconds", "worked", "volume")
+            return {name: value for name, value in record.items() if name not in of_one_run}
         return np.load(path) if path.suffix == ".npy" else path.read_bytes()
 
     names = {path: path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
@@ -287,6 +288,8 @@ def test_killed_while_features_are_extracted_and_learned_from(settings, undistur
         kill_at(moment, variables)
     result = run(variables)
     assert result.returncode == 0, result.stdout + result.stderr
+    records = whole_folders(tmp_path / "data")
+    assert records["trained_model"]["worked"] == records["features_training"]["images"]  # the last of three epochs
     check_at_end(variables, undisturbed_frozen.data_dir)
 
 

@@ -112,6 +112,49 @@ def test_the_run_says_what_it_will_do_and_what_each_step_came_to(finished):
     assert "luigi" not in (text + finished[2].stderr).lower()
 
 
+TIMES = re.compile(r"  (\w+|the rest) +([\d,.]+) +(?:([\d,.]+) +)?(?:([\d,.]+) +)?(\d+) %$")
+
+
+def times_of(lines):
+    """The rows of the table of times as `{name: (seconds, share)}`."""
+    found = [match.groups() for line in lines if (match := TIMES.search(line))]
+    return {name: (float(seconds.replace(",", "")), int(share)) for name, seconds, _, _, share in found}
+
+
+def test_the_run_ends_with_a_table_of_where_the_time_went(finished):
+    data_dir, _, result = finished
+    head, *table, slowest = result.stdout.partition("Where the time went\n")[2].splitlines()
+    assert head.endswith("  step                  seconds   images/s     MB/s  share")
+    times = times_of(table)
+    assert sorted(times) == sorted([*STEPS, "the rest"])  # in the order in which they ran
+    assert len(times) == len(table)
+    assert sum(share for _, share in times.values()) == 100
+    records = {step: json.loads((data_dir / step / "_SUCCESS").read_text()) for step in STEPS}
+    assert all(times[step][0] == pytest.approx(records[step]["seconds"], abs=0.051) for step in STEPS)
+    longest = max(records.values(), key=lambda record: record["seconds"])["step"]
+    assert re.search(rf" Slowest: {longest}, [\d.]+ s of [\d.]+ s \(\d+ %\)", slowest)
+    assert max(map(len, table)) <= 80
+
+
+def test_a_record_says_how_many_images_and_bytes_went_through_the_step(finished):
+    data_dir, _, _ = finished
+    records = {step: json.loads((data_dir / step / "_SUCCESS").read_text()) for step in STEPS}
+    pictures = sum(path.stat().st_size for path in (data_dir / "raw").glob("*/*"))
+    shards = {step: sum(path.stat().st_size for path in (data_dir / step).glob("*.tfrecord")) for step in STEPS}
+    assert {step: (record["worked"], record["volume"]) for step, record in records.items()} == {
+        "raw": (33, pictures),
+        "inspected": (33, pictures),
+        "label_map": (31, None),
+        "balanced": (30, None),
+        "split": (30, None),
+        "tfrecord_training": (24, shards["tfrecord_training"]),
+        "tfrecord_validation": (6, shards["tfrecord_validation"]),
+        "trained_model": (24 * records["trained_model"]["counts"]["epochs"], None),
+        "evaluation": (6, None),
+        "registered_model": (None, None),
+    }
+
+
 def test_bad_input_is_reported_and_stays_out(finished):
     data_dir, _, result = finished
     rejected = (data_dir / "inspected" / "rejected.csv").read_text()
@@ -143,6 +186,16 @@ def test_the_mlflow_run_tells_everything(finished):
         assert history[-1].value == pytest.approx(training["metrics"][metric])
     measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
     assert run.data.metrics["evaluation_accuracy"] == measured["accuracy"]
+    records = {step: json.loads((data_dir / step / "_SUCCESS").read_text()) for step in STEPS[:-1]}
+    for step, record in records.items():
+        assert run.data.metrics[f"step_seconds/{step}"] == record["seconds"]
+    speed = records["tfrecord_training"]["worked"] / records["tfrecord_training"]["seconds"]
+    assert run.data.metrics["step_images_per_second/tfrecord_training"] == pytest.approx(speed)
+    assert run.data.metrics["step_megabytes_per_second/raw"] > 0
+    shares = [value for name, value in run.data.metrics.items() if name.startswith("step_share/")]
+    assert len(shares) == len(records)
+    assert sum(shares) == pytest.approx(1)
+    assert run.data.metrics["step_seconds/registered_model"] > 0
     artifacts = {item.path for item in client.list_artifacts(version.run_id)}
     assert {"mapping.json", "evaluation", "split", "inspected"} <= artifacts
 
@@ -206,7 +259,8 @@ assert not heavy, heavy
     environment = environment_with(variables)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "Nothing to do: finished version 1 is registered." in result.stdout
+    assert "Nothing to do: finished version 1 is registered." in result.stdout.splitlines()[-1]
+    assert "Where the time went" not in result.stdout
     assert redone(before, data_dir) == set()
 
 
@@ -522,6 +576,7 @@ def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tm
     assert result.returncode == 0, result.stdout + result.stderr
     assert redone(before, data_dir) == {"inspected", "label_map", "balanced", "split"}
     assert "MLflow" not in result.stdout
+    assert [*times_of(result.stdout.splitlines())] == ["inspected", "label_map", "balanced", "split", "the rest"]
     result = run_pipeline(tmp_path, "run", "--until", "convert", **variables)
     assert "Nothing to do: tfrecord_validation is done." in result.stdout
     result = run_pipeline(tmp_path, "--force", "train", "--until", "split", **variables)
@@ -587,6 +642,7 @@ def test_a_refresh_takes_over_what_is_new_changed_or_gone_and_nothing_else(live,
     result = run_pipeline(tmp_path, "--until", "label", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "26 of 39 objects are there already" in result.stdout
+    assert json.loads((raw / "_SUCCESS").read_text())["worked"] == 13  # those that were fetched
     after = {path: path.stat().st_ino for path in raw.rglob("*.*") if path.parent != raw}
     assert len(after) == 39
     kept = {path for path in after if before.get(path) == after[path]}
@@ -611,6 +667,7 @@ def test_an_object_that_was_left_out_is_tried_again_by_a_refresh_and_changes_not
     assert plan == {"raw": ("run", "1 left out before"), "inspected": ("maybe", "only if raw changes")}
     result = run_pipeline(tmp_path, "--until", "inspect", **variables)
     assert f"Nothing new in s3://{name}/train/images." in result.stdout
+    assert [*times_of(result.stdout.splitlines())] == ["raw", "the rest"]  # and not what was unchanged
     assert (tmp_path / "data" / "inspected" / "_SUCCESS").stat().st_mtime_ns == before
     client.restore_object(Bucket=name, Key=key, RestoreRequest={"Days": 1})
     assert run_pipeline(tmp_path, "--until", "inspect", **variables).returncode == 0
@@ -674,6 +731,7 @@ def test_a_download_that_was_killed_goes_on_and_fetches_nothing_twice(live, tmp_
     said = re.search(r"([\d,]+) of 330 objects are there already", result.stdout)
     assert int(said[1]) >= len([path for path in there if path.parent.name in (*LABELS, "nutmeg")])
     raw = tmp_path / "data" / "raw"
+    assert json.loads((raw / "_SUCCESS").read_text())["worked"] == 330 - int(said[1].replace(",", ""))
     for path, inode in there.items():
         if path.parent.name in (*LABELS, "nutmeg"):
             assert (raw / path.relative_to(draft)).stat().st_ino == inode

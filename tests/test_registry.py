@@ -113,6 +113,7 @@ def candidate(folder, model, training_id="one", **changes):
         "history": history,
         "kept": 1,
         "metrics": {"evaluation_accuracy": 0.8},
+        "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
         "tags": {"dgmd.version": "0.1.0"},
         "source": "s3://bucket/train/images",
         "source_digest": "a" * 64,
@@ -149,6 +150,30 @@ def test_the_last_value_of_each_metric_is_that_of_the_kept_weights(store, saved_
     points = client.get_metric_history(version.run_id, "val_accuracy")
     assert [point.value for point in sorted(points, key=lambda point: point.step)] == [0.6, 0.8, 0.7, 0.8]
     assert client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.8
+
+
+def test_a_long_history_is_logged_whole(store, saved_model, tmp_path, request):
+    name = f"long-{request.node.callspec.id}"
+    history = [dict.fromkeys(("accuracy", "loss", "val_accuracy", "val_loss"), float(epoch)) for epoch in range(400)]
+    version = registry.register(store, name, name, candidate(tmp_path, saved_model, history=history, kept=7))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    for metric in history[0]:
+        points = client.get_metric_history(version.run_id, metric)
+        values = {point.step: point.value for point in points}
+        assert len(points) == 401
+        assert values == {epoch + 1: float(epoch) for epoch in range(400)} | {401: 7.0}
+
+
+def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, saved_model, tmp_path, request):
+    name = f"times-{request.node.callspec.id}"
+    version = registry.register(store, name, name, candidate(tmp_path, saved_model))
+    registry.add_metrics(store, version, {"step_seconds/registered_model": 2.5})
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    run = client.get_run(version.run_id)
+    times = {name: value for name, value in run.data.metrics.items() if name.startswith("step_")}
+    assert times == {"step_seconds/raw": 12.5, "step_share/raw": 1.0, "step_seconds/registered_model": 2.5}
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
 
 
 def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):
