@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 
 # Run the whole pipeline on a small real data set behind a local S3 endpoint.
 demo: .venv/demo
@@ -19,6 +19,10 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Measure every claim about speed against its baseline, and write benchmarks/RESULTS.md. Takes about 40 minutes.
+bench: .venv/test .venv/demo .venv/bench
+	$(BIN)/python -m benchmarks
 
 # Mend style where that can be done by a machine.
 format: .venv/test

@@ -18,6 +18,8 @@ setup(
         "demo": ["moto[server,s3]>=5.2,<6"],
         # TensorFlow for NVIDIA GPUs, Linux; see the README, it takes the place of tensorflow-cpu
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
+        # what benchmarks compare with
+        "bench": ["s5cmd>=0.3,<1", "simplejpeg>=1.9,<2"],
         # tests and linters
         "test": [
             "moto[server,s3]>=5.2,<6",  # a real S3 endpoint in a thread

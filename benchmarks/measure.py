@@ -87,14 +87,19 @@ class Ran(NamedTuple):
 
 def run(*words: object, says: str = "", **variables: object) -> Ran:
     """Run a command, see that it ends well and says `says`."""
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [*map(str, words)]
-    result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        command, check=False, env=environment(**variables), capture_output=True, text=True, cwd=ROOT
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if result.returncode or says not in result.stdout:
         raise SystemExit(f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
     return Ran(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stdout)
+
+
+def environment(**variables: object) -> dict[str, str]:
+    return {**os.environ, **{name: str(value) for name, value in variables.items()}}
 
 
 def variables(**more: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A data set of the first deployment's shape: photograph-like pictures in folders of labels, made on the spot.
 
-Every picture is a piece of one of scikit-learn's two sample photographs: cropped at a random place and angle, bent in
-perspective, tinted, unevenly lit, with a sensor's noise. A label is a region of a photograph with a tint, so there is something to
+Every picture is a piece of one of scikit-learn's two sample photographs: cropped at a random place and angle, bent,
+tinted, unevenly lit, with a sensor's noise. A label is a region of a photograph with a tint, so there is something to
 learn. The same arguments give the same files.
 """
 
@@ -70,7 +70,7 @@ def _picture(label: int, number: int, width: int) -> Image.Image:
 
 
 def _labels(files: int) -> np.ndarray:
-    """Return the label (int [files]) of each picture: 84 to 98 a label where there are as many as in the first bucket."""
+    """Return the label (int [files]) of each picture: 84 to 98 a label of as many as are in the first bucket."""
     shares = 98 - 14 * (np.arange(LABELS) / (LABELS - 1)) ** 2.33
     return np.searchsorted(np.cumsum(shares / shares.sum()), (np.arange(files) + 0.5) / files)
 

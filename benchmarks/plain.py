@@ -1,10 +1,10 @@
 """What `whole_run.py` compares with: the plain script of the usual kind that the pipeline takes the place of.
 
 Serial downloads, copied folders for balance and split, pictures converted one by one in eager TensorFlow, `model.fit`
-of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch or
-a whole training is done and waits for a line on standard input: in the pauses the pipeline has its turn.
+of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch is done
+and waits for a line on standard input: in the pauses the pipeline has its turn.
 
-    python -m benchmarks.plain FOLDER LEARNING_RATE...      one training for each rate, from data fetched once
+    python -m benchmarks.plain FOLDER
 """
 
 import json
@@ -22,7 +22,7 @@ paused = 0.0
 
 def say(**what: object) -> None:
     """Hand over, and do not count the time until it is our turn again."""
-    global paused  # noqa: PLW0603
+    global paused
     print(json.dumps(what), flush=True)
     start = time.monotonic()
     sys.stdin.readline()
@@ -63,7 +63,7 @@ def split(source: Path, training: Path, validation: Path) -> None:
 def convert(source: Path, target: Path) -> None:
     import tensorflow as tf
 
-    paths = [path for path in source.glob("*/*")]
+    paths = list(source.glob("*/*"))
     random.shuffle(paths)
     with tf.io.TFRecordWriter(str(target)) as writer:
         for path in paths:
@@ -116,38 +116,23 @@ def train(folder: Path, learning_rate: float) -> None:
 
 
 def main() -> None:
-    """Do it all; report the seconds of each training with what went before it."""
-    global LABELS  # noqa: PLW0603
-    folder = Path(sys.argv[1])
+    """Do it all, and report the seconds of each part."""
+    global LABELS
+    folder, start, parts = Path(sys.argv[1]), time.monotonic(), {}
     os.chdir(folder)
-    start, steps = time.monotonic(), {}
-    for number, rate in enumerate(sys.argv[2:]):
-        if number == 0:
-            work = [
-                ("download", lambda: download(folder / "raw")),
-                ("balance", lambda: balance(folder / "raw", folder / "balanced")),
-                ("split", lambda: split(folder / "balanced", folder / "training", folder / "validation")),
-                (
-                    "convert",
-                    lambda: [convert(folder / s, folder / f"{s}.tfrecord") for s in ("training", "validation")],
-                ),
-            ]
-            for name, step in work:
-                begun = time.monotonic()
-                step()
-                steps[name] = time.monotonic() - begun
-                LABELS = sorted(path.name for path in (folder / "raw").iterdir())
-        train(folder, float(rate))
-        seconds = time.monotonic() - start - paused
-        say(seconds=seconds, steps=steps)
-        start, steps = time.monotonic() - 0, {}
-        reset_pause()
-
-
-def reset_pause() -> None:
-    """Forget the pauses of the training before."""
-    global paused  # noqa: PLW0603
-    paused = 0.0
+    sides = ("training", "validation")
+    for name, step in {
+        "download": lambda: download(folder / "raw"),
+        "balance": lambda: balance(folder / "raw", folder / "balanced"),
+        "split": lambda: split(folder / "balanced", *(folder / side for side in sides)),
+        "convert": lambda: [convert(folder / side, folder / f"{side}.tfrecord") for side in sides],
+        "train": lambda: train(folder, 0.01),
+    }.items():
+        step()
+        LABELS = sorted(path.name for path in (folder / "raw").iterdir())
+        parts[name] = time.monotonic() - start - paused
+        start = time.monotonic()
+    say(parts=parts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writing TFRecords: against libjpeg-turbo's decode alone, at the scale that docs/design.md allows.
 
-That is the smallest of 1, 1/2, 1/4 and 1/8 that leaves at least twice the size of the stored picture, as many processes,
-the same files. Whatever else writing takes (resizing, encoding, checksums, the disk) has no counterpart.
+That is the smallest of 1, 1/2, 1/4 and 1/8 that leaves at least twice the size of the stored picture, in as many
+processes, of the same files. Whatever else writing takes (resizing, encoding, checksums, the disk) has no counterpart.
 
     python -m benchmarks.writing [--repeats 5]
 """

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FAILURES = 5  # in a row, until it is no longer tried: the first minute of a run without S3 belongs to botocore
 LOOK = 0.5  # seconds between two looks at whether to stop
+PATIENCE = 1.0  # seconds
 SILENCE = 30.0  # seconds without a byte, as for botocore
 
 
@@ -31,7 +32,8 @@ class Transfer:
         """Watch what `client` sends."""
         self._client = client
         self._sent = threading.local()
-        self._lock = threading.Lock()
+        self._lock, self._first = threading.Lock(), threading.Lock()
+        self._known = threading.Event()  # whether it can take over
         self._runtime: Any = None
         self._failures = 0
         client.meta.events.register("before-send.s3.GetObject", self._watch)
@@ -48,6 +50,7 @@ class Transfer:
                 except ValueError as error:
                     log.debug("all objects are fetched by botocore: %s", error)
                     self._failures = FAILURES
+                self._known.set()
 
     def _take_over(self, request: "AWSPreparedRequest", name: str) -> None:
         """Raises ValueError where awscrt would not do what botocore has done."""
@@ -78,7 +81,12 @@ class Transfer:
         )
 
     def fetch(self, key: str, path: Path, stopped: Callable[[], bool]) -> bool:
-        """Write the object to `path` and tell whether that worked; `path` may hold anything where it did not."""
+        """Write the object to `path` and tell whether that worked; `path` may hold anything where it did not.
+
+        The first thread to ask is told no, and the others wait a moment for what botocore shows it.
+        """
+        if not self._known.is_set() and not self._first.acquire(blocking=False):
+            self._known.wait(PATIENCE)
         if self._runtime is None or self._failures >= FAILURES:
             return False
         from awscrt.exceptions import AwsCrtError

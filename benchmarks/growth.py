@@ -1,0 +1,97 @@
+"""From 2,000 to 20,000 pictures: peak memory of a whole run, and what a picture costs in each data stage.
+
+Small pictures (about 25 kB), because what grows faster than it should is made of rows, not of pixels. Memory is what
+all processes of a run hold together (proportional set size), sampled. The cost is wall-clock seconds by the steps' own
+records; a ratio of 1 is linear.
+
+    python -m benchmarks.growth [--repeats 2]
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import endpoint, measure, pictures
+
+FEW, MANY = 2_000, 20_000
+STAGES = ("raw", "inspected", "label_map", "balanced", "split", "tfrecord_training", "features_training")
+LEAST = 0.05  # seconds for MANY pictures: what takes less is not worth a claim
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=2)
+    repeats = parser.parse_args().repeats
+    seconds: dict[int, list[dict[str, float]]] = {FEW: [], MANY: []}
+
+    def run(count: int) -> float:
+        raw = pictures.make(measure.WORK / f"small-{count}", count, pictures.SMALL)
+        with measure.folder() as scratch, endpoint.serving(raw) as url:
+            data = Path(scratch, "data")
+            where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
+            light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
+            peak = peak_of(measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data)))
+            seconds[count].append(
+                {name: json.loads((data / name / "_SUCCESS").read_text())["seconds"] for name in STAGES}
+            )
+        return peak / 2**20
+
+    found = measure.in_turns(repeats, few=lambda: run(FEW), many=lambda: run(MANY))
+    figures = f"{measure.median(found['many'])} / {measure.median(found['few'])} MiB"
+    claims = [
+        measure.Claim(
+            "peak memory, times that of a tenth of the pictures",
+            measure.ratios(found["many"], found["few"]), 1.15, at_least=False, figures=figures,
+        )
+    ]  # fmt: skip
+    for stage in STAGES:
+        many, few = ([run[stage] for run in seconds[count]] for count in (MANY, FEW))
+        if min(many) < LEAST:
+            continue
+        growth = measure.ratios([value / MANY for value in many], [value / FEW for value in few])
+        figures = f"{measure.median(many, ' s')} / {measure.median(few, ' s')}"
+        claims.append(measure.Claim(f"cost of a picture, times linear: {stage}", growth, 1.1, False, figures))
+    measure.show(*claims)
+
+
+def peak_of(environment: dict[str, str]) -> int:
+    """Run the pipeline and return the largest sum, in bytes, of what its processes held at one time."""
+    peak = 0
+    process = subprocess.Popen(
+        [sys.executable, "pipeline.py"], cwd=measure.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        peak = max(peak, sum(map(held, family(process.pid))))
+        time.sleep(0.2)
+    assert process.stdout
+    output = process.stdout.read()
+    if process.returncode or "non-production" not in output:
+        raise SystemExit(f"the pipeline ended with {process.returncode}:\n{output[-2000:]}")
+    return peak
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):
+            children = (path.read_text() for path in Path(f"/proc/{each}/task").glob("*/children"))
+            found += [int(word) for text in children for word in text.split()]
+    return found
+
+
+def held(pid: int) -> int:
+    """Return the proportional set size of a process in bytes; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()
