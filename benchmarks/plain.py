@@ -1,8 +1,8 @@
 """What `whole_run.py` compares with: the plain script of the usual kind that the pipeline takes the place of.
 
 Serial downloads, copied folders for balance and split, pictures converted one by one in eager TensorFlow, `model.fit`
-of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch is done
-and waits for a line on standard input: in the pauses the pipeline has its turn.
+of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch is
+done and waits for a line on standard input: in the pauses the pipeline has its turn.
 
     python -m benchmarks.plain FOLDER
 """
