@@ -400,6 +400,7 @@ class WriteTFRecords(OneSide):
 
     name = "tfrecord"
     verb = "convert"
+    priority = 1  # Luigi's: both sides before the first features, for which the network is still being built
     uses = ("num_shards", "image_width", "image_height")
 
     def requires(self) -> list[Step]:

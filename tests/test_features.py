@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dgmd_pipeline import features, model
+from dgmd_pipeline import features, model, workers
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,13 @@ def test_features_are_read_from_disk_as_they_are_needed(backbone, tmp_path):
     _, _, parts = batches(3, 3)
     list(features.extract(parts, 3, backbone, tmp_path))
     assert isinstance(features.load(tmp_path)[0], np.memmap)
+
+
+def test_features_are_the_same_and_in_the_same_order_whoever_computes_them(backbone, tmp_path):
+    _, _, parts = batches(40, 3)
+    for name, map_ in (("one", map), ("threads", workers.in_threads)):
+        (tmp_path / name).mkdir()
+        assert list(features.extract(parts, 40, backbone, tmp_path / name, map_)) == [3] * 13 + [1]
+    one, threads = (features.load(tmp_path / name) for name in ("one", "threads"))
+    np.testing.assert_array_equal(one[0], threads[0])
+    np.testing.assert_array_equal(one[1], threads[1])

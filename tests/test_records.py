@@ -80,6 +80,12 @@ def test_the_pictures_come_in_batches_of_a_known_shape(rows, raw, tmp_path):
     assert labels.dtype.name == "int64"
 
 
+def test_nothing_tunes_itself_while_the_records_are_read_which_would_hold_up_their_end(rows, raw, tmp_path):
+    folder = written(rows, raw, tmp_path / "records")
+    assert records.read(folder).batch(4).options().autotune.enabled is False
+    assert records.read(folder, 1, 2).batch(4).options().autotune.enabled is False
+
+
 def test_tensorflow_reads_the_records_and_would_write_the_same_bytes(rows, raw, tmp_path):
     import tensorflow as tf
 

@@ -97,3 +97,27 @@ def running(process):
         return "State:\tZ" not in (process / "status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_threads_yield_in_order_and_take_the_pieces_as_they_are_needed():
+    taken = []
+
+    def pieces():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = workers.in_threads(lambda number: -number, pieces())
+    assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
+    assert len(taken) <= 5 + 2 * workers.cores()
+    results.close()
+
+
+def test_what_a_thread_raises_is_raised_where_its_result_is_asked_for():
+    with pytest.raises(ZeroDivisionError):
+        list(workers.in_threads(lambda number: 1 // number, [1, 0, 1]))
+    result = workers.ahead(lambda: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            result()
+    assert workers.ahead(lambda: "done")() == "done"

@@ -1,0 +1,62 @@
+"""Run every benchmark and write RESULTS.md: `make bench`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import measure, pictures
+
+SCRIPTS = ("whole_run", "knowing", "downloading", "inspecting", "writing", "extracting", "reading", "growth")
+LIBRARIES = ("tensorflow-cpu", "keras", "mlflow", "numpy", "pillow", "boto3", "awscrt", "s5cmd", "simplejpeg")
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def main() -> None:
+    """Run them one after the other; exit with 1 where one failed or a claim does not hold."""
+    pictures.make(measure.WORK / "spice")
+    begun = time.monotonic()
+    sections, all_well = [], True
+    for script in sys.argv[1:] or SCRIPTS:
+        print(f"{script} ...", flush=True)
+        with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
+            start = time.monotonic()
+            code = subprocess.run(
+                [sys.executable, "-m", f"benchmarks.{script}"], check=False, cwd=measure.ROOT,
+                env={**os.environ, measure.CLAIMS: file.name},
+            ).returncode  # fmt: skip
+            minutes = (time.monotonic() - start) / 60
+            claims = [measure.Claim(**json.loads(line)) for line in file]
+        all_well = all_well and not code and all(claim.holds for claim in claims)
+        rows = "\n".join([measure.HEAD, *(claim.row() for claim in claims)]) if claims else f"It ended with {code}."
+        sections.append(f"## {script} ({minutes:.0f} min)\n\n{rows}\n")
+        write(sections, (time.monotonic() - begun) / 60)
+    sys.exit(not all_well)
+
+
+def write(sections: list[str], minutes: float) -> None:
+    cpu = next((line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name")), "")
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    RESULTS.write_text(
+        "# What `make bench` measured\n\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes, {len(os.sched_getaffinity(0))} cores of "
+        f"{cpu or platform.machine()}, {platform.system()}, Python {platform.python_version()}, {libraries}.\n\n"
+        "Each ratio is of two things done in turns in the same run; the script of its name says what they are. "
+        "Absolute figures are this machine's at that time.\n\n" + "\n".join(sections),
+        encoding="utf-8",
+    )
+
+
+def cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
