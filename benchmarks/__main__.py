@@ -8,13 +8,24 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks import measure, pictures
 
 SCRIPTS = ("whole_run", "knowing", "downloading", "inspecting", "writing", "extracting", "reading", "growth")
-LIBRARIES = ("tensorflow-cpu", "keras", "mlflow", "numpy", "pillow", "boto3", "awscrt", "s5cmd", "simplejpeg")
+LIBRARIES = (
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
+    "mlflow",
+    "numpy",
+    "pillow",
+    "boto3",
+    "awscrt",
+    "s5cmd",
+    "simplejpeg",
+)
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -42,7 +53,7 @@ def main() -> None:
 
 def write(sections: list[str], minutes: float) -> None:
     cpu = next((line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name")), "")
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    libraries = ", ".join(f"{name} {found}" for name in LIBRARIES if (found := installed(name)))
     RESULTS.write_text(
         "# What `make bench` measured\n\n"
         f"{datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes, {len(os.sched_getaffinity(0))} cores of "
@@ -51,6 +62,13 @@ def write(sections: list[str], minutes: float) -> None:
         "Absolute figures are this machine's at that time.\n\n" + "\n".join(sections),
         encoding="utf-8",
     )
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_info() -> list[str]:

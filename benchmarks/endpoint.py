@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socketserver
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -39,6 +39,10 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that has what it wants may just go
+            self._answer()
+
+    def _answer(self) -> None:
         while words := self.rfile.readline().split():
             headers = {}
             while (line := self.rfile.readline()).strip():

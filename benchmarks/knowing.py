@@ -1,9 +1,9 @@
 """How long a run with nothing to do takes to find that out, and how that grows with the data.
 
 A tiny pipeline is run to its end once. Then its manifests are blown up to N rows, the records of the steps stay as they
-are, and `python pipeline.py` is asked again: CPU time of the whole process, median of interleaved repeats, beside that
-of `import tensorflow` and of an empty Python. Two more columns: the same with N files in a raw/ that was put there by
-hand, which has to be walked, and with REFRESH=true against an endpoint that lists N objects.
+are, and `python pipeline.py` is asked again: CPU time of the whole process beside that of `import tensorflow`. Also
+with N files in a raw/ that was put there by hand, which has to be walked, and with REFRESH=true against an endpoint
+that lists N objects.
 
     python -m benchmarks.knowing [--rows 1000 100000] [--repeats 3]
 """
@@ -138,7 +138,6 @@ def main() -> None:
             blow_up(fetched, rows)
             put_by_hand(own, rows)
             for _ in range(options.repeats):
-                seconds["python"].append(cpu("-c", "pass"))
                 seconds["import tensorflow"].append(cpu("-c", "import tensorflow"))
                 seconds["nothing to do"].append(cpu(PIPELINE, says=NOTHING, **variables, DATA_DIR=fetched))
                 seconds["own raw/"].append(cpu(PIPELINE, says=NOTHING, **variables, DATA_DIR=own))

@@ -596,7 +596,7 @@ def _fetch(
         urllib3.exceptions.HTTPError,
     )
     label = source.path.partition("/")[0]
-    if transfer.fetch(source.key, part, stop.is_set) and part.stat().st_size == source.size:
+    if transfer.fetch(source.key, source.size, part, stop.is_set):
         return _put(source, part, folder)
     for attempt in range(READ_ATTEMPTS):
         if stop.wait(attempt and 0.1 * 4**attempt):

@@ -225,7 +225,7 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     model = candidate.model()
     tags = {**candidate.tags, TRAINING: candidate.training_id}
     with mlflow.start_run(experiment_id=experiment_id, tags=tags) as run:
-        mlflow.log_params(dict(candidate.params))
+        mlflow.log_params(dict(candidate.params), synchronous=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a folder MLflow says that it may be a folder
             source = resolve_dataset_source(candidate.source)
@@ -260,7 +260,7 @@ def _log_metrics(client: "MlflowClient", run_id: str, steps: Iterable[Mapping[st
 
     now = int(time.time() * 1000)
     points = [Metric(name, value, now, step) for step, metrics in enumerate(steps) for name, value in metrics.items()]
-    client.log_batch(run_id, points)
+    client.log_batch(run_id, points, synchronous=True)  # the process ends without waiting for a queue
 
 
 def _signature(classes: int) -> Any:

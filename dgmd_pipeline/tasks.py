@@ -18,7 +18,7 @@ from typing import Any
 import luigi
 
 from dgmd_pipeline import folders, manifest, timing
-from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.progress import progress
 from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
 
@@ -487,7 +487,8 @@ def start_early(job: Job) -> None:
 
     It takes some 10 s of one core: TensorFlow's import, the layers and, where features are extracted, the forward pass.
     """
-    due = {outlook.step for outlook in job.outlooks.values() if outlook.state == "run"}
+    states = ("run", "maybe") if job.listing else ("run",)  # news of the bucket: "maybe" is nearly certain
+    due = {outlook.step for outlook in job.outlooks.values() if outlook.state in states}
     extracted = due & {f"{ExtractFeatures.name}_{side}" for side in SIDES}
     if extracted or TrainModel.name in due:
         _start_network(job, bool(extracted))
@@ -734,7 +735,10 @@ class RegisterModel(Step):
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registry.register(store, experiment, self.settings.model_name, candidate)
         if version.new:
-            registry.add_metrics(store, version, {timing.SECONDS + self.folder: time.monotonic() - start})
+            try:
+                registry.add_metrics(store, version, {timing.SECONDS + self.folder: time.monotonic() - start})
+            except PipelineError as error:  # the version is there; a number is no reason to fail
+                log.warning("how long the registration took is not noted in MLflow: %s", error)
         (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
         return {"name": version.name, "version": version.version, "run": version.run_id, "new": version.new}
 

@@ -1,14 +1,16 @@
 """S3 objects -> files by AWS's Common Runtime (awscrt), in C: a quarter of the CPU time of botocore's `get_object`.
 
-It repeats for other keys a request that botocore has made with success, and answers only whether that worked: what does
-not is left to botocore, which retries longer and whose errors say why. So there is nothing here about addressing,
-regions, redirects or error codes. What the Common Runtime would not do as botocore does it (a proxy) it is not asked.
+It makes for other keys the request that botocore has made with success, and answers only whether that worked: what does
+not is left to botocore, which retries longer and whose errors say why; so are large objects. So there is nothing here
+about addressing, regions, redirects or error codes, and where there is a proxy on the way it does not act at all.
 """
 
+import base64
+import hashlib
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
 from time import monotonic
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FAILURES = 5  # in a row, until it is no longer tried: the first minute of a run without S3 belongs to botocore
+MAX_BYTES = 8_000_000  # of an object: it is held in memory until it is whole
 LOOK = 0.5  # seconds between two looks at whether to stop
 PATIENCE = 1.0  # seconds
-SILENCE = 30.0  # seconds without a byte, as for botocore
+SILENCE, SLOW = 30.0, 10_000  # seconds, and bytes a second, that an object may take: bytes are not seen as they come
 
 
 class Transfer:
@@ -47,7 +50,7 @@ class Transfer:
             if self._runtime is None and self._failures < FAILURES:
                 try:
                     self._take_over(self._sent.request, _quoted(key))
-                except ValueError as error:
+                except (ValueError, OSError, RuntimeError, ImportError) as error:
                     log.debug("all objects are fetched by botocore: %s", error)
                     self._failures = FAILURES
                 self._known.set()
@@ -59,17 +62,16 @@ class Transfer:
         from botocore.utils import get_environ_proxies
         from s3transfer.crt import BotocoreCRTCredentialsWrapper, create_s3_crt_client
 
-        url = str(request.url)
+        url, parts = str(request.url), urlsplit(str(request.url))
         if not url.endswith(f"/{name}"):
             raise ValueError("the address does not end with the key")
-        if get_environ_proxies(url) or self._client.meta.config.proxies:
+        if parts.scheme in (get_environ_proxies(url) | (self._client.meta.config.proxies or {})):
             raise ValueError("there is a proxy on the way")
         signature = request.headers.get("Authorization", b"")
         signature = signature.decode() if isinstance(signature, bytes) else signature
         scope = signature.partition("Credential=")[2].partition(",")[0].split("/")
         if signature and (not signature.startswith("AWS4-HMAC-SHA256") or scope[-2:] != ["s3", "aws4_request"]):
             raise ValueError("requests are signed in another way")
-        parts = urlsplit(url)
         self._host, self._path = parts.netloc, parts.path.removesuffix(name)
         # As boto3 hands a client's credentials to awscrt: they may be renewed during a long run.
         credentials = BotocoreCRTCredentialsWrapper(self._client._get_credentials())
@@ -80,40 +82,67 @@ class Transfer:
             verify=Session().get_config_variable("ca_bundle") or get_cert_path(True),
         )
 
-    def fetch(self, key: str, path: Path, stopped: Callable[[], bool]) -> bool:
-        """Write the object to `path` and tell whether that worked; `path` may hold anything where it did not.
+    def fetch(self, key: str, size: int, path: Path, stopped: Callable[[], bool]) -> bool:
+        """Write an object of `size` bytes to `path` and tell whether that worked; if not, `path` may hold anything.
 
         The first thread to ask is told no, and the others wait a moment for what botocore shows it.
         """
         if not self._known.is_set() and not self._first.acquire(blocking=False):
             self._known.wait(PATIENCE)
-        if self._runtime is None or self._failures >= FAILURES:
+        if self._runtime is None or self._failures >= FAILURES or not 0 < size <= MAX_BYTES:
             return False
         from awscrt.exceptions import AwsCrtError
+
+        deadline = monotonic() + SILENCE + size / SLOW
+        headers: dict[str, str] = {}
+        try:
+            request = self._request(key, path, headers)
+            while True:
+                try:
+                    request.finished_future.result(LOOK)
+                    break
+                except NotYet:
+                    if stopped() or monotonic() > deadline:
+                        request.cancel()
+                        deadline = math.inf  # until it has let go of the file
+            if path.stat().st_size != size or not _is_intact(path, headers):
+                raise ValueError("something else came")
+        except (AwsCrtError, OSError, ValueError, RuntimeError) as error:  # awscrt raises Python's own, too
+            log.debug("awscrt did not fetch %s: %s", key, error)
+            self._failures += 1
+            return False
+        self._failures = 0
+        return True
+
+    def _request(self, key: str, path: Path, received: dict[str, str]) -> Any:
         from awscrt.http import HttpHeaders, HttpRequest
         from awscrt.s3 import S3RequestType
 
-        heard = [monotonic()]
-        request = self._runtime.make_request(
+        headers = HttpHeaders([("host", self._host), ("x-amz-checksum-mode", "ENABLED")])
+        return self._runtime.make_request(
             type=S3RequestType.DEFAULT,  # a plain GET; GET_OBJECT asks for ranges, and 0.38.0 crashed on empty objects
             operation_name="GetObject",
-            request=HttpRequest("GET", self._path + _quoted(key), HttpHeaders([("host", self._host)])),
+            request=HttpRequest("GET", self._path + _quoted(key), headers),
             recv_filepath=str(path),
-            on_progress=lambda progress, **_: heard.__setitem__(0, monotonic()),  # noqa: ARG005
+            on_headers=lambda headers, **_: received.update((name.lower(), value) for name, value in headers),
         )
-        while True:
-            try:
-                request.finished_future.result(LOOK)
-                self._failures = 0
-                return True
-            except NotYet:
-                if stopped() or monotonic() - heard[0] > SILENCE:
-                    request.cancel()
-                    heard[0] = math.inf  # until it has let go of the file
-            except AwsCrtError as error:
-                log.debug("awscrt did not fetch %s: %s", key, error)
-                self._failures += 1
-                return False
+
+
+def _is_intact(path: Path, headers: Mapping[str, str]) -> bool:
+    """Compare a file with the checksum that came with it, if one did, as botocore does."""
+    from awscrt import checksums
+
+    functions: dict[str, Callable[[bytes], bytes]] = {
+        "crc32": lambda content: checksums.crc32(content).to_bytes(4, "big"),
+        "crc32c": lambda content: checksums.crc32c(content).to_bytes(4, "big"),
+        "crc64nvme": lambda content: checksums.crc64nvme(content).to_bytes(8, "big"),
+        "sha256": lambda content: hashlib.sha256(content).digest(),
+    }
+    for name, function in functions.items():
+        stated = headers.get(f"x-amz-checksum-{name}", "-")
+        if "-" not in stated:  # with a number of parts behind it, it is one of checksums
+            return base64.b64decode(stated) == function(path.read_bytes())
+    return True
 
 
 def _quoted(key: str) -> str:

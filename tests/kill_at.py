@@ -25,6 +25,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +83,13 @@ def watch_requests() -> None:
     connection.putrequest, connection.getresponse = putrequest, getresponse
 
 
+def watch_transfers() -> None:
+    """Requests that are sent in C; where it does not work, botocore's own follows."""
+    from dgmd_pipeline.transfer import Transfer
+
+    watch(Transfer, "fetch", lambda _, key, *__: f"GET {quote(key)}")
+
+
 # Worker processes import pipeline.py again, not this file: `runpy` has put it in the place of the main module.
 if __name__ == "__main__":
     MOMENT = sys.argv.pop(1)
@@ -93,4 +101,5 @@ if __name__ == "__main__":
     watch(logging.Logger, "handle", lambda _, record: f"say {record.getMessage()}")
     watch_requests()
     sys.path[0], sys.argv[0] = str(ROOT), str(ROOT / "pipeline.py")
+    watch_transfers()
     runpy.run_path(sys.argv[0], run_name="__main__")

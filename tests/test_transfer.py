@@ -1,3 +1,4 @@
+import http.server
 import threading
 
 import pytest
@@ -33,7 +34,7 @@ def test_botocore_shows_the_way_and_the_others_follow_without_it(asked, bucket, 
 
     client, keys = asked
     contents = {f"jar 1/{number} + ü~(&).png": b"%d" % number for number in range(60)}
-    contents |= {"jar 1/empty": b"", "large": bytes(range(256)) * 80_000}  # 20 MB come in parts
+    contents |= {"jar 1/empty": b"", "large": bytes(range(256)) * 40_000}
     name, objects = fill(bucket, contents)
     assert set(download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
     assert read(tmp_path / "raw") == contents
@@ -52,16 +53,29 @@ def test_where_there_is_a_proxy_all_is_left_to_botocore(asked, bucket, tmp_path,
     assert len(keys) == 12
 
 
-def test_an_anonymous_request_stays_anonymous(bucket, tmp_path, monkeypatch, s3_endpoint):
+@pytest.mark.parametrize("keys", [{}, {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "x"}])
+def test_requests_are_signed_only_where_botocore_signs_them(server, tmp_path, monkeypatch, keys):
     from dgmd_pipeline.bucket import connect, download
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    name, objects = fill(bucket, {f"a/{number}": b"abc" for number in range(12)})
-    bucket[1].put_bucket_acl(Bucket=name, ACL="public-read")
-    for number in range(12):
-        bucket[1].put_object_acl(Bucket=name, Key=f"p/a/{number}", ACL="public-read")
-    done = list(download(connect(), name, objects, tmp_path / "raw", threads=1))
-    assert set(done) == set(objects)
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(12)]
+    assert set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
+    own = [headers for headers in server.seen if "Boto3" not in headers["User-Agent"]]
+    assert len(own) == 11
+    assert all(("Authorization" in headers) == bool(keys) for headers in server.seen)
+
+
+def test_what_is_not_what_its_checksum_says_is_left_to_botocore(server, tmp_path):
+    from dgmd_pipeline.bucket import connect, download
+
+    server.checksum = "NSRBwg=="  # CRC-32 of abc
+    objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(4)]
+    server.damaged = {"/pictures/a/2"}
+    done = set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1))
+    assert done == set(objects)
+    assert read(tmp_path / "raw") == {f"a/{number}": b"abc" for number in range(4)}
+    assert ["Boto3" in headers["User-Agent"] for headers in server.seen] == [True, False, False, True, False]
 
 
 def test_what_it_cannot_fetch_is_left_to_botocore_and_after_a_while_everything(asked, bucket, tmp_path):
@@ -70,52 +84,57 @@ def test_what_it_cannot_fetch_is_left_to_botocore_and_after_a_while_everything(a
     client, _ = asked
     name, _ = fill(bucket, {"a/1": b"abc"})
     transfer = Transfer(client)
-    assert not transfer.fetch("p/a/1", tmp_path / "part", lambda: False)  # it has not been shown yet
+    assert not transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)  # it has not been shown yet
     client.get_object(Bucket=name, Key="p/a/1")["Body"].read()
     transfer.learn("p/a/1")
     for _ in range(FAILURES - 1):
-        assert not transfer.fetch("p/a/gone", tmp_path / "part", lambda: False)
-    assert transfer.fetch("p/a/1", tmp_path / "part", lambda: False)
+        assert not transfer.fetch("p/a/gone", 3, tmp_path / "part", lambda: False)
+    assert transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)
     assert (tmp_path / "part").read_bytes() == b"abc"
     for _ in range(FAILURES):
-        assert not transfer.fetch("p/a/gone", tmp_path / "part", lambda: False)
-    assert not transfer.fetch("p/a/1", tmp_path / "part", lambda: False)
+        assert not transfer.fetch("p/a/gone", 3, tmp_path / "part", lambda: False)
+    assert not transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)
 
 
-def test_a_transfer_that_is_stopped_lets_go(s3_that_is_silent, monkeypatch, tmp_path):
+def test_a_transfer_that_is_stopped_lets_go(server, tmp_path):
     from dgmd_pipeline.transfer import Transfer
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_that_is_silent)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     client = bucket.connect()
     transfer = Transfer(client)
-    client.get_object(Bucket="b", Key="first")["Body"].read()
+    client.get_object(Bucket="pictures", Key="first")["Body"].read()
     transfer.learn("first")
-    stop = threading.Event()
-    threading.Timer(0.2, stop.set).start()
-    assert not transfer.fetch("silent", tmp_path / "part", stop.is_set)
+    assert transfer.fetch("first", 3, tmp_path / "part", lambda: False)
+    assert not transfer.fetch("silent", 3, tmp_path / "part", lambda: len(server.seen) > 2)
+    assert len(server.seen) == 3
 
 
 @pytest.fixture
-def s3_that_is_silent():
-    import http.server
+def server(monkeypatch):
+    """An endpoint where every object is `abc`, which notes the headers of requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self):
+            server.seen.append(self.headers)
             if self.path.endswith("silent"):
-                silence.wait(30)
+                server.silence.wait(30)
             self.send_response(200)
             self.send_header("Content-Length", "3")
+            if server.checksum:
+                self.send_header("x-amz-checksum-crc32", server.checksum)
             self.end_headers()
-            self.wfile.write(b"abc")
+            self.wfile.write(b"abd" if self.path in server.damaged else b"abc")
+            server.damaged.discard(self.path)
 
         def log_message(self, *_):
             pass
 
-    silence = threading.Event()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.damaged, server.checksum, server.silence = [], set(), None, threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    silence.set()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield server
+    server.silence.set()
     server.shutdown()
