@@ -6,7 +6,6 @@ client's process without its imports: s5cmd's whole one, which has none.
     python -m benchmarks.downloading [--repeats 5]
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -57,9 +56,7 @@ def download_file(folder: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = pictures.make(measure.WORK / "spice")
     s5cmd = Path(sys.executable).with_name("s5cmd")
     with measure.folder() as scratch, endpoint.serving(raw) as url:

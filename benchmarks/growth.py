@@ -8,7 +8,6 @@ records, without what a step takes for the first 200 pictures (processes start, 
     python -m benchmarks.growth [--repeats 2]
 """
 
-import argparse
 import contextlib
 import json
 import subprocess
@@ -24,9 +23,7 @@ CLEAR = 0.1  # seconds that FEW pictures take more than LEAST: with less, the cl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=2)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=2).repeats
     seconds: dict[int, list[dict[str, float]]] = {LEAST: [], FEW: [], MANY: []}
 
     def run(count: int) -> float:

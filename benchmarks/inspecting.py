@@ -3,10 +3,8 @@
 python -m benchmarks.inspecting [--repeats 5]
 """
 
-import argparse
 import hashlib
 import io
-import time
 from pathlib import Path
 
 from PIL import Image
@@ -14,59 +12,41 @@ from PIL import Image
 from benchmarks import measure, pictures
 from dgmd_pipeline import images, workers
 
-PIECE = images.PIECE
+WAYS = (("jpeg", "SHA-256 and simplejpeg's decode", 0.8), ("png", "SHA-256 and Pillow's decode", None))
 
 
-def bare_jpeg(paths: list[Path]) -> int:
+def bare(paths: list[Path]) -> int:
     import simplejpeg
 
     for path in paths:
         data = path.read_bytes()
         hashlib.sha256(data).hexdigest()
-        simplejpeg.decode_jpeg(data, min_height=64, min_width=64)
-    return len(paths)
-
-
-def bare_png(paths: list[Path]) -> int:
-    for path in paths:
-        data = path.read_bytes()
-        hashlib.sha256(data).hexdigest()
-        Image.open(io.BytesIO(data)).load()
+        if path.suffix == ".jpeg":
+            simplejpeg.decode_jpeg(data, min_height=64, min_width=64)
+        else:
+            Image.open(io.BytesIO(data)).load()
     return len(paths)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = pictures.make(measure.WORK / "spice")
     pool = workers.Pool()
     claims = []
     with measure.folder() as scratch:
-        for suffix, bare, goal, against in (
-            ("jpeg", bare_jpeg, 0.8, "SHA-256 and simplejpeg's decode"),
-            ("png", bare_png, None, "SHA-256 and Pillow's decode"),
-        ):
+        for suffix, of, goal in WAYS:
             files = [file for file in images.find(raw) if file.path.endswith(suffix)]
-            paths = [raw / file.path for file in files]
-            pieces = [paths[start : start + PIECE] for start in range(0, len(paths), PIECE)]
+            pieces = pictures.pieces(raw, files, images.PIECE)
 
-            def ours(files: list = files) -> float:
-                start = time.perf_counter()
-                usable, rejected = images.inspect(files, raw, Path(scratch), pool.map)
-                assert len(usable) == len(files) and not rejected
-                return len(files) / (time.perf_counter() - start)
+            def ours(files: list = files) -> int:
+                usable, _ = images.inspect(files, raw, Path(scratch), pool.map)
+                return len(usable)
 
-            def theirs(bare=bare, pieces: list = pieces, count: int = len(files)) -> float:
-                start = time.perf_counter()
-                assert sum(pool.map(bare, pieces)) == count
-                return count / (time.perf_counter() - start)
+            def theirs(pieces: list = pieces) -> int:
+                return sum(pool.map(bare, pieces))
 
-            ours(), theirs()  # processes start, files come into memory
-            found = measure.in_turns(repeats, ours=ours, theirs=theirs)
-            figures = f"{measure.median(found['ours'])} images/s / {measure.median(found['theirs'])} of {against}"
-            speed = measure.ratios(found["ours"], found["theirs"])
-            claims.append(measure.Claim(f"inspect, {suffix.upper()}", speed, goal, figures=figures))
+            what = f"inspect, {suffix.upper()}"
+            claims.append(measure.images_per_second(what, goal, len(files), ours, theirs, of, repeats))
     pool.close()
     measure.show(*claims)
 

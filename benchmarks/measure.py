@@ -1,5 +1,6 @@
 """Two ways to do the same, timed in turns -> claims: ratios with their spread, held against what was promised."""
 
+import argparse
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -46,6 +48,14 @@ HEAD = (
 )
 
 
+def arguments(doc: str | None, **numbers: int) -> argparse.Namespace:
+    """Read a script's command line: `--<name>` for each of its numbers, which are the defaults."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
 def in_turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
     """Call each way `repeats` times, one after the other, forwards and backwards in turn; return what they returned."""
     found: dict[str, list[float]] = {name: [] for name in ways}
@@ -54,6 +64,28 @@ def in_turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]
             found[name].append(ways[name]())
             print(f"  {number + 1}/{repeats} {name}: {found[name][-1]:.4g}", file=sys.stderr, flush=True)
     return found
+
+
+def images_per_second(
+    what: str,
+    goal: float | None,
+    images: int,
+    ours: Callable[[], int],
+    theirs: Callable[[], int],
+    of: str,
+    repeats: int,
+) -> Claim:
+    """Time two ways to work on the same images, after once unmeasured; each returns how many it did."""
+
+    def speed(way: Callable[[], int]) -> float:
+        start = time.perf_counter()
+        assert way() == images
+        return images / (time.perf_counter() - start)
+
+    ours(), theirs()  # processes start, files come into memory
+    found = in_turns(repeats, ours=lambda: speed(ours), theirs=lambda: speed(theirs))
+    figures = f"{median(found['ours'])} images/s / {median(found['theirs'])} of {of}"
+    return Claim(what, ratios(found["ours"], found["theirs"]), goal, figures=figures)
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ learn. The same arguments give the same files.
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dgmd_pipeline import images, workers
+from dgmd_pipeline.manifest import RawFile
 
 LABELS = 24
 FILES = 2_251  # in the first deployment's bucket
@@ -99,8 +101,8 @@ def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
         return folder
     print(f"making {files:,} pictures in {folder} ...", flush=True)
     pool = workers.Pool()
-    pieces = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
-    assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), pieces)) == files
+    numbers = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
+    assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), numbers)) == files
     usable, rejected = images.inspect(images.find(folder), folder, folder, pool.map)
     pool.close()
     by_group = sorted(usable, key=lambda image: image.group)
@@ -111,6 +113,12 @@ def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
         )
     (folder / MADE).touch()
     return folder
+
+
+def pieces(folder: Path, files: Sequence[RawFile], size: int) -> list[list[Path]]:
+    """Return the paths of files in pieces, as they are handed to processes."""
+    paths = [folder / file.path for file in files]
+    return [paths[start : start + size] for start in range(0, len(paths), size)]
 
 
 def main() -> None:

@@ -6,9 +6,7 @@ not shuffle.
     python -m benchmarks.reading [--repeats 7]
 """
 
-import argparse
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,9 +32,7 @@ def encoded(folder: Path) -> list[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=7).repeats
     raw = pictures.make(measure.WORK / "spice")
     import simplejpeg
     import tensorflow as tf
@@ -47,28 +43,17 @@ def main() -> None:
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), pictures.FILES)
 
-        def ours() -> float:
-            start = time.perf_counter()
-            done = 0
-            for epoch in range(ROUNDS):
-                for x, _ in records.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE):
-                    done += len(x)
-            assert done == ROUNDS * pictures.FILES
-            return done / (time.perf_counter() - start)
+        def ours() -> int:
+            epochs = (records.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE) for epoch in range(ROUNDS))
+            return sum(len(x) for epoch in epochs for x, _ in epoch)
 
-        def theirs() -> float:
-            start = time.perf_counter()
-            done = 0
-            for _ in range(ROUNDS):
-                done += sum(1 for _ in threads.map(simplejpeg.decode_jpeg, encoded(source)))
-            assert done == ROUNDS * pictures.FILES
-            return done / (time.perf_counter() - start)
+        def theirs() -> int:
+            rounds = (threads.map(simplejpeg.decode_jpeg, encoded(source)) for _ in range(ROUNDS))
+            return sum(1 for pictures in rounds for _ in pictures)
 
-        ours(), theirs()
-        found = measure.in_turns(repeats, ours=ours, theirs=theirs)
-    figures = f"{measure.median(found['ours'])} images/s / {measure.median(found['theirs'])} of reading and decoding"
-    speed = measure.ratios(found["ours"], found["theirs"])
-    measure.show(measure.Claim("records to batches", speed, 0.8, figures=figures))
+        images = ROUNDS * pictures.FILES
+        of = "reading and decoding"
+        measure.show(measure.images_per_second("records to batches", 0.8, images, ours, theirs, of, repeats))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ again is its training: the same work once more, and it is not charged for starti
     python -m benchmarks.whole_run [--repeats 3]
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -24,9 +23,7 @@ REGISTERED = "non-production"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=3).repeats
     raw = pictures.make(measure.WORK / "spice")
     turns = {EPOCHS * (2 * turn + 1) // (2 * repeats) for turn in range(repeats)}
     with measure.folder() as scratch, endpoint.serving(raw) as url:

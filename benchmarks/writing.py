@@ -6,10 +6,8 @@ processes, of the same files. Whatever else writing takes (resizing, encoding, c
     python -m benchmarks.writing [--repeats 5]
 """
 
-import argparse
 import io
-import shutil
-import time
+import tempfile
 from collections.abc import Iterable
 from hashlib import sha256
 from itertools import islice
@@ -22,22 +20,20 @@ from dgmd_pipeline import images, records, workers
 from dgmd_pipeline.manifest import Example, RawFile
 
 WIDTH, HEIGHT = 256, 192
+WAYS = (("jpeg", "simplejpeg's decode", 0.7), ("png", "Pillow's decode", None))
 
 
-def bare_jpeg(paths: list[Path]) -> int:
+def bare(paths: list[Path]) -> int:
     import simplejpeg
 
     for path in paths:
         data = path.read_bytes()
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        factor = max(f for f in (1, 2, 4, 8) if f == 1 or (width >= 2 * WIDTH * f and height >= 2 * HEIGHT * f))
-        simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
-    return len(paths)
-
-
-def bare_png(paths: list[Path]) -> int:
-    for path in paths:
-        Image.open(io.BytesIO(path.read_bytes())).load()
+        if path.suffix == ".jpeg":
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            factor = max(f for f in (1, 2, 4, 8) if f == 1 or (width >= 2 * WIDTH * f and height >= 2 * HEIGHT * f))
+            simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
+        else:
+            Image.open(io.BytesIO(data)).load()
     return len(paths)
 
 
@@ -56,43 +52,24 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = pictures.make(measure.WORK / "spice")
     pool = workers.Pool()
     claims = []
     with measure.folder() as scratch:
-        for suffix, bare, goal, against in (
-            ("jpeg", bare_jpeg, 0.7, "simplejpeg's decode"),
-            ("png", bare_png, None, "Pillow's decode"),
-        ):
+        for suffix, of, goal in WAYS:
             files = [file for file in images.find(raw) if file.path.endswith(suffix)]
-            rows = rows_of(files)
-            paths = [raw / file.path for file in files]
-            pieces = [
-                paths[start : start + records.PIECE_IMAGES] for start in range(0, len(paths), records.PIECE_IMAGES)
-            ]
+            rows, pieces = rows_of(files), pictures.pieces(raw, files, records.PIECE_IMAGES)
 
-            def ours(rows: list = rows) -> float:
-                folder = Path(scratch, "records")
-                folder.mkdir()
-                start = time.perf_counter()
-                assert records.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, pool.map)["images"] == len(rows)
-                seconds = time.perf_counter() - start
-                shutil.rmtree(folder)
-                return len(rows) / seconds
+            def ours(rows: list = rows) -> int:
+                folder = Path(tempfile.mkdtemp(dir=scratch))
+                return records.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, pool.map)["images"]
 
-            def theirs(bare=bare, pieces: list = pieces, count: int = len(files)) -> float:
-                start = time.perf_counter()
-                assert sum(pool.map(bare, pieces)) == count
-                return count / (time.perf_counter() - start)
+            def theirs(pieces: list = pieces) -> int:
+                return sum(pool.map(bare, pieces))
 
-            ours(), theirs()  # processes start, files come into memory
-            found = measure.in_turns(repeats, ours=ours, theirs=theirs)
-            figures = f"{measure.median(found['ours'])} images/s / {measure.median(found['theirs'])} of {against}"
-            speed = measure.ratios(found["ours"], found["theirs"])
-            claims.append(measure.Claim(f"write TFRecords, {suffix.upper()}", speed, goal, figures=figures))
+            what = f"write TFRecords, {suffix.upper()}"
+            claims.append(measure.images_per_second(what, goal, len(files), ours, theirs, of, repeats))
     pool.close()
     measure.show(*claims)
 
