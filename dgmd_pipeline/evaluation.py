@@ -2,9 +2,9 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,62 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 METRICS = "metrics.json"
-PER_CLASS = "per_class.csv"
-CONFUSION = "confusion_matrix.csv"
 PREDICTIONS = "predictions.npz"
+BINS = 15  # of confidence, equally wide
+SHOWN = 24  # mistakes of each kind
+MOST_WRONG, MOST_CONFIDENT = "most wrong", "most confident"
+
+
+class Class(NamedTuple):
+    """How good the model is on the images of a label, and where it names that label. Shares are 0 to 1."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    images: int  # at least 1
+
+
+class Pair(NamedTuple):
+    """A label that is taken for another."""
+
+    label: str  # the true one
+    predicted: str
+    images: int  # at least 1
+    share: float  # of the true label's images, 0 to 1
+
+
+class Bin(NamedTuple):
+    """The images whose highest probability is above `low` and at most `high`."""
+
+    low: float
+    high: float
+    images: int  # at least 1
+    confidence: float  # their mean highest probability
+    accuracy: float  # the share that is right
+
+
+class Mistake(NamedTuple):
+    """An image for which the wrong label has the highest probability."""
+
+    kind: str  # MOST_WRONG or MOST_CONFIDENT
+    key: str  # below raw/
+    label: str  # the true one
+    predicted: str
+    probability: float  # of the predicted label
+    true_probability: float
+    position: int  # among the validation images, from 0
+
+
+class Measurements(NamedTuple):
+    """What there is to know of a model's answers on the validation side."""
+
+    overall: dict[str, float]  # what metrics.json holds
+    classes: list[Class]  # in the order of the class indexes; none for a label without images
+    matrix: np.ndarray  # int64 [classes, classes], the true label in the row and the predicted one in the column
+    pairs: list[Pair]  # most images first
+    bins: list[Bin]  # from low to high; none that is empty
+    mistakes: list[Mistake]  # up to SHOWN of each kind, the worst first; an image may be of both kinds
 
 
 def predict(network: "keras.Model", pictures: "tf.data.Dataset", batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -35,14 +88,46 @@ def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024
     return np.concatenate([head.predict_on_batch(np.asarray(features[start : start + batch])) for start in starts])
 
 
-def evaluate(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], folder: Path) -> dict[str, float]:
-    """Write the measurements into `folder` and return the overall ones.
+def evaluate(
+    probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str], folder: Path
+) -> dict[str, float]:
+    """Write what `measure` finds into `folder` and return the overall measurements.
 
-    `probabilities` is float [n, classes], `truth` int [n] of class indexes, `labels` the name of each index.
-    `metrics.json` holds accuracy, the unweighted means of precision, recall and F1 over the classes that occur, log
-    loss (nats) and the number of images; `per_class.csv` those of each class; `confusion_matrix.csv` counts with the
-    true label in the row and the predicted one in the column; `predictions.npz` the two arrays.
-    A label without validation images has no row of its own, and counts only where it was predicted.
+    `metrics.json` holds these; the CSV files are for people. `predictions.npz` holds what everything can be measured
+    from again, see `load`: probabilities (float32), truth (int64) and keys (fixed-width Unicode).
+    """
+    found = measure(probabilities, truth, labels, keys)
+    (folder / METRICS).write_text(json.dumps(found.overall, indent=1) + "\n", encoding="utf-8")
+    _table(folder / "per_class.csv", Class._fields, found.classes)
+    header = ["true label", *labels]
+    _table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
+    _table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
+    _table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
+    _table(folder / "calibration.csv", Bin._fields, found.bins)
+    columns = ["kind", "key", "true label", "predicted label", "probability", "probability of the true label"]
+    _table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
+    np.savez_compressed(
+        folder / PREDICTIONS,
+        probabilities=probabilities.astype(np.float32),
+        truth=truth.astype(np.int64),
+        keys=np.array(keys, dtype=np.str_),
+    )
+    return found.overall
+
+
+def load(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the probabilities (float32 [n, classes]), the truth (int64 [n]) and the keys that `evaluate` wrote."""
+    with np.load(folder / PREDICTIONS, allow_pickle=False) as kept:
+        return kept["probabilities"], kept["truth"], kept["keys"].tolist()
+
+
+def measure(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str]) -> Measurements:
+    """Measure the answers `probabilities` (float [n, classes]) to images whose class indexes are `truth` (int [n]).
+
+    `labels` has the name of each index, `keys` the path below raw/ of each image. Overall are: accuracy; the unweighted
+    means of precision, recall and F1 over the classes that occur (of recall that is the balanced accuracy); the share
+    of images whose label is among the three most probable; log loss (nats); expected calibration error; images.
+    A label without images has no row of its own, and counts only where it was predicted.
     """
     from sklearn import metrics
 
@@ -51,29 +136,94 @@ def evaluate(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str]
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         truth, predicted, labels=occurring, zero_division=0
     )
+    matrix = metrics.confusion_matrix(truth, predicted, labels=np.arange(len(labels)))
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :3]  # of equal ones the first, as argmax does
+    bins = _bins(probabilities.max(axis=1), predicted == truth)
     overall = {
-        "accuracy": float(metrics.accuracy_score(truth, predicted)),
+        "accuracy": float((predicted == truth).mean()),
+        "balanced_accuracy": float(recall.mean()),
+        "top_3_accuracy": float((best == truth[:, None]).any(axis=1).mean()),
         "precision": float(precision.mean()),
         "recall": float(recall.mean()),
         "f1": float(f1.mean()),
         "log_loss": float(metrics.log_loss(truth, probabilities, labels=np.arange(len(labels)))),
+        "expected_calibration_error": sum(row.images * abs(row.confidence - row.accuracy) for row in bins) / len(truth),
         "images": len(truth),
     }
-    (folder / METRICS).write_text(json.dumps(overall, indent=1) + "\n", encoding="utf-8")
-    rows = zip((labels[index] for index in occurring), precision, recall, f1, support, strict=True)
-    _table(folder / PER_CLASS, ["label", "precision", "recall", "f1", "images"], rows)
-    matrix = metrics.confusion_matrix(truth, predicted, labels=np.arange(len(labels)))
-    _table(
-        folder / CONFUSION,
-        ["true label", *labels],
-        ([labels[index], *counts] for index, counts in enumerate(matrix.tolist())),
+    names = [labels[index] for index in occurring]
+    columns = (values.tolist() for values in (precision, recall, f1, support))
+    return Measurements(
+        overall,
+        [Class(*row) for row in zip(names, *columns, strict=True)],
+        matrix,
+        _pairs(matrix, labels),
+        bins,
+        _mistakes(probabilities, truth, labels, keys),
     )
-    np.savez_compressed(folder / PREDICTIONS, probabilities=probabilities.astype(np.float32), truth=truth)
-    return overall
 
 
-def _table(path: Path, header: Sequence[str], rows: object) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+def shares(matrix: np.ndarray) -> np.ndarray:
+    """Return a confusion matrix (int [k, k]) as float64 with rows that sum to 1; a row of nothing stays 0."""
+    return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
+    """Sort the images by confidence into BINS of equal width, for the expected calibration error.
+
+    That is the mean distance between confidence and accuracy, weighted by images: Guo, Pleiss, Sun and Weinberger,
+    "On Calibration of Modern Neural Networks", ICML 2017, equations 2 and 3; 15 bins as there.
+    """
+    number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return [
+        Bin(
+            index / BINS,
+            (index + 1) / BINS,
+            int(inside.sum()),
+            *map(float, (confidence[inside].mean(), right[inside].mean())),
+        )
+        for index in range(BINS)
+        if (inside := number == index).any()
+    ]
+
+
+def _pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[Pair]:
+    share = shares(matrix)
+    off = matrix - np.diag(np.diag(matrix))
+    found = [
+        Pair(labels[true], labels[predicted], int(off[true, predicted]), float(share[true, predicted]))
+        for true, predicted in np.argwhere(off)
+    ]
+    return sorted(found, key=lambda pair: (-pair.images, -pair.share, pair.label, pair.predicted))
+
+
+def _mistakes(
+    probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str]
+) -> list[Mistake]:
+    predicted = probabilities.argmax(axis=1)
+    of_true, highest = probabilities[np.arange(len(truth)), truth], probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != truth)
+    return [
+        Mistake(
+            kind, keys[at], labels[truth[at]], labels[predicted[at]], float(highest[at]), float(of_true[at]), int(at)
+        )
+        for kind, badness in ((MOST_WRONG, of_true), (MOST_CONFIDENT, -highest))
+        for at in wrong[np.argsort(badness[wrong], kind="stable")][:SHOWN]
+    ]
+
+
+def _named(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[object]]:
+    return ([label, *row] for label, row in zip(labels, rows.tolist(), strict=True))
+
+
+def _table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)  # type: ignore[arg-type]
+        writer.writerows([_cell(value) for value in row] for row in (header, *rows))
+
+
+def _cell(value: object) -> object:
+    """Keep spreadsheets from taking a label or a file name for a formula.
+
+    Source: owasp.org/www-community/attacks/CSV_Injection.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -666,7 +666,9 @@ class EvaluateModel(Step):
             probabilities = evaluation.predict_head(network, vectors)
         else:
             probabilities, truth = evaluation.predict(network, records.read(validation.path))
-        return evaluation.evaluate(probabilities, truth, labels.read_mapping(label_map.path / "mapping.json"), draft)
+        names = labels.read_mapping(label_map.path / "mapping.json")
+        keys = records.keys(WriteTFRecords(job=self.job, side="validation").path)
+        return evaluation.evaluate(probabilities, truth, names, keys, draft)
 
     def summary(self, counts: dict[str, Any]) -> str:
         return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
