@@ -11,6 +11,7 @@ setup(
     version="0.1.0",
     description="A bucket of labelled pictures becomes an image classifier in an MLflow model registry",
     packages=["dgmd_pipeline"],
+    package_data={"dgmd_pipeline": ["*.jinja"]},
     python_requires=">=3.11,<3.14",  # NumPy 2.4 begins at the one, TensorFlow 2.21 ends before the other
     install_requires=[line for line in requirements if line and not line.startswith("#")],
     extras_require={

@@ -3,7 +3,7 @@
 The way of one image: an object in the bucket is downloaded (`bucket`), inspected (`images`), its label gets a class
 index (`labels`), large classes are cut down (`balance`), it goes to training or validation (`split`), becomes a
 TFRecord (`records`) and, through the frozen backbone, a feature vector (`features`); of all of them a model is trained
-(`training`), measured (`evaluation`) and registered (`registry`).
+(`training`), measured (`evaluation`, `report`) and registered (`registry`).
 
 cli.py         the commands: arguments and environment -> graph -> exit code
 settings.py    the environment -> one frozen object
@@ -22,6 +22,8 @@ features.py    record -> feature vector
 model.py       layers: backbones by name, the head, the servable whole
 training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
+plots.py       measurements -> pictures for people
+report.py      measurements and pictures -> report.html, from which a person decides
 registry.py    the door to MLflow: run, model and version
 workers.py     pieces of work -> results, in processes on all cores
 timing.py      records of the steps that ran -> where the time went

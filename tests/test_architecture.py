@@ -31,6 +31,8 @@ OWN = {  # module -> what of ours it may import, besides errors
     "model": ["manifest"],  # what to say of a changed file
     "training": ["folders", "model"],
     "evaluation": [],
+    "plots": ["evaluation", "training"],  # the rows that they draw
+    "report": ["evaluation", "manifest", "plots", "training"],
     "registry": [],
     "demo": ["bucket", "settings", "step"],
 }
