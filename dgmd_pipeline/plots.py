@@ -98,7 +98,7 @@ def reliability(bins: Sequence[Bin], error: float, dark: bool = False) -> bytes:
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
         upper.set_title(f"Is it as right as it is sure? (expected calibration error {_percent(error, 1)})")
         _percents(upper.yaxis)
-        _legend(upper, "upper left")
+        upper.legend(loc="upper left")
         lower.bar(place, [row.images for row in bins], widths, color=colours.pale)
         lower.set(xlabel="confidence: the probability of the predicted label", ylabel="images")
         _percents(lower.xaxis)
@@ -124,7 +124,7 @@ def learning(history: Sequence[Epoch], kept: int, dark: bool = False) -> bytes:
             axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")
-            _legend(axes, "best")
+            axes.legend(loc="best")
         _percents(axes.yaxis, places=None)
 
     return _png(draw, WIDTH, 3.7, dark)
@@ -268,10 +268,6 @@ def _percents(axis: Any, places: int | None = 0) -> None:
     axis.set_major_formatter(PercentFormatter(1, places, " %"))
 
 
-def _legend(axes: "Axes", place: str) -> None:
-    axes.legend(loc=place, framealpha=0.8)
-
-
 def _rows(axes: "Axes", names: Sequence[str], ends: Sequence[float], texts: Sequence[str], length: int = 36) -> None:
     """Name horizontal bars, the first at the top, and write something after the end of each."""
     axes.set_yticks(range(len(names)), [_shown(name, length) for name in names])
@@ -299,7 +295,7 @@ def _png(
     from PIL import Image
 
     colours = DARK if dark else LIGHT
-    style: dict[str, Any] = {
+    style: dict[Any, Any] = {
         "text.parse_math": False,  # a label may hold dollar signs
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 9,

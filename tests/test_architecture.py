@@ -32,7 +32,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "training": ["folders", "model"],
     "evaluation": [],
     "plots": ["evaluation", "training"],  # the rows that they draw
-    "report": ["evaluation", "manifest", "plots", "training"],
+    "report": ["evaluation", "folders", "manifest", "plots", "training"],
     "registry": [],
     "demo": ["bucket", "settings", "step"],
 }

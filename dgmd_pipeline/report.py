@@ -1,0 +1,203 @@
+"""Measurements and pictures -> report.html, from which a person decides.
+
+The page stands alone: no script, nothing from a network, pictures as data: URIs. Labels and file names come from
+outside, so the template escapes everything and the page forbids itself to run or to fetch anything.
+"""
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline import plots
+from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
+from dgmd_pipeline.folders import human
+from dgmd_pipeline.manifest import Rejected
+from dgmd_pipeline.training import Epoch
+
+PAGE = "report.html"
+REJECTED = 50  # that are named
+CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what it takes on the page
+
+
+class Gate(NamedTuple):
+    """A condition of a promotion."""
+
+    name: str
+    passed: bool | None  # None: does not apply
+    text: str  # what was asked and what came, for the reader
+
+
+class Content(NamedTuple):
+    """All that the report says. Shares are 0 to 1."""
+
+    model_name: str
+    created: str
+    source: str  # where the pictures came from
+    settings: Mapping[str, object]  # by variable
+    gates: Sequence[Gate]
+    comparison: Mapping[str, Any] | None  # with production: version, images, left_out, accuracy, production_accuracy,
+    # difference, low, high, gained, lost, p, labels_only_here, labels_only_there; classes: mappings of label, images,
+    # recall, production_recall, gained, lost
+    comparison_missing: str  # why there is none, a sentence
+    assessment: Mapping[str, Any] | None  # in operation: load_seconds, latency_p50_ms, latency_p95_ms, batch, bytes,
+    # images_per_second, peak_memory_bytes, parameters, predictions_equal, largest_difference; where both were measured
+    # also production_latency_p50_ms, latency_ratio, production_bytes, size_ratio
+    assessment_missing: str  # why there is none, a sentence
+    labels: Sequence[str]  # by class index
+    measured: Measurements
+    thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
+    history: Sequence[Epoch]
+    kept: int  # an index into `history`
+    counts: Sequence[plots.Count]
+    rejected: Sequence[Rejected]
+    seconds: Sequence[tuple[str, float]]  # of each step, in their order
+
+
+class _Picture(NamedTuple):
+    light: str  # data: URIs
+    dark: str
+    width: int  # pixels of a page
+    height: int
+
+
+def write(folder: Path, content: Content) -> None:
+    """Write `report.html` and the plots for a light page as PNG files into `folder`."""
+    import jinja2
+
+    pictures = {}
+    for name, draw in _plots(content).items():
+        light = draw(dark=False)
+        (folder / f"{name}.png").write_bytes(light)
+        pictures[name] = _picture(light, draw(dark=True))
+    shown = content.measured.mistakes
+    if any(row.position in content.thumbnails for row in shown):
+        (folder / "mistakes.png").write_bytes(plots.sheet(shown, content.thumbnails))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A file name may hold what UTF-8 cannot write, or what reverses the text that follows.
+        finalize=lambda value: plots.printable(value) if type(value) is str else value,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "points": _points,
+        "milliseconds": lambda value: f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms",
+        "human": human,
+        "duration": plots.duration,
+    }
+    environment.filters |= filters
+    text = environment.get_template(f"{PAGE}.jinja").render(
+        content._asdict(),
+        pictures=pictures,
+        verdict=_verdict(content.gates),
+        interval=content.comparison and _interval(content.comparison),
+        losing=_losing(content.comparison) if content.comparison else [],
+        unmeasured=_unmeasured(content),
+        chance=math.log(len(content.labels)),
+        mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
+        cards={position: _jpeg(picture) for position, picture in content.thumbnails.items()},
+        reasons=Counter(row.reason for row in content.rejected).most_common(),
+        named=content.rejected[:REJECTED],
+    )
+    (folder / PAGE).write_text(text, encoding="utf-8")
+
+
+def _plots(content: Content) -> dict[str, Callable[..., bytes]]:
+    """Return what draws each picture, by the name of its file; none for what there is nothing of."""
+    measured = content.measured
+    theirs: dict[str, float] = {}
+    if content.comparison:
+        theirs = {row["label"]: row["production_recall"] for row in content.comparison["classes"]}
+    recalls = [(row.label, row.images, row.recall, theirs.get(row.label)) for row in measured.classes]
+    error = measured.overall["expected_calibration_error"]
+    found: dict[str, Callable[..., bytes]] = {
+        "recall": partial(plots.recall, recalls),
+        "confusion_matrix": partial(plots.confusion, measured.matrix, content.labels),
+        "reliability": partial(plots.reliability, measured.bins, error),
+    }
+    if measured.pairs:
+        found["confused_pairs"] = partial(plots.confused_pairs, measured.pairs)
+    if content.counts:
+        found["class_counts"] = partial(plots.class_counts, content.counts)
+    if len(content.history) > 1:
+        found["learning_curves"] = partial(plots.learning, content.history, content.kept)
+    if content.seconds:
+        found["step_seconds"] = partial(plots.times, content.seconds)
+    return found
+
+
+def _verdict(gates: Sequence[Gate]) -> tuple[str, str, str]:
+    """Return a CSS class, the verdict and the reason."""
+    failed = [gate.name for gate in gates if gate.passed is False]
+    applying = sum(gate.passed is not None for gate in gates)
+    if failed:
+        return "no", "Do not promote this version", f"{len(failed)} of {applying} gates failed: {', '.join(failed)}."
+    if not applying:
+        return "open", "No gate decides", "None of the conditions for a promotion applies: the decision is yours alone."
+    return "yes", "This version may be promoted", f"All {applying} gates that apply have passed."
+
+
+def _interval(comparison: Mapping[str, Any]) -> dict[str, float | str]:
+    """Return where the interval of the difference lies on a line with zero in the middle, in percent of its length."""
+    reach = 1.25 * max(abs(comparison["low"]), abs(comparison["high"]), 0.004)
+    place = {name: 50 + 50 * comparison[name] / reach for name in ("low", "high", "difference")}
+    if comparison["low"] > 0:
+        place["words"] = "This model is better, and chance is unlikely to be the reason."
+    elif comparison["high"] < 0:
+        place["words"] = "This model is worse, and chance is unlikely to be the reason."
+    else:
+        place["words"] = "The difference is small enough to be chance: on these pictures neither is surely better."
+    return place
+
+
+def _losing(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the labels that are recognised less often than in production, the largest loss first."""
+    worse = [row for row in comparison["classes"] if row["recall"] < row["production_recall"]]
+    return sorted(worse, key=lambda row: row["recall"] - row["production_recall"])
+
+
+def _unmeasured(content: Content) -> list[str]:
+    measured = {row.label for row in content.measured.classes}
+    return [label for label in content.labels if label not in measured]
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def _points(value: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign."""
+    return (
+        f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0").replace("\N{MINUS SIGN}0.0", "0.0")
+    )
+
+
+def _picture(light: bytes, dark: bytes) -> _Picture:
+    from PIL import Image
+
+    size = [round(pixels * 96 / plots.DPI) for pixels in Image.open(io.BytesIO(light)).size]
+    return _Picture(_uri("png", light), _uri("png", dark), *size)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    picture.thumbnail(CARD)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return _uri("jpeg", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
