@@ -71,7 +71,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], dark: bool = False) -> 
                 strong = share[row, column] > 0.3
                 axes.text(
                     column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=min(size, 7.5),
-                    color=colours.page if strong else colours.text,
+                    color=colours.page if strong else colours.text, in_layout=False,
                 )  # fmt: skip
         if classes <= NAMED:
             names = [_shown(label, 26) for label in labels]
@@ -216,8 +216,11 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray], dar
     shown = list(reversed(once.values()))[:THUMBNAILS]
     columns = min(4, len(shown)) or 1
     lines = -(-len(shown) // columns) or 1
+    height = 2.5 * lines + 0.5
 
     def draw(figure: "Figure", colours: _Colours) -> None:
+        figure.set_layout_engine(None)  # all places are the same and known
+        figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.85 / height, 0.06, 0.3)
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes in grid:
             axes.set_axis_off()
@@ -230,9 +233,10 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray], dar
                 0.5, -0.03, _shown(row.key, 38), fontsize=6.5, color=colours.muted, ha="center", va="top",
                 transform=axes.transAxes,
             )  # fmt: skip
-        figure.suptitle("Mistakes: true \N{RIGHTWARDS ARROW} predicted label and its probability", fontsize=11)
+        title = "Mistakes: true \N{RIGHTWARDS ARROW} predicted label and its probability"
+        figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11)
 
-    return _png(draw, max(2.6 * columns, 5), 2.5 * lines + 0.5, dark, photographs=True)
+    return _png(draw, max(2.6 * columns, 5), height, dark, photographs=True)
 
 
 def duration(seconds: float) -> str:
@@ -248,8 +252,13 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` without what has no glyph or moves others: control characters, halves of surrogate pairs, ..."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """Return `text` with a sign in the place of what has no glyph or moves others: controls, halves of surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
 
 
 def _shown(text: str, length: int) -> str:
@@ -275,7 +284,7 @@ def _rows(axes: "Axes", names: Sequence[str], ends: Sequence[float], texts: Sequ
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.18 * max(*ends, 1e-9))
     for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
-        axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8, in_layout=False)
     axes.grid(axis="x")
 
 

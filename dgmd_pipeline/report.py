@@ -8,7 +8,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from dgmd_pipeline.training import Epoch
 PAGE = "report.html"
 REJECTED = 50  # that are named
 CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what it takes on the page
+
+Draw = Callable[..., bytes]  # draws a picture
 
 
 class Gate(NamedTuple):
@@ -67,15 +69,25 @@ class _Picture(NamedTuple):
     height: int
 
 
-def write(folder: Path, content: Content) -> None:
-    """Write `report.html` and the plots for a light page as PNG files into `folder`."""
+def write(
+    folder: Path,
+    content: Content,
+    map: Callable[[Callable[[Draw], bytes], Iterable[Draw]], Iterable[bytes]] = map,
+) -> None:
+    """Write `report.html` and the plots for a light page as PNG files into `folder`.
+
+    `map` is like the builtin one; it may call the function for its pieces in other processes, and yields in order what
+    comes back. Drawing takes about half a second of CPU time a picture.
+    """
     import jinja2
 
+    plotted = _plots(content)
+    pieces = [partial(draw, dark=dark) for draw in plotted.values() for dark in (False, True)]
+    drawn = iter(map(_draw, pieces))
     pictures = {}
-    for name, draw in _plots(content).items():
-        light = draw(dark=False)
+    for name, light, dark in zip(plotted, drawn, drawn, strict=True):
         (folder / f"{name}.png").write_bytes(light)
-        pictures[name] = _picture(light, draw(dark=True))
+        pictures[name] = _picture(light, dark)
     shown = content.measured.mistakes
     if any(row.position in content.thumbnails for row in shown):
         (folder / "mistakes.png").write_bytes(plots.sheet(shown, content.thumbnails))
@@ -86,11 +98,12 @@ def write(folder: Path, content: Content) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
         # A file name may hold what UTF-8 cannot write, or what reverses the text that follows.
-        finalize=lambda value: plots.printable(value) if type(value) is str else value,
+        finalize=lambda value: value if hasattr(value, "__html__") else plots.printable(str(value)),
     )
     filters: dict[str, Callable[..., str]] = {
         "percent": _percent,
         "points": _points,
+        "small": lambda value: "below 0.000001" if 0 < value < 1e-6 else f"{value:.6f}".rstrip("0").rstrip("."),
         "milliseconds": lambda value: f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms",
         "human": human,
         "duration": plots.duration,
@@ -112,7 +125,11 @@ def write(folder: Path, content: Content) -> None:
     (folder / PAGE).write_text(text, encoding="utf-8")
 
 
-def _plots(content: Content) -> dict[str, Callable[..., bytes]]:
+def _draw(draw: Draw) -> bytes:
+    return draw()
+
+
+def _plots(content: Content) -> dict[str, Draw]:
     """Return what draws each picture, by the name of its file; none for what there is nothing of."""
     measured = content.measured
     theirs: dict[str, float] = {}
@@ -120,7 +137,7 @@ def _plots(content: Content) -> dict[str, Callable[..., bytes]]:
         theirs = {row["label"]: row["production_recall"] for row in content.comparison["classes"]}
     recalls = [(row.label, row.images, row.recall, theirs.get(row.label)) for row in measured.classes]
     error = measured.overall["expected_calibration_error"]
-    found: dict[str, Callable[..., bytes]] = {
+    found: dict[str, Draw] = {
         "recall": partial(plots.recall, recalls),
         "confusion_matrix": partial(plots.confusion, measured.matrix, content.labels),
         "reliability": partial(plots.reliability, measured.bins, error),

@@ -1,0 +1,198 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgmd_pipeline import evaluation, report
+from dgmd_pipeline.manifest import Rejected
+from dgmd_pipeline.plots import Count
+from dgmd_pipeline.report import Content, Gate
+from dgmd_pipeline.training import Epoch
+
+EVIL = "<script>alert('x')</script>"
+LABELS = [EVIL, 'basil "sweet" & \udcff', "gone", "mint"]
+TRUTH = np.array([0, 0, 0, 1, 1, 3])
+PROBABILITIES = np.full((6, 4), 0.1)
+PROBABILITIES[np.arange(6), [0, 0, 1, 1, 2, 3]] = 0.7
+KEYS = [f"{LABELS[index]}/{number}.jpg" for number, index in enumerate(TRUTH)]
+HISTORY = [Epoch(0, 0.5, 1.2, 0.4, 1.3, 0.01), Epoch(1, 0.7, 0.8, 0.6, 0.9, 0.005)]
+COMPARISON = {
+    "version": 7, "images": 1180, "left_out": 60, "accuracy": 0.794, "production_accuracy": 0.781,
+    "difference": 0.013, "low": -0.004, "high": 0.03, "gained": 62, "lost": 47, "p": 0.183,
+    "classes": [
+        {"label": EVIL, "images": 3, "recall": 0.5, "production_recall": 0.75, "gained": 0, "lost": 1},
+        {"label": "mint", "images": 1, "recall": 1.0, "production_recall": 1.0, "gained": 0, "lost": 0},
+    ],
+    "labels_only_here": ["gone"], "labels_only_there": ["<b>vanilla</b>"],
+}  # fmt: skip
+ASSESSMENT = {
+    "load_seconds": 4.23, "latency_p50_ms": 38.2, "latency_p95_ms": 55.7, "images_per_second": 71.4, "batch": 32,
+    "bytes": 32_400_000, "peak_memory_bytes": 812_000_000, "parameters": 7_014_000, "predictions_equal": True,
+    "largest_difference": 2.4e-7,
+}  # fmt: skip
+BOTH = {
+    "production_latency_p50_ms": 36.9, "latency_ratio": 1.035, "production_bytes": 31_000_000, "size_ratio": 1.045
+}  # fmt: skip
+
+
+def content(**changes):
+    measured = evaluation.measure(PROBABILITIES, TRUTH, LABELS, KEYS)
+    first = Content(
+        model_name="dgmd_model",
+        created="2026-01-02 03:04 UTC",
+        source="s3://bucket/train",
+        settings={"EPOCHS": 2, "BACKBONE_WEIGHTS": None},
+        gates=[Gate("accuracy", True, "at least 50.0 % asked, 66.7 % came"), Gate("production", None, "there is none")],
+        comparison=None,
+        comparison_missing="There is no production version yet.",
+        assessment=None,
+        assessment_missing="The assessment was switched off.",
+        labels=LABELS,
+        measured=measured,
+        thumbnails={row.position: np.full((12, 16, 3), 90, np.uint8) for row in measured.mistakes[:1]},
+        history=HISTORY,
+        kept=1,
+        counts=[Count(label, 9, 6, 5, 1) for label in LABELS],
+        rejected=[Rejected(f"{EVIL}/{number}.jpg", EVIL, "unreadable", "broken") for number in range(60)],
+        seconds=[("raw", 61.0), ("evaluation", 4.0)],
+    )
+    return first._replace(**changes)
+
+
+def first_picture(function, pieces):
+    """A map for what is not about the pictures: the first one is drawn and stands for all."""
+    pieces = list(pieces)
+    return [function(pieces[0])] * len(pieces)
+
+
+class Page(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.tags, self.text = html, [], ""
+        self.feed(html)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def page(tmp_path):
+    def render(**changes):
+        report.write(tmp_path, content(**changes), first_picture)
+        return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+    return render
+
+
+def test_the_report_stands_alone_and_has_each_plot_twice(tmp_path):
+    report.write(tmp_path, content(comparison=COMPARISON, assessment=ASSESSMENT | BOTH))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html", "class_counts.png", "confused_pairs.png", "confusion_matrix.png", "learning_curves.png",
+        "mistakes.png", "recall.png", "reliability.png", "step_seconds.png",
+    }  # fmt: skip
+    links = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
+    assert links and all(link.startswith("data:image/") for link in links)
+    assert "url(" not in page.html and "@import" not in page.html
+    assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
+    policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none'; img-src data:")
+    sources = [attrs for tag, attrs in page.tags if tag == "source"]
+    assert len(sources) == 7
+    assert all("prefers-color-scheme: dark" in attrs["media"] for attrs in sources)
+    for link in links:
+        Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))).verify()
+    plot = next(attrs for tag, attrs in page.tags if tag == "img")
+    assert base64.b64decode(plot["src"].split(",")[1]) == (tmp_path / "recall.png").read_bytes()
+
+
+def test_what_comes_from_outside_is_text(page):
+    shown = page(comparison=COMPARISON, gates=[Gate("<i>gate</i>", True, "<u>text</u>")], settings={"X": "<em>"})
+    assert "<script" not in shown.html
+    assert not {"u", "em"} & {tag for tag, _ in shown.tags}
+    for text in (EVIL, "<b>vanilla</b>", "<i>gate</i>", "<u>text</u>", "<em>", 'basil "sweet" & \ufffd'):
+        assert text in shown.text
+
+
+@pytest.mark.parametrize(
+    ("passed", "words"),
+    [
+        ([True, True, None], "This version may be promoted All 2 gates that apply have passed."),
+        ([True, False, None], "Do not promote this version 1 of 2 gates failed: gate 1."),
+        ([None], "No gate decides"),
+        ([], "No gate decides"),
+    ],
+)
+def test_the_verdict_comes_first_and_says_which_gates_failed(page, passed, words):
+    shown = page(gates=[Gate(f"gate {number}", one, "text") for number, one in enumerate(passed)])
+    assert words in shown.text
+    assert shown.text.index(words) < shown.text.index("Compared with production")
+    assert shown.text.count("✓ passed") == passed.count(True)
+    assert shown.text.count("\N{EN DASH} does not apply") == passed.count(None)
+
+
+def test_the_comparison_is_told_in_numbers_with_units(page):
+    text = page(comparison=COMPARISON).text
+    for words in (
+        "same 1,180 validation pictures", "60 more were left out", "79.4 %", "78.1 %", "+1.3 points", "+62 / \N{MINUS SIGN}47",
+        "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %", "(\N{MINUS SIGN}25.0 points on 3 pictures)",
+        "only this model knows: gone",
+    ):  # fmt: skip
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(-0.01, 0.02, "may be chance"), (0.001, 0.02, "is better, and"), (-0.02, -0.001, "is worse, and")],
+)
+def test_the_interval_of_the_difference_says_who_is_better(page, low, high, words):
+    shown = page(comparison=COMPARISON | {"low": low, "high": high, "p": 1e-5})
+    assert words.replace("may be", "small enough to be") in shown.text
+    assert "less than 0.1 %" in shown.text
+    left, right = map(float, re.search(r"left: ([\d.]+)%; right: ([\d.]+)%", shown.html).groups())
+    assert 0 < left < 100 - right < 100
+    assert (left < 50 < 100 - right) == (low < 0 < high)
+
+
+def test_how_it_behaves_in_operation_is_compared_where_both_were_measured(page):
+    text = page(assessment=ASSESSMENT).text
+    for words in ("38 ms", "56 ms", "71 images/s", "32.4 MB", "812.0 MB", "4.2 s", "7,014,000", "below 0.000001"):
+        assert words in text
+    assert "production: 37 ms" not in text
+    text = page(assessment=ASSESSMENT | BOTH | {"predictions_equal": False, "largest_difference": 0.25}).text
+    assert "production: 37 ms, this is 1.03 times that" in text
+    assert (
+        "does not give the same answers as the one that was measured (largest difference of a probability: 0.25)"
+        in text
+    )
+
+
+def test_what_is_missing_is_said(page):
+    text = page(history=HISTORY[:1], kept=0, rejected=[], counts=[], seconds=[]).text
+    for words in (
+        "There is no production version yet.", "The assessment was switched off.", "One epoch only",
+        "nothing is known about how well they are recognised: gone.", "No file was left out",
+        "How many images each label has was not noted.", "How long the steps took was not noted.", "no picture",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_without_mistakes_the_report_says_so(page, tmp_path):
+    perfect = np.eye(4)[TRUTH]
+    shown = page(measured=evaluation.measure(perfect, TRUTH, LABELS, KEYS), thumbnails={})
+    assert "all validation pictures are recognised" in shown.text
+    assert not (tmp_path / "mistakes.png").exists()
+
+
+def test_of_what_was_left_out_there_are_counts_and_the_first_fifty(page):
+    shown = page()
+    assert "60 files were left out before balancing: 60 unreadable." in shown.text
+    assert shown.text.count("broken") == 50
