@@ -158,10 +158,10 @@ def _verdict(gates: Sequence[Gate]) -> tuple[str, str, str]:
     failed = [gate.name for gate in gates if gate.passed is False]
     applying = sum(gate.passed is not None for gate in gates)
     if failed:
-        return "no", "Do not promote this version", f"{len(failed)} of {applying} gates failed: {', '.join(failed)}."
+        return "no", "Do not promote this version", f"Failed: {', '.join(failed)} ({len(failed)} of {applying} gates)."
     if not applying:
         return "open", "No gate decides", "None of the conditions for a promotion applies: the decision is yours alone."
-    return "yes", "This version may be promoted", f"All {applying} gates that apply have passed."
+    return "yes", "This version may be promoted", f"Every gate that applies has passed ({applying} of {applying})."
 
 
 def _interval(comparison: Mapping[str, Any]) -> dict[str, float | str]:

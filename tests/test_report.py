@@ -125,8 +125,8 @@ def test_what_comes_from_outside_is_text(page):
 @pytest.mark.parametrize(
     ("passed", "words"),
     [
-        ([True, True, None], "This version may be promoted All 2 gates that apply have passed."),
-        ([True, False, None], "Do not promote this version 1 of 2 gates failed: gate 1."),
+        ([True, True, None], "This version may be promoted Every gate that applies has passed (2 of 2)."),
+        ([True, False, None], "Do not promote this version Failed: gate 1 (1 of 2 gates)."),
         ([None], "No gate decides"),
         ([], "No gate decides"),
     ],
@@ -142,9 +142,9 @@ def test_the_verdict_comes_first_and_says_which_gates_failed(page, passed, words
 def test_the_comparison_is_told_in_numbers_with_units(page):
     text = page(comparison=COMPARISON).text
     for words in (
-        "same 1,180 validation pictures", "60 more were left out", "79.4 %", "78.1 %", "+1.3 points", "+62 / \N{MINUS SIGN}47",
-        "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %", "(\N{MINUS SIGN}25.0 points on 3 pictures)",
-        "only this model knows: gone",
+        "same 1,180 validation pictures", "60 more were left out", "79.4 %", "78.1 %", "+1.3 points",
+        "+62 / \N{MINUS SIGN}47", "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %",
+        "(\N{MINUS SIGN}25.0 points on 3 pictures)", "only this model knows: gone",
     ):  # fmt: skip
         assert words in text
 
