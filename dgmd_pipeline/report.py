@@ -114,7 +114,7 @@ def write(
         pictures=pictures,
         verdict=_verdict(content.gates),
         interval=content.comparison and _interval(content.comparison),
-        losing=_losing(content.comparison) if content.comparison else [],
+        compared=_by_change(content.comparison) if content.comparison else [],
         unmeasured=_unmeasured(content),
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
@@ -177,10 +177,10 @@ def _interval(comparison: Mapping[str, Any]) -> dict[str, float | str]:
     return place
 
 
-def _losing(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the labels that are recognised less often than in production, the largest loss first."""
-    worse = [row for row in comparison["classes"] if row["recall"] < row["production_recall"]]
-    return sorted(worse, key=lambda row: row["recall"] - row["production_recall"])
+def _by_change(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of the labels with the change of recall, the one first that loses most against production."""
+    rows = [{**row, "change": row["recall"] - row["production_recall"]} for row in comparison["classes"]]
+    return sorted(rows, key=lambda row: row["change"])
 
 
 def _unmeasured(content: Content) -> list[str]:
