@@ -191,7 +191,6 @@ def entries(store: Store, name: str) -> list[Entry]:
     Raises PipelineError where MLflow cannot be reached or refuses.
     """
     from mlflow import MlflowClient
-
     from mlflow.exceptions import MlflowException
 
     with explained(store, ASKED):
