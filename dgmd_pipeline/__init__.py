@@ -22,9 +22,14 @@ features.py    record -> feature vector
 model.py       layers: backbones by name, the head, the servable whole
 training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
+comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
+assessment.py  a saved model in a clean process -> load time, latency, throughput, memory
+review.py      a model, production and the pictures at hand -> what an operator decides from
 plots.py       measurements -> pictures for people
 report.py      measurements and pictures -> report.html, from which a person decides
 registry.py    the door to MLflow: run, model and version
+production.py  which version is production: promotion, rollback, history, in the registry
+operations.py  what an operator does with registered models: models, promote, rollback, history, compare, predict
 workers.py     pieces of work -> results, in processes on all cores
 timing.py      records of the steps that ran -> where the time went
 signals.py     SIGINT and SIGTERM -> the run's end, in time

@@ -12,11 +12,11 @@ import re
 import shutil
 import stat
 import unicodedata
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from time import monotonic
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import Rejected, SourceObject
-from dgmd_pipeline.transfer import Transfer
+from dgmd_pipeline.transfer import Flight, Transfer
 
 log = logging.getLogger(__name__)
 Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is nothing to check them against
@@ -41,6 +41,8 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the se
 
 CHUNK = 1 << 16  # bytes between two looks at whether to stop; larger ones save no measurable CPU time
 READ_ATTEMPTS = 4
+FIRST = 1.0  # seconds that the first object may take before others begin, until it is known how they are fetched
+LOOK = 0.5  # seconds between two looks at whether something takes too long
 PATIENCE = 5.0  # seconds for the threads to end; one that waits for a silent server longer is left behind, as a daemon
 
 ACCESS_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"}
@@ -524,68 +526,114 @@ def download(
     """Write every object to `folder / path`, whole or not at all, and yield each when it is done, in any order.
 
     A Rejected stands for an object that is "gone" or "changed" (its size) since the listing, or "archived" (in a
-    storage class that has to be restored first). Unfinished files lie in `folder/.part`, removed at the start and at
-    the end: whatever else is in `folder`, after a kill too, is complete. Whoever stops early closes the generator: what
-    is queued is dropped, what is under way stops at its next 64 kB.
+    storage class that has to be restored first). `threads` objects are fetched at a time. Unfinished files lie in
+    `folder/.part`, removed at the start and at the end: whatever else is in `folder`, after a kill too, is complete.
+    Whoever stops early closes the generator: what is under way is called off.
 
     Raises NoUsableInput where S3 denies access or cannot be reached, and the disk's OSError as it is.
     """
     parts = folder / PARTS
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
-    transfer = Transfer(client)
-    todo: SimpleQueue[SourceObject | None] = SimpleQueue()
-    done: SimpleQueue[SourceObject | Rejected | Exception | None] = SimpleQueue()
-    stop = Event()
-
-    def work(part: Path) -> None:
-        while (source := todo.get()) is not None and not stop.is_set():
-            try:
-                done.put(_fetch(client, bucket, source, folder, part=part, stop=stop, transfer=transfer))
-            except Exception as error:  # noqa: BLE001 - raised again where the results are read
-                done.put(error)
-
-    # Daemons, unlike a ThreadPoolExecutor's: at exit none is waited for that sits in a read from a silent server.
-    workers = [Thread(target=work, args=(parts / str(number),), daemon=True) for number in range(threads)]
-    for worker in workers:
-        worker.start()
+    free = [parts / str(number) for number in range(threads)]
+    waiting = iter(objects)
+    begun = monotonic()
+    ways = _Ways(client, bucket)
     try:
-        waiting = iter(objects)
-        under_way = 0
-        for source in islice(waiting, 2 * threads):
-            todo.put(source)
-            under_way += 1
-        while under_way:
-            result = done.get()
-            under_way -= 1
-            if isinstance(result, Exception):
-                raise result
-            for source in islice(waiting, 1):
-                todo.put(source)
-                under_way += 1
-            if result is not None:
-                yield result
+        while True:
+            at_once = threads if ways.transfer.decided or monotonic() > begun + FIRST else 1
+            while threads - len(free) < at_once and (source := next(waiting, None)):
+                ways.start(source, free.pop())
+            if len(free) == threads:
+                break
+            for source, part, result in ways.landed():
+                free.append(part)
+                if result is None:
+                    yield _put(source, part, folder)
+                else:
+                    yield result
     finally:
-        stop.set()
-        for _ in workers:
-            todo.put(None)
-        deadline = monotonic() + PATIENCE
-        for worker in workers:
-            worker.join(max(0.0, deadline - monotonic()))
+        ways.close()
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def _fetch(
-    client: Client,
-    bucket: str,
-    source: SourceObject,
-    folder: Path,
-    *,
-    part: Path,
-    stop: Event,
-    transfer: Transfer,
-) -> SourceObject | Rejected | None:
-    """Write one object by way of the file `part`; None where `stop` was set meanwhile."""
+class _Ways:
+    """The two ways for an object to become a file: awscrt's, and botocore's in threads that begin when needed."""
+
+    def __init__(self, client: Client, bucket: str) -> None:
+        self.client, self.bucket = client, bucket
+        self.transfer = Transfer(client)
+        self._flights: dict[Path, Flight] = {}
+        self._todo: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
+        self._workers: list[Thread] = []
+        self._busy = 0  # of these
+        self._stop = Event()
+
+    def start(self, source: SourceObject, part: Path) -> None:
+        """Begin to write an object to the file `part`."""
+        if self.transfer.takes(source.size):
+            landed = partial(self._done.put, (source, part, None))
+            self._flights[part] = self.transfer.start(source.key, source.size, part, landed)
+        else:
+            self._leave_to_botocore(source, part)
+
+    def _leave_to_botocore(self, source: SourceObject, part: Path) -> None:
+        self._todo.put((source, part))
+        self._busy += 1
+        if self._busy > len(self._workers):
+            # A daemon, unlike a ThreadPoolExecutor's: at exit none is waited for that reads from a silent server.
+            self._workers.append(Thread(target=self._work, daemon=True))
+            self._workers[-1].start()
+
+    def _work(self) -> None:
+        while (item := self._todo.get()) is not None and not self._stop.is_set():
+            source, part = item
+            result: Rejected | Exception | None
+            try:
+                result = _fetch(self.client, self.bucket, source, part, self._stop)
+                if result is None:
+                    self.transfer.learn(source.key)
+            except Exception as error:  # noqa: BLE001 - raised again where the results are read
+                result = error
+            self._done.put((source, part, result))
+
+    def landed(self) -> Iterator[tuple[SourceObject, Path, Rejected | None]]:
+        """Wait a moment and yield the next that is done: None where the object is in the file, whole."""
+        try:
+            source, part, result = self._done.get(timeout=LOOK)
+        except Empty:
+            for late in self._flights.values():
+                if monotonic() > late.deadline:
+                    late.cancel()
+            return
+        flight = self._flights.pop(part, None)
+        if flight is None:
+            self._busy -= 1
+        elif not self.transfer.worked(flight):
+            self._leave_to_botocore(source, part)
+            return
+        if isinstance(result, Exception):
+            raise result
+        yield source, part, result
+
+    def close(self) -> None:
+        """Call off what is under way, and wait a while until it has let go of its files."""
+        self._stop.set()
+        for flight in self._flights.values():
+            flight.cancel()
+        for _ in self._workers:
+            self._todo.put(None)
+        deadline = monotonic() + PATIENCE
+        while self._flights and (left := deadline - monotonic()) > 0:
+            with suppress(Empty):
+                self._flights.pop(self._done.get(timeout=left)[1], None)
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - monotonic()))
+
+
+def _fetch(client: Client, bucket: str, source: SourceObject, part: Path, stop: Event) -> Rejected | None:
+    """Write one object to the file `part`, whole unless `stop` was set meanwhile."""
     import urllib3
     from botocore import exceptions as boto
 
@@ -598,8 +646,6 @@ def _fetch(
         urllib3.exceptions.HTTPError,
     )
     label = source.path.partition("/")[0]
-    if transfer.fetch(source.key, source.size, part, stop.is_set):
-        return _put(source, part, folder)
     for attempt in range(READ_ATTEMPTS):
         if stop.wait(attempt and 0.1 * 4**attempt):
             return None
@@ -619,13 +665,9 @@ def _fetch(
                 size = _copy(body, part, stop)
         except broken:
             continue
-        if size is None or stop.is_set():
-            part.unlink(missing_ok=True)
-            return None
-        if size != source.size:
+        if size != source.size and not stop.is_set():
             return Rejected(source.key, label, "changed", f"{source.size} bytes when it was listed, now {size}")
-        transfer.learn(source.key)
-        return _put(source, part, folder)
+        return None
     raise NoUsableInput(
         f"The transfer of s3://{bucket}/{source.key} from {_host(client)} broke off {READ_ATTEMPTS} times: see to the "
         "network and run again."
@@ -634,17 +676,20 @@ def _fetch(
 
 def _put(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     target = folder / source.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(target)
+    try:
+        part.replace(target)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
     return source
 
 
-def _copy(body: Any, part: Path, stop: Event) -> int | None:
-    """Write what comes to `part` and return how many bytes; None where `stop` was set meanwhile."""
+def _copy(body: Any, part: Path, stop: Event) -> int:
+    """Write what comes to `part`, until `stop` is set, and return how many bytes."""
     size = 0
     with part.open("wb") as file:
         for chunk in body.iter_chunks(CHUNK):
             if stop.is_set():
-                return None
+                break
             size += file.write(chunk)
     return size

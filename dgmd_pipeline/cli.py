@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -30,6 +30,7 @@ EXIT_CODES = """exit codes:
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, pictures or labels
   30   a step failed
+  40   refused: a model does not meet the conditions for production
   130  interrupted (SIGINT)
   143  terminated (SIGTERM)
 """
@@ -109,7 +110,72 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         if command is _plan:
             added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    _add_operations(commands, common)
     return parser
+
+
+def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, operation: Callable[[Any, "Settings", argparse.Namespace], None]) -> Any:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common])
+        added.set_defaults(command=_operate, operation=operation)
+        added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+        return added
+
+    def ask(added: Any) -> None:
+        added.add_argument("--yes", action="store_true", help="do not ask")
+        added.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
+
+    add("models", "show the registered versions", lambda do, values, given: do.models(values, given.json))
+    promote = add(
+        "promote",
+        "make a version production, after a look at its assessment",
+        lambda do, values, given: do.promote(values, given.version, given.yes, given.anyway, given.reason, given.json),
+    )
+    promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
+    promote.add_argument("--force", action="store_true", dest="anyway", help="even if a condition does not hold")
+    ask(promote)
+    ask(
+        add(
+            "rollback",
+            "make the version production that was it before",
+            lambda do, values, given: do.rollback(values, given.yes, given.reason, given.json),
+        )
+    )
+    add(
+        "history",
+        "show who made which version production, and why",
+        lambda do, values, given: do.history(values, given.json),
+    )
+    compare = add(
+        "compare",
+        "compare two versions on the validation pictures in DATA_DIR",
+        lambda do, values, given: do.compare(values, given.one, given.other, given.json),
+    )
+    compare.add_argument("one", help="version: number or @alias")
+    compare.add_argument("other", help="the version to compare it with")
+    predict = add(
+        "predict",
+        "print label and probability of picture files, by a registered version",
+        lambda do, values, given: do.predict(
+            values,
+            given.files,
+            given.version or f"@{given.alias}",
+            "json" if given.json else "csv" if given.csv else "table",
+        ),
+    )
+    predict.add_argument("files", nargs="+", type=Path, metavar="FILE", help="picture file, or folder of them")
+    which = predict.add_mutually_exclusive_group()
+    which.add_argument("--version", metavar="V", help="number of the version")
+    which.add_argument("--alias", metavar="A", default="production", help="alias of the version (default: production)")
+    predict.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def _operate(options: argparse.Namespace) -> int:
+    values = _settings(options)
+    from dgmd_pipeline import operations
+
+    options.operation(operations, values, options)
+    return 0
 
 
 def _settings(options: argparse.Namespace) -> "Settings":

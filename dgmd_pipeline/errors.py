@@ -29,5 +29,11 @@ class NoUsableInput(PipelineError):
     exit_code = 20
 
 
+class Refused(PipelineError):
+    """A model does not meet the conditions for production, or there is nothing to go back to. Exit code 40."""
+
+    exit_code = 40
+
+
 class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM came. A KeyboardInterrupt, because Luigi takes anything else for a failed task."""

@@ -15,6 +15,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TRAINING = "dgmd.training_id"
-CANDIDATE = "candidate"
+CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; the latter also a value of the tag
 ENVIRONMENT = "environment"
 NON_PRODUCTION = "non-production"
 SERVER_MAJOR = 3
+REGISTERED = "did not take the model: {}. The training is kept; the next run only registers."
+ASKED = "did not answer as expected: {}. See to the server and give the command again."
 EMBEDDED_BYTES = 2_000_000  # of an embedded store beside its models: its database has 0.96 MB after the first
 
 
@@ -46,13 +49,31 @@ class Version(NamedTuple):
     new: bool  # created just now, and not found from an earlier try
 
 
+class Entry(NamedTuple):
+    """What the registry says of a version."""
+
+    version: int
+    run_id: str
+    created: float  # seconds since 1970
+    tags: Mapping[str, str]
+    aliases: Sequence[str]
+    stage: str
+
+
+class Fetched(NamedTuple):
+    """A version's files, here."""
+
+    version: int
+    path: Path  # of the Keras model
+    labels: Sequence[str]  # of its outputs, in their order
+    trained_on: frozenset[str]  # SHA-256 of each training image's file
+
+
 class Candidate(NamedTuple):
     """What is logged and registered."""
 
     training_id: str  # a version with this tag is this training's
-    model: Callable[
-        [], "keras.Model"
-    ]  # called if it is needed: uint8 [batch, height, width, 3] -> float32 [batch, classes]
+    model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
     params: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, the first one is epoch 1
@@ -77,7 +98,7 @@ def create(folder: Path) -> None:
 
     (folder / "artifacts").mkdir()
     store = embedded(folder)
-    with _explained(store):
+    with explained(store):
         MlflowClient(store.uri).search_experiments()
 
 
@@ -140,7 +161,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
     import mlflow
     from mlflow import MlflowClient
 
-    with _explained(store):
+    with explained(store):
         mlflow.set_tracking_uri(store.uri)
         client = MlflowClient()
         found = _find(client, name, candidate.training_id)
@@ -160,13 +181,87 @@ def add_metrics(store: Store, version: Version, metrics: Mapping[str, float]) ->
     """
     from mlflow import MlflowClient
 
-    with _explained(store):
+    with explained(store):
         _log_metrics(MlflowClient(store.uri), version.run_id, [metrics])
 
 
+def entries(store: Store, name: str) -> list[Entry]:
+    """Return the versions of a model, the newest first; none where there is no such model.
+
+    Raises PipelineError where MLflow cannot be reached or refuses.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    with explained(store, ASKED):
+        client = MlflowClient(store.uri)
+        try:
+            aliases = client.get_registered_model(name).aliases  # a search for versions does not return them
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return []
+        found = []
+        for version in _versions(client, name):
+            number = int(version.version)
+            its = [alias for alias, other in sorted(aliases.items()) if int(other) == number]
+            stage, created = version.current_stage or "None", version.creation_timestamp / 1000
+            found.append(Entry(number, version.run_id or "", created, version.tags, its, stage))
+    return sorted(found, key=lambda entry: -entry.version)
+
+
+def production(store: Store, name: str) -> Entry | None:
+    """Return the version that has the alias `production`; None where there is none.
+
+    Raises PipelineError where MLflow cannot be reached or refuses.
+    """
+    return next((entry for entry in entries(store, name) if PRODUCTION in entry.aliases), None)
+
+
+def fetch(store: Store, name: str, entry: Entry, folder: Path) -> Fetched:
+    """Download a version's model and what its run says of it into `folder`.
+
+    Raises PipelineError where MLflow cannot be reached or refuses, or the version was not made by this pipeline.
+    """
+    import mlflow
+    from mlflow.models import Model
+
+    with explained(store, ASKED):
+        mlflow.set_tracking_uri(store.uri)
+        mlflow.artifacts.download_artifacts(f"models:/{name}/{entry.version}", dst_path=str(folder / "model"))
+        about = Model.load(str(folder / "model")).metadata or {}
+    path, labels = folder / "model" / "data" / "model.keras", about.get("labels")
+    rows = artifact(store, entry, "split/training.csv", folder)
+    if not path.is_file() or not labels or not rows:
+        raise PipelineError(
+            f"{name} version {entry.version} was not made by this pipeline: its model, its labels or the list of its "
+            "training images is missing."
+        )
+    trained_on = frozenset(row.sha256 for row in manifest.read(rows, manifest.Example))
+    return Fetched(entry.version, path, labels, trained_on)
+
+
+def artifact(store: Store, entry: Entry, name: str, folder: Path) -> Path | None:
+    """Download a file of a version's run into `folder` and return its path; None where the run has no such file.
+
+    Raises PipelineError where MLflow cannot be reached or refuses.
+    """
+    from mlflow import MlflowClient
+
+    with explained(store, ASKED):
+        client = MlflowClient(store.uri)
+        above = name.rpartition("/")[0]
+        if name not in (file.path for file in client.list_artifacts(entry.run_id, above or None)):
+            return None
+        return Path(client.download_artifacts(entry.run_id, name, str(folder)))
+
+
 @contextlib.contextmanager
-def _explained(store: Store) -> Iterator[None]:
-    """Turn what MLflow raises into a PipelineError, and keep it from talking."""
+def explained(store: Store, what: str = REGISTERED) -> Iterator[None]:
+    """Turn what MLflow raises into a PipelineError, and keep it from talking.
+
+    `what` has a place for the reason.
+    """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
@@ -179,10 +274,7 @@ def _explained(store: Store) -> Iterator[None]:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
-        raise PipelineError(
-            f"MLflow at {store.uri} did not take the model: {reason}. "
-            "The training is kept; the next run only registers."
-        ) from error
+        raise PipelineError(f"MLflow at {store.uri} {what.format(reason)}") from error
 
 
 def _find(client: "MlflowClient", name: str, training_id: str) -> Version | None:
@@ -300,7 +392,8 @@ def _mark_as_candidate(client: "MlflowClient", version: Version) -> None:
     """Give the version the alias `candidate`, unless it is production by now or not the newest."""
     now = client.get_model_version(version.name, str(version.version))
     newest = max(int(other.version) for other in _versions(client, version.name))
-    if now.tags.get(ENVIRONMENT) == NON_PRODUCTION and newest == version.version and CANDIDATE not in now.aliases:
+    promoted = PRODUCTION in now.aliases or now.tags.get(ENVIRONMENT) != NON_PRODUCTION
+    if not promoted and newest == version.version and CANDIDATE not in now.aliases:
         client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
 
 

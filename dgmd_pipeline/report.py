@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import plots
+from dgmd_pipeline.comparison import Gate
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
 from dgmd_pipeline.manifest import Rejected
@@ -28,14 +29,6 @@ CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what 
 Draw = Callable[..., bytes]  # draws a picture
 
 
-class Gate(NamedTuple):
-    """A condition of a promotion."""
-
-    name: str
-    passed: bool | None  # None: does not apply
-    text: str  # what was asked and what came, for the reader
-
-
 class Content(NamedTuple):
     """All that the report says. Shares are 0 to 1."""
 
@@ -44,13 +37,9 @@ class Content(NamedTuple):
     source: str  # where the pictures came from
     settings: Mapping[str, object]  # by variable
     gates: Sequence[Gate]
-    comparison: Mapping[str, Any] | None  # with production: version, images, left_out, accuracy, production_accuracy,
-    # difference, low, high, gained, lost, p, labels_only_here, labels_only_there; classes: mappings of label, images,
-    # recall, production_recall, gained, lost
-    comparison_missing: str  # why there is none, a sentence
-    assessment: Mapping[str, Any] | None  # in operation: load_seconds, latency_p50_ms, latency_p95_ms, batch, bytes,
-    # images_per_second, peak_memory_bytes, parameters, predictions_equal, largest_difference; where both were measured
-    # also production_latency_p50_ms, latency_ratio, production_bytes, size_ratio
+    comparison: Mapping[str, Any] | None  # what `review.compare` returns
+    comparison_missing: str  # why there is none, a sentence; "" where there is no production
+    assessment: Mapping[str, Any] | None  # what `assessment.assess` returns
     assessment_missing: str  # why there is none, a sentence
     labels: Sequence[str]  # by class index
     measured: Measurements

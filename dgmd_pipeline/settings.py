@@ -4,8 +4,10 @@ The only door to the environment. `load` also hands the variables of a `.env` fi
 environment themselves (boto3, MLflow) and sets a few quiet defaults for them.
 """
 
+import getpass
 import os
 import re
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -75,6 +77,12 @@ class Settings(BaseSettings):
     class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
+    max_class_drop: float = Field(
+        0.15, ge=0, le=1, description="`promote` refuses when a class loses more than this fraction of its images"
+    )
+    max_latency_ratio: float = Field(
+        1.5, gt=0, description="`promote` refuses when a picture takes more than this many times as long"
+    )
     mlflow_experiment_name: str | None = Field(None, description="MLflow experiment; unset: MODEL_NAME")
     mlflow_tracking_uri: str | None = Field(
         None, description="MLflow server or its database; unset: an embedded store in DATA_DIR/mlflow"
@@ -145,6 +153,15 @@ def mlflow_login() -> str | None:
     """Return "user:password" for the MLflow server where the environment has one."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
+
+
+def operator() -> str:
+    """Return who is at the keyboard, for the history: the MLflow user or the system's, and the machine."""
+    try:
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    except (KeyError, OSError):  # a container's bare user number
+        user = f"user {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def variable(name: str) -> str:

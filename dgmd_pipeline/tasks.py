@@ -6,6 +6,7 @@ run with nothing to do starts without them.
 
 import json
 import logging
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -27,6 +28,8 @@ SIDES = ("training", "validation")
 SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the pictures come from
 LISTING = "listing.csv"  # in raw/: the objects that it holds
 STORE = "mlflow"  # the folder of the embedded store
+ASSESSED = ("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes",
+    "parameters")  # fmt: skip  # tags of a version
 EXTRACTION_BATCH = 16  # pictures in each thread; larger ones are not faster and take more memory
 
 
@@ -644,34 +647,83 @@ def _class_weights(path: Path) -> dict[int, float]:
 
 
 class EvaluateModel(Step):
-    """A model and the validation side -> measurements."""
+    """A model and the validation side -> measurements, how it compares with production, how it behaves in operation."""
 
     name = "evaluation"
     verb = "evaluate"
-    reads = ("backbone",)
+    format = 2
+    uses = ("model_name", "mlflow_tracking_uri")  # whose production it is compared with
+    reads = ("backbone", "data_dir")
 
     def requires(self) -> list[Step]:
-        return [TrainModel(job=self.job), learned_from(self)[1], MapLabels(job=self.job)]
+        job = self.job
+        records = WriteTFRecords(job=job, side="validation")
+        return [TrainModel(job=job), learned_from(self)[1], records, SplitImages(job=job), MapLabels(job=job)]
 
     def given(self, before: Sequence[Outlook]) -> int | None:
         return before[1].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import evaluation, features, labels, model, records
+        from dgmd_pipeline import evaluation, features, labels, model, records, review
 
-        trained, validation, label_map = self.requires()
+        trained, learned, written, split, label_map = self.requires()
+        names = labels.read_mapping(label_map.path / "mapping.json")
         network = _trained(self, trained.path)
         if model.is_frozen(self.settings.backbone):
-            vectors, truth = features.load(validation.path)
+            vectors, truth = features.load(learned.path)
             probabilities = evaluation.predict_head(network, vectors)
         else:
-            probabilities, truth = evaluation.predict(network, records.read(validation.path))
-        names = labels.read_mapping(label_map.path / "mapping.json")
-        keys = records.keys(WriteTFRecords(job=self.job, side="validation").path)
-        return evaluation.evaluate(probabilities, truth, names, keys, draft)
+            probabilities, truth = evaluation.predict(network, records.read(written.path))
+        pictures = review.pictures(written.path, manifest.read(split.path / "validation.csv", manifest.Example))
+        keys = [row.path for row in pictures.examples]
+        overall = evaluation.evaluate(probabilities, truth, names, keys, draft)
+        trained_on = frozenset(row.sha256 for row in manifest.read(split.path / "training.csv", manifest.Example))
+        candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
+        review.write(self._reviewed(candidate, pictures, draft), draft)
+        return overall
+
+    def _reviewed(self, candidate: Any, pictures: Any, draft: Path) -> Any:
+        """Compare with production, if there is one that can be had."""
+        from dgmd_pipeline import registry, review
+
+        log.info("  the model in a process of its own ...")
+        with tempfile.TemporaryDirectory(dir=draft) as folder:
+            there, missing = None, ""
+            try:
+                if (place := store(self.settings)) and (now := registry.production(place, self.settings.model_name)):
+                    log.info("  beside version %d, which is production", now.version)
+                    fetched = registry.fetch(place, self.settings.model_name, now, Path(folder))
+                    there = review.Contender(fetched.path, fetched.labels, fetched.trained_on, now.version)
+            except PipelineError as error:
+                missing = str(error)
+            found = review.review(candidate, there, pictures, draft)
+        found = found._replace(missing=missing or found.missing)
+        for problem in filter(None, (found.missing, found.untried)):
+            log.warning("%s The model is registered all the same; `promote` will ask for what is missing.", problem)
+        return found
 
     def summary(self, counts: dict[str, Any]) -> str:
         return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
+
+
+def store(settings: Any) -> Any:
+    """Return the registry: the server that is set, or the embedded store, or None where that is not there yet."""
+    from dgmd_pipeline import registry
+
+    if settings.mlflow_tracking_uri:
+        return registry.Store(settings.mlflow_tracking_uri, None)
+    return registry.embedded(settings.data_dir / STORE) if (settings.data_dir / STORE).exists() else None
+
+
+def validation(settings: Any) -> Any:
+    """Return the validation pictures (`review.Pictures`) that lie in DATA_DIR, or None."""
+    from dgmd_pipeline import review
+
+    records = settings.data_dir / f"{WriteTFRecords.name}_validation"
+    split = settings.data_dir / SplitImages.name
+    if read_record(records) is None or read_record(split) is None:
+        return None
+    return review.pictures(records, manifest.read(split / "validation.csv", manifest.Example))
 
 
 class RegisterModel(Step):
@@ -721,7 +773,7 @@ class RegisterModel(Step):
             kept=about["kept"],
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
             times=timing.metrics(records.values()),
-            tags=self._tags(metrics),
+            tags=self._tags(metrics, evaluation.path),
             source=self._source(raw),
             source_digest=self.job.finished[raw.folder],
             files={
@@ -733,12 +785,12 @@ class RegisterModel(Step):
                 balanced.path / "class_weights.json": "balanced",
             },
         )
-        store = self._store(draft, folders.volume(trained.path) + folders.volume(evaluation.path))
+        place = self._store(draft, folders.volume(trained.path) + folders.volume(evaluation.path))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
-        version = registry.register(store, experiment, self.settings.model_name, candidate)
+        version = registry.register(place, experiment, self.settings.model_name, candidate)
         if version.new:
             try:
-                registry.add_metrics(store, version, {timing.SECONDS + self.folder: time.monotonic() - start})
+                registry.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
             except PipelineError as error:  # the version is there; a number is no reason to fail
                 log.warning("how long the registration took is not noted in MLflow: %s", error)
         (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
@@ -748,19 +800,22 @@ class RegisterModel(Step):
         """Return where to register: the server that is set, or the embedded store, which needs room here."""
         from dgmd_pipeline import registry
 
-        if self.settings.mlflow_tracking_uri:
-            return registry.Store(self.settings.mlflow_tracking_uri, None)
-        folders.check_space(draft, "the MLflow store", needed + registry.EMBEDDED_BYTES)
-        store = self.settings.data_dir / STORE
-        if not store.exists():  # a database that is cut off while its tables are made is lost
-            with folders.draft(store) as new:
-                registry.create(new)
-        return registry.embedded(store)
+        if not self.settings.mlflow_tracking_uri:
+            folders.check_space(draft, "the MLflow store", needed + registry.EMBEDDED_BYTES)
+            folder = self.settings.data_dir / STORE
+            if not folder.exists():  # a database that is cut off while its tables are made is lost
+                with folders.draft(folder) as new:
+                    registry.create(new)
+        return store(self.settings)
 
-    def _tags(self, metrics: dict[str, float]) -> dict[str, str]:
-        from dgmd_pipeline import registry
+    def _tags(self, metrics: dict[str, float], evaluation: Path) -> dict[str, str]:
+        from dgmd_pipeline import registry, review
 
+        found = review.read(evaluation)
         return {
+            **{f"dgmd.{name}": f"{found.assessment[name]:.6g}" for name in ASSESSED if found.assessment},
+            **({"dgmd.difference": f"{found.comparison['difference']:.4f}"} if found.comparison else {}),
+            **({"dgmd.compared_with": str(found.comparison["version"])} if found.comparison else {}),
             "dgmd.version": registry.installed("dgmd_pipeline"),
             "dgmd.git_revision": self.settings.git_revision or registry.git_revision(Path(__file__)) or "unknown",
             "dgmd.validation_accuracy": f"{metrics['accuracy']:.4f}",

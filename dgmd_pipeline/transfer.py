@@ -8,13 +8,11 @@ about addressing, regions, redirects or error codes, and where there is a proxy 
 import base64
 import hashlib
 import logging
-import math
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
@@ -23,20 +21,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FAILURES = 5  # in a row, until it is no longer tried: the first minute of a run without S3 belongs to botocore
 MAX_BYTES = 8_000_000  # of an object: it is held in memory until it is whole
-LOOK = 0.5  # seconds between two looks at whether to stop
-PATIENCE = 1.0  # seconds
 SILENCE, SLOW = 30.0, 10_000  # seconds, and bytes a second, that an object may take: bytes are not seen as they come
 
 
+class Flight(NamedTuple):
+    """An object on its way."""
+
+    key: str
+    size: int  # bytes
+    path: Path
+    headers: dict[str, str]  # of the answer, names in lower case
+    request: Any
+    deadline: float  # of `monotonic`
+
+    def cancel(self) -> None:
+        """Call it off. It lands all the same, as one that did not work."""
+        self.request.cancel()
+
+
 class Transfer:
-    """A way to fetch objects of one bucket, once botocore has shown it. Threads may share it."""
+    """A way to fetch objects of one bucket, once botocore has shown it."""
 
     def __init__(self, client: Any) -> None:
         """Watch what `client` sends."""
         self._client = client
         self._sent = threading.local()
-        self._lock, self._first = threading.Lock(), threading.Lock()
-        self._known = threading.Event()  # whether it can take over
+        self._lock = threading.Lock()
         self._runtime: Any = None
         self._failures = 0
         client.meta.events.register("before-send.s3.GetObject", self._watch)
@@ -47,13 +57,17 @@ class Transfer:
     def learn(self, key: str) -> None:
         """Take over from the last `GetObject` of this thread, which was for `key` and went well."""
         with self._lock:
-            if self._runtime is None and self._failures < FAILURES:
+            if not self.decided:
                 try:
                     self._take_over(self._sent.request, _quoted(key))
                 except (ValueError, OSError, RuntimeError, ImportError) as error:
                     log.debug("all objects are fetched by botocore: %s", error)
                     self._failures = FAILURES
-                self._known.set()
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known if it can take over."""
+        return self._runtime is not None or self._failures >= FAILURES
 
     def _take_over(self, request: "AWSPreparedRequest", name: str) -> None:
         """Raises ValueError where awscrt would not do what botocore has done."""
@@ -82,50 +96,43 @@ class Transfer:
             verify=Session().get_config_variable("ca_bundle") or get_cert_path(True),
         )
 
-    def fetch(self, key: str, size: int, path: Path, stopped: Callable[[], bool]) -> bool:
-        """Write an object of `size` bytes to `path` and tell whether that worked; if not, `path` may hold anything.
+    def takes(self, size: int) -> bool:
+        """Whether it fetches objects of so many bytes."""
+        return self._runtime is not None and self._failures < FAILURES and 0 < size <= MAX_BYTES
 
-        The first thread to ask is told no, and the others wait a moment for what botocore shows it.
+    def start(self, key: str, size: int, path: Path, landed: Callable[[], None]) -> Flight:
+        """Begin to write an object of `size` bytes to `path`; `landed` is called, by another thread, when that is over.
+
+        `takes(size)` has to be true.
         """
-        if not self._known.is_set() and not self._first.acquire(blocking=False):
-            self._known.wait(PATIENCE)
-        if self._runtime is None or self._failures >= FAILURES or not 0 < size <= MAX_BYTES:
-            return False
-        from awscrt.exceptions import AwsCrtError
-
-        deadline = monotonic() + SILENCE + size / SLOW
-        headers: dict[str, str] = {}
-        try:
-            request = self._request(key, path, headers)
-            while True:
-                try:
-                    request.finished_future.result(LOOK)
-                    break
-                except NotYet:
-                    if stopped() or monotonic() > deadline:
-                        request.cancel()
-                        deadline = math.inf  # until it has let go of the file
-            if path.stat().st_size != size or not _is_intact(path, headers):
-                raise ValueError("something else came")
-        except (AwsCrtError, OSError, ValueError, RuntimeError) as error:  # awscrt raises Python's own, too
-            log.debug("awscrt did not fetch %s: %s", key, error)
-            self._failures += 1
-            return False
-        self._failures = 0
-        return True
-
-    def _request(self, key: str, path: Path, received: dict[str, str]) -> Any:
         from awscrt.http import HttpHeaders, HttpRequest
         from awscrt.s3 import S3RequestType
 
+        received: dict[str, str] = {}
         headers = HttpHeaders([("host", self._host), ("x-amz-checksum-mode", "ENABLED")])
-        return self._runtime.make_request(
+        request = self._runtime.make_request(
             type=S3RequestType.DEFAULT,  # a plain GET; GET_OBJECT asks for ranges, and 0.38.0 crashed on empty objects
             operation_name="GetObject",
             request=HttpRequest("GET", self._path + _quoted(key), headers),
             recv_filepath=str(path),
             on_headers=lambda headers, **_: received.update((name.lower(), value) for name, value in headers),
+            on_done=lambda **_: landed(),
         )
+        return Flight(key, size, path, received, request, monotonic() + SILENCE + size / SLOW)
+
+    def worked(self, flight: Flight) -> bool:
+        """Tell whether a flight that is over brought the object whole; if not, its file may hold anything."""
+        problem = flight.request.finished_future.exception()
+        if problem is None and flight.path.stat().st_size != flight.size:
+            problem = "another size"
+        elif problem is None and not _is_intact(flight.path, flight.headers):
+            problem = "another checksum"
+        if problem is None:
+            self._failures = 0
+            return True
+        log.debug("awscrt did not fetch %s: %s", flight.key, problem)
+        self._failures += 1
+        return False
 
 
 def _is_intact(path: Path, headers: Mapping[str, str]) -> bool:

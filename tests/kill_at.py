@@ -84,10 +84,10 @@ def watch_requests() -> None:
 
 
 def watch_transfers() -> None:
-    """Requests that are sent in C; where it does not work, botocore's own follows."""
+    """Requests that are sent in C; where one does not work, botocore's own follows."""
     from dgmd_pipeline.transfer import Transfer
 
-    watch(Transfer, "fetch", lambda _, key, *__: f"GET {quote(key)}")
+    watch(Transfer, "start", lambda _, key, *__: f"GET {quote(key)}")
 
 
 # Worker processes import pipeline.py again, not this file: `runpy` has put it in the place of the main module.

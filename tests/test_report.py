@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from dgmd_pipeline import evaluation, report
+from dgmd_pipeline.comparison import Gate
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.plots import Count
-from dgmd_pipeline.report import Content, Gate
+from dgmd_pipeline.report import Content
 from dgmd_pipeline.training import Epoch
 
 EVIL = "<script>alert('x')</script>"
@@ -49,7 +50,7 @@ def content(**changes):
         settings={"EPOCHS": 2, "BACKBONE_WEIGHTS": None},
         gates=[Gate("accuracy", True, "at least 50.0 % asked, 66.7 % came"), Gate("production", None, "there is none")],
         comparison=None,
-        comparison_missing="There is no production version yet.",
+        comparison_missing="",
         assessment=None,
         assessment_missing="The assessment was switched off.",
         labels=LABELS,
@@ -183,11 +184,15 @@ def test_how_it_behaves_in_operation_is_compared_where_both_were_measured(page):
 def test_what_is_missing_is_said(page):
     text = page(history=HISTORY[:1], kept=0, rejected=[], counts=[], seconds=[]).text
     for words in (
-        "There is no production version yet.", "The assessment was switched off.", "One epoch only",
+        "There is no production version to compare with.", "The assessment was switched off.", "One epoch only",
         "nothing is known about how well they are recognised: gone.", "No file was left out",
         "How many images each label has was not noted.", "How long the steps took was not noted.", "no picture",
     ):  # fmt: skip
         assert words in text
+
+
+def test_why_there_is_no_comparison_is_said(page):
+    assert "All of them were trained on." in page(comparison_missing="All of them were trained on.").text
 
 
 def test_without_mistakes_the_report_says_so(page, tmp_path):

@@ -3,8 +3,9 @@ import threading
 
 import pytest
 
-from dgmd_pipeline import bucket
+from dgmd_pipeline import bucket as s3
 from dgmd_pipeline.manifest import SourceObject
+from dgmd_pipeline.transfer import FAILURES, MAX_BYTES, Transfer
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def asked(monkeypatch, s3_endpoint):
     for name, value in {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "x"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    client, keys = bucket.connect(), []
+    client, keys = s3.connect(), []
     client.meta.events.register("before-send.s3.GetObject", lambda request, **_: keys.append(request.url))
     return client, keys
 
@@ -30,82 +31,90 @@ def read(folder):
 
 
 def test_botocore_shows_the_way_and_the_others_follow_without_it(asked, bucket, tmp_path):
-    from dgmd_pipeline.bucket import download
-
     client, keys = asked
     contents = {f"jar 1/{number} + ü~(&).png": b"%d" % number for number in range(60)}
     contents |= {"jar 1/empty": b"", "large": bytes(range(256)) * 40_000}
     name, objects = fill(bucket, contents)
-    assert set(download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
+    assert set(s3.download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
     assert read(tmp_path / "raw") == contents
     assert 1 <= len(keys) < 10
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
 def test_where_there_is_a_proxy_all_is_left_to_botocore(asked, bucket, tmp_path, monkeypatch, s3_endpoint, variable):
-    from dgmd_pipeline.bucket import connect, download
-
     name, objects = fill(bucket, {f"a/{number}": b"abc" for number in range(12)})
     monkeypatch.setenv(variable, s3_endpoint)  # a server that answers absolute addresses, too
-    client, keys = connect(), []
+    client, keys = s3.connect(), []
     client.meta.events.register("before-send.s3.GetObject", lambda request, **_: keys.append(request.url))
-    assert set(download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
+    assert set(s3.download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
     assert len(keys) == 12
 
 
 @pytest.mark.parametrize("keys", [{}, {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "x"}])
 def test_requests_are_signed_only_where_botocore_signs_them(server, tmp_path, monkeypatch, keys):
-    from dgmd_pipeline.bucket import connect, download
-
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(12)]
-    assert set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
+    assert set(s3.download(s3.connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
     own = [headers for headers in server.seen if "Boto3" not in headers["User-Agent"]]
     assert len(own) == 11
     assert all(("Authorization" in headers) == bool(keys) for headers in server.seen)
 
 
 def test_what_is_not_what_its_checksum_says_is_left_to_botocore(server, tmp_path):
-    from dgmd_pipeline.bucket import connect, download
-
     server.checksum = "NSRBwg=="  # CRC-32 of abc
     objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(4)]
     server.damaged = {"/pictures/a/2"}
-    done = set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1))
+    done = set(s3.download(s3.connect(), "pictures", objects, tmp_path / "raw", threads=1))
     assert done == set(objects)
     assert read(tmp_path / "raw") == {f"a/{number}": b"abc" for number in range(4)}
     assert ["Boto3" in headers["User-Agent"] for headers in server.seen] == [True, False, False, True, False]
 
 
-def test_what_it_cannot_fetch_is_left_to_botocore_and_after_a_while_everything(asked, bucket, tmp_path):
-    from dgmd_pipeline.transfer import FAILURES, Transfer
+def fly(transfer, key, size, path):
+    """Fetch an object by awscrt and return whether that worked."""
+    over = threading.Event()
+    flight = transfer.start(key, size, path, over.set)
+    assert over.wait(20)
+    return transfer.worked(flight)
 
+
+def test_what_it_cannot_fetch_is_left_to_botocore_and_after_a_while_everything(asked, bucket, tmp_path):
     client, _ = asked
     name, _ = fill(bucket, {"a/1": b"abc"})
     transfer = Transfer(client)
-    assert not transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)  # it has not been shown yet
+    assert not transfer.decided and not transfer.takes(3)  # it has not been shown yet
     client.get_object(Bucket=name, Key="p/a/1")["Body"].read()
     transfer.learn("p/a/1")
+    assert transfer.decided and transfer.takes(3) and not transfer.takes(0) and not transfer.takes(MAX_BYTES + 1)
     for _ in range(FAILURES - 1):
-        assert not transfer.fetch("p/a/gone", 3, tmp_path / "part", lambda: False)
-    assert transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)
+        assert not fly(transfer, "p/a/gone", 3, tmp_path / "part")
+    assert fly(transfer, "p/a/1", 3, tmp_path / "part")
     assert (tmp_path / "part").read_bytes() == b"abc"
     for _ in range(FAILURES):
-        assert not transfer.fetch("p/a/gone", 3, tmp_path / "part", lambda: False)
-    assert not transfer.fetch("p/a/1", 3, tmp_path / "part", lambda: False)
+        assert transfer.takes(3)
+        assert not fly(transfer, "p/a/gone", 3, tmp_path / "part")
+    assert transfer.decided and not transfer.takes(3)
 
 
-def test_a_transfer_that_is_stopped_lets_go(server, tmp_path):
-    from dgmd_pipeline.transfer import Transfer
-
-    client = bucket.connect()
-    transfer = Transfer(client)
+def test_a_flight_that_is_called_off_lands_as_one_that_did_not_work(server, tmp_path):
+    client = s3.connect()
+    transfer, over = Transfer(client), threading.Event()
     client.get_object(Bucket="pictures", Key="first")["Body"].read()
     transfer.learn("first")
-    assert transfer.fetch("first", 3, tmp_path / "part", lambda: False)
-    assert not transfer.fetch("silent", 3, tmp_path / "part", lambda: len(server.seen) > 2)
-    assert len(server.seen) == 3
+    flight = transfer.start("silent", 3, tmp_path / "part", over.set)
+    assert not over.wait(0.5)
+    flight.cancel()
+    assert over.wait(20)
+    assert not transfer.worked(flight)
+
+
+def test_a_download_that_is_stopped_calls_off_what_is_under_way(server, tmp_path):
+    objects = [SourceObject(f"a/{name}", 3, "", f"a/{name}") for name in ("1", "2", "3", "silent")]
+    items = s3.download(s3.connect(), "pictures", objects, tmp_path / "raw", threads=2)
+    done = {next(items).path for _ in range(3)}
+    items.close()
+    assert read(tmp_path / "raw") == dict.fromkeys(done, b"abc")
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""A saved model in a clean process -> how it behaves in operation: load time, latency, throughput, memory.
+
+The process knows nothing of the run: it gets the path of the model and pictures. Seconds of different machines do not
+compare, so production is timed in the same process, in turns.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dgmd_pipeline import model
+from dgmd_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    import keras
+
+PICTURES = 32  # that it is tried on, also the size of the batch
+SINGLES = 40  # predictions of one picture that are timed
+BATCHES = 3
+TOLERANCE = 1e-3  # of probabilities: stored features went through another graph than the whole model does
+MINUTES = 10  # after which a model that has not answered will not
+OF_THE_RUN = ("TF_NUM_INTRAOP_THREADS",)  # variables that speed up extraction, and that nobody else sets
+
+
+def assess(
+    path: Path, pictures: np.ndarray, recorded: np.ndarray, scratch: Path, production: Path | None = None
+) -> dict[str, Any]:
+    """Try the model in the file `path` (.keras) in a process of its own, and return what was measured.
+
+    `pictures` is uint8 [n, height, width, 3], `recorded` the probabilities that are known for them, float [n, classes].
+    `scratch` is a folder that may be written in.
+
+    Returns plain values for JSON: load_seconds (the libraries' start aside); latency_p50_ms and latency_p95_ms of one
+    picture; images_per_second in a batch of `batch`; bytes of the file; peak_memory_bytes of the process (TensorFlow
+    included); parameters; predictions_equal, and the largest_difference of a probability. With `production`, the
+    file of another model, also production_latency_p50_ms, latency_ratio, production_bytes and size_ratio: this
+    model's figures over the other's.
+
+    Raises PipelineError where the model cannot be used there.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        task = Path(folder, "task.npz")
+        models = [str(each.resolve()) for each in (path, production) if each]
+        np.savez(task, pictures=pictures, recorded=recorded, models=np.array(models))
+        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_RUN}
+        command = [sys.executable, "-m", __spec__.name, str(task.resolve())]
+        root = Path(__file__).parent.parent
+        try:
+            ran = subprocess.run(  # noqa: S603
+                command, cwd=root, env=environment, capture_output=True, text=True, timeout=60 * MINUTES, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise PipelineError(f"In a process of its own the model did not answer within {MINUTES} minutes.") from None
+        answer = task.with_suffix(".json")
+        if ran.returncode or not answer.exists():
+            killed = " (killed, most likely for want of memory)" if ran.returncode < 0 else ""
+            last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+            raise PipelineError(
+                f"A process of its own could not use the model: it ended with {ran.returncode}{killed}: {last}"
+            )
+        return json.loads(answer.read_text("utf-8"))
+
+
+def _measure(task: Path) -> dict[str, Any]:
+    """Do what `assess` promises, in this process."""
+    with np.load(task, allow_pickle=False) as file:
+        pictures, recorded = file["pictures"], file["recorded"]
+        path, *others = map(Path, file["models"].tolist())
+    model.start_tensorflow()
+    start = time.perf_counter()
+    network = model.load(path)
+    loaded = time.perf_counter() - start
+    difference = float(np.abs(_predict(network, pictures) - recorded).max())
+    seconds = _in_turns(pictures, network)[0]
+    batches = sorted(_timed(network, pictures) for _ in range(BATCHES))
+    found = {
+        "load_seconds": loaded,
+        "latency_p50_ms": 1e3 * float(np.quantile(seconds, 0.5)),
+        "latency_p95_ms": 1e3 * float(np.quantile(seconds, 0.95)),
+        "images_per_second": len(pictures) / batches[BATCHES // 2],
+        "batch": len(pictures),
+        "bytes": path.stat().st_size,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        "parameters": network.count_params(),
+        "predictions_equal": difference <= TOLERANCE,
+        "largest_difference": difference,
+    }
+    for other in others:
+        here, there = (float(np.median(each)) for each in _in_turns(pictures, network, model.load(other)))
+        found |= {
+            "production_latency_p50_ms": 1e3 * there,
+            "latency_ratio": here / there,
+            "production_bytes": other.stat().st_size,
+            "size_ratio": path.stat().st_size / other.stat().st_size,
+        }
+    return found
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: getrusage(2)
+
+
+def _in_turns(pictures: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
+    """Return for each network the seconds of predictions of one picture; the networks take turns."""
+    seconds: list[list[float]] = [[] for _ in networks]
+    for network in networks:
+        _predict(network, pictures[:1])  # traces
+    for number in range(SINGLES):
+        one = pictures[number % len(pictures)][np.newaxis]
+        for network, its in zip(networks, seconds, strict=True):
+            its.append(_timed(network, one))
+    return seconds
+
+
+def _timed(network: "keras.Model", pictures: np.ndarray) -> float:
+    start = time.perf_counter()
+    _predict(network, pictures)
+    return time.perf_counter() - start
+
+
+def _predict(network: "keras.Model", pictures: np.ndarray) -> np.ndarray:
+    return network.predict(pictures, verbose=0)  # as MLflow's Keras models do
+
+
+if __name__ == "__main__":
+    _task = Path(sys.argv[1])
+    _answer = json.dumps(_measure(_task))
+    _task.with_suffix(".json").write_text(_answer, "utf-8")

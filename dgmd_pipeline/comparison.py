@@ -1,0 +1,171 @@
+"""Two models' probabilities for the same pictures -> which is better, and how sure that is; and what stands in the way.
+
+Models are compared by the names of their labels: indexes may differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+NOTHING = "There is no production version to compare with."
+LEAST_IMAGES = 3  # of a class, for its loss to count
+
+
+class Gate(NamedTuple):
+    """A condition for production."""
+
+    name: str
+    passed: bool | None  # None: it does not apply
+    text: str  # the figures, in words
+
+
+class Limits(NamedTuple):
+    """What a candidate may lose against production."""
+
+    max_class_drop: float  # of a class's recall, 0 to 1
+    max_latency_ratio: float  # of the median time for one picture
+
+
+def compare(
+    here: np.ndarray,
+    there: np.ndarray,
+    truth: Sequence[str],
+    labels_here: Sequence[str],
+    labels_there: Sequence[str],
+) -> dict[str, Any]:
+    """Compare a candidate (`here`) with production (`there`) on the same n pictures.
+
+    `here` is float [n, len(labels_here)], `there` float [n, len(labels_there)], `truth` the n true labels, all of them
+    among both models' labels. A model that names a label which only it knows is wrong.
+
+    Returns plain values for JSON: images; accuracy and production_accuracy; difference (candidate - production) with
+    low and high, its 95 % interval by the paired bootstrap (Efron and Tibshirani 1993, chapter 13: 10,000 resamples of
+    the pictures); gained and lost, the pictures that only the one or only the other gets right, and p, McNemar's exact
+    test of whether these differ by more than chance (McNemar 1947; two-sided binomial); `classes`, a row for each true
+    label with images, recall, production_recall, gained and lost; labels_only_here and labels_only_there.
+    """
+    from scipy.stats import binomtest
+
+    actual = np.array(truth)
+    right = np.array(labels_here)[here.argmax(axis=1)] == actual
+    production_right = np.array(labels_there)[there.argmax(axis=1)] == actual
+    won, lost = right & ~production_right, production_right & ~right
+    low, high = _interval(int(won.sum()), int(lost.sum()), len(actual))
+    discordant = int(won.sum() + lost.sum())
+    classes = [
+        {
+            "label": str(label),
+            "images": int(chosen.sum()),
+            "recall": float(right[chosen].mean()),
+            "production_recall": float(production_right[chosen].mean()),
+            "gained": int(won[chosen].sum()),
+            "lost": int(lost[chosen].sum()),
+        }
+        for label in np.unique(actual)
+        for chosen in [actual == label]
+    ]
+    return {
+        "images": len(actual),
+        "accuracy": float(right.mean()),
+        "production_accuracy": float(production_right.mean()),
+        "difference": float(right.mean() - production_right.mean()),
+        "low": low,
+        "high": high,
+        "gained": int(won.sum()),
+        "lost": int(lost.sum()),
+        "p": float(binomtest(int(won.sum()), discordant).pvalue) if discordant else 1.0,
+        "classes": classes,
+        "labels_only_here": sorted(set(labels_here) - set(labels_there)),
+        "labels_only_there": sorted(set(labels_there) - set(labels_here)),
+    }
+
+
+def _interval(won: int, lost: int, images: int) -> tuple[float, float]:
+    """Return the percentile interval of (won - lost) / images.
+
+    A picture counts 1, -1 or 0, so resampling pictures is drawing from a multinomial distribution.
+    """
+    random = np.random.default_rng(0)  # the same figures give the same interval
+    draws = random.multinomial(images, np.array([won, lost, images - won - lost]) / images, size=RESAMPLES)
+    edges = np.quantile((draws[:, 0] - draws[:, 1]) / images, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(edges[0]), float(edges[1])
+
+
+def gates(
+    comparison: Mapping[str, Any] | None,
+    missing: str,
+    assessment: Mapping[str, Any] | None,
+    untried: str,
+    limits: Limits,
+) -> list[Gate]:
+    """Return what has to hold for production: with figures from `compare` and from `assessment.assess`.
+
+    Each is None where it could not be made, `missing` and `untried` say why; or where, with `missing` empty, there is
+    no production to compare with.
+    """
+    return [
+        _assessed(missing, assessment, untried),
+        *_as_good(comparison, missing, limits),
+        _as_fast(missing, assessment, limits),
+    ]
+
+
+def _assessed(missing: str, assessment: Mapping[str, Any] | None, untried: str) -> Gate:
+    if assessment is None or missing:
+        return Gate("assessment", False, " ".join(filter(None, [untried, missing])))
+    if not assessment["predictions_equal"]:
+        return Gate(
+            "assessment",
+            False,
+            "Loaded anew, the model predicts something else than it did in training: probabilities differ by up to "
+            f"{assessment['largest_difference']:.2g}.",
+        )
+    return Gate("assessment", True, "The saved model loads in a clean process and predicts what it did in training.")
+
+
+def _as_good(comparison: Mapping[str, Any] | None, missing: str, limits: Limits) -> list[Gate]:
+    if comparison is None:
+        why = "It has not been compared with production." if missing else NOTHING
+        return [Gate(name, None, why) for name in ("accuracy", "classes")]
+    version, images = comparison["version"], comparison["images"]
+    # Of few pictures the bootstrap alone is too sure of itself: four that are lost and none gained would do.
+    worse = comparison["high"] < 0 and comparison["p"] < 1 - CONFIDENCE
+    accuracy = Gate(
+        "accuracy",
+        not worse,
+        f"{'Significantly worse' if worse else 'Not significantly worse'} than version {version}: "
+        f"{100 * comparison['difference']:+.1f} points (95 % interval {100 * comparison['low']:+.1f} to "
+        f"{100 * comparison['high']:+.1f}, p {comparison['p']:.2g}) on {images:,} images.",
+    )
+    fallen = [
+        f"{row['label']} {row['production_recall']:.0%} to {row['recall']:.0%} of {row['images']:,}"
+        for row in comparison["classes"]
+        if row["images"] >= LEAST_IMAGES and row["production_recall"] - row["recall"] > limits.max_class_drop + 1e-9
+    ]
+    text = f"No class loses more than {limits.max_class_drop:.0%} of its images against version {version}."
+    if fallen:
+        text = f"Classes that lose more than {limits.max_class_drop:.0%} of their images: {'; '.join(fallen)}."
+    return [accuracy, Gate("classes", not fallen, text)]
+
+
+def _as_fast(missing: str, assessment: Mapping[str, Any] | None, limits: Limits) -> Gate:
+    ratio = assessment and assessment.get("latency_ratio")
+    if not ratio:
+        return Gate("latency", None, "It has not been timed beside production." if missing else NOTHING)
+    return Gate(
+        "latency",
+        ratio <= limits.max_latency_ratio,
+        f"One picture takes {ratio:.2f} times as long as with production; up to {limits.max_latency_ratio:g} is "
+        "allowed.",
+    )
+
+
+def verdict(gates: Sequence[Gate]) -> str:
+    """Say in a sentence whether `promote` would take it."""
+    closed = [gate.name for gate in gates if gate.passed is False]
+    if closed:
+        return f"Not to be promoted without --force: {', '.join(closed)}."
+    return "May be promoted: every condition that applies holds."

@@ -1,0 +1,115 @@
+"""A model, production and the validation pictures at hand -> what an operator decides from."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline import assessment, comparison, evaluation, manifest, model, records
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import Example
+
+COMPARISON, ASSESSMENT = "comparison.json", "assessment.json"
+
+
+class Pictures(NamedTuple):
+    """The pictures of the validation side."""
+
+    records: Path  # the folder of their records
+    examples: Sequence[Example]  # in the order of the records
+
+
+class Contender(NamedTuple):
+    """A model."""
+
+    path: Path  # of the Keras model
+    labels: Sequence[str]  # of its outputs, in their order
+    trained_on: frozenset[str]  # SHA-256 of the training images' files
+    version: int | None = None
+    probabilities: np.ndarray | None = None  # float32 [n, classes], of all pictures, where they are known
+
+
+class Review(NamedTuple):
+    """What was found out about a model."""
+
+    comparison: dict[str, Any] | None  # `comparison.compare`, and version and left_out; None: `missing` says why
+    missing: str  # why there is no comparison
+    assessment: dict[str, Any] | None  # `assessment.assess`; None: `untried` says why
+    untried: str
+
+
+def pictures(folder: Path, rows: Iterable[Example]) -> Pictures:
+    """Return the pictures in the folder of records, whose rows (of the split) may come in any order."""
+    by_path = {row.path: row for row in rows}
+    return Pictures(folder, [by_path[key] for key in records.keys(folder)])
+
+
+def compare(here: Contender, there: Contender, known: Pictures) -> dict[str, Any]:
+    """Compare two models on the pictures that neither was trained on and whose labels both have.
+
+    Returns what `comparison.compare` does, with `version` (there's) and `left_out`, how many pictures one of them was
+    trained on. Raises PipelineError where no picture is left.
+    """
+    trained_on = here.trained_on | there.trained_on
+    shared = set(here.labels) & set(there.labels)
+    seen = np.array([row.sha256 in trained_on for row in known.examples])
+    chosen = np.array([row.label in shared for row in known.examples]) & ~seen
+    if not chosen.any():
+        raise PipelineError(
+            f"It cannot be compared with version {there.version}: of {len(seen):,} validation images {seen.sum():,} "
+            "were trained on by one of the two, and the labels of the others are not known to both."
+        )
+    truth = [row.label for row, wanted in zip(known.examples, chosen, strict=True) if wanted]
+    one, other = (predictions(each, known)[chosen] for each in (here, there))
+    found = comparison.compare(one, other, truth, here.labels, there.labels)
+    return {"version": there.version, "left_out": int(seen.sum()), **found}
+
+
+def predictions(contender: Contender, known: Pictures) -> np.ndarray:
+    """Return the probabilities (float32 [n, classes]) of all pictures."""
+    if contender.probabilities is not None:
+        return contender.probabilities
+    return evaluation.predict(model.load(contender.path), records.read(known.records))[0]
+
+
+def review(candidate: Contender, production: Contender | None, known: Pictures, scratch: Path) -> Review:
+    """Try a model and compare it with production, where there is one. `scratch` is a folder to write in.
+
+    What cannot be found out is said in the outcome: a model that is trained is worth keeping all the same.
+    """
+    compared, missing = None, ""
+    if production is not None:
+        try:
+            compared = compare(candidate, production, known)
+        except PipelineError as error:
+            missing = str(error)
+    probabilities = predictions(candidate, known)
+    some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
+    try:
+        other = production and production.path
+        tried = assessment.assess(candidate.path, some, probabilities[: len(some)], scratch, other)
+    except PipelineError as error:
+        return Review(compared, missing, None, str(error))
+    return Review(compared, missing, tried, "")
+
+
+def write(found: Review, folder: Path) -> None:
+    """Write `comparison.json` and `assessment.json` into `folder`."""
+    for name, part, reason in (
+        (COMPARISON, found.comparison, found.missing),
+        (ASSESSMENT, found.assessment, found.untried),
+    ):
+        value = {"missing": reason} if part is None else part
+        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read(folder: Path) -> Review:
+    """Return what `write` wrote. Raises PipelineError where a file is gone or was edited."""
+    parts = [manifest.read_json(folder / name) for name in (COMPARISON, ASSESSMENT)]
+    values: list[Any] = []
+    for part in parts:
+        values += [None, part["missing"]] if "missing" in part else [part, ""]
+    return Review(*values)

@@ -1,0 +1,237 @@
+"""The operator's commands in processes, against a real MLflow server and against the embedded store."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import mlflow
+import numpy as np
+import pytest
+from conftest import ROOT, environment_with, picture, run_pipeline
+from PIL import Image
+from test_pipeline import LABELS, TINY, on_a_terminal
+
+ANY = {
+    "MAX_CLASS_DROP": 1,
+    "MAX_LATENCY_RATIO": 100,
+}  # models of one epoch: what matters here is what is done with them
+
+
+@pytest.fixture(scope="module", params=["server", "embedded"])
+def trained(request, tmp_path_factory):
+    """A folder where two versions were trained, the second one with production (version 1) to compare with."""
+    folder = tmp_path_factory.mktemp("trained")
+    for label in LABELS:
+        (folder / "data/raw" / label).mkdir(parents=True)
+        for number in range(12):
+            (folder / f"data/raw/{label}/{label} {number}.png").write_bytes(picture(label, number))
+    name = f"jars-{request.param}"
+    variables = {**TINY, **ANY, "DATA_DIR": folder / "data", "MODEL_NAME": name, "EPOCHS": 6}
+    if request.param == "server":
+        variables["MLFLOW_TRACKING_URI"] = request.getfixturevalue("mlflow_server")
+    first = run_pipeline(folder, **variables)
+    assert first.returncode == 0, first.stdout + first.stderr
+    promoted = run_pipeline(folder, "promote", "--yes", "--reason", "the first one", **variables)
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    shutil.rmtree(folder / "data/trained_model")
+    second = run_pipeline(folder, **{**variables, "LEARNING_RATE": 0.003})
+    assert second.returncode == 0, second.stdout + second.stderr
+    return folder, variables, promoted.stdout, second.stdout
+
+
+def client_of(variables):
+    uri = variables.get("MLFLOW_TRACKING_URI", f"sqlite:///{variables['DATA_DIR']}/mlflow/mlflow.db")
+    return mlflow.MlflowClient(uri, uri)
+
+
+def asked(folder, *words, code=0, **variables):
+    """Return what a command says in JSON."""
+    result = run_pipeline(folder, *words, "--json", **variables)
+    assert result.returncode == code, result.stdout + result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_first_model_has_nothing_to_compare_with_and_that_is_said(trained):
+    *_, promoted, _ = trained
+    assert promoted.count("There is no production version to compare with.") == 3
+    assert "version 1 is production" in promoted
+
+
+def test_a_run_compares_its_model_with_production_on_the_same_pictures(trained):
+    folder, variables, _, second = trained
+    assert "beside version 1, which is production" in second
+    client = client_of(variables)
+    version = client.get_model_version_by_alias(variables["MODEL_NAME"], "candidate")
+    assert int(version.version) == 2
+    evaluation = Path(client.download_artifacts(version.run_id, "evaluation", str(folder)))
+    found = json.loads((evaluation / "comparison.json").read_text())
+    assert (found["version"], found["left_out"]) == (1, 0)
+    assert found["images"] == json.loads((evaluation / "metrics.json").read_text())["images"]
+    tried = json.loads((evaluation / "assessment.json").read_text())
+    assert tried["predictions_equal"] and tried["latency_ratio"] > 0
+    assert version.tags["dgmd.compared_with"] == "1"
+    assert float(version.tags["dgmd.latency_p50_ms"]) == pytest.approx(tried["latency_p50_ms"], rel=1e-4)
+
+
+def test_the_story_of_two_versions(trained):
+    folder, variables, *_ = trained
+    name = variables["MODEL_NAME"]
+
+    def environments():
+        return {row["version"]: row["environment"] for row in asked(folder, "models", **variables)}
+
+    rows = {row["version"]: row for row in asked(folder, "models", **variables)}
+    assert {number: row["environment"] for number, row in rows.items()} == {1: "production", 2: "non-production"}
+    assert rows[2]["compared_with"] == "1" and rows[2]["bytes"] > 10_000 and rows[2]["latency_p50_ms"] > 0
+    assert rows[1]["promoted_by"] and rows[2]["promoted_by"] is None
+
+    refused = run_pipeline(folder, "promote", "--yes", **{**variables, "MAX_LATENCY_RATIO": 1e-3})
+    assert refused.returncode == 40
+    assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One picture" in refused.stdout
+    assert run_pipeline(folder, "promote", **variables).returncode == 2  # nobody can be asked
+    assert run_pipeline(folder, "promote", "--force", **variables).returncode == 2  # no reason
+    assert environments() == {1: "production", 2: "non-production"}
+
+    slow = {**variables, "MAX_LATENCY_RATIO": 1e-3}
+    forced = asked(folder, "promote", "2", "--yes", "--force", "--reason", "it is needed", **slow)
+    assert forced["promoted"] and forced["event"]["forced"]
+    assert environments() == {1: "non-production", 2: "production"}
+    assert "is production already" in run_pipeline(folder, "promote", "@production", **variables).stdout
+
+    client = client_of(variables)
+    assert client.get_model_version(name, "1").current_stage == "Archived"
+    assert client.get_model_version(name, "2").aliases == ["production"]
+
+    back = run_pipeline(folder, "rollback", "--yes", "--reason", "it was not", **variables)
+    assert back.returncode == 0 and "version 1 is production again" in back.stdout
+    assert environments() == {1: "production", 2: "non-production"}
+    assert run_pipeline(folder, "rollback", "--yes", **variables).returncode == 40
+
+    events = asked(folder, "history", **variables)
+    assert [(e["action"], e["former"], e["version"], e["forced"], e["why"]) for e in events] == [
+        ("promote", None, 1, False, "the first one"),
+        ("promote", 1, 2, True, "it is needed"),
+        ("rollback", 2, 1, False, "it was not"),
+    ]
+    assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
+    table = run_pipeline(folder, "history", **variables).stdout.splitlines()
+    assert len(table) == 4 and "promote (forced)" in table[2]
+
+
+def test_an_operator_at_a_terminal_is_asked(trained):
+    folder, variables, *_ = trained
+    for answer, code in (("n", 40), ("", 40)):
+        result = answered(folder, answer, "promote", "2", **variables)
+        assert result.returncode == code, result.stdout
+        assert "[y/N]" in result.stdout and "Nothing was changed." in result.stdout
+
+
+def answered(folder, answer, *words, **variables):
+    """The command on a terminal, where somebody answers its question."""
+    command = f"{sys.executable} {ROOT / 'pipeline.py'} {' '.join(words)}"
+    return subprocess.run(
+        ["script", "-qec", command, "/dev/null"], input=f"{answer}\n", cwd=folder, env=environment_with(variables),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_without_the_validation_records_a_changed_production_makes_the_assessment_missing(trained, tmp_path):
+    folder, variables, *_ = trained
+    if "MLFLOW_TRACKING_URI" not in variables:
+        pytest.skip("the embedded store lies in DATA_DIR")
+    client, name = client_of(variables), f"{variables['MODEL_NAME']}-moved"
+    client.create_registered_model(name)
+    for version in ("1", "2"):
+        known = client.get_model_version(variables["MODEL_NAME"], version)
+        client.create_model_version(name, known.source, known.run_id, tags=known.tags, model_id=known.model_id)
+    client.set_registered_model_alias(name, "production", "2")  # version 1 was compared with nothing
+    elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing", "MODEL_NAME": name}
+    refused = run_pipeline(tmp_path, "promote", "1", "--yes", **elsewhere)
+    assert refused.returncode == 40, refused.stdout
+    assert "there are no validation records" in refused.stdout
+    at_hand = run_pipeline(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
+    assert at_hand.returncode == 0, at_hand.stdout + at_hand.stderr
+    assert "Production is version 2: comparing" in at_hand.stdout
+
+
+def test_two_versions_are_compared(trained):
+    folder, variables, *_ = trained
+    found = asked(folder, "compare", "2", "1", **variables)
+    there = asked(folder, "compare", "1", "2", **variables)
+    assert found["comparison"]["difference"] == -there["comparison"]["difference"]
+    assert found["comparison"]["gained"] == there["comparison"]["lost"]
+    text = run_pipeline(folder, "compare", "1", "@production", **variables).stdout
+    assert re.search(r"accuracy +\d\.\d{4} +\d\.\d{4} +\+0\.0 points", text)
+
+
+def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path):
+    folder, variables, *_ = trained
+    (tmp_path / "in/below").mkdir(parents=True)
+    for label in LABELS:
+        (tmp_path / f"in/below/{label}.png").write_bytes(picture(label, 3))
+    elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing"} if "MLFLOW_TRACKING_URI" in variables else variables
+    rows = asked(tmp_path, "predict", "in", "--version", "1", **elsewhere)
+    assert [row["file"] for row in rows] == [f"in/below/{label}.png" for label in LABELS]
+    network = keras.models.load_model(folder / "data/trained_model/model.keras", compile=False)  # version 2
+    second = asked(tmp_path, "predict", "in", "--version", "2", **elsewhere)
+    for row in second:
+        pixels = np.asarray(Image.open(tmp_path / row["file"]).convert("RGB"))[np.newaxis]
+        probabilities = network.predict(pixels, verbose=0)[0]
+        assert row["label"] == LABELS[probabilities.argmax()]
+        assert row["probability"] == pytest.approx(probabilities.max(), abs=1e-5)
+    assert not (tmp_path / "nothing").exists()
+
+    (tmp_path / "in/notes.txt").write_text("no picture")
+    result = run_pipeline(tmp_path, "predict", "in", "--csv", **elsewhere)  # production
+    assert result.returncode == 20
+    start = result.stdout.index("file,label,probability")
+    lines = result.stdout[start:].splitlines()[:4]
+    assert [row["file"] for row in csv.DictReader(io.StringIO("\n".join(lines)))] == [row["file"] for row in rows]
+    assert "1 of 4 files could not be read; the first one is in/notes.txt" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["promote", "9"], "has no version 9: the newest are 2, 1, and there is "),
+        (["promote", "@nobody"], "has no version @nobody"),
+        (["predict", "nowhere.png"], "There is no file or folder nowhere.png."),
+        (["compare", "1", "x"], "has no version x"),
+    ],
+)
+def test_what_is_not_there_is_said(trained, words, said):
+    folder, variables, *_ = trained
+    result = run_pipeline(folder, *words, **variables)
+    assert result.returncode == 20
+    assert said in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("word", ["models", "promote", "rollback", "history"])
+def test_without_a_registry_or_a_model_there_is_a_sentence(trained, tmp_path, word):
+    _, variables, *_ = trained
+    result = run_pipeline(tmp_path, word, **{**variables, "DATA_DIR": tmp_path, "MODEL_NAME": "other"})
+    assert result.returncode == 20
+    assert re.search(r"There is no (registry|version of other)", result.stdout)
+
+
+def test_tables_fit_a_terminal(trained):
+    folder, variables, *_ = trained
+    lines = on_a_terminal(folder, "models", **variables)
+    assert max(map(len, lines)) <= 110, lines
+
+
+def test_looking_needs_no_tensorflow(trained):
+    folder, variables, *_ = trained
+    for word in ("models", "history"):
+        code = (
+            f"import sys; from dgmd_pipeline import cli; cli.main(['{word}']); assert 'tensorflow' not in sys.modules"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment_with(variables), timeout=120)
+        assert ran.returncode == 0
