@@ -5,7 +5,6 @@ compare, so production is timed in the same process, in turns.
 """
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgmd_pipeline import model
+from dgmd_pipeline import model, settings
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ SINGLES = 40  # predictions of one picture that are timed
 BATCHES = 3
 TOLERANCE = 1e-3  # of probabilities: stored features went through another graph than the whole model does
 MINUTES = 10  # after which a model that has not answered will not
-OF_THE_RUN = ("TF_NUM_INTRAOP_THREADS",)  # variables that speed up extraction, and that nobody else sets
 
 
 def assess(
@@ -50,12 +48,17 @@ def assess(
         task = Path(folder, "task.npz")
         models = [str(each.resolve()) for each in (path, production) if each]
         np.savez(task, pictures=pictures, recorded=recorded, models=np.array(models))
-        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_RUN}
         command = [sys.executable, "-m", __spec__.name, str(task.resolve())]
         root = Path(__file__).parent.parent
         try:
             ran = subprocess.run(  # noqa: S603
-                command, cwd=root, env=environment, capture_output=True, text=True, timeout=60 * MINUTES, check=False
+                command,
+                cwd=root,
+                env=settings.environment_of_others(),
+                capture_output=True,
+                text=True,
+                timeout=60 * MINUTES,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise PipelineError(f"In a process of its own the model did not answer within {MINUTES} minutes.") from None

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -201,6 +201,22 @@ def open_rgb(path: Path, size: tuple[int, int] | None = None, max_pixels: int = 
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         small = rgb.resize((width, height), PIL.Image.Resampling.BILINEAR, reduced and reduced[1])
         return to_rgb(small)  # its EXIF came along
+
+
+def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
+    """Return pictures below `raw` made smaller to fit `size` (width, height), uint8 [height, width, 3], by their keys.
+
+    One that cannot be read any more is left out: it is for looking at only.
+    """
+    found = {}
+    for key, path in paths.items():
+        try:
+            image = open_rgb(raw / path)
+        except (*DAMAGED, PIL.Image.DecompressionBombError):
+            continue
+        image.thumbnail(size)
+        found[key] = np.asarray(image)
+    return found
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

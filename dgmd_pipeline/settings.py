@@ -29,6 +29,9 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
+# threads on one batch. docs/measurements.md
+FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 
 
 class Settings(BaseSettings):
@@ -199,10 +202,14 @@ def load(env_file: str | Path | None = None) -> Settings:
     from dgmd_pipeline.model import is_frozen
 
     if is_frozen(settings.backbone):
-        # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as
-        # all threads on one batch. docs/measurements.md
-        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+        for name, value in FROZEN_DEFAULTS.items():
+            os.environ.setdefault(name, value)
     return settings
+
+
+def environment_of_others() -> dict[str, str]:
+    """Return the environment for a process that uses a model as a service would: without what speeds up a training."""
+    return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
 
 
 def _mistake(name: str, value: object, message: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import luigi
 
@@ -22,6 +22,9 @@ from dgmd_pipeline import folders, manifest, timing
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.progress import progress
 from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.review import Review
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
@@ -653,7 +656,7 @@ class EvaluateModel(Step):
     verb = "evaluate"
     format = 2
     uses = ("model_name", "mlflow_tracking_uri")  # whose production it is compared with
-    reads = ("backbone", "data_dir")
+    reads = ("backbone", "data_dir", "aws_data_bucket", "aws_data_path", "max_class_drop", "max_latency_ratio")
 
     def requires(self) -> list[Step]:
         job = self.job
@@ -664,7 +667,7 @@ class EvaluateModel(Step):
         return before[1].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import evaluation, features, labels, model, records, review
+        from dgmd_pipeline import evaluation, features, labels, model, records, report, review
 
         trained, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
@@ -679,10 +682,55 @@ class EvaluateModel(Step):
         overall = evaluation.evaluate(probabilities, truth, names, keys, draft)
         trained_on = frozenset(row.sha256 for row in manifest.read(split.path / "training.csv", manifest.Example))
         candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
-        review.write(self._reviewed(candidate, pictures, draft), draft)
+        found = self._reviewed(candidate, pictures, draft)
+        review.write(found, draft)
+        measured = evaluation.measure(probabilities, truth, names, keys)
+        log.info("  %s ...", report.PAGE)
+        report.write(draft, self._content(measured, names, found), self.job.pool.map)
         return overall
 
-    def _reviewed(self, candidate: Any, pictures: Any, draft: Path) -> Any:
+    def _content(self, measured: Any, names: Sequence[str], found: "Review") -> Any:
+        """Gather what the report says from the folders before."""
+        from dgmd_pipeline import comparison, images, report, training
+
+        *before, _ = line_of(self)
+        path = {step.folder: step.path for step in before}
+        records = {step.folder: record for step in before if (record := read_record(step.path))}
+        trained = path[TrainModel.name]
+        limits = comparison.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
+        return report.Content(
+            model_name=self.settings.model_name,
+            created=folders.now(),
+            source=_source(self.settings, path[DownloadImages.name]),
+            settings=_params(records, {}),
+            gates=comparison.gates(*found, limits),
+            comparison=found.comparison,
+            comparison_missing=found.missing,
+            assessment=found.assessment,
+            assessment_missing=found.untried,
+            labels=names,
+            measured=measured,
+            thumbnails=images.thumbnails(
+                path[DownloadImages.name], {row.position: row.key for row in measured.mistakes}, report.CARD
+            ),
+            history=list(manifest.read(trained / "history.csv", training.Epoch)),
+            kept=manifest.read_json(trained / "training.json")["kept"],
+            counts=self._counts(records[BalanceClasses.name], path[SplitImages.name]),
+            rejected=list(manifest.read(path[InspectImages.name] / "rejected.csv", manifest.Rejected)),
+            seconds=[(folder, record.seconds) for folder, record in records.items()],
+        )
+
+    def _counts(self, balanced: Record, split: Path) -> list[Any]:
+        """Return how many images each label has: found, kept, on each side."""
+        from dgmd_pipeline import plots
+
+        sides = [Counter(row.label for row in manifest.read(split / f"{side}.csv", manifest.Example)) for side in SIDES]
+        before, after = balanced.counts["before"], balanced.counts["after"]
+        return [
+            plots.Count(label, before[label], after.get(label, 0), *(side[label] for side in sides)) for label in before
+        ]
+
+    def _reviewed(self, candidate: Any, pictures: Any, draft: Path) -> "Review":
         """Compare with production, if there is one that can be had."""
         from dgmd_pipeline import registry, review
 
@@ -704,6 +752,12 @@ class EvaluateModel(Step):
 
     def summary(self, counts: dict[str, Any]) -> str:
         return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
+
+
+def _source(settings: Any, raw: Path) -> str:
+    """Return where the pictures came from, as a URI."""
+    by_hand = read_record(raw) is None
+    return raw.resolve().as_uri() if by_hand else f"s3://{settings.aws_data_bucket}/{settings.aws_data_path}"
 
 
 def store(settings: Any) -> Any:
@@ -774,7 +828,7 @@ class RegisterModel(Step):
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
             times=timing.metrics(records.values()),
             tags=self._tags(metrics, evaluation.path),
-            source=self._source(raw),
+            source=_source(self.settings, raw.path),
             source_digest=self.job.finished[raw.folder],
             files={
                 label_map.path / "mapping.json": "",
@@ -820,11 +874,6 @@ class RegisterModel(Step):
             "dgmd.git_revision": self.settings.git_revision or registry.git_revision(Path(__file__)) or "unknown",
             "dgmd.validation_accuracy": f"{metrics['accuracy']:.4f}",
         }
-
-    def _source(self, raw: Step) -> str:
-        if read_record(raw.path):
-            return f"s3://{self.settings.aws_data_bucket}/{self.settings.aws_data_path}"
-        return raw.path.resolve().as_uri()
 
     def summary(self, counts: dict[str, Any]) -> str:
         state = "non-production" if counts["new"] else "was registered already"

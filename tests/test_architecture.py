@@ -34,7 +34,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "plots": ["evaluation", "training"],  # the rows that they draw
     "report": ["comparison", "evaluation", "folders", "manifest", "plots", "training"],
     "comparison": [],
-    "assessment": ["model"],
+    "assessment": ["model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
     "registry": ["manifest"],
     "production": ["registry"],
