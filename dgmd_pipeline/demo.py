@@ -150,7 +150,12 @@ def _say_what_next() -> None:
 {name} version {version} is registered, non-production, with a validation accuracy of {accuracy:.2%}.
 
 What next?
-  # look at it: http://127.0.0.1:5050
+  # what there is to know about it, for a browser: {DATA_DIR}/evaluation/report.html
+  # make it production; a later version is compared with it
+  {pipeline} promote --env-file {ENV_FILE}
+  # what it says of pictures
+  {pipeline} predict --env-file {ENV_FILE} {DATA_DIR}/raw/7
+  # look at the registry: http://127.0.0.1:5050
   {_own("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
   # what would run now
   {pipeline} plan --env-file {ENV_FILE}

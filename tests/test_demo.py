@@ -109,7 +109,14 @@ def labels_of(folder):
 def test_the_next_commands_work_as_printed(demo):
     folder, result = demo
     after = result.stdout.partition("What next?")[2].splitlines()
-    server, plan, remove, again = [line.strip() for line in after if line.startswith("  ") and "#" not in line]
+    commands = [line.strip() for line in after if line.startswith("  ") and "#" not in line]
+    promote, predict, server, plan, remove, again = commands
+    assert (folder / "demo-data" / "evaluation" / "report.html").stat().st_size > 100_000
+    promoted = subprocess.run(f"{promote} --yes", shell=True, cwd=folder, capture_output=True, text=True)
+    assert "dgmd_model version 1 is production." in promoted.stdout, promoted.stdout
+    predicted = subprocess.run(predict, shell=True, cwd=folder, capture_output=True, text=True)
+    sevens = [line.split()[0] for line in predicted.stdout.splitlines() if "digit 7" in line]
+    assert len(sevens) > 100 and sevens.count("7") > 0.97 * len(sevens)
     page = subprocess.Popen(["/bin/sh", "-c", f"exec {server}"], cwd=folder, start_new_session=True)
     try:
         wait_for("http://127.0.0.1:5050/health", page)
@@ -124,5 +131,6 @@ def test_the_next_commands_work_as_printed(demo):
     assert " run " not in plan.stdout
     kept = (folder / "demo-data" / "tfrecord_training").stat().st_ino
     result = subprocess.run(f"{remove} && {again}", shell=True, cwd=folder, check=True, capture_output=True, text=True)
+    assert "beside version 1, which is production" in result.stdout
     assert "dgmd_model version 2, non-production" in result.stdout
     assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept
