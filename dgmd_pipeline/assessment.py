@@ -4,6 +4,7 @@ The process knows nothing of the run: it gets the path of the model and pictures
 compare, so production is timed in the same process, in turns.
 """
 
+import itertools
 import json
 import resource
 import subprocess
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import keras
 
 PICTURES = 32  # that it is tried on, also the size of the batch
-SINGLES = 40  # predictions of one picture that are timed
-BATCHES = 3
+SINGLES, SECONDS = 10, 2.0  # predictions of one picture that are timed: at least so many, and for so long
+BATCHES = 2
 TOLERANCE = 1e-3  # of probabilities: stored features went through another graph than the whole model does
 MINUTES = 10  # after which a model that has not answered will not
 
@@ -82,25 +83,29 @@ def _measure(task: Path) -> dict[str, Any]:
     network = model.load(path)
     loaded = time.perf_counter() - start
     difference = float(np.abs(_predict(network, pictures) - recorded).max())
-    seconds = _in_turns(pictures, network)[0]
-    batches = sorted(_timed(network, pictures) for _ in range(BATCHES))
+    batch = sum(_timed(network, pictures) for _ in range(BATCHES)) / BATCHES
+    singles = [] if others else _in_turns(pictures, network)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    if others:
+        singles = _in_turns(pictures, network, *map(model.load, others))
+    p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
     found = {
         "load_seconds": loaded,
-        "latency_p50_ms": 1e3 * float(np.quantile(seconds, 0.5)),
-        "latency_p95_ms": 1e3 * float(np.quantile(seconds, 0.95)),
-        "images_per_second": len(pictures) / batches[BATCHES // 2],
+        "latency_p50_ms": p50,
+        "latency_p95_ms": p95,
+        "images_per_second": len(pictures) / batch,
         "batch": len(pictures),
         "bytes": path.stat().st_size,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        "peak_memory_bytes": memory,
         "parameters": network.count_params(),
         "predictions_equal": difference <= TOLERANCE,
         "largest_difference": difference,
     }
-    for other in others:
-        here, there = (float(np.median(each)) for each in _in_turns(pictures, network, model.load(other)))
+    for other, seconds in zip(others, singles[1:], strict=True):
+        median = 1e3 * float(np.median(seconds))
         found |= {
-            "production_latency_p50_ms": 1e3 * there,
-            "latency_ratio": here / there,
+            "production_latency_p50_ms": median,
+            "latency_ratio": p50 / median,
             "production_bytes": other.stat().st_size,
             "size_ratio": path.stat().st_size / other.stat().st_size,
         }
@@ -115,10 +120,12 @@ def _in_turns(pictures: np.ndarray, *networks: "keras.Model") -> list[list[float
     seconds: list[list[float]] = [[] for _ in networks]
     for network in networks:
         _predict(network, pictures[:1])  # traces
-    for number in range(SINGLES):
-        one = pictures[number % len(pictures)][np.newaxis]
+    end = time.perf_counter() + SECONDS * len(networks)
+    for number, picture in enumerate(itertools.cycle(pictures)):
+        if number >= SINGLES and time.perf_counter() > end:
+            break
         for network, its in zip(networks, seconds, strict=True):
-            its.append(_timed(network, one))
+            its.append(_timed(network, picture[np.newaxis]))
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Measurements -> pictures for people: PNG files, each for a light or for a dark page.
+"""Measurements -> pictures for people: PNG files on white.
 
 All functions return the bytes of a PNG and take labels of any length and script. Colours are those of Okabe and Ito
 ("Color Universal Design", jfly.uni-koeln.de/color), which people with any kind of colour vision tell apart.
@@ -37,21 +37,12 @@ class Count(NamedTuple):
     validation: int
 
 
-class _Colours(NamedTuple):
-    page: str
-    text: str
-    muted: str
-    line: str
-    pale: str  # of bars behind others
-    first: str
-    second: str
+WHITE, TEXT, MUTED, LINE = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
+PALE = "#cfd6dd"  # bars behind others
+FIRST, SECOND = "#0072b2", "#d55e00"
 
 
-LIGHT = _Colours("#ffffff", "#1f2328", "#59636e", "#d8dee4", "#cfd6dd", "#0072b2", "#d55e00")
-DARK = _Colours("#161b22", "#e6edf3", "#a5adb6", "#30363d", "#414a54", "#56b4e9", "#e69f00")
-
-
-def confusion(matrix: np.ndarray, labels: Sequence[str], dark: bool = False) -> bytes:
+def confusion(matrix: np.ndarray, labels: Sequence[str]) -> bytes:
     """Draw a confusion matrix (int [k, k], the true label in the row), coloured by share of the row."""
     classes = len(labels)
     share = shares(matrix)
@@ -59,11 +50,11 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], dark: bool = False) -> 
     room = 0.075 * max(len(_shown(label, 26)) for label in labels) if classes <= NAMED else 0.5
     size = min(9.0, 55 * side / classes)
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
         axes = figure.subplots()
-        scale = LinearSegmentedColormap.from_list("share", [colours.page, colours.first])
+        scale = LinearSegmentedColormap.from_list("share", [WHITE, FIRST])
         # Its square root: a few images in the wrong column are what one looks for.
         image = axes.imshow(share, cmap=scale, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         if classes <= COUNTED:
@@ -71,42 +62,42 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], dark: bool = False) -> 
                 strong = share[row, column] > 0.3
                 axes.text(
                     column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=min(size, 7.5),
-                    color=colours.page if strong else colours.text, in_layout=False,
+                    color=WHITE if strong else TEXT, in_layout=False,
                 )  # fmt: skip
         if classes <= NAMED:
             names = [_shown(label, 26) for label in labels]
             axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
             axes.set_yticks(range(classes), names, fontsize=size)
-        axes.tick_params(length=0, labelcolor=colours.text)
+        axes.tick_params(length=0, labelcolor=TEXT)
         axes.set(xlabel="predicted label", ylabel="true label", title="Which label is taken for which")
         bar = figure.colorbar(image, ax=axes, shrink=min(1, 3 / side), aspect=25, ticks=[0, 0.05, 0.2, 0.5, 1])
         bar.ax.set_yticklabels(["0 %", "5 %", "20 %", "50 %", "100 %"])
         bar.set_label("share of the true label's images")
 
-    return _png(draw, side + room + 1.6, side + room + 1, dark)
+    return _png(draw, side + room + 1.6, side + room + 1)
 
 
-def reliability(bins: Sequence[Bin], error: float, dark: bool = False) -> bytes:
+def reliability(bins: Sequence[Bin], error: float) -> bytes:
     """Draw how often the model is right against how sure it is; `error` is the expected calibration error."""
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         place = [(row.low + row.high) / 2 for row in bins]
         widths = [0.94 * (row.high - row.low) for row in bins]
-        upper.bar(place, [row.accuracy for row in bins], widths, color=colours.first, label="what is right")
-        upper.plot([0, 1], [0, 1], "--", color=colours.muted, label="as right as it is sure")
+        upper.bar(place, [row.accuracy for row in bins], widths, color=FIRST, label="what is right")
+        upper.plot([0, 1], [0, 1], "--", color=MUTED, label="as right as it is sure")
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
         upper.set_title(f"Is it as right as it is sure? (expected calibration error {_percent(error, 1)})")
         _percents(upper.yaxis)
         upper.legend(loc="upper left")
-        lower.bar(place, [row.images for row in bins], widths, color=colours.pale)
+        lower.bar(place, [row.images for row in bins], widths, color=PALE)
         lower.set(xlabel="confidence: the probability of the predicted label", ylabel="images")
         _percents(lower.xaxis)
 
-    return _png(draw, 7, 5.4, dark)
+    return _png(draw, 7, 5.4)
 
 
-def learning(history: Sequence[Epoch], kept: int, dark: bool = False) -> bytes:
+def learning(history: Sequence[Epoch], kept: int) -> bytes:
     """Draw loss and accuracy of each epoch (at least one) and mark the kept one, an index into `history`."""
     epochs = [row.epoch + 1 for row in history]
     panels = [
@@ -114,59 +105,57 @@ def learning(history: Sequence[Epoch], kept: int, dark: bool = False) -> bytes:
         ("Accuracy (higher is better)", [row.accuracy for row in history], [row.val_accuracy for row in history]),
     ]
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         from matplotlib.ticker import MaxNLocator
 
         for axes, (title, training, validation) in zip(figure.subplots(1, 2), panels, strict=True):
-            axes.plot(epochs, training, "o--", color=colours.first, markersize=4, label="training")
-            axes.plot(epochs, validation, "s-", color=colours.second, markersize=4, label="validation")
-            axes.axvline(epochs[kept], color=colours.muted, linestyle=":", label=f"kept: epoch {epochs[kept]}")
+            axes.plot(epochs, training, "o--", color=FIRST, markersize=4, label="training")
+            axes.plot(epochs, validation, "s-", color=SECOND, markersize=4, label="validation")
+            axes.axvline(epochs[kept], color=MUTED, linestyle=":", label=f"kept: epoch {epochs[kept]}")
             axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")
             axes.legend(loc="best")
         _percents(axes.yaxis, places=None)
 
-    return _png(draw, WIDTH, 3.7, dark)
+    return _png(draw, WIDTH, 3.7)
 
 
-def class_counts(rows: Sequence[Count], dark: bool = False) -> bytes:
+def class_counts(rows: Sequence[Count]) -> bytes:
     """Draw how many images each label has, the largest first: found, and kept for training and validation."""
     shown, left_out = _ends(sorted(rows, key=lambda row: -row.before))
     title = "Images of each label" + (f" ({left_out} of middling size left out)" if left_out else "")
     names = [row.label for row in shown]
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         place = range(len(shown))
         training = [row.training for row in shown]
-        axes.barh(place, [row.before for row in shown], 0.84, color=colours.pale, label="found, before balancing")
-        axes.barh(place, training, 0.5, color=colours.first, label="training")
-        axes.barh(
-            place, [row.validation for row in shown], 0.5, left=training, color=colours.second, label="validation"
-        )
+        axes.barh(place, [row.before for row in shown], 0.84, color=PALE, label="found, before balancing")
+        axes.barh(place, training, 0.5, color=FIRST, label="training")
+        axes.barh(place, [row.validation for row in shown], 0.5, left=training, color=SECOND, label="validation")
         texts = [f"{row.after:,}" if row.after == row.before else f"{row.after:,} of {row.before:,}" for row in shown]
         _rows(axes, names, [max(row.before, row.after) for row in shown], texts)
         axes.set(title=title, xlabel="images")
         figure.legend(loc="outside lower center", ncols=3)
 
-    return _png(draw, WIDTH, 1.5 + 0.25 * len(shown), dark)
+    return _png(draw, WIDTH, 1.5 + 0.25 * len(shown))
 
 
-def recall(rows: Sequence[tuple[str, int, float, float | None]], dark: bool = False) -> bytes:
+def recall(rows: Sequence[tuple[str, int, float, float | None]]) -> bytes:
     """Draw the recall of each label, the lowest first; rows are (label, images, recall, production's or None)."""
     ordered = sorted(rows, key=lambda row: (row[2], row[0]))
     shown = ordered[:ROWS]
     title = "Of each label's images, how many are recognised (recall)"
     title += f": the lowest {ROWS} of {len(rows)}" if len(rows) > ROWS else ""
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        axes.barh(range(len(shown)), [row[2] for row in shown], 0.7, color=colours.first, label="this model")
+        axes.barh(range(len(shown)), [row[2] for row in shown], 0.7, color=FIRST, label="this model")
         theirs = [(value, place) for place, (_, _, _, value) in enumerate(shown) if value is not None]
         if theirs:
             axes.plot(
-                *zip(*theirs, strict=True), "D", color=colours.second, markeredgecolor=colours.page, markersize=7,
+                *zip(*theirs, strict=True), "D", color=SECOND, markeredgecolor=WHITE, markersize=7,
                 linestyle="none", label="production", clip_on=False,
             )  # fmt: skip
             figure.legend(loc="outside lower center", ncols=2)
@@ -179,38 +168,38 @@ def recall(rows: Sequence[tuple[str, int, float, float | None]], dark: bool = Fa
         _percents(axes.xaxis)
         axes.set_title(title)
 
-    return _png(draw, WIDTH, 1.3 + 0.25 * len(shown), dark)
+    return _png(draw, WIDTH, 1.3 + 0.25 * len(shown))
 
 
-def confused_pairs(pairs: Sequence[Pair], dark: bool = False) -> bytes:
+def confused_pairs(pairs: Sequence[Pair]) -> bytes:
     """Draw the pairs of labels that are confused most (at least one), in the order given."""
     shown = pairs[:PAIRS]
     names = [f"{_shown(pair.label, 26)} \N{RIGHTWARDS ARROW} {_shown(pair.predicted, 26)}" for pair in shown]
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        axes.barh(range(len(shown)), [pair.images for pair in shown], 0.7, color=colours.second)
+        axes.barh(range(len(shown)), [pair.images for pair in shown], 0.7, color=SECOND)
         texts = [f"{pair.images:,} ({_percent(pair.share)})" for pair in shown]
         _rows(axes, names, [pair.images for pair in shown], texts, 60)
         axes.set(title="Most confused: true \N{RIGHTWARDS ARROW} predicted label", xlabel="validation images")
 
-    return _png(draw, WIDTH, 1.1 + 0.25 * len(shown), dark)
+    return _png(draw, WIDTH, 1.1 + 0.25 * len(shown))
 
 
-def times(seconds: Sequence[tuple[str, float]], dark: bool = False) -> bytes:
+def times(seconds: Sequence[tuple[str, float]]) -> bytes:
     """Draw how long each step took, in the order given (at least one)."""
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         values = [value for _, value in seconds]
-        axes.barh(range(len(values)), values, 0.7, color=colours.first)
+        axes.barh(range(len(values)), values, 0.7, color=FIRST)
         _rows(axes, [name for name, _ in seconds], values, [duration(value) for value in values])
         axes.set(title="Time of each step", xlabel="seconds")
 
-    return _png(draw, WIDTH, 1.1 + 0.27 * len(seconds), dark)
+    return _png(draw, WIDTH, 1.1 + 0.27 * len(seconds))
 
 
-def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray], dark: bool = False) -> bytes:
+def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray]) -> bytes:
     """Draw the first pictures (uint8 [height, width, 3], by position) of mistakes (at least one), each once."""
     once = {row.position: row for row in reversed(mistakes) if row.position in thumbnails}
     shown = list(reversed(once.values()))[:THUMBNAILS]
@@ -218,7 +207,7 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray], dar
     lines = -(-len(shown) // columns) or 1
     height = 2.5 * lines + 0.5
 
-    def draw(figure: "Figure", colours: _Colours) -> None:
+    def draw(figure: "Figure") -> None:
         figure.set_layout_engine(None)  # all places are the same and known
         figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.85 / height, 0.06, 0.3)
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -228,15 +217,15 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray], dar
             axes.imshow(thumbnails[row.position])
             answer = f"{_shown(row.predicted, 28)}, {_percent(row.probability)}"
             text = f"{_shown(row.label, 30)}\n\N{RIGHTWARDS ARROW} {answer}"
-            axes.set_title(text, fontsize=8, color=colours.text)
+            axes.set_title(text, fontsize=8, color=TEXT)
             axes.text(
-                0.5, -0.03, _shown(row.key, 38), fontsize=6.5, color=colours.muted, ha="center", va="top",
+                0.5, -0.03, _shown(row.key, 38), fontsize=6.5, color=MUTED, ha="center", va="top",
                 transform=axes.transAxes,
             )  # fmt: skip
         title = "Mistakes: true \N{RIGHTWARDS ARROW} predicted label and its probability"
         figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11)
 
-    return _png(draw, max(2.6 * columns, 5), height, dark, photographs=True)
+    return _png(draw, max(2.6 * columns, 5), height, photographs=True)
 
 
 def duration(seconds: float) -> str:
@@ -295,15 +284,12 @@ def _ends(rows: list[Count]) -> tuple[list[Count], int]:
     return rows[: ROWS // 2] + rows[-ROWS // 2 :], len(rows) - ROWS
 
 
-def _png(
-    draw: Callable[["Figure", _Colours], None], width: float, height: float, dark: bool, photographs: bool = False
-) -> bytes:
+def _png(draw: Callable[["Figure"], None], width: float, height: float, photographs: bool = False) -> bytes:
     """Return a picture of `width` x `height` inches. Without pyplot: that one keeps figures and looks for a screen."""
     import matplotlib
     from matplotlib.figure import Figure
     from PIL import Image
 
-    colours = DARK if dark else LIGHT
     style: dict[Any, Any] = {
         "text.parse_math": False,  # a label may hold dollar signs
         "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -312,19 +298,19 @@ def _png(
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "figure.facecolor": colours.page,
-        "savefig.facecolor": colours.page,
-        "axes.facecolor": colours.page,
-        "legend.facecolor": colours.page,
-        "legend.edgecolor": colours.line,
-        "axes.edgecolor": colours.line,
-        "grid.color": colours.line,
-        "text.color": colours.text,
-        "axes.labelcolor": colours.muted,
-        "xtick.color": colours.muted,
-        "xtick.labelcolor": colours.muted,
-        "ytick.color": colours.muted,
-        "ytick.labelcolor": colours.text,
+        "figure.facecolor": WHITE,
+        "savefig.facecolor": WHITE,
+        "axes.facecolor": WHITE,
+        "legend.facecolor": WHITE,
+        "legend.edgecolor": LINE,
+        "axes.edgecolor": LINE,
+        "grid.color": LINE,
+        "text.color": TEXT,
+        "axes.labelcolor": MUTED,
+        "xtick.color": MUTED,
+        "xtick.labelcolor": MUTED,
+        "ytick.color": MUTED,
+        "ytick.labelcolor": TEXT,
     }
     buffer = io.BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -332,7 +318,7 @@ def _png(
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         warnings.filterwarnings("ignore", message="constrained_layout not applied", category=UserWarning)
         figure = Figure((width, height), dpi=DPI, layout="constrained")
-        draw(figure, colours)
+        draw(figure)
         figure.savefig(buffer, format="png", metadata={"Software": None})
     if photographs:
         return buffer.getvalue()

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import logging
 import re
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -242,7 +243,7 @@ def fetch(store: Store, name: str, entry: Entry, folder: Path) -> Fetched:
 
 
 def artifact(store: Store, entry: Entry, name: str, folder: Path) -> Path | None:
-    """Download a file of a version's run into `folder` and return its path; None where the run has no such file.
+    """Download a file of a version's run to `folder / name` and return its path; None where the run has no such file.
 
     Raises PipelineError where MLflow cannot be reached or refuses.
     """
@@ -253,7 +254,11 @@ def artifact(store: Store, entry: Entry, name: str, folder: Path) -> Path | None
         above = name.rpartition("/")[0]
         if name not in (file.path for file in client.list_artifacts(entry.run_id, above or None)):
             return None
-        return Path(client.download_artifacts(entry.run_id, name, str(folder)))
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # some stores keep the folders above, others do not
+            Path(client.download_artifacts(entry.run_id, name, scratch)).replace(path)
+        return path
 
 
 @contextlib.contextmanager

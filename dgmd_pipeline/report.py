@@ -26,7 +26,7 @@ PAGE = "report.html"
 REJECTED = 50  # that are named
 CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what it takes on the page
 
-Draw = Callable[..., bytes]  # draws a picture
+Draw = Callable[[], bytes]  # draws a picture
 
 
 class Content(NamedTuple):
@@ -52,8 +52,7 @@ class Content(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    light: str  # data: URIs
-    dark: str
+    link: str  # data: URI
     width: int  # pixels of a page
     height: int
 
@@ -63,20 +62,18 @@ def write(
     content: Content,
     map: Callable[[Callable[[Draw], bytes], Iterable[Draw]], Iterable[bytes]] = map,
 ) -> None:
-    """Write `report.html` and the plots for a light page as PNG files into `folder`.
+    """Write `report.html` and its plots, also as PNG files, into `folder`.
 
     `map` is like the builtin one; it may call the function for its pieces in other processes, and yields in order what
-    comes back. Drawing takes about half a second of CPU time a picture.
+    comes back. Drawing takes about a third of a second of CPU time a picture.
     """
     import jinja2
 
     plotted = _plots(content)
-    pieces = [partial(draw, dark=dark) for draw in plotted.values() for dark in (False, True)]
-    drawn = iter(map(_draw, pieces))
     pictures = {}
-    for name, light, dark in zip(plotted, drawn, drawn, strict=True):
-        (folder / f"{name}.png").write_bytes(light)
-        pictures[name] = _picture(light, dark)
+    for name, drawn in zip(plotted, map(_draw, plotted.values()), strict=True):
+        (folder / f"{name}.png").write_bytes(drawn)
+        pictures[name] = _picture(drawn)
     shown = content.measured.mistakes
     if any(row.position in content.thumbnails for row in shown):
         (folder / "mistakes.png").write_bytes(plots.sheet(shown, content.thumbnails))
@@ -188,11 +185,11 @@ def _points(value: float) -> str:
     )
 
 
-def _picture(light: bytes, dark: bytes) -> _Picture:
+def _picture(drawn: bytes) -> _Picture:
     from PIL import Image
 
-    size = [round(pixels * 96 / plots.DPI) for pixels in Image.open(io.BytesIO(light)).size]
-    return _Picture(_uri("png", light), _uri("png", dark), *size)
+    size = [round(pixels * 96 / plots.DPI) for pixels in Image.open(io.BytesIO(drawn)).size]
+    return _Picture(_uri("png", drawn), *size)
 
 
 def _jpeg(pixels: np.ndarray) -> str:

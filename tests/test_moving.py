@@ -59,7 +59,7 @@ def test_pictures_that_were_scaled_are_refused(consumer):
         [sys.executable, "-c", code], cwd=folder, env=environment_with(variables), capture_output=True, text=True
     )
     assert ran.returncode == 1
-    assert "Cannot safely convert float64 to uint8" in ran.stderr
+    assert "float64 does not match expected dtype uint8" in ran.stderr
 
 
 def test_mlflow_s_own_server_answers_a_picture_with_probabilities(consumer):

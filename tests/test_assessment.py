@@ -1,0 +1,60 @@
+"""Real models in real processes of their own."""
+
+import numpy as np
+import pytest
+
+from dgmd_pipeline import assessment, model, settings
+from dgmd_pipeline.errors import PipelineError
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small model's file, a larger one's, and what the small one says of PICTURES."""
+    folder = tmp_path_factory.mktemp("models")
+    networks = []
+    for name, size in (("small", 16), ("large", 32)):
+        backbone = model.build_cnn(size, size)
+        network = model.assemble(backbone, model.build_head(backbone.output_shape[-1], 3, 0.1))
+        network.save(folder / f"{name}.keras")
+        networks.append(network)
+    return folder / "small.keras", folder / "large.keras", networks[0]
+
+
+def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, tmp_path):
+    small, _, network = saved
+    found = assessment.assess(small, PICTURES, network.predict(PICTURES, verbose=0), tmp_path)
+    assert found["predictions_equal"] and found["largest_difference"] < assessment.TOLERANCE
+    assert found["parameters"] == network.count_params()
+    assert found["bytes"] == small.stat().st_size
+    assert 0 < found["latency_p50_ms"] <= found["latency_p95_ms"]
+    assert found["load_seconds"] > 0 and found["images_per_second"] > 0 and found["batch"] == 8
+    assert 10**8 < found["peak_memory_bytes"] < 10**10  # TensorFlow alone takes hundreds of megabytes
+    assert "latency_ratio" not in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_model_is_timed_beside_it(saved, tmp_path):
+    small, large, network = saved
+    found = assessment.assess(large, PICTURES, network.predict(PICTURES, verbose=0), tmp_path, small)
+    assert not found["predictions_equal"]  # those of another model
+    assert found["production_bytes"] == small.stat().st_size
+    assert found["size_ratio"] == large.stat().st_size / small.stat().st_size
+    assert found["latency_ratio"] > 0
+
+
+def test_a_file_that_is_no_model_is_said(tmp_path):
+    path = tmp_path / "broken.keras"
+    path.write_bytes(b"PK no model")
+    with pytest.raises(PipelineError, match=r"could not use the model: it ended with 1: .*broken.keras"):
+        assessment.assess(path, PICTURES, np.zeros((8, 3)), tmp_path)
+
+
+def test_the_process_sees_nothing_of_what_speeds_up_a_training(monkeypatch):
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
+    monkeypatch.setenv("SOMETHING", "else")
+    found = settings.environment_of_others()
+    assert "TF_NUM_INTRAOP_THREADS" not in found and found["SOMETHING"] == "else"
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "4")  # somebody's own
+    assert settings.environment_of_others()["TF_NUM_INTRAOP_THREADS"] == "4"
