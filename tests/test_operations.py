@@ -1,21 +1,27 @@
-"""The operator's commands in processes, against a real MLflow server and against the embedded store."""
+"""The operator's commands against a real MLflow server (test_demo has the embedded store), then a consumer."""
 
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, environment_with, picture, run_pipeline
+from conftest import ROOT, environment_with, picture, run_pipeline, wait_for
 from PIL import Image
 from test_pipeline import LABELS, TINY, on_a_terminal
+
+from dgmd_pipeline.cli import main
 
 ANY = {
     "MAX_CLASS_DROP": 1,
@@ -23,18 +29,16 @@ ANY = {
 }  # models of one epoch: what matters here is what is done with them
 
 
-@pytest.fixture(scope="module", params=["server", "embedded"])
-def trained(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def trained(mlflow_server, tmp_path_factory):
     """A folder where two versions were trained, the second one with production (version 1) to compare with."""
     folder = tmp_path_factory.mktemp("trained")
     for label in LABELS:
         (folder / "data/raw" / label).mkdir(parents=True)
         for number in range(12):
             (folder / f"data/raw/{label}/{label} {number}.png").write_bytes(picture(label, number))
-    name = f"jars-{request.param}"
-    variables = {**TINY, **ANY, "DATA_DIR": folder / "data", "MODEL_NAME": name, "EPOCHS": 6}
-    if request.param == "server":
-        variables["MLFLOW_TRACKING_URI"] = request.getfixturevalue("mlflow_server")
+    Image.open(io.BytesIO(picture(LABELS[1], 99, side=40))).save(folder / "jar.jpeg", quality=95)
+    variables = {**TINY, **ANY, "DATA_DIR": folder / "data", "MODEL_NAME": "jars", "MLFLOW_TRACKING_URI": mlflow_server}
     first = run_pipeline(folder, **variables)
     assert first.returncode == 0, first.stdout + first.stderr
     promoted = run_pipeline(folder, "promote", "--yes", "--reason", "the first one", **variables)
@@ -45,16 +49,36 @@ def trained(request, tmp_path_factory):
     return folder, variables, promoted.stdout, second.stdout
 
 
+@pytest.fixture
+def command(monkeypatch, capsys, _own_process):
+    """The command in this process, which has TensorFlow and MLflow already."""
+
+    def run(folder, *words, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        code = main([*map(str, words)])
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+@pytest.fixture
+def asked(command):
+    """What a command says in JSON."""
+
+    def ask(folder, *words, **variables):
+        result = command(folder, *words, "--json", **variables)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return json.loads(result.stdout)
+
+    return ask
+
+
 def client_of(variables):
-    uri = variables.get("MLFLOW_TRACKING_URI", f"sqlite:///{variables['DATA_DIR']}/mlflow/mlflow.db")
-    return mlflow.MlflowClient(uri, uri)
-
-
-def asked(folder, *words, code=0, **variables):
-    """Return what a command says in JSON."""
-    result = run_pipeline(folder, *words, "--json", **variables)
-    assert result.returncode == code, result.stdout + result.stderr
-    return json.loads(result.stdout)
+    return mlflow.MlflowClient(variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_TRACKING_URI"])
 
 
 def test_a_first_model_has_nothing_to_compare_with_and_that_is_said(trained):
@@ -79,7 +103,7 @@ def test_a_run_compares_its_model_with_production_on_the_same_pictures(trained):
     assert float(version.tags["dgmd.latency_p50_ms"]) == pytest.approx(tried["latency_p50_ms"], rel=1e-4)
 
 
-def test_the_story_of_two_versions(trained):
+def test_the_story_of_two_versions(trained, command, asked):
     folder, variables, *_ = trained
     name = variables["MODEL_NAME"]
 
@@ -91,27 +115,27 @@ def test_the_story_of_two_versions(trained):
     assert rows[2]["compared_with"] == "1" and rows[2]["bytes"] > 10_000 and rows[2]["latency_p50_ms"] > 0
     assert rows[1]["promoted_by"] and rows[2]["promoted_by"] is None
 
-    refused = run_pipeline(folder, "promote", "--yes", **{**variables, "MAX_LATENCY_RATIO": 1e-3})
+    refused = command(folder, "promote", "--yes", **{**variables, "MAX_LATENCY_RATIO": 1e-3})
     assert refused.returncode == 40
     assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One picture" in refused.stdout
-    assert run_pipeline(folder, "promote", **variables).returncode == 2  # nobody can be asked
-    assert run_pipeline(folder, "promote", "--force", **variables).returncode == 2  # no reason
+    assert command(folder, "promote", **variables).returncode == 2  # nobody can be asked
+    assert command(folder, "promote", "--force", **variables).returncode == 2  # no reason
     assert environments() == {1: "production", 2: "non-production"}
 
     slow = {**variables, "MAX_LATENCY_RATIO": 1e-3}
     forced = asked(folder, "promote", "2", "--yes", "--force", "--reason", "it is needed", **slow)
     assert forced["promoted"] and forced["event"]["forced"]
     assert environments() == {1: "non-production", 2: "production"}
-    assert "is production already" in run_pipeline(folder, "promote", "@production", **variables).stdout
+    assert "is production already" in command(folder, "promote", "@production", **variables).stdout
 
     client = client_of(variables)
     assert client.get_model_version(name, "1").current_stage == "Archived"
     assert client.get_model_version(name, "2").aliases == ["production"]
 
-    back = run_pipeline(folder, "rollback", "--yes", "--reason", "it was not", **variables)
+    back = command(folder, "rollback", "--yes", "--reason", "it was not", **variables)
     assert back.returncode == 0 and "version 1 is production again" in back.stdout
     assert environments() == {1: "production", 2: "non-production"}
-    assert run_pipeline(folder, "rollback", "--yes", **variables).returncode == 40
+    assert command(folder, "rollback", "--yes", **variables).returncode == 40
 
     events = asked(folder, "history", **variables)
     assert [(e["action"], e["former"], e["version"], e["forced"], e["why"]) for e in events] == [
@@ -120,62 +144,61 @@ def test_the_story_of_two_versions(trained):
         ("rollback", 2, 1, False, "it was not"),
     ]
     assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
-    table = run_pipeline(folder, "history", **variables).stdout.splitlines()
+    table = command(folder, "history", **variables).stdout.splitlines()
     assert len(table) == 4 and "promote (forced)" in table[2]
 
 
 def test_an_operator_at_a_terminal_is_asked(trained):
     folder, variables, *_ = trained
-    for answer, code in (("n", 40), ("", 40)):
-        result = answered(folder, answer, "promote", "2", **variables)
-        assert result.returncode == code, result.stdout
-        assert "[y/N]" in result.stdout and "Nothing was changed." in result.stdout
+    result = answered(folder, "n", "promote", "2", **variables)
+    assert result.returncode == 40, result.stdout
+    assert "[y/N]" in result.stdout and "Nothing was changed." in result.stdout
 
 
 def answered(folder, answer, *words, **variables):
     """The command on a terminal, where somebody answers its question."""
-    command = f"{sys.executable} {ROOT / 'pipeline.py'} {' '.join(words)}"
+    words = f"{sys.executable} {ROOT / 'pipeline.py'} {' '.join(words)}"
     return subprocess.run(
-        ["script", "-qec", command, "/dev/null"], input=f"{answer}\n", cwd=folder, env=environment_with(variables),
+        ["script", "-qec", words, "/dev/null"], input=f"{answer}\n", cwd=folder, env=environment_with(variables),
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
-def test_without_the_validation_records_a_changed_production_makes_the_assessment_missing(trained, tmp_path):
+def test_without_the_validation_records_a_changed_production_makes_the_assessment_missing(trained, tmp_path, command):
     folder, variables, *_ = trained
-    if "MLFLOW_TRACKING_URI" not in variables:
-        pytest.skip("the embedded store lies in DATA_DIR")
     client, name = client_of(variables), f"{variables['MODEL_NAME']}-moved"
     client.create_registered_model(name)
     for version in ("1", "2"):
         known = client.get_model_version(variables["MODEL_NAME"], version)
-        client.create_model_version(name, known.source, known.run_id, tags=known.tags, model_id=known.model_id)
+        client.create_model_version(
+            name, known.source, known.run_id, tags=known.tags, model_id=known.source.removeprefix("models:/")
+        )
     client.set_registered_model_alias(name, "production", "2")  # version 1 was compared with nothing
     elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing", "MODEL_NAME": name}
-    refused = run_pipeline(tmp_path, "promote", "1", "--yes", **elsewhere)
+    refused = command(tmp_path, "promote", "1", "--yes", **elsewhere)
     assert refused.returncode == 40, refused.stdout
     assert "there are no validation records" in refused.stdout
-    at_hand = run_pipeline(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
+    at_hand = command(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
     assert at_hand.returncode == 0, at_hand.stdout + at_hand.stderr
     assert "Production is version 2: comparing" in at_hand.stdout
 
 
-def test_two_versions_are_compared(trained):
+def test_two_versions_are_compared(trained, asked):
     folder, variables, *_ = trained
     found = asked(folder, "compare", "2", "1", **variables)
-    there = asked(folder, "compare", "1", "2", **variables)
-    assert found["comparison"]["difference"] == -there["comparison"]["difference"]
-    assert found["comparison"]["gained"] == there["comparison"]["lost"]
-    text = run_pipeline(folder, "compare", "1", "@production", **variables).stdout
-    assert re.search(r"accuracy +\d\.\d{4} +\d\.\d{4} +\+0\.0 points", text)
+    with np.load(folder / "data/evaluation/predictions.npz") as kept:  # of version 2
+        right = (kept["probabilities"].argmax(1) == kept["truth"]).mean()
+    assert found["comparison"]["accuracy"] == pytest.approx(right)
+    assert found["comparison"]["version"] == 1
+    assert found["assessment"]["latency_ratio"] > 0
 
 
-def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path):
+def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path, command, asked):
     folder, variables, *_ = trained
     (tmp_path / "in/below").mkdir(parents=True)
     for label in LABELS:
         (tmp_path / f"in/below/{label}.png").write_bytes(picture(label, 3))
-    elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing"} if "MLFLOW_TRACKING_URI" in variables else variables
+    elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing"}
     rows = asked(tmp_path, "predict", "in", "--version", "1", **elsewhere)
     assert [row["file"] for row in rows] == [f"in/below/{label}.png" for label in LABELS]
     network = keras.models.load_model(folder / "data/trained_model/model.keras", compile=False)  # version 2
@@ -188,7 +211,7 @@ def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
     (tmp_path / "in/notes.txt").write_text("no picture")
-    result = run_pipeline(tmp_path, "predict", "in", "--csv", **elsewhere)  # production
+    result = command(tmp_path, "predict", "in", "--csv", **elsewhere)  # production
     assert result.returncode == 20
     start = result.stdout.index("file,label,probability")
     lines = result.stdout[start:].splitlines()[:4]
@@ -205,18 +228,18 @@ def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path):
         (["compare", "1", "x"], "has no version x"),
     ],
 )
-def test_what_is_not_there_is_said(trained, words, said):
+def test_what_is_not_there_is_said(trained, command, words, said):
     folder, variables, *_ = trained
-    result = run_pipeline(folder, *words, **variables)
+    result = command(folder, *words, **variables)
     assert result.returncode == 20
     assert said in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("word", ["models", "promote", "rollback", "history"])
-def test_without_a_registry_or_a_model_there_is_a_sentence(trained, tmp_path, word):
+def test_without_a_registry_or_a_model_there_is_a_sentence(trained, tmp_path, command, word):
     _, variables, *_ = trained
-    result = run_pipeline(tmp_path, word, **{**variables, "DATA_DIR": tmp_path, "MODEL_NAME": "other"})
+    result = command(tmp_path, word, **{**variables, "DATA_DIR": tmp_path, "MODEL_NAME": "other"})
     assert result.returncode == 20
     assert re.search(r"There is no (registry|version of other)", result.stdout)
 
@@ -229,9 +252,74 @@ def test_tables_fit_a_terminal(trained):
 
 def test_looking_needs_no_tensorflow(trained):
     folder, variables, *_ = trained
-    for word in ("models", "history"):
-        code = (
-            f"import sys; from dgmd_pipeline import cli; cli.main(['{word}']); assert 'tensorflow' not in sys.modules"
+    code = """
+import sys
+from dgmd_pipeline import cli
+for word in ("models", "history"):
+    assert cli.main([word]) == 0
+assert "tensorflow" not in sys.modules
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment_with(variables), timeout=120)
+    assert ran.returncode == 0
+
+
+PAGE = (ROOT / "docs/moving.md").read_text("utf-8")
+LOADING, ASKING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+(SERVING,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def consumer(trained, asked):
+    """A folder with a picture in it, the variables of a consumer, and what the production model says of the picture."""
+    folder, variables, *_ = trained
+    (row,) = asked(folder, "predict", "jar.jpeg", **variables)
+    return folder, {name: variables[name] for name in ("MODEL_NAME", "MLFLOW_TRACKING_URI")}, row
+
+
+@pytest.mark.parametrize("uri", ['f"models:/{NAME}/Production"', 'f"models:/{NAME}@production"'])
+def test_a_consumer_loads_the_production_model_with_mlflow_s_client_alone(consumer, uri):
+    folder, variables, expected = consumer
+    code = LOADING.replace('f"models:/{NAME}/Production"', uri, 1)
+    assert uri in code
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment_with(variables), capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    label, probability = ran.stdout.split("\n")[-2].rsplit(" ", 1)
+    assert label == expected["label"]
+    assert float(probability) == pytest.approx(expected["probability"], abs=1e-5)
+
+
+def test_pictures_that_were_scaled_are_refused(consumer):
+    folder, variables, _ = consumer
+    code = LOADING.replace('.convert("RGB"))', '.convert("RGB")) / 255')
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment_with(variables), capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    assert "float64 does not match expected dtype uint8" in ran.stderr
+
+
+def test_mlflow_s_own_server_answers_a_picture_with_probabilities(consumer):
+    folder, variables, expected = consumer
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {**variables, "PORT": port, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    server = subprocess.Popen(
+        SERVING, shell=True, cwd=folder, env=environment_with(variables), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        ran = subprocess.run(
+            [sys.executable, "-c", ASKING], cwd=folder, env=environment_with(variables), capture_output=True, text=True
         )
-        ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment_with(variables), timeout=120)
-        assert ran.returncode == 0
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    assert ran.returncode == 0, ran.stderr
+    probabilities = np.array(json.loads(ran.stdout))
+    assert LABELS[probabilities.argmax()] == expected["label"]
+    assert probabilities.max() == pytest.approx(expected["probability"], abs=1e-4)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-4)
