@@ -8,6 +8,7 @@ ARG GIT_REVISION=unknown
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     KERAS_HOME=/app/data/.keras \
+    MPLCONFIGDIR=/app/data/.matplotlib \
     GIT_REVISION=$GIT_REVISION
 
 WORKDIR /app
