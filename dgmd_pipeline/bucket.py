@@ -574,9 +574,10 @@ class _Ways:
         """Begin to write an object to the file `part`."""
         if self.transfer.takes(source.size):
             landed = partial(self._done.put, (source, part, None))
-            self._flights[part] = self.transfer.start(source.key, source.size, part, landed)
-        else:
-            self._leave_to_botocore(source, part)
+            if flight := self.transfer.start(source.key, source.size, part, landed):
+                self._flights[part] = flight
+                return
+        self._leave_to_botocore(source, part)
 
     def _leave_to_botocore(self, source: SourceObject, part: Path) -> None:
         self._todo.put((source, part))

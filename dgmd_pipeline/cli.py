@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.force = options.force_before + options.force
     try:
         with signals.caught():
-            _log(sys.stderr if options.json else sys.stdout, options.verbose)
+            _log(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
             sys.excepthook = _show_fault
             try:
                 return options.command(options)
@@ -72,6 +72,7 @@ DEFAULTS: dict[str, Any] = {
     "until": None,
     "refresh": False,
     "json": False,
+    "csv": False,
 }
 STEPS = "download, inspect, label, balance, split, convert, extract, train, evaluate or register"
 
@@ -167,7 +168,7 @@ def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
     which = predict.add_mutually_exclusive_group()
     which.add_argument("--version", metavar="V", help="number of the version")
     which.add_argument("--alias", metavar="A", default="production", help="alias of the version (default: production)")
-    predict.add_argument("--csv", action="store_true", help="print CSV")
+    predict.add_argument("--csv", action="store_true", default=argparse.SUPPRESS, help="print CSV")
 
 
 def _operate(options: argparse.Namespace) -> int:

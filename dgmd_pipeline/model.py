@@ -286,7 +286,7 @@ def load(path: Path) -> "keras.Model":
 
     try:
         return keras.models.load_model(path, compile=False)
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # another Keras's: TypeError
         raise changed(path, error) from error
 
 

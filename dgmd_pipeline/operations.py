@@ -1,6 +1,7 @@
 """What an operator does with registered models: look, compare, promote, take back, predict. Answers go to stdout."""
 
 import csv
+import io
 import json
 import logging
 import sys
@@ -105,7 +106,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         )
     _ask(f"Make version {entry.version} production{f' instead of {now}' if now else ''}?", yes)
     event = production.switch(
-        store, values.model_name, entry.version,
+        store, values.model_name, entry.version, now,
         action="promote", who=settings.operator(), why=reason, gates=gates, forced=bool(closed),
     )  # fmt: skip
     _say(
@@ -133,7 +134,9 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
     with _scratch() as folder:
         _loaded(store, values.model_name, there[version], folder)
     _ask(f"Go back from version {now} to version {version}?", yes)
-    event = production.switch(store, values.model_name, version, action="rollback", who=settings.operator(), why=reason)
+    event = production.switch(
+        store, values.model_name, version, now, action="rollback", who=settings.operator(), why=reason
+    )
     _say(
         f"{values.model_name} version {version} is production again; version {now} was.",
         as_json, version=version, event=event._asdict(),
@@ -217,6 +220,8 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: str) 
 
 
 def _print_predictions(rows: list[dict[str, Any]], form: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files as they are
     if form == "json":
         _print_json(rows)
     elif form == "csv":
@@ -310,7 +315,8 @@ def _reviewed(
             return review.Review(None, "", None, f"The run of version {entry.version} holds no {name}/{file}.")
     known = review.read(folder / name)
     if now is None:
-        return known._replace(comparison=None, missing="")
+        alone = known.assessment and {key: value for key, value in known.assessment.items() if key != "latency_ratio"}
+        return known._replace(comparison=None, missing="", assessment=alone)
     if known.comparison and known.comparison["version"] == now.version:
         return known
     pictures = tasks.validation(values)
@@ -322,7 +328,15 @@ def _reviewed(
             f"there are no validation records in {values.data_dir} to compare them on.",
         )
     log.info("Production is version %d: comparing ...", now.version)
-    return review.review(candidate, _contender(store, values.model_name, now, folder), pictures, folder)
+    try:
+        there = _contender(store, values.model_name, now, folder)
+    except PipelineError as error:  # an older pipeline's; --force replaces it
+        return known._replace(comparison=None, missing=str(error))
+    found = review.review(candidate, there, pictures, folder)
+    if found.assessment and known.assessment:  # what was measured against the training itself stays true
+        kept = {name: known.assessment[name] for name in ("predictions_equal", "largest_difference")}
+        found = found._replace(assessment=found.assessment | kept)
+    return found
 
 
 def _print_review(
@@ -374,7 +388,8 @@ def _ask(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise SettingsError(f"{question} Nobody can be asked here: give --yes.")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout may be JSON for somebody else
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("Nothing was changed.")
 
 

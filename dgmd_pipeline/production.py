@@ -54,22 +54,25 @@ def history(store: Store, name: str) -> list[Event]:
 
 
 def switch(
-    store: Store, name: str, version: int, *, action: str, who: str, why: str, gates: Sequence[Sequence[Any]] = (),
-    forced: bool = False,
+    store: Store, name: str, version: int, former: int | None, *, action: str, who: str, why: str,
+    gates: Sequence[Sequence[Any]] = (), forced: bool = False,
 ) -> Event:  # fmt: skip
-    """Make a version production, and note who did it and why.
+    """Make a version production instead of `former`, and note who did it and why.
 
-    Raises PipelineError where MLflow cannot be reached or refuses; what was cut off then is repaired the next time.
+    Raises PipelineError where another one is production by now, and where MLflow cannot be reached or refuses; what was
+    cut off then is repaired the next time.
     """
     from mlflow import MlflowClient
 
     with explained(store, ASKED):
         client = MlflowClient(store.uri)
+        if (found := _aliased(client, name)) != former:
+            raise PipelineError(
+                f"Version {found} is production by now, and not {former}: look again and give the command again."
+            )
         now = datetime.now(UTC)
         short = [[name, passed, text[:WORDS]] for name, passed, text in gates]
-        event = Event(
-            now.isoformat(timespec="seconds"), who, action, _aliased(client, name), version, why[:WORDS], short, forced
-        )
+        event = Event(now.isoformat(timespec="seconds"), who, action, former, version, why[:WORDS], short, forced)
         key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
         _write(client, name, key, event)
         client.set_registered_model_alias(name, PRODUCTION, str(version))
@@ -86,10 +89,10 @@ def repair(store: Store, name: str) -> list[str]:
 
     with explained(store, ASKED):
         client = MlflowClient(store.uri)
-        now = _aliased(client, name)
         mended = _follow(client, name, store)
         for key, event in _events(client, name):
             if event.done is None:
+                now = _aliased(client, name)  # asked late: the event may be under way just now
                 _write(client, name, key, event._replace(done=event.version == now))
                 outcome = "was carried out" if event.version == now else "was not carried out"
                 mended.append(f"the {event.action} of version {event.version} that was cut off {outcome}")
@@ -164,6 +167,8 @@ def _write(client: "MlflowClient", name: str, key: str, event: Event) -> Event:
 def _follow(client: "MlflowClient", name: str, store: Store) -> list[str]:
     """Let tags, stages and the alias `candidate` follow the alias `production`; return what differed."""
     now = _aliased(client, name)
+    if now is None:  # nothing to follow: a stage that was set by other means stays until something is promoted
+        return []
     mended = []
     for entry in entries(store, name):
         is_it = entry.version == now

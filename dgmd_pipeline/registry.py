@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.settings import redact
 
 if TYPE_CHECKING:
     import keras
@@ -279,7 +280,8 @@ def explained(store: Store, what: str = REGISTERED) -> Iterator[None]:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
-        raise PipelineError(f"MLflow at {store.uri} {what.format(reason)}") from error
+        # It is stored, too: in reports, the history and MLflow.
+        raise PipelineError(redact(f"MLflow at {store.uri} {what.format(reason)}")) from error
 
 
 def _find(client: "MlflowClient", name: str, training_id: str) -> Version | None:

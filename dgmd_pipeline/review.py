@@ -83,6 +83,12 @@ def review(candidate: Contender, production: Contender | None, known: Pictures, 
     compared, missing = None, ""
     if production is not None:
         try:
+            production = production._replace(probabilities=predictions(production, known))
+        except PipelineError as error:
+            missing = f"Version {production.version}, which is production, cannot be used here: {error}"
+            production = None  # nor be timed
+    if production is not None:
+        try:
             compared = compare(candidate, production, known)
         except PipelineError as error:
             missing = str(error)

@@ -775,8 +775,9 @@ def validation(settings: Any) -> Any:
 
     records = settings.data_dir / f"{WriteTFRecords.name}_validation"
     split = settings.data_dir / SplitImages.name
-    if read_record(records) is None or read_record(split) is None:
-        return None
+    made, cut = read_record(records), read_record(split)
+    if made is None or cut is None or made.inputs.get(SplitImages.name) != cut.identity:
+        return None  # the records of another split, while a run is on its way
     return review.pictures(records, manifest.read(split / "validation.csv", manifest.Example))
 
 

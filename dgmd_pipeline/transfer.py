@@ -100,33 +100,43 @@ class Transfer:
         """Whether it fetches objects of so many bytes."""
         return self._runtime is not None and self._failures < FAILURES and 0 < size <= MAX_BYTES
 
-    def start(self, key: str, size: int, path: Path, landed: Callable[[], None]) -> Flight:
+    def start(self, key: str, size: int, path: Path, landed: Callable[[], None]) -> Flight | None:
         """Begin to write an object of `size` bytes to `path`; `landed` is called, by another thread, when that is over.
 
-        `takes(size)` has to be true.
+        `takes(size)` has to be true. None: it could not begin, because of the disk, say.
         """
+        from awscrt.exceptions import AwsCrtError
         from awscrt.http import HttpHeaders, HttpRequest
         from awscrt.s3 import S3RequestType
 
         received: dict[str, str] = {}
         headers = HttpHeaders([("host", self._host), ("x-amz-checksum-mode", "ENABLED")])
-        request = self._runtime.make_request(
-            type=S3RequestType.DEFAULT,  # a plain GET; GET_OBJECT asks for ranges, and 0.38.0 crashed on empty objects
-            operation_name="GetObject",
-            request=HttpRequest("GET", self._path + _quoted(key), headers),
-            recv_filepath=str(path),
-            on_headers=lambda headers, **_: received.update((name.lower(), value) for name, value in headers),
-            on_done=lambda **_: landed(),
-        )
+        try:
+            request = self._runtime.make_request(
+                # A plain GET; GET_OBJECT asks for ranges, and 0.38.0 crashed on empty objects.
+                type=S3RequestType.DEFAULT,
+                operation_name="GetObject",
+                request=HttpRequest("GET", self._path + _quoted(key), headers),
+                recv_filepath=str(path),
+                on_headers=lambda headers, **_: received.update((name.lower(), value) for name, value in headers),
+                on_done=lambda **_: landed(),
+            )
+        except (AwsCrtError, OSError, ValueError, RuntimeError) as error:  # awscrt raises Python's own, too
+            log.debug("awscrt did not begin with %s: %s", key, error)
+            self._failures += 1
+            return None
         return Flight(key, size, path, received, request, monotonic() + SILENCE + size / SLOW)
 
     def worked(self, flight: Flight) -> bool:
         """Tell whether a flight that is over brought the object whole; if not, its file may hold anything."""
-        problem = flight.request.finished_future.exception()
-        if problem is None and flight.path.stat().st_size != flight.size:
-            problem = "another size"
-        elif problem is None and not _is_intact(flight.path, flight.headers):
-            problem = "another checksum"
+        problem: object = flight.request.finished_future.exception()
+        try:
+            if problem is None and flight.path.stat().st_size != flight.size:
+                problem = "another size"
+            elif problem is None and not _is_intact(flight.path, flight.headers):
+                problem = "another checksum"
+        except (OSError, ValueError) as error:  # a checksum that is none, say
+            problem = error
         if problem is None:
             self._failures = 0
             return True

@@ -36,7 +36,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "comparison": [],
     "assessment": ["model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
-    "registry": ["manifest"],
+    "registry": ["manifest", "settings"],
     "production": ["registry"],
     "demo": ["bucket", "settings", "step"],
 }

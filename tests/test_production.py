@@ -36,7 +36,8 @@ def name(store, request):
 
 
 def promote(store, name, version, **more):
-    return production.switch(store, name, version, action="promote", who="ada@desk", why="better", **more)
+    now = production.current(store, name)
+    return production.switch(store, name, version, now, action="promote", who="ada@desk", why="better", **more)
 
 
 def seen(store, name):
@@ -122,6 +123,25 @@ def test_an_alias_that_somebody_moved_by_hand_is_the_truth(store, name):
     events = production.history(store, name)
     assert [event.former for event in events] == [None, 2]
     assert production.before(events, 3) == [1, 2]
+
+
+def test_a_stage_that_was_set_before_there_was_an_alias_stays(store, name):
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        client.transition_model_version_stage(name, "2", "Production")
+    assert production.repair(store, name) == []
+    assert seen(store, name)[1][2] == ("non-production", "Production", [])
+    promote(store, name, 1)
+    assert seen(store, name)[1][2] == ("non-production", "Archived", [])
+
+
+def test_who_looked_at_another_production_version_has_to_look_again(store, name):
+    promote(store, name, 1)
+    with pytest.raises(PipelineError, match="Version 1 is production by now, and not None"):
+        production.switch(store, name, 3, None, action="promote", who="bob@desk", why="")
+    assert production.current(store, name) == 1
+    assert len(production.history(store, name)) == 1
 
 
 def test_a_model_that_is_not_there_is_said(store):
