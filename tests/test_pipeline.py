@@ -174,7 +174,7 @@ def test_the_mlflow_run_tells_everything(finished):
     assert run.data.params["EPOCHS"] == "2"
     assert run.data.params["SEED"] == "1"
     assert run.data.params["AWS_DATA_PATH"] == "train/images"
-    not_of_the_model = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION", "REFRESH"}
+    not_of_the_model = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION", "REFRESH", "MAX_CLASS_DROP", "MAX_LATENCY_RATIO"}
     assert set(run.data.params) == set(map(variable, Settings.model_fields)) - not_of_the_model
     assert run.data.tags["dgmd.version"] == version.tags["dgmd.version"]
     training = json.loads((data_dir / "trained_model" / "training.json").read_text())
