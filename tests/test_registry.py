@@ -215,3 +215,10 @@ def test_a_deleted_experiment_is_explained(saved_model, tmp_path):
     client.delete_experiment(client.get_experiment_by_name("deleted").experiment_id)
     with pytest.raises(PipelineError, match="has been deleted. Restore it"):
         registry.register(store, "deleted", "deleted", candidate(tmp_path, saved_model, "two"))
+
+
+def test_no_login_in_what_is_said_of_a_server_that_does_not_answer(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(PipelineError, match="did not answer as expected") as caught:
+        registry.entries(registry.Store("http://me:pa55word@127.0.0.1:9", None), "jars")
+    assert "pa55word" not in str(caught.value)

@@ -76,6 +76,11 @@ def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
     found = review.review(candidate, production, known, tmp_path)
     assert found.comparison is None and "with version 4" in found.missing
     assert found.assessment["predictions_equal"] and found.assessment["latency_ratio"] > 0
+    (tmp_path / "other.keras").write_bytes(b"no model")
+    unusable = Contender(tmp_path / "other.keras", LABELS, frozenset(), 5)
+    found = review.review(candidate, unusable, known, tmp_path)
+    assert found.comparison is None and "Version 5, which is production, cannot be used here" in found.missing
+    assert found.assessment["predictions_equal"] and "latency_ratio" not in found.assessment
     (tmp_path / "model.keras").write_bytes(b"no model")
     broken = review.review(contender(known)._replace(path=tmp_path / "model.keras"), None, known, tmp_path)
     assert broken.assessment is None and "could not use the model" in broken.untried
