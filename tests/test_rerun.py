@@ -114,9 +114,9 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "WEIGHT_DECAY": (0.1, LEARNED),
     "CLASS_WEIGHTS": ("false", LEARNED),
     "SEED": (2, LEARNED),
-    "MODEL_NAME": ("another", ["registered_model"]),
+    "MODEL_NAME": ("another", ["evaluation", "registered_model"]),
     "MLFLOW_EXPERIMENT_NAME": ("another", ["registered_model"]),
-    "MLFLOW_TRACKING_URI": ("sqlite:///another.db", ["registered_model"]),
+    "MLFLOW_TRACKING_URI": ("sqlite:///another.db", ["evaluation", "registered_model"]),
     "KERAS_HOME": ("elsewhere", []),
     "GIT_REVISION": ("0123abc", []),
 }
@@ -192,7 +192,7 @@ def test_going_back_to_earlier_settings_is_a_rerun(cnn):
 
 def test_going_back_to_an_earlier_name_notes_the_version_that_is_there(cnn):
     variables, data_dir = cnn
-    assert run(variables | {"MODEL_NAME": "renamed"}, data_dir) == ["registered_model"]
+    assert run(variables | {"MODEL_NAME": "renamed"}, data_dir) == ["evaluation", "registered_model"]
     assert version(data_dir) == 1
     assert run(variables, data_dir) == ["registered_model"]
     assert run(variables | {"MODEL_NAME": "renamed"}, data_dir) == ["registered_model"]
