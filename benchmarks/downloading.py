@@ -92,10 +92,8 @@ def claims(url: str, scratch: str, repeats: int, what: str, promised: bool = Tru
     cpu = measure.in_turns(repeats, **ways)
     ms = {name: measure.median(values, " ms") for name, values in cpu.items()}
     speed = {name: measure.median([pictures.FILES / seconds for seconds in wall[name]], "/s") for name in wall}
-    times_s5cmd, times_less = (
-        measure.ratios(cpu["ours"], cpu["s5cmd"]),
-        measure.ratios(cpu["download_file"], cpu["ours"]),
-    )
+    times_s5cmd = measure.ratios(cpu["ours"], cpu["s5cmd"])
+    times_less = measure.ratios(cpu["download_file"], cpu["ours"])
     of_s5cmd = measure.ratios(wall["s5cmd"], wall["ours"])
     goals = (3, 1.5, 0.9) if promised else (None, None, None)
     return [

@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import unicodedata
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -546,12 +546,10 @@ def download(
                 ways.start(source, free.pop())
             if len(free) == threads:
                 break
-            for source, part, result in ways.landed():
+            if landed := ways.landed():
+                source, part, result = landed
                 free.append(part)
-                if result is None:
-                    yield _put(source, part, folder)
-                else:
-                    yield result
+                yield result or _put(source, part, folder)
     finally:
         ways.close()
         shutil.rmtree(parts, ignore_errors=True)
@@ -599,24 +597,24 @@ class _Ways:
                 result = error
             self._done.put((source, part, result))
 
-    def landed(self) -> Iterator[tuple[SourceObject, Path, Rejected | None]]:
-        """Wait a moment and yield the next that is done: None where the object is in the file, whole."""
+    def landed(self) -> tuple[SourceObject, Path, Rejected | None] | None:
+        """Wait a moment and return the next that is done, with None where the object is in the file, whole."""
         try:
             source, part, result = self._done.get(timeout=LOOK)
         except Empty:
             for late in self._flights.values():
                 if monotonic() > late.deadline:
                     late.cancel()
-            return
+            return None
         flight = self._flights.pop(part, None)
         if flight is None:
             self._busy -= 1
         elif not self.transfer.worked(flight):
             self._leave_to_botocore(source, part)
-            return
+            return None
         if isinstance(result, Exception):
             raise result
-        yield source, part, result
+        return source, part, result
 
     def close(self) -> None:
         """Call off what is under way, and wait a while until it has let go of its files."""

@@ -90,8 +90,8 @@ def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024
 
 def evaluate(
     probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str], folder: Path
-) -> dict[str, float]:
-    """Write what `measure` finds into `folder` and return the overall measurements.
+) -> Measurements:
+    """Write what `measure` finds into `folder` and return it.
 
     `metrics.json` holds these; the CSV files are for people. `predictions.npz` holds what everything can be measured
     from again, see `load`: probabilities (float32), truth (int64) and keys (fixed-width Unicode).
@@ -112,7 +112,7 @@ def evaluate(
         truth=truth.astype(np.int64),
         keys=np.array(keys, dtype=np.str_),
     )
-    return found.overall
+    return found
 
 
 def load(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -170,7 +170,9 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
         )
     with _scratch() as folder:
         model.start_tensorflow()
-        here, there = (_contender(store, values.model_name, entry, folder) for entry in entries)
+        here, there = (
+            tasks.contender(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
+        )
         here = here._replace(probabilities=review.predictions(here, pictures))
         known = review.review(here, there, pictures, folder)
     if known.comparison is None:
@@ -273,20 +275,13 @@ def _chosen(found: Sequence[registry.Entry], word: str, name: str) -> registry.E
     raise NoUsableInput(f"{name} has no version {word}: the newest are {versions}, and there is {aliases}.")
 
 
-def _contender(store: registry.Store, name: str, entry: registry.Entry, folder: Path) -> "Contender":
-    from dgmd_pipeline.review import Contender
-
-    fetched = registry.fetch(store, name, entry, Path(folder, str(entry.version)))
-    return Contender(fetched.path, fetched.labels, fetched.trained_on, entry.version)
-
-
 def _loaded(store: registry.Store, name: str, entry: registry.Entry, folder: Path) -> "Contender":
     """Fetch a version and see that it can be used."""
     import numpy as np
 
     from dgmd_pipeline import model
 
-    contender = _contender(store, name, entry, folder)
+    contender = tasks.contender(store, name, entry, folder / str(entry.version))
     model.start_tensorflow()
     network = model.load(contender.path)
     found = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
@@ -329,7 +324,7 @@ def _reviewed(
         )
     log.info("Production is version %d: comparing ...", now.version)
     try:
-        there = _contender(store, values.model_name, now, folder)
+        there = tasks.contender(store, values.model_name, now, folder / str(now.version))
     except PipelineError as error:  # an older pipeline's; --force replaces it
         return known._replace(comparison=None, missing=str(error))
     found = review.review(candidate, there, pictures, folder)

@@ -13,7 +13,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry import ASKED, CANDIDATE, ENVIRONMENT, NON_PRODUCTION, PRODUCTION, Store, entries, explained
+from dgmd_pipeline.registry import (
+    ASKED,
+    CANDIDATE,
+    ENVIRONMENT,
+    NON_PRODUCTION,
+    PRODUCTION,
+    Store,
+    entries,
+    explained,
+    registered_model,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -127,20 +137,10 @@ def _aliased(client: "MlflowClient", name: str) -> int | None:
 
 
 def _model(client: "MlflowClient", name: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise NoSuchModel(
-            f"There is no model {name} in the registry: correct MODEL_NAME, or run the pipeline first."
-        ) from None
-
-
-class NoSuchModel(PipelineError):
-    """The registry has no model of this name."""
+    found = registered_model(client, name)
+    if found is None:
+        raise PipelineError(f"There is no model {name} in the registry: correct MODEL_NAME, or run the pipeline first.")
+    return found
 
 
 def _events(client: "MlflowClient", name: str) -> list[tuple[str, Event]]:

@@ -193,16 +193,13 @@ def entries(store: Store, name: str) -> list[Entry]:
     Raises PipelineError where MLflow cannot be reached or refuses.
     """
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     with explained(store, ASKED):
         client = MlflowClient(store.uri)
-        try:
-            aliases = client.get_registered_model(name).aliases  # a search for versions does not return them
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        model = registered_model(client, name)
+        if model is None:
             return []
+        aliases = model.aliases  # a search for versions does not return them
         found = []
         for version in _versions(client, name):
             number = int(version.version)
@@ -210,6 +207,18 @@ def entries(store: Store, name: str) -> list[Entry]:
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
             found.append(Entry(number, version.run_id or "", created, version.tags, its, stage))
     return sorted(found, key=lambda entry: -entry.version)
+
+
+def registered_model(client: "MlflowClient", name: str) -> Any:
+    """Return MLflow's `RegisteredModel`; None where there is none of this name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def production(store: Store, name: str) -> Entry | None:

@@ -24,7 +24,7 @@ from dgmd_pipeline.progress import progress
 from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.review import Review
+    from dgmd_pipeline.review import Contender, Review
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
@@ -677,19 +677,20 @@ class EvaluateModel(Step):
             probabilities = evaluation.predict_head(network, vectors)
         else:
             probabilities, truth = evaluation.predict(network, records.read(written.path))
-        pictures = review.pictures(written.path, manifest.read(split.path / "validation.csv", manifest.Example))
+        sides = [list(manifest.read(split.path / f"{side}.csv", manifest.Example)) for side in SIDES]
+        pictures = review.pictures(written.path, sides[1])
         keys = [row.path for row in pictures.examples]
-        overall = evaluation.evaluate(probabilities, truth, names, keys, draft)
-        trained_on = frozenset(row.sha256 for row in manifest.read(split.path / "training.csv", manifest.Example))
+        measured = evaluation.evaluate(probabilities, truth, names, keys, draft)
+        trained_on = frozenset(row.sha256 for row in sides[0])
         candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
         found = self._reviewed(candidate, pictures, draft)
         review.write(found, draft)
-        measured = evaluation.measure(probabilities, truth, names, keys)
         log.info("  %s ...", report.PAGE)
-        report.write(draft, self._content(measured, names, found), self.job.pool.map)
-        return overall
+        counts = [Counter(row.label for row in rows) for rows in sides]
+        report.write(draft, self._content(measured, names, found, counts), self.job.pool.map)
+        return measured.overall
 
-    def _content(self, measured: Any, names: Sequence[str], found: "Review") -> Any:
+    def _content(self, measured: Any, names: Sequence[str], found: "Review", sides: list[Counter[str]]) -> Any:
         """Gather what the report says from the folders before."""
         from dgmd_pipeline import comparison, images, report, training
 
@@ -715,20 +716,10 @@ class EvaluateModel(Step):
             ),
             history=list(manifest.read(trained / "history.csv", training.Epoch)),
             kept=manifest.read_json(trained / "training.json")["kept"],
-            counts=self._counts(records[BalanceClasses.name], path[SplitImages.name]),
+            counts=_counts(records[BalanceClasses.name], sides),
             rejected=list(manifest.read(path[InspectImages.name] / "rejected.csv", manifest.Rejected)),
             seconds=[(folder, record.seconds) for folder, record in records.items()],
         )
-
-    def _counts(self, balanced: Record, split: Path) -> list[Any]:
-        """Return how many images each label has: found, kept, on each side."""
-        from dgmd_pipeline import plots
-
-        sides = [Counter(row.label for row in manifest.read(split / f"{side}.csv", manifest.Example)) for side in SIDES]
-        before, after = balanced.counts["before"], balanced.counts["after"]
-        return [
-            plots.Count(label, before[label], after.get(label, 0), *(side[label] for side in sides)) for label in before
-        ]
 
     def _reviewed(self, candidate: Any, pictures: Any, draft: Path) -> "Review":
         """Compare with production, if there is one that can be had."""
@@ -740,8 +731,7 @@ class EvaluateModel(Step):
             try:
                 if (place := store(self.settings)) and (now := registry.production(place, self.settings.model_name)):
                     log.info("  beside version %d, which is production", now.version)
-                    fetched = registry.fetch(place, self.settings.model_name, now, Path(folder))
-                    there = review.Contender(fetched.path, fetched.labels, fetched.trained_on, now.version)
+                    there = contender(place, self.settings.model_name, now, Path(folder))
             except PipelineError as error:
                 missing = str(error)
             found = review.review(candidate, there, pictures, draft)
@@ -752,6 +742,16 @@ class EvaluateModel(Step):
 
     def summary(self, counts: dict[str, Any]) -> str:
         return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
+
+
+def _counts(balanced: Record, sides: list[Counter[str]]) -> list[Any]:
+    """Return how many images each label has: found, kept, on each side."""
+    from dgmd_pipeline import plots
+
+    before, after = balanced.counts["before"], balanced.counts["after"]
+    return [
+        plots.Count(label, before[label], after.get(label, 0), *(side[label] for side in sides)) for label in before
+    ]
 
 
 def _source(settings: Any, raw: Path) -> str:
@@ -767,6 +767,14 @@ def store(settings: Any) -> Any:
     if settings.mlflow_tracking_uri:
         return registry.Store(settings.mlflow_tracking_uri, None)
     return registry.embedded(settings.data_dir / STORE) if (settings.data_dir / STORE).exists() else None
+
+
+def contender(store: Any, name: str, entry: Any, folder: Path) -> "Contender":
+    """Fetch a version of the registry (`registry.Entry`) into `folder`, to be compared."""
+    from dgmd_pipeline import registry, review
+
+    fetched = registry.fetch(store, name, entry, folder)
+    return review.Contender(fetched.path, fetched.labels, fetched.trained_on, entry.version)
 
 
 def validation(settings: Any) -> Any:

@@ -25,7 +25,7 @@ def answers(predicted, classes, high=0.7):
 
 @pytest.fixture
 def measured(tmp_path):
-    return tmp_path, evaluation.evaluate(answers(PREDICTED, 4), TRUTH, LABELS, KEYS, tmp_path)
+    return tmp_path, evaluation.evaluate(answers(PREDICTED, 4), TRUTH, LABELS, KEYS, tmp_path).overall
 
 
 def test_every_image_counts_once(measured):
@@ -124,7 +124,7 @@ def test_there_are_at_most_24_mistakes_of_each_kind_and_their_table_has_the_keys
 
 
 def test_without_mistakes_the_tables_have_a_header_only(tmp_path):
-    assert evaluation.evaluate(answers(TRUTH, 4), TRUTH, LABELS, KEYS, tmp_path)["accuracy"] == 1
+    assert evaluation.evaluate(answers(TRUTH, 4), TRUTH, LABELS, KEYS, tmp_path).overall["accuracy"] == 1
     assert [len(rows(tmp_path / name)) for name in ("mistakes.csv", "confused_pairs.csv")] == [1, 1]
 
 

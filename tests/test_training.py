@@ -93,11 +93,11 @@ def stopped_after_every_epoch(train, checkpoint):
     raise AssertionError("it does not get on")
 
 
-def assert_same(one, other):
+def assert_same(one, other, apart=1e-6):
     assert (one.kept, one.seed, len(one.history)) == (other.kept, other.seed, len(other.history))
-    np.testing.assert_allclose(one.history, other.history, atol=1e-6)
+    np.testing.assert_allclose(one.history, other.history, rtol=apart, atol=apart)
     for a, b in zip(one.model.get_weights(), other.model.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=apart)
 
 
 def test_the_learning_rate_falls_with_the_epoch():
@@ -209,7 +209,9 @@ train_on_records(Path({str(folder_of_records)!r}), on_epoch=kill, checkpoint=Pat
         assert done.returncode == code_of_exit, done.stderr
     assert_same(train(on_epoch=pytest.fail, checkpoint=tmp_path / "head.npz"), train())
     network = train_on_records(folder_of_records, on_epoch=pytest.fail, checkpoint=tmp_path / "network.npz")
-    assert_same(network, train_on_records(folder_of_records))
+    # Several threads add up a gradient in the order in which they are done: on a busy machine the validation loss of
+    # two processes differed by 0.0009 of it.
+    assert_same(network, train_on_records(folder_of_records), apart=0.01)
 
 
 def test_a_training_without_a_seed_goes_on_with_the_one_it_began_with(tmp_path):
