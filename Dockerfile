@@ -1,29 +1,91 @@
-# The pipeline as a batch job: runs to completion and exits with the pipeline's exit code.
+# One file, three images that share their layers, for amd64 and arm64:
 #
-#   docker build -t dgmd_model_pipeline .
-#   docker run --rm -v ./data:/app/data -e AWS_DATA_BUCKET=... dgmd_model_pipeline
-FROM python:3.11-slim-bookworm
+#   docker build -t dgmd_model_pipeline .         the pipeline: runs to completion, its exit code is the container's
+#   docker build --target mlflow -t dgmd_mlflow . an MLflow server
+#   docker build --target demo -t dgmd_demo .     the pipeline and a local S3 endpoint with the demo's pictures
+#
+# --build-arg VARIANT=cuda    TensorFlow for NVIDIA GPUs
+# --build-arg BACKBONE=...    whose ImageNet weights come with the image; "" for none
 
-ARG GIT_REVISION=unknown
-ENV PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
-    KERAS_HOME=/app/data/.keras \
-    MPLCONFIGDIR=/app/data/.matplotlib \
-    GIT_REVISION=$GIT_REVISION
+FROM python:3.11-slim-bookworm AS python
 
+
+FROM python AS dependencies
+ARG VARIANT=cpu
+COPY locks/${VARIANT}.txt /tmp/lock.txt
+# Wheels only: nothing is compiled. C++ headers and the libraries' own tests are a tenth of the size and never used.
+RUN python -m venv --without-pip /opt/venv \
+    && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
+    && cd /opt/venv/lib/python3.11/site-packages \
+    && rm -rf tensorflow/include \
+    && find . -depth -type d -name tests -exec rm -rf {} +
+
+
+# In a stage of its own, so that the weights are not fetched again when other code or a dependency changes.
+FROM python AS weights
+ARG BACKBONE=EfficientNetV2-B1
 WORKDIR /app
+COPY dgmd_pipeline/__init__.py dgmd_pipeline/errors.py dgmd_pipeline/backbones.py dgmd_pipeline/
+RUN mkdir -p /weights/models \
+    && if [ -n "$BACKBONE" ]; then python -m dgmd_pipeline.backbones "$BACKBONE" /weights; fi
 
-# Dependencies first: a change of the code does not install them again.
-COPY requirements.txt setup.py ./
-RUN pip install --no-cache-dir -r requirements.txt
 
-COPY pipeline.py ./
+FROM python AS runtime
+# Group 0: a container that is run as any other user (--user 12345) has that group, and may write as 1000 does.
+RUN useradd --create-home --uid 1000 --gid 0 pipeline \
+    && install -d -o pipeline -g 0 -m 775 /app/data /mlflow /demo
+COPY --from=dependencies /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/home/pipeline \
+    MLFLOW_DISABLE_TELEMETRY=true
+WORKDIR /app
+USER pipeline
+
+
+FROM runtime AS mlflow
+ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
+    MLFLOW_ARTIFACTS_DESTINATION=/mlflow/artifacts
+VOLUME /mlflow
+EXPOSE 5000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:5000/health', timeout=4)"]
+CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
+
+
+FROM runtime AS code
+USER root
+COPY setup.py requirements.txt pipeline.py ./
 COPY dgmd_pipeline dgmd_pipeline
-RUN pip install --no-cache-dir --no-deps --editable . \
-    && useradd --create-home --uid 1000 pipeline \
-    && mkdir data \
-    && chown pipeline:pipeline data
-
+# --editable: code that is mounted over /app is what runs. Compiled, because a read-only container cannot keep that.
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-build-isolation --use-pep517 --editable . \
+    && python -m compileall -q dgmd_pipeline \
+    && rm -rf build
+COPY --from=weights /weights /opt/venv/share/dgmd_pipeline
+ENV KERAS_HOME=/app/data/.keras \
+    MPLCONFIGDIR=/app/data/.matplotlib
 USER pipeline
 VOLUME /app/data
+
+
+FROM code AS demo
+USER root
+COPY locks/demo.txt /tmp/lock.txt
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
+    && rm /tmp/lock.txt
+USER pipeline
+WORKDIR /demo
+CMD ["python", "/app/pipeline.py", "demo"]
+
+
+FROM code AS pipeline
+ARG GIT_REVISION=unknown
+ARG VERSION=0.1.0
+ENV GIT_REVISION=$GIT_REVISION
+LABEL org.opencontainers.image.title="dgmd_model_pipeline" \
+      org.opencontainers.image.description="A bucket of labelled pictures becomes an image classifier in MLflow" \
+      org.opencontainers.image.revision=$GIT_REVISION \
+      org.opencontainers.image.version=$VERSION
+HEALTHCHECK --interval=1m --timeout=10s CMD ["python", "pipeline.py", "health"]
 CMD ["python", "pipeline.py"]

@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean
+LOCK := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+
+.PHONY: demo test lint format bench lock clean
 
 # Run the whole pipeline on a small real data set behind a local S3 endpoint.
 demo: .venv/demo
@@ -23,6 +26,13 @@ lint: .venv/test
 # Measure every claim about speed against its baseline, and write benchmarks/RESULTS.md. Takes about 40 minutes.
 bench: .venv/test .venv/demo .venv/bench
 	$(BIN)/python -m benchmarks
+
+# Choose again, within the bounds of requirements.txt, what exactly the images hold.
+lock: .venv/lock
+	$(LOCK) requirements.txt --output-file locks/cpu.txt
+	$(LOCK) setup.py --extra demo --constraints locks/cpu.txt --output-file locks/demo.txt
+	echo "tensorflow-cpu; sys_platform == 'never'" \
+	  | $(LOCK) setup.py --extra cuda --constraints locks/cpu.txt --override - --output-file locks/cuda.txt
 
 # Mend style where that can be done by a machine.
 format: .venv/test

@@ -21,6 +21,8 @@ setup(
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # what benchmarks compare with
         "bench": ["s5cmd>=0.3,<1", "simplejpeg>=1.9,<2"],
+        # the lock files of the images, with hashes for every platform
+        "lock": ["uv>=0.9,<1"],
         # tests and linters
         "test": [
             "moto[server,s3]>=5.2,<6",  # a real S3 endpoint in a thread

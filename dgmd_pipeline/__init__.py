@@ -6,6 +6,7 @@ TFRecord (`records`) and, through the frozen backbone, a feature vector (`featur
 (`training`), measured (`evaluation`, `report`) and registered (`registry`).
 
 cli.py         the commands: arguments and environment -> graph -> exit code
+run.py         settings -> one run: the plan, the graph, what is shown and told
 settings.py    the environment -> one frozen object
 tasks.py       the graph, to be read from top to bottom; names the step folders
 step.py        the step contract: a folder that is there is done, says where it comes from, and whether it is today's
@@ -19,7 +20,8 @@ balance.py     rows -> fewer rows and class weights
 split.py       row -> its side
 records.py     row <-> TFRecord
 features.py    record -> feature vector
-model.py       layers: backbones by name, the head, the servable whole
+backbones.py   a backbone's name -> its network in Keras and the file of its weights
+model.py       layers: the frozen backbone, the head, the servable whole
 training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
@@ -30,6 +32,9 @@ report.py      measurements and pictures -> report.html, from which a person dec
 registry.py    the door to MLflow: run, model and version
 production.py  which version is production: promotion, rollback, history, in the registry
 operations.py  what an operator does with registered models: models, promote, rollback, history, compare, predict
+schedule.py    times -> runs, each in a process of its own
+status.py      what a run came to <-> status.json, for the health check
+notify.py      what a run came to -> somebody's URL
 workers.py     pieces of work -> results, in processes on all cores
 timing.py      records of the steps that ran -> where the time went
 signals.py     SIGINT and SIGTERM -> the run's end, in time

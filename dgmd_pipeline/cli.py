@@ -6,9 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +18,6 @@ from dgmd_pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
-    from dgmd_pipeline.step import Job, Outlook, Step
 
 log = logging.getLogger("dgmd_pipeline")
 
@@ -98,21 +95,33 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[_step_options(common, "force_before")],  # a command's own list would take the place of this one
     )
-    parser.set_defaults(command=_run)
+    parser.add_argument(
+        "--time", metavar="SECONDS", type=_seconds, default=0, help="run again and again, so long after the end of each"
+    )
+    parser.set_defaults(command=_start)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command, text in (
         ("run", _run, "do what is not done yet (the default)"),
         ("plan", _plan, "show what a run would do, and why"),
+        ("health", _health, "tell whether the last run succeeded"),
         ("demo", _demo, "run on a small data set behind a local S3 endpoint"),
     ):
+        takes_steps = command in (_run, _plan)
         added = commands.add_parser(
-            name, help=text, parents=[common if command is _demo else _step_options(common, "force")]
+            name, help=text, parents=[_step_options(common, "force") if takes_steps else common]
         )
         added.set_defaults(command=command)
-        if command is _plan:
+        if command in (_plan, _health):
             added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     _add_operations(commands, common)
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -186,134 +195,70 @@ def _settings(options: argparse.Namespace) -> "Settings":
     return values.model_copy(update={"refresh": True}) if options.refresh else values
 
 
+def _start(options: argparse.Namespace) -> int:
+    """Do what no command means: run once, or at the times that are set."""
+    values = _settings(options)
+    if not values.schedule and not options.time:
+        return _run(options)
+    if values.schedule and options.time:
+        raise SettingsError(f"SCHEDULE={values.schedule} and --time {options.time:g}: expected one of the two.")
+    from dgmd_pipeline import schedule
+
+    times = schedule.at(values.schedule, schedule.zone(values.tz)) if values.schedule else schedule.every(options.time)
+    command = [sys.executable, sys.argv[0], "run", "--refresh", *(["--verbose"] if options.verbose else [])]
+    for name, value in (("--env-file", options.env_file), ("--until", options.until)):
+        command += [name, value] if value else []
+    for step in options.force:
+        command += ["--force", step]
+    schedule.keep(command, times, lambda code, seconds: _ended(values, code, seconds))
+    return 0
+
+
+def _ended(values: "Settings", code: int, seconds: float) -> None:
+    """Say what became of a scheduled run; where it was killed, nobody else does."""
+    if code:
+        log.error("The run ended with exit code %d; the next one comes all the same.", code)
+    if code < 0:
+        from dgmd_pipeline import folders, run
+
+        with folders.lock(values.data_dir):
+            run.tell(values, None, 128 - code, f"killed by signal {-code}, as when memory runs out", seconds)
+
+
 def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     values = _settings(options)
-    from dgmd_pipeline import folders  # after the settings: mistakes are answered at once
+    from dgmd_pipeline import run  # after the settings: mistakes are answered at once
 
-    with folders.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
-        from dgmd_pipeline import step, tasks, workers
-
-        folders.recover(values.data_dir, tasks.FOLDERS)
-        job = step.Job(values, workers.Pool(), signals.check_stopped)
-        last = _last(job, options)
-        outlooks = step.plan(*last)
-        _show_plan(outlooks, values.data_dir)
-        folders.sweep(values.data_dir, [outlook.step for outlook in outlooks if outlook.state == "done"])
-        before = step.read_record(last[-1].path)
-        idle = all(each.complete() for each in last)
-        if not idle:
-            _check_what_comes_last(values, job)
-            tasks.start_early(job)
-            try:
-                code = _build(last, options.verbose)
-            finally:
-                job.pool.close()
-            if code:
-                return code
-        if step.read_record(last[-1].path) == before:
-            log.info("%s", _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing to register"))
-        _show_times(job, time.monotonic() - start)
-        return 0
-
-
-def _last(job: "Job", options: argparse.Namespace) -> "list[Step]":
-    """Return the steps that the run ends with, and note in `job` those that are done again in any case."""
-    from dgmd_pipeline import step, tasks
-
-    last: list[Step] = [tasks.RegisterModel(job=job)]
-    if options.until:
-        last = step.named(step.line_of(*last), options.until)
-    for word in options.force:
-        for each in step.named(step.line_of(*last), word):
-            job.forced[each.folder] = f"--force {word}"
-    return last
-
-
-def _what_stays(values: "Settings", last: "Step", nothing: str) -> str:
-    """Say that the last step's outcome is what it was."""
-    from dgmd_pipeline import step
-
-    record = step.read_record(last.path)
-    counts = record.counts if record else {}
-    if values.refresh:
-        nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
-        return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
-    if "version" in counts:
-        return f"{nothing}: {counts['name']} version {counts['version']} is registered."
-    return f"{nothing}: {last.folder} is done."
-
-
-def _check_what_comes_last(values: "Settings", job: "Job") -> None:
-    """Look for what would only fail at the end, before the first step."""
-    from dgmd_pipeline import model, registry, settings, tasks
-
-    learning = {tasks.TrainModel.name, *(f"{tasks.ExtractFeatures.name}_{side}" for side in tasks.SIDES)}
-    if any(job.outlooks[name].state != "done" for name in learning & job.outlooks.keys()):
-        model.check_weights(values.backbone, values.backbone_weights, values.keras_home)
-    if values.mlflow_tracking_uri and tasks.RegisterModel.name in job.outlooks:
-        warning = registry.check_server(values.mlflow_tracking_uri, settings.mlflow_login())
-        if warning:
-            log.warning("%s", warning)
-
-
-def _build(last: "list[Step]", verbose: bool) -> int:
-    """Let Luigi run what is not complete. Its own verdict is not the truth: the last task knows."""
-    import luigi
-
-    for name in ("luigi", "luigi-interface"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
-    luigi.configuration.get_config().set("core", "no_configure_logging", "true")
-    luigi.build(last, local_scheduler=True)
-    signals.check_stopped()
-    failure = last[0].job.failure
-    if isinstance(failure, PipelineError):
-        raise failure
-    if failure is not None:
-        log.error("%s", "".join(traceback.format_exception(failure)))
-        log.error("A step failed by a fault of the pipeline's own; please report the lines above.")
-        return PipelineError.exit_code
-    if missing := [each.folder for each in last if not each.complete()]:
-        raise PipelineError(f"Luigi ended without an error and without {missing[0]}; --verbose shows its log.")
-    return 0
+    return run.run(values, options.force, options.until, options.verbose, start)
 
 
 def _plan(options: argparse.Namespace) -> int:
     values = _settings(options)
-    from dgmd_pipeline import folders, step
+    from dgmd_pipeline import run
 
-    with folders.disk_errors_explained(values.data_dir):
-        outlooks = step.plan(*_last(step.Job(values), options))
+    outlooks = run.plan(values, options.force, options.until)
     if options.json:
         steps = [dataclasses.asdict(outlook) for outlook in outlooks]
         print(json.dumps({"data_dir": str(values.data_dir), "steps": steps}, indent=1))  # noqa: T201
     else:
-        _show_plan(outlooks, values.data_dir)
+        run.show_plan(outlooks, values.data_dir)
     return 0
 
 
-def _show_plan(outlooks: "Sequence[Outlook]", data_dir: Path) -> None:
-    from dgmd_pipeline.folders import human
+def _health(options: argparse.Namespace) -> int:
+    values = _settings(options)
+    from dgmd_pipeline import folders, status
 
-    log.info("Plan for %s", data_dir)
-    # A log's lines stay whole, for those who search it; on a terminal what does not fit stays in its column.
-    width = shutil.get_terminal_size().columns - 48 if sys.stdout.isatty() else 10_000
-    log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
-    for each in outlooks:
-        images = "" if each.images is None else f"{each.images:,}"
-        size = "" if each.bytes is None else human(each.bytes)
-        why = textwrap.wrap(each.reason, max(20, width)) or [""]
-        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
-        log.info("%s", row.rstrip())
-
-
-def _show_times(job: "Job", seconds: float) -> None:
-    from dgmd_pipeline import timing
-
-    if job.records:
-        log.info("Where the time went")
-        for line in timing.lines(timing.rows(job.records, seconds)):
-            log.info("%s", line)
+    with folders.disk_errors_explained(values.data_dir):
+        last = status.read(values.data_dir)
+    if options.json:
+        print(json.dumps(last and dataclasses.asdict(last), indent=1))  # noqa: T201
+    elif last is None:
+        log.info("No run has ended yet.")
+    else:
+        log.info("%s: %s after %.0f s. %s", last.ended, last.outcome, last.seconds, last.message)
+    return 0 if last is None or last.is_good else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

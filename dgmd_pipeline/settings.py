@@ -9,12 +9,14 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import dotenv
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from cronsim import CronSim, CronSimError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -91,6 +93,10 @@ class Settings(BaseSettings):
         None, description="MLflow server or its database; unset: an embedded store in DATA_DIR/mlflow"
     )
 
+    schedule: str | None = Field(None, description="cron expression: when to run, with REFRESH; unset: once, now")
+    tz: str | None = Field(None, description="time zone of SCHEDULE, like Europe/Berlin; unset: the system's")
+    notify_url: SecretStr | None = Field(None, description="gets a short JSON by POST after each run")
+
     keras_home: Path = Field(Path.home() / ".keras", description="where Keras keeps downloaded weights")
     git_revision: str | None = Field(None, description="commit that the image was built from, noted with each version")
 
@@ -122,6 +128,23 @@ class Settings(BaseSettings):
             raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
         return value
 
+    @field_validator("schedule")
+    @classmethod
+    def _is_a_cron_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                next(CronSim(value, datetime.now()))
+            except (CronSimError, StopIteration):
+                raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
+        return value
+
+    @field_validator("notify_url")
+    @classmethod
+    def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s]\S*", value.get_secret_value()):
+            raise ValueError("http://... or https://...")
+        return value
+
     @field_validator("model_name")
     @classmethod
     def _is_one_name(cls, value: str) -> str:
@@ -132,7 +155,7 @@ class Settings(BaseSettings):
     @field_validator("backbone")
     @classmethod
     def _is_known(cls, value: str, info: ValidationInfo) -> str:
-        from dgmd_pipeline.model import BACKBONES, FROZEN
+        from dgmd_pipeline.backbones import BACKBONES, FROZEN
 
         names = {name.casefold(): name for name in BACKBONES}
         if value.casefold() not in names:
@@ -199,7 +222,7 @@ def load(env_file: str | Path | None = None) -> Settings:
     except ValidationError as error:
         mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
         raise SettingsError("\n".join(mistakes)) from None
-    from dgmd_pipeline.model import is_frozen
+    from dgmd_pipeline.backbones import is_frozen
 
     if is_frozen(settings.backbone):
         for name, value in FROZEN_DEFAULTS.items():
@@ -215,7 +238,7 @@ def environment_of_others() -> dict[str, str]:
 def _mistake(name: str, value: object, message: str) -> str:
     field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
     allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else _allowed(field)
-    shown = redact(str(value))
+    shown = "***" if field.annotation == SecretStr | None else redact(str(value))
     if name.endswith("_URI"):
         shown = shown.rpartition("@")[2]  # a login without a scheme before it
     line = f"{name}={shown}: expected {allowed}."

@@ -128,6 +128,7 @@ class Job:
     finished: dict[str, str] = field(default_factory=dict)  # step -> identity
     records: list[Record] = field(default_factory=list)  # of the steps that worked in this run, in their order
     failure: BaseException | None = None
+    failed: str | None = None  # the step that did
 
 
 class JobParameter(luigi.Parameter):
@@ -276,7 +277,7 @@ class Step(luigi.Task):
 
     def on_failure(self, exception: BaseException) -> str:
         """Keep the exception for whoever started the run; Luigi would only log it."""
-        self.job.failure = exception
+        self.job.failure, self.job.failed = exception, self.folder
         return super().on_failure(exception)
 
 

@@ -462,9 +462,9 @@ class ExtractFeatures(OneSide):
         return WriteTFRecords(job=self.job, side=self.side)
 
     def others(self) -> dict[str, str]:
-        from dgmd_pipeline import model
+        from dgmd_pipeline import backbones
 
-        return {"weights": model.weights_identity(self.settings.backbone_weights)}
+        return {"weights": backbones.weights_identity(self.settings.backbone_weights)}
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import features, records
@@ -501,10 +501,10 @@ def start_early(job: Job) -> None:
 
 
 def _start_network(job: Job, extracted: bool) -> None:
-    from dgmd_pipeline import model, workers
+    from dgmd_pipeline import backbones, model, workers
 
     settings: Any = job.settings
-    if not model.is_frozen(settings.backbone):
+    if not backbones.is_frozen(settings.backbone):
         return
 
     def build() -> Any:
@@ -629,9 +629,9 @@ class TrainModel(Step):
 
 def learned_from(step: Step) -> list[Step]:
     """Return the two tasks, one a side, whose folders hold what is learned from and measured on."""
-    from dgmd_pipeline import model
+    from dgmd_pipeline import backbones
 
-    kind = ExtractFeatures if model.is_frozen(step.settings.backbone) else WriteTFRecords
+    kind = ExtractFeatures if backbones.is_frozen(step.settings.backbone) else WriteTFRecords
     return [kind(job=step.job, side=side) for side in SIDES]
 
 
@@ -667,12 +667,12 @@ class EvaluateModel(Step):
         return before[1].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import evaluation, features, labels, model, records, report, review
+        from dgmd_pipeline import backbones, evaluation, features, labels, records, report, review
 
         trained, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
         network = _trained(self, trained.path)
-        if model.is_frozen(self.settings.backbone):
+        if backbones.is_frozen(self.settings.backbone):
             vectors, truth = features.load(learned.path)
             probabilities = evaluation.predict_head(network, vectors)
         else:
@@ -688,7 +688,7 @@ class EvaluateModel(Step):
         log.info("  %s ...", report.PAGE)
         counts = [Counter(row.label for row in rows) for rows in sides]
         report.write(draft, self._content(measured, names, found, counts), self.job.pool.map)
-        return measured.overall
+        return measured.overall | ({"difference": found.comparison["difference"]} if found.comparison else {})
 
     def _content(self, measured: Any, names: Sequence[str], found: "Review", sides: list[Counter[str]]) -> Any:
         """Gather what the report says from the folders before."""
@@ -758,6 +758,15 @@ def _source(settings: Any, raw: Path) -> str:
     """Return where the pictures came from, as a URI."""
     by_hand = read_record(raw) is None
     return raw.resolve().as_uri() if by_hand else f"s3://{settings.aws_data_bucket}/{settings.aws_data_path}"
+
+
+def registered(job: Job) -> dict[str, Any]:
+    """Return version, accuracy and difference (to production's) of what this run leaves registered; {} if nothing."""
+    version, measured = (read_record(job.settings.data_dir / step.name) for step in (RegisterModel, EvaluateModel))
+    if RegisterModel.name not in job.finished or not version or not measured:
+        return {}
+    known = version.counts | measured.counts
+    return {name: known.get(name) for name in ("version", "accuracy", "difference")}
 
 
 def store(settings: Any) -> Any:

@@ -1,21 +1,18 @@
-import functools
 import hashlib
-import http.server
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dgmd_pipeline import model
+from dgmd_pipeline import backbones, model
 from dgmd_pipeline.errors import PipelineError
 
 SMALL = "MobileNetV3-Small"
 NETWORK_OF_NONE = f"""
 import hashlib
-from dgmd_pipeline import model
+from dgmd_pipeline import backbones, model
 network = model.build_backbone({SMALL!r}, "none", 32, 32, None)
 print(hashlib.sha256(b"".join(w.tobytes() for w in network.get_weights())).hexdigest())
 """
@@ -128,11 +125,11 @@ def test_a_weights_file_is_loaded(small, tmp_path, home):
         small.set_weights(before)
 
 
-@pytest.mark.parametrize("name", [name for name in model.BACKBONES if name.startswith("MobileNet")])
+@pytest.mark.parametrize("name", [name for name in backbones.BACKBONES if name.startswith("MobileNet")])
 def test_weights_of_a_plain_keras_network_are_loaded(name, tmp_path, home):
     import keras
 
-    plain = getattr(keras.applications, model.FROZEN[name].function)(
+    plain = getattr(keras.applications, backbones.FROZEN[name].function)(
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg"
     )
     path = tmp_path / "plain_notop.h5"
@@ -145,58 +142,8 @@ def test_imagenet_weights_are_taken_from_the_cache_of_keras(tmp_path):
     made.set_weights([weights + 1 for weights in made.get_weights()])
     name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
     write_as_keras_applications_do(made, tmp_path / "models" / name)
-    model.check_weights("MobileNetV2", "imagenet", tmp_path)
+    assert backbones.weights_file("MobileNetV2", "imagenet", tmp_path)
     assert_same_weights(model.build_backbone("MobileNetV2", "imagenet", 32, 32, tmp_path), made)
-
-
-def serve(folder):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def test_imagenet_weights_are_fetched_into_the_cache_of_keras(tmp_path, monkeypatch):
-    content = b"weights"
-    backbone = model.FROZEN[SMALL]._replace(url="some/weights_notop.h5", md5=hashlib.md5(content).hexdigest())  # noqa: S324
-    monkeypatch.setitem(model.FROZEN, SMALL, backbone)
-    (tmp_path / "server" / "some").mkdir(parents=True)
-    (tmp_path / "server" / backbone.url).write_bytes(content)
-    server = serve(tmp_path / "server")
-    monkeypatch.setattr(model, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
-    try:
-        model.check_weights(SMALL, "imagenet", tmp_path / "home")
-    finally:
-        server.shutdown()
-    assert [path.name for path in (tmp_path / "home" / "models").iterdir()] == ["weights_notop.h5"]
-    assert (tmp_path / "home" / "models" / "weights_notop.h5").read_bytes() == content
-
-
-def test_fetched_weights_with_another_checksum_are_not_kept(tmp_path, monkeypatch):
-    file = tmp_path / "server" / model.FROZEN[SMALL].url
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"a page of somebody's proxy")
-    server = serve(tmp_path / "server")
-    monkeypatch.setattr(model, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
-    try:
-        with pytest.raises(PipelineError, match="another checksum"):
-            model.check_weights(SMALL, "imagenet", tmp_path / "home")
-    finally:
-        server.shutdown()
-    assert not list((tmp_path / "home" / "models").iterdir())
-
-
-def test_weights_that_cannot_be_fetched_say_which_file_goes_where_and_what_else_can_be_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "WEIGHTS_URL", "http://127.0.0.1:9/")
-    with pytest.raises(PipelineError) as failure:
-        model.check_weights("EfficientNetV2-B1", "imagenet", tmp_path)
-    for part in (
-        "http://127.0.0.1:9/efficientnet_v2/efficientnetv2-b1_notop.h5",
-        str(tmp_path / "models" / "efficientnetv2-b1_notop.h5"),
-        "BACKBONE_WEIGHTS",
-        "BACKBONE=cnn",
-    ):
-        assert part in str(failure.value)
 
 
 def test_weights_of_another_network_are_refused_with_a_sentence(small, tmp_path, home):
@@ -217,59 +164,25 @@ def test_a_file_that_holds_no_weights_is_refused_with_a_sentence(tmp_path, home)
         model.build_backbone(SMALL, str(path), 32, 32, home)
 
 
-def test_a_missing_weights_file_and_one_of_another_kind_are_refused_with_a_sentence(tmp_path, home):
-    with pytest.raises(PipelineError, match="there is no readable file"):
-        model.check_weights(SMALL, str(tmp_path / "gone.weights.h5"), home)
-    whole = tmp_path / "whole.keras"
-    whole.touch()
-    with pytest.raises(PipelineError, match=r"expected imagenet, none, or a file of weights"):
-        model.check_weights(SMALL, str(whole), home)
-
-
-def test_no_weights_need_no_check(home):
-    model.check_weights("cnn", "imagenet", home)
-    model.check_weights("EfficientNetV2-B1", "none", home)
-    assert not list(home.iterdir())
-
-
-def test_weights_are_identified_by_what_they_are(tmp_path):
-    (tmp_path / "a.weights.h5").write_bytes(b"one")
-    (tmp_path / "b.weights.h5").write_bytes(b"one")
-    (tmp_path / "c.weights.h5").write_bytes(b"two")
-    a, b, c = (model.weights_identity(str(tmp_path / f"{name}.weights.h5")) for name in "abc")
-    assert a == b != c
-    assert model.weights_identity("imagenet") != model.weights_identity("none")
-
-
-def test_checking_weights_imports_neither_keras_nor_tensorflow(tmp_path):
-    code = (
-        "import sys, pathlib; from dgmd_pipeline import model\n"
-        f"model.check_weights('MobileNetV2', 'none', pathlib.Path({str(tmp_path)!r}))\n"
-        "model.weights_identity('imagenet')\n"
-        "assert 'keras' not in sys.modules and 'tensorflow' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
     with pytest.raises(PipelineError, match="Xception needs pictures of at least 71 x 71"):
         model.build_backbone("Xception", "none", 70, 200, home)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(model.FROZEN))
+@pytest.mark.parametrize("name", sorted(backbones.FROZEN))
 def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
     """Compares with the preprocessing function that Keras keeps beside each network."""
     import importlib
 
     import keras
 
-    size = max(model.FROZEN[name].min_size, 33)
+    size = max(backbones.FROZEN[name].min_size, 33)
     ours = model.build_backbone(name, "none", size, size + 1, home)
-    function = getattr(keras.applications, model.FROZEN[name].function)
+    function = getattr(keras.applications, backbones.FROZEN[name].function)
     plain = function(include_top=False, weights=None, input_shape=(size, size + 1, 3), pooling="avg")
     plain.set_weights(ours.get_weights())
-    folder = model.FROZEN[name].url.split("/")[0]
+    folder = backbones.FROZEN[name].url.split("/")[0]
     module = importlib.import_module(f"keras.applications.{'resnet_v2' if folder == 'resnet' else folder}")
     batch = pictures(2, size, size + 1, 3)
     expected = plain.predict(module.preprocess_input(batch.astype(np.float32)), verbose=0)

@@ -1,0 +1,32 @@
+"""What a run came to -> a short JSON, sent by POST to somebody's URL."""
+
+import http.client
+import json
+import logging
+import threading
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+log = logging.getLogger(__name__)
+TIMEOUT = 5.0  # seconds, for all of it
+
+
+def post(url: str, body: Mapping[str, Any]) -> None:
+    """Send `body` as JSON. What goes wrong is a warning, without the path of the URL, which may be a secret."""
+    # A thread, because the time-out of a socket knows nothing of a name server that does not answer.
+    sending = threading.Thread(target=_post, args=(url, body), daemon=True)
+    sending.start()
+    sending.join(TIMEOUT)
+    if sending.is_alive():
+        log.warning("NOTIFY_URL: %s has not answered within %.0f s.", urlsplit(url).hostname, TIMEOUT)
+
+
+def _post(url: str, body: Mapping[str, Any]) -> None:
+    headers = {"Content-Type": "application/json", "User-Agent": "dgmd_pipeline"}
+    try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - http(s), see settings
+        urllib.request.urlopen(request, timeout=TIMEOUT).close()  # noqa: S310
+    except (OSError, http.client.HTTPException) as error:
+        log.warning("NOTIFY_URL: %s did not take the message (%s).", urlsplit(url).hostname, error)

@@ -1,0 +1,127 @@
+"""What a run leaves behind for a health check, and what it sends."""
+
+import http.server
+import json
+import threading
+
+import pytest
+from conftest import CREDENTIALS, picture, run_pipeline
+
+from dgmd_pipeline import notify
+
+
+@pytest.fixture
+def listener():
+    """A server that keeps what is posted to it: its URL and the bodies."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if self.path == "/broken" else 204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", bodies
+    server.shutdown()
+
+
+@pytest.fixture
+def variables(bucket, s3_endpoint, tmp_path):
+    name, client = bucket
+    for label in ("anise", "cumin"):
+        for number in range(3):
+            client.put_object(Bucket=name, Key=f"p/{label}/{number}.png", Body=picture(label, number))
+    place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name, "AWS_DATA_PATH": "p"}
+    return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "spices"}
+
+
+def health(folder, variables, *arguments):
+    done = run_pipeline(folder, "health", *arguments, **variables)
+    return done.returncode, done.stdout
+
+
+def test_a_run_that_succeeds_one_that_has_nothing_to_do_and_one_that_fails_are_told(variables, listener, tmp_path):
+    url, bodies = listener
+    variables |= {"NOTIFY_URL": f"{url}/hook"}
+    assert health(tmp_path, variables)[0] == 0  # before the first run there is nothing to complain about
+    assert "No run has ended yet" in health(tmp_path, variables)[1]
+
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    code, text = health(tmp_path, variables)
+    assert code == 0
+    assert "succeeded after" in text
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    assert "unchanged after" in health(tmp_path, variables)[1]
+
+    elsewhere = variables | {"AWS_DATA_PATH": "gone"}
+    assert run_pipeline(tmp_path, "--until", "label", **elsewhere).returncode == 20
+    code, text = health(tmp_path, variables)
+    assert code == 1
+    assert "failed after" in text
+    assert "/gone" in text
+
+    assert [body["outcome"] for body in bodies] == ["succeeded", "unchanged", "failed"]
+    assert all(body["model"] == "spices" for body in bodies)
+    assert bodies[0]["text"].startswith("spices: succeeded. label_map: ")
+    assert bodies[2]["exit_code"] == 20
+    told = json.loads(health(tmp_path, variables, "--json")[1])
+    assert told == {name: value for name, value in bodies[2].items() if name != "text"}
+
+
+def test_a_step_that_fails_is_named(variables, tmp_path):
+    variables |= {"MIN_IMAGES_PER_LABEL": 50}
+    assert run_pipeline(tmp_path, **variables, BACKBONE="cnn").returncode == 20
+    told = json.loads(health(tmp_path, variables, "--json")[1])
+    assert (told["step"], told["exit_code"], told["version"]) == ("label_map", 20, None)
+    assert "MIN_IMAGES_PER_LABEL" in told["message"]
+
+
+def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_of_the_first(variables, tmp_path):
+    from dgmd_pipeline import folders
+
+    (tmp_path / "data").mkdir()
+    with folders.lock(tmp_path / "data"):
+        assert run_pipeline(tmp_path, **variables).returncode == 10
+    assert not (tmp_path / "data" / "status.json").exists()
+
+
+@pytest.mark.parametrize("status", ["{", '{"outcome": "succeeded"}'])
+def test_a_status_that_cannot_be_read_is_none(status, variables, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "status.json").write_text(status)
+    code, text = health(tmp_path, variables)
+    assert code == 0
+    assert "No run has ended yet" in text
+
+
+def test_a_listener_that_fails_is_a_warning_without_its_path(listener, caplog):
+    url, bodies = listener
+    notify.post(f"{url}/broken", {"outcome": "succeeded"})
+    assert bodies == [{"outcome": "succeeded"}]
+    notify.post("http://127.0.0.1:9/s3cr3t", {})
+    assert [message.split(": ")[0] for message in caplog.messages] == ["NOTIFY_URL"] * 2
+    assert "500" in caplog.messages[0]
+    assert "127.0.0.1" in caplog.messages[1]
+    assert "s3cr3t" not in caplog.text
+    assert "broken" not in caplog.text
+
+
+def test_a_listener_that_does_not_answer_holds_up_nothing(monkeypatch, caplog):
+    import socket
+
+    monkeypatch.setattr(notify, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        notify.post(f"http://127.0.0.1:{silent.getsockname()[1]}/", {})
+    assert "127.0.0.1" in caplog.text
+
+
+def test_what_cannot_be_a_listener_is_refused_without_showing_it(tmp_path):
+    done = run_pipeline(tmp_path, "plan", NOTIFY_URL="file:///s3cr3t")
+    assert done.returncode == 2
+    assert done.stdout.strip().endswith("NOTIFY_URL=***: expected http://... or https://....")
+    assert "s3cr3t" not in done.stdout + done.stderr
