@@ -17,11 +17,15 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST)
 
-# Check style and types.
+# Check style and types, the Dockerfile and the workflows. Nothing of it needs a network.
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --quiet --offline .github
 
 # Measure every claim about speed against its baseline, and write benchmarks/RESULTS.md. Takes about 40 minutes.
 bench: .venv/test .venv/demo .venv/bench
