@@ -13,12 +13,12 @@ FROM python:3.11-slim-bookworm AS python
 FROM python AS dependencies
 ARG VARIANT=cpu
 COPY locks/${VARIANT}.txt /tmp/lock.txt
-# Wheels only: nothing is compiled. C++ headers and the libraries' own tests are a tenth of the size and never used.
+# Wheels only: nothing is compiled. What is removed is never used here: C++ headers, the libraries' own tests, and Clang,
+# which TensorFlow names and does not load.
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
-    && cd /opt/venv/lib/python3.11/site-packages \
-    && rm -rf tensorflow/include \
-    && find . -depth -type d -name tests -exec rm -rf {} +
+    && rm -rf /opt/venv/lib/python3.11/site-packages/clang \
+    && find /opt/venv/lib/python3.11/site-packages -depth -type d \( -name tests -o -name include \) -exec rm -rf {} +
 
 
 # In a stage of its own, so that the weights are not fetched again when other code or a dependency changes.
@@ -41,7 +41,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/pipeline \
     MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /app
-USER pipeline
+USER 1000
 
 
 FROM runtime AS mlflow
@@ -55,7 +55,7 @@ CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"
 
 
 FROM runtime AS code
-USER root
+USER 0
 COPY setup.py requirements.txt pipeline.py ./
 COPY dgmd_pipeline dgmd_pipeline
 # --editable: code that is mounted over /app is what runs. Compiled, because a read-only container cannot keep that.
@@ -65,17 +65,19 @@ RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-buil
 COPY --from=weights /weights /opt/venv/share/dgmd_pipeline
 ENV KERAS_HOME=/app/data/.keras \
     MPLCONFIGDIR=/app/data/.matplotlib
-USER pipeline
+USER 1000
 VOLUME /app/data
 
 
 FROM code AS demo
-USER root
+USER 0
 COPY locks/demo.txt /tmp/lock.txt
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
     && rm /tmp/lock.txt
-USER pipeline
+USER 1000
 WORKDIR /demo
+VOLUME /demo
+HEALTHCHECK NONE
 CMD ["python", "/app/pipeline.py", "demo"]
 
 

@@ -81,10 +81,14 @@ mlflow.set_tracking_uri("sqlite:///demo-data/mlflow/mlflow.db")
 model = mlflow.pyfunc.load_model("models:/dgmd_model/1")
 run = mlflow.MlflowClient().get_model_version("dgmd_model", "1").run_id
 mapping = json.load(open(mlflow.artifacts.download_artifacts(run_id=run, artifact_path="mapping.json")))
-read = {}
+batches = {}
 for path in json.load(open("paths.json")):
     pixels = np.asarray(Image.open(pathlib.Path("demo-data/raw", path)).convert("RGB"))  # 24 to 64 pixels square
-    read[path] = mapping[str(model.predict(pixels[np.newaxis])[0].argmax())]
+    batches.setdefault(pixels.shape, []).append((path, pixels))
+read = {}
+for batch in batches.values():
+    for (path, _), probabilities in zip(batch, model.predict(np.stack([pixels for _, pixels in batch]))):
+        read[path] = mapping[str(probabilities.argmax())]
 assert "dgmd_pipeline" not in sys.modules
 json.dump(read, open("read.json", "w"))
 """

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 CNN = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 3, "SEED": 1}
 FROZEN = {"BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32}
 LEARNED = {"trained_model", "evaluation", "registered_model"}  # each one is another one
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "2"))
 
 FIRST_BUILD = """
 before GET *cloves%20shop_5.jpeg*

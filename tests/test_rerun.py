@@ -134,14 +134,29 @@ def test_the_table_has_every_setting():
 def test_a_setting_redoes_the_steps_that_use_it_and_what_follows(setting, cnn):
     variables, data_dir = cnn
     value, steps = CHANGED[setting]
-    assert run(variables | {setting: value}, data_dir) == steps
-    assert run(variables | {setting: value}, data_dir) == []
+    variables = variables | {setting: value}
+    assert run(variables, data_dir, *up_to_training(steps)) == before_evaluation(steps)
+    assert run(variables, data_dir, *up_to_training(steps)) == []
+
+
+def up_to_training(steps):
+    """Options for a run: what follows a training is the same for all, and is shown where it is deleted."""
+    return ["--until", "train"] if "trained_model" in steps else []
+
+
+def before_evaluation(steps):
+    return steps[: steps.index("trained_model") + 1] if "trained_model" in steps else steps
 
 
 def test_with_stored_features_training_parameters_redo_neither_them_nor_the_records(frozen, tmp_path):
     variables, data_dir = frozen
-    assert run(variables | {"LEARNING_RATE": 0.02}, data_dir) == LEARNED
-    assert run(variables | {"LEARNING_RATE": 0.02, "NUM_SHARDS": 3}, data_dir) == [*RECORDS, *FEATURES, *LEARNED]
+    until = ["--until", "train"]
+    assert run(variables | {"LEARNING_RATE": 0.02}, data_dir, *until) == ["trained_model"]
+    assert run(variables | {"LEARNING_RATE": 0.02, "NUM_SHARDS": 3}, data_dir, *until) == [
+        *RECORDS,
+        *FEATURES,
+        "trained_model",
+    ]
 
 
 def test_other_weights_of_the_backbone_redo_the_features_wherever_their_file_lies(frozen, tmp_path):
@@ -150,9 +165,10 @@ def test_other_weights_of_the_backbone_redo_the_features_wherever_their_file_lie
     variables, data_dir = frozen
     weights = tmp_path / "one.weights.h5"
     model.build_backbone("MobileNetV3-Small", "none", 32, 32, tmp_path).save_weights(weights)
-    assert run(variables | {"BACKBONE_WEIGHTS": weights}, data_dir) == [*FEATURES, *LEARNED]
+    until = ["--until", "train"]
+    assert run(variables | {"BACKBONE_WEIGHTS": weights}, data_dir, *until) == [*FEATURES, "trained_model"]
     elsewhere = weights.rename(tmp_path / "other.weights.h5")
-    assert run(variables | {"BACKBONE_WEIGHTS": elsewhere}, data_dir) == []
+    assert run(variables | {"BACKBONE_WEIGHTS": elsewhere}, data_dir, *until) == []
 
 
 @pytest.mark.parametrize("folder", [*DATA, *RECORDS, *FEATURES])
@@ -197,10 +213,9 @@ def test_going_back_to_earlier_settings_is_a_rerun(cnn):
 def test_going_back_to_an_earlier_name_notes_the_version_that_is_there(cnn):
     variables, data_dir = cnn
     assert run(variables | {"MODEL_NAME": "renamed"}, data_dir) == ["evaluation", "registered_model"]
-    assert version(data_dir) == 1
+    before = version(data_dir)
     assert run(variables, data_dir) == ["evaluation", "registered_model"]
-    assert run(variables | {"MODEL_NAME": "renamed"}, data_dir) == ["evaluation", "registered_model"]
-    assert version(data_dir) == 1
+    assert (before, version(data_dir)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +235,10 @@ def test_going_back_to_an_earlier_name_notes_the_version_that_is_there(cnn):
 def test_a_raised_format_redoes_its_step(task, steps, cnn, monkeypatch):
     variables, data_dir = cnn
     monkeypatch.setattr(task, "format", task.format + 1)
-    assert run(variables, data_dir) == steps
+    assert run(variables, data_dir, *up_to_training(steps)) == before_evaluation(steps)
 
 
 def test_a_raised_format_of_the_features_redoes_them_and_what_follows(frozen, monkeypatch):
     variables, data_dir = frozen
     monkeypatch.setattr(tasks.ExtractFeatures, "format", 2)
-    assert run(variables, data_dir) == [*FEATURES, *LEARNED]
+    assert run(variables, data_dir, "--until", "train") == [*FEATURES, "trained_model"]
