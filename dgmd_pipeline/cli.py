@@ -111,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, parents=[_step_options(common, "force") if takes_steps else common]
         )
         added.set_defaults(command=command)
+        if command is _demo:
+            added.add_argument(
+                "--serve", metavar="PORT", type=int, help="only offer the demo's bucket at PORT, to other containers"
+            )
         if command in (_plan, _health):
             added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     _add_operations(commands, common)
@@ -268,6 +272,8 @@ def _demo(options: argparse.Namespace) -> int:
         raise SettingsError(
             f"demo takes no --force, --until or --refresh: give them to `run --env-file {demo.ENV_FILE}`."
         )
+    if options.serve is not None:
+        demo.serve(options.serve)
     return demo.run(lambda arguments: main([*arguments, *(["--verbose"] if options.verbose else [])]))
 
 

@@ -11,16 +11,31 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
 
+if TYPE_CHECKING:
+    from moto.server import ThreadedMotoServer
+
 log = logging.getLogger(__name__)
 BUCKET, PREFIX = "dgmd-demo", "train/downloaded-images"
 ENV_FILE, DATA_DIR = Path("demo.env"), Path("demo-data")
+READY = "ready"  # key of an object that is there when all others are
+SETTINGS = {
+    "AWS_DATA_BUCKET": BUCKET,
+    "AWS_DATA_PATH": PREFIX,
+    "BACKBONE": "cnn",
+    "IMAGE_WIDTH": "32",
+    "IMAGE_HEIGHT": "32",
+    "SEED": "7",  # the same model each time on the same CPU, and a usual one: docs/measurements.md
+}
+LOGIN = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))  # scraped names lie
 KEPT = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit: classes are uneven
 
@@ -30,28 +45,14 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
 
     Raises PipelineError where the `demo` extra is not installed.
     """
-    try:
-        from moto.server import ThreadedMotoServer
-    except ImportError:
-        raise PipelineError("The demo needs a local S3 endpoint: pip install -e '.[demo]'") from None
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
+    server = _endpoint("127.0.0.1", 0)
     try:
         _, port = server.get_host_and_port()
         variables = {
             "DATA_DIR": str(DATA_DIR.resolve()),
-            "AWS_DATA_BUCKET": BUCKET,
-            "AWS_DATA_PATH": PREFIX,
-            "BACKBONE": "cnn",
-            "IMAGE_WIDTH": "32",
-            "IMAGE_HEIGHT": "32",
-            "SEED": "7",  # the same model each time on the same CPU, and a usual one: docs/measurements.md
+            **SETTINGS,
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "demo",
-            "AWS_SECRET_ACCESS_KEY": "demo",
-            "AWS_DEFAULT_REGION": "us-east-1",
+            **LOGIN,
             "NO_PROXY": "127.0.0.1",
         }
         _write_env_file(variables)
@@ -67,6 +68,36 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
         if foreign := [name for name in foreign if name in variables or not name.startswith("AWS_")]:
             log.warning("Your environment goes before %s: first do `unset %s`", ENV_FILE, " ".join(foreign))
     return code
+
+
+def serve(port: int) -> NoReturn:
+    """Fill a bucket, and offer it at this port to other containers until a signal comes.
+
+    Raises PipelineError where the `demo` extra is not installed.
+    """
+    server = _endpoint("0.0.0.0", port)  # noqa: S104 - a container's network is its own
+    _forget_own_settings()
+    os.environ.update(LOGIN, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", NO_PROXY="127.0.0.1")
+    try:
+        client = _fill_bucket()
+        client.put_object(Bucket=BUCKET, Key=READY, Body=b"", ACL="public-read")
+        log.info("The demo's bucket %s is there, at port %d, until this is stopped.", BUCKET, port)
+        while True:
+            time.sleep(3600)
+    finally:
+        server.stop()
+
+
+def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
+    try:
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        raise PipelineError("The demo needs a local S3 endpoint: pip install -e '.[demo]'") from None
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(host, port=port, verbose=False)
+    server.start()
+    return server
 
 
 def _write_env_file(variables: dict[str, str]) -> None:
@@ -89,7 +120,8 @@ def _forget_own_settings() -> list[str]:
     return foreign
 
 
-def _fill_bucket() -> None:
+def _fill_bucket() -> Any:
+    """Return the client that did it."""
     from dgmd_pipeline import bucket
 
     client = bucket.connect()
@@ -99,6 +131,7 @@ def _fill_bucket() -> None:
         client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=content)
         count += 1
     log.info("Demo bucket s3://%s/%s: %d objects", BUCKET, PREFIX, count)
+    return client
 
 
 def _objects() -> Iterator[tuple[str, bytes]]:
