@@ -7,13 +7,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 LOCK := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock"
 
-.PHONY: demo test lint format bench lock clean
+.PHONY: demo test test-container lint format bench lock clean
 
 # Run the whole pipeline on a small real data set behind a local S3 endpoint.
 demo: .venv/demo
 	$(BIN)/python pipeline.py demo
 
-# Run all tests; `make test PYTEST="-m 'not slow'"` leaves out the slow ones.
+# Run all tests; `make test PYTEST="-m 'not slow and not container'"` leaves out the slow ones.
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST)
 

@@ -93,7 +93,7 @@ def client_of(variables):
 def test_a_bucket_becomes_a_registered_model(finished):
     data_dir, variables, result = finished
     assert result.returncode == 0, result.stdout + result.stderr
-    assert sorted(path.name for path in data_dir.iterdir() if path.name[0] != ".") == sorted(STEPS)
+    assert sorted(path.name for path in data_dir.iterdir() if path.name[0] != ".") == sorted([*STEPS, "status.json"])
     assert not [path for path in data_dir.iterdir() if path.name.startswith((".draft", ".old"))]
     version = client_of(variables).get_model_version_by_alias("finished", "candidate")
     assert int(version.version) == 1
@@ -174,8 +174,9 @@ def test_the_mlflow_run_tells_everything(finished):
     assert run.data.params["EPOCHS"] == "2"
     assert run.data.params["SEED"] == "1"
     assert run.data.params["AWS_DATA_PATH"] == "train/images"
-    not_of_the_model = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION", "REFRESH", "MAX_CLASS_DROP", "MAX_LATENCY_RATIO"}
-    assert set(run.data.params) == set(map(variable, Settings.model_fields)) - not_of_the_model
+    of_a_deployment = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION", "REFRESH", "SCHEDULE", "TZ", "NOTIFY_URL"}
+    of_a_promotion = {"MAX_CLASS_DROP", "MAX_LATENCY_RATIO"}
+    assert set(run.data.params) == set(map(variable, Settings.model_fields)) - of_a_deployment - of_a_promotion
     assert run.data.tags["dgmd.version"] == version.tags["dgmd.version"]
     training = json.loads((data_dir / "trained_model" / "training.json").read_text())
     assert version.tags["dgmd.training_id"] == run.data.tags["dgmd.training_id"] == training["id"]
@@ -336,7 +337,7 @@ def test_no_usable_input_has_its_own_sentence_and_exit_code(finished, tmp_path, 
     assert result.returncode == 20, result.stdout + result.stderr
     assert sentence in result.stdout.splitlines()[-1]
     assert "Traceback" not in result.stdout + result.stderr
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock", "status.json"}
 
 
 def test_one_label_is_no_usable_input(bucket, s3_endpoint, tmp_path):
