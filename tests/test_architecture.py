@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 PACKAGE = ROOT / "dgmd_pipeline"
@@ -117,6 +118,14 @@ def test_every_variable_is_in_the_readme():
         if name not in ("keras_home", "data_dir"):
             row = next(line for line in readme.splitlines() if line.startswith(f"| `{variable(name)}` |"))
             assert default.lower() in row.lower(), row
+
+
+def test_compose_passes_every_variable_on():
+    from dgmd_pipeline.settings import Settings, variable
+
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["model-pipeline-scheduled"]
+    of_the_image = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION"}
+    assert set(map(variable, Settings.model_fields)) - of_the_image <= set(service["environment"])
 
 
 def test_every_exit_code_is_in_the_readme():

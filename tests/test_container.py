@@ -192,9 +192,7 @@ def test_a_run_that_docker_stops_ends_in_time_and_the_next_one_goes_on(deploymen
     assert re.search(r"raw +run", done.stdout) is None
 
 
-def test_a_training_is_kept_when_mlflow_is_away_at_the_end_and_registered_when_it_is_back(
-    deployment, mlflow_container
-):
+def test_a_training_is_kept_when_mlflow_is_away_at_the_end_and_registered_when_it_is_back(deployment, mlflow_container):
     container = deployment.start(MLFLOW_HTTP_REQUEST_MAX_RETRIES=1)
     logs_until(container, "epoch 1/2")
     docker("stop", mlflow_container)
