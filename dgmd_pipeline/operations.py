@@ -35,8 +35,14 @@ def models(values: "Settings", as_json: bool) -> None:
         _print_json(rows)
         return
     print(f"{values.model_name} at {settings.redact(store.uri)}")
-    head = ("version", "created", "environment", "accuracy", "difference", "latency", "size", "promoted")
-    _print_table([head, *([row[name] for name in head] for row in map(_shown, rows))])
+    head = ("version", "created", "environment", "accuracy", "difference", "latency", "size")
+    shown = [_shown(row) for row in rows]
+    title, *lines = _table([head, *([row[name] for name in head] for row in shown)])
+    print(title)
+    for line, row in zip(lines, shown, strict=True):
+        print(line)
+        if row["promoted"]:  # in a line of its own: a terminal is not wide enough for one
+            print(f"{'':9}promoted {row['promoted']}")
 
 
 def _row(entry: registry.Entry, event: production.Event | None) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     def words(name: str, form: str) -> str:
         return "" if row[name] is None else form.format(row[name])
 
-    against = f" to {row['compared_with']}" if row["compared_with"] else ""
+    against = f" v{row['compared_with']}" if row["compared_with"] else ""
     return {
         "version": str(row["version"]),
         "created": row["created"][:10],
@@ -73,7 +79,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "difference": words("difference", "{:+.4f}") + against,
         "latency": words("latency_p50_ms", "{:.0f} ms"),
         "size": "" if row["bytes"] is None else human(int(row["bytes"])),
-        "promoted": f"{row['promoted_at'][:10]} {row['promoted_by']}" if row["promoted_at"] else "",
+        "promoted": f"{row['promoted_at'][:10]} by {row['promoted_by']}" if row["promoted_at"] else "",
     }
 
 
@@ -406,6 +412,9 @@ def _print_json(value: object) -> None:
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    print(*_table(rows), sep="\n")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

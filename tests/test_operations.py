@@ -245,7 +245,7 @@ def test_without_a_registry_or_a_model_there_is_a_sentence(trained, tmp_path, co
 def test_tables_fit_a_terminal(trained):
     folder, variables, *_ = trained
     lines = on_a_terminal(folder, "models", **variables)
-    assert max(map(len, lines)) <= 110, lines
+    assert max(map(len, lines)) <= 80, lines
 
 
 def test_looking_needs_no_tensorflow(trained):
