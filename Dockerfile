@@ -61,7 +61,7 @@ COPY dgmd_pipeline dgmd_pipeline
 # --editable: code that is mounted over /app is what runs. Compiled, because a read-only container cannot keep that.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-build-isolation --use-pep517 --editable . \
     && python -m compileall -q dgmd_pipeline \
-    && rm -rf build
+    && chmod -R a+rX /app
 COPY --from=weights /weights /opt/venv/share/dgmd_pipeline
 ENV KERAS_HOME=/app/data/.keras \
     MPLCONFIGDIR=/app/data/.matplotlib
@@ -82,11 +82,13 @@ CMD ["python", "/app/pipeline.py", "demo"]
 
 
 FROM code AS pipeline
-ARG GIT_REVISION=unknown
+ARG GIT_REVISION=
 ARG VERSION=0.1.0
+ARG SOURCE=
 ENV GIT_REVISION=$GIT_REVISION
 LABEL org.opencontainers.image.title="dgmd_model_pipeline" \
       org.opencontainers.image.description="A bucket of labelled pictures becomes an image classifier in MLflow" \
+      org.opencontainers.image.source=$SOURCE \
       org.opencontainers.image.revision=$GIT_REVISION \
       org.opencontainers.image.version=$VERSION
 HEALTHCHECK --interval=1m --timeout=10s CMD ["python", "pipeline.py", "health"]

@@ -17,6 +17,10 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST)
 
+# Build the images and try them in a Docker engine. CONTAINER_S3 may name an S3 server that containers reach.
+test-container: .venv/test
+	$(BIN)/python -m pytest --numprocesses 0 -m container tests/test_container.py $(PYTEST)
+
 # Check style and types, the Dockerfile and the workflows. Nothing of it needs a network.
 lint: .venv/test
 	$(BIN)/ruff check .

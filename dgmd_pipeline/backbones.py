@@ -162,6 +162,8 @@ def _md5(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] not in FROZEN:
+        sys.exit(f"{sys.argv[1]}: expected one of {', '.join(FROZEN)}.")
     try:
         print(weights_file(sys.argv[1], "imagenet", Path(sys.argv[2])))  # noqa: T201
     except PipelineError as error:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -10,11 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from dgmd_pipeline import signals
-from dgmd_pipeline.errors import PipelineError, SettingsError
+from dgmd_pipeline.errors import Busy, PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for and return the exit code."""
     options = _parser().parse_args(arguments, argparse.Namespace(**DEFAULTS))
     options.force = options.force_before + options.force
+    if options.time and options.command is not _start:
+        _parser().error("--time stands alone: it is of no command")
     try:
         with signals.caught():
             _log(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
@@ -70,6 +74,7 @@ DEFAULTS: dict[str, Any] = {
     "refresh": False,
     "json": False,
     "csv": False,
+    "time": 0,
 }
 STEPS = "download, inspect, label, balance, split, convert, extract, train, evaluate or register"
 
@@ -96,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[_step_options(common, "force_before")],  # a command's own list would take the place of this one
     )
     parser.add_argument(
-        "--time", metavar="SECONDS", type=_seconds, default=0, help="run again and again, so long after the end of each"
+        "--time", metavar="SECONDS", type=_seconds, help="run again and again, so long after the end of each"
     )
     parser.set_defaults(command=_start)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -219,14 +224,19 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _ended(values: "Settings", code: int, seconds: float) -> None:
-    """Say what became of a scheduled run; where it was killed, nobody else does."""
+    """Say what became of a scheduled run; where it was killed or could not begin, it has not told so itself."""
+    from dgmd_pipeline import run, status
+
     if code:
         log.error("The run ended with exit code %d; the next one comes all the same.", code)
-    if code < 0:
-        from dgmd_pipeline import folders, run
-
-        with folders.lock(values.data_dir):
-            run.tell(values, None, 128 - code, f"killed by signal {-code}, as when memory runs out", seconds)
+    if code in (0, Busy.exit_code):
+        return
+    told = status.read(values.data_dir)
+    began = datetime.now(UTC) - timedelta(seconds=seconds)
+    if told is None or datetime.fromisoformat(told.ended) < began:
+        killed = f"killed by signal {-code}, as when memory runs out"
+        message = killed if code < 0 else "the run could not begin; the log says why"
+        run.tell(values, None, 128 - code if code < 0 else code, message, seconds)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -256,6 +266,8 @@ def _health(options: argparse.Namespace) -> int:
 
     with folders.disk_errors_explained(values.data_dir):
         last = status.read(values.data_dir)
+        if last is None and values.data_dir.exists() and not os.access(values.data_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(values.data_dir))  # no run can say so
     if options.json:
         print(json.dumps(last and dataclasses.asdict(last), indent=1))  # noqa: T201
     elif last is None:

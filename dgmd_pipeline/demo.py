@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ SETTINGS = {
     "SEED": "7",  # the same model each time on the same CPU, and a usual one: docs/measurements.md
 }
 LOGIN = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
+NO_MATTER = ("KERAS_HOME", "TZ", "GIT_REVISION")  # to the demo
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))  # scraped names lie
 KEPT = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit: classes are uneven
 
@@ -65,7 +67,8 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
         server.stop()
     if code == 0:
         _say_what_next()
-        if foreign := [name for name in foreign if name in variables or not name.startswith("AWS_")]:
+        foreign = [name for name in foreign if name in variables or not name.startswith(("AWS_", *NO_MATTER))]
+        if foreign:
             log.warning("Your environment goes before %s: first do `unset %s`", ENV_FILE, " ".join(foreign))
     return code
 
@@ -75,6 +78,10 @@ def serve(port: int) -> NoReturn:
 
     Raises PipelineError where the `demo` extra is not installed.
     """
+    try:  # moto would wait for itself without end
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise PipelineError(f"The port {port} cannot be used ({error}): choose another one.") from None
     server = _endpoint("0.0.0.0", port)  # noqa: S104 - a container's network is its own
     _forget_own_settings()
     os.environ.update(LOGIN, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", NO_PROXY="127.0.0.1")

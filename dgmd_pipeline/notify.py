@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +25,20 @@ def post(url: str, body: Mapping[str, Any]) -> None:
 
 
 def _post(url: str, body: Mapping[str, Any]) -> None:
+    host = urlsplit(url).hostname
     headers = {"Content-Type": "application/json", "User-Agent": "dgmd_pipeline"}
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - http(s), see settings
-        urllib.request.urlopen(request, timeout=TIMEOUT).close()  # noqa: S310
+        urllib.request.build_opener(_Straight).open(request, timeout=TIMEOUT).close()
+    except urllib.error.HTTPError as error:
+        log.warning("NOTIFY_URL: %s did not take the message (HTTP %d).", host, error.code)
     except (OSError, http.client.HTTPException) as error:
-        log.warning("NOTIFY_URL: %s did not take the message (%s).", urlsplit(url).hostname, error)
+        reason = getattr(error, "reason", type(error).__name__)
+        log.warning("NOTIFY_URL: %s did not take the message (%s).", host, reason)
+
+
+class _Straight(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: urllib would follow it without the message."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dgmd_pipeline import folders, notify, signals, status, step, tasks, timing, workers
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.settings import Settings, mlflow_login, redact
 
 log = logging.getLogger(__name__)
@@ -23,19 +23,19 @@ def run(values: Settings, force: Sequence[str], until: str | None, verbose: bool
     `force` names steps that are done again in any case, `until` the last one; `start` is when the command began, by
     `time.monotonic`. Raises PipelineError where it is left undone for a reason that its reader can do something about.
     """
-    with folders.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
-        job = step.Job(values, workers.Pool(), signals.check_stopped)
-        code, message = 1, "a fault of the pipeline's own; the log has the traceback"
-        try:
-            with folders.disk_errors_explained(values.data_dir):
-                code, message = _finish(values, job, force, until, verbose)
-        except PipelineError as error:
-            code, message = error.exit_code, str(error)
-            raise
-        except KeyboardInterrupt:
-            code, message = 128 + signals.received[0], signals.farewell(signals.received[0])
-            raise
-        finally:
+    job = step.Job(values, workers.Pool(), signals.check_stopped)
+    code, message = 1, "a fault of the pipeline's own; the log has the traceback"
+    try:
+        with folders.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+            code, message = _finish(values, job, force, until, verbose)
+    except PipelineError as error:
+        code, message = error.exit_code, str(error)
+        raise
+    except KeyboardInterrupt:
+        code, message = 128 + signals.received[0], signals.farewell(signals.received[0])
+        raise
+    finally:
+        if code != Busy.exit_code:  # what is known there is of the run that goes on
             tell(values, job, code, message, time.monotonic() - start)
     if not code:
         _show_times(job, time.monotonic() - start)
@@ -85,7 +85,7 @@ def tell(values: Settings, job: step.Job | None, code: int, message: str, second
     try:
         status.write(told, values.data_dir)
     except OSError as error:
-        log.warning("%s: not written (%s); the health check does not know of this run.", status.NAME, error.strerror)
+        log.debug("%s is not written: %s", status.NAME, error)  # the run has failed by that already, or will
     if values.notify_url:
         text = f"{values.model_name}: {outcome}. {text}"
         notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(told)})

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim
@@ -20,8 +21,8 @@ def _now() -> datetime:
     return datetime.now().astimezone()
 
 
-def at(expression: str, zone: tzinfo | None, clock: Callable[[], datetime] = _now) -> Iterator[datetime]:
-    """Yield the times of a cron expression from now on, in a time zone (None: the system's).
+def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> Iterator[datetime]:
+    """Yield the times of a cron expression from now on, in a time zone.
 
     Those that have gone by when the next one is asked for are passed over.
     """
@@ -42,10 +43,14 @@ def every(seconds: float) -> Iterator[datetime]:
         yield _now() + timedelta(seconds=seconds)
 
 
-def zone(name: str | None) -> tzinfo | None:
-    """Return the time zone that `TZ` names, None for the system's. Raises SettingsError for a name that is none."""
+def zone(name: str | None) -> tzinfo:
+    """Return the time zone that `TZ` names, or the system's. Raises SettingsError for a name that is none."""
     if not name:
-        return None
+        try:  # `astimezone()` would give today's offset, and go on with it when clocks change
+            with Path("/etc/localtime").open("rb") as file:
+                return ZoneInfo.from_file(file)
+        except OSError:
+            return UTC
     try:
         return ZoneInfo(name.removeprefix(":"))
     except (ZoneInfoNotFoundError, ValueError, OSError):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import dotenv
 from annotated_types import Ge, Gt, Le, Lt
@@ -141,8 +142,14 @@ class Settings(BaseSettings):
     @field_validator("notify_url")
     @classmethod
     def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"https?://[^/\s]\S*", value.get_secret_value()):
-            raise ValueError("http://... or https://...")
+        if value is not None:
+            try:
+                url = urlsplit(value.get_secret_value())
+                known = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
+            except ValueError:
+                known = False
+            if not known or not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+                raise ValueError("http://... or https://... in ASCII, without user and password")
         return value
 
     @field_validator("model_name")

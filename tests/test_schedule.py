@@ -1,10 +1,12 @@
 import itertools
 import json
 import logging
+import os
 import signal
 import socket
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -41,7 +43,7 @@ def test_three_o_clock_is_three_o_clock_when_clocks_change(month, day, hours):
 
 def test_times_that_go_by_while_a_run_is_going_are_passed_over(caplog):
     clock = Clock(2026, 11, 24, 3, 0, 30)
-    times = schedule.at("* * * * *", None, clock)
+    times = schedule.at("* * * * *", UTC, clock)
     assert next(times) == datetime(2026, 11, 24, 3, 1, tzinfo=UTC)
     clock.now += timedelta(minutes=5)
     with caplog.at_level(logging.INFO, "dgmd_pipeline"):
@@ -57,7 +59,11 @@ def test_a_time_zone_that_is_none_is_refused_with_a_sentence(name):
 
 def test_a_time_zone_may_be_written_as_in_posix():
     assert schedule.zone(":Europe/Berlin") == BERLIN
-    assert schedule.zone(None) is None
+
+
+def test_without_a_time_zone_it_is_the_system_s():
+    now = datetime.now().astimezone()
+    assert now.astimezone(schedule.zone(None)).utcoffset() == now.utcoffset()
 
 
 @pytest.fixture
@@ -139,9 +145,27 @@ def test_a_schedule_and_an_interval_exclude_each_other(tmp_path):
 
 def test_a_scheduled_run_waits_for_its_time(start):
     process = start(SCHEDULE="0 3 29 2 *", TZ="Europe/Berlin")
-    assert "Next run: 2028-02-29 03:00:00 CET" in lines_until(process, "Next run")[-1]
+    assert "-02-29 03:00:00 CET" in lines_until(process, "Next run")[-1]
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
+
+
+def test_a_run_that_is_killed_is_told_by_the_schedule(variables, start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = start("--time", "100", "--until", "label", **variables)
+        silent.settimeout(60)
+        silent.accept()
+        (run,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(run), signal.SIGKILL)
+        lines_until(process, "Next run")
+    told = json.loads((tmp_path / "data" / "status.json").read_text())
+    assert (told["outcome"], told["exit_code"]) == ("failed", 137)
+    assert "killed by signal 9" in told["message"]
+
+
+def test_an_interval_is_of_no_command(tmp_path):
+    assert run_pipeline(tmp_path, "--time", "1", "run").returncode == 2
 
 
 @pytest.mark.parametrize("seconds", ["-1", "soon", "inf"])

@@ -18,7 +18,8 @@ def listener():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(500 if self.path == "/broken" else 204)
+            self.send_response({"/broken": 500, "/moved": 302}.get(self.path, 204))
+            self.send_header("Location", "/elsewhere")
             self.end_headers()
 
         def log_message(self, *_):
@@ -104,7 +105,9 @@ def test_a_listener_that_fails_is_a_warning_without_its_path(listener, caplog):
     notify.post(f"{url}/broken", {"outcome": "succeeded"})
     assert bodies == [{"outcome": "succeeded"}]
     notify.post("http://127.0.0.1:9/s3cr3t", {})
-    assert [message.split(": ")[0] for message in caplog.messages] == ["NOTIFY_URL"] * 2
+    notify.post(f"{url}/moved", {})
+    assert [message.split(": ")[0] for message in caplog.messages] == ["NOTIFY_URL"] * 3
+    assert "302" in caplog.messages[2]
     assert "500" in caplog.messages[0]
     assert "127.0.0.1" in caplog.messages[1]
     assert "s3cr3t" not in caplog.text
@@ -120,8 +123,12 @@ def test_a_listener_that_does_not_answer_holds_up_nothing(monkeypatch, caplog):
     assert "127.0.0.1" in caplog.text
 
 
-def test_what_cannot_be_a_listener_is_refused_without_showing_it(tmp_path):
-    done = run_pipeline(tmp_path, "plan", NOTIFY_URL="file:///s3cr3t")
+@pytest.mark.parametrize(
+    "url",
+    ["file:///s3cr3t", "http://me:s3cr3t@host/", "http://[::1/s3cr3t", "http://host:x/s3cr3t", "http://host/s3cr3tü"],
+)
+def test_what_cannot_be_a_listener_is_refused_without_showing_it(url, tmp_path):
+    done = run_pipeline(tmp_path, "plan", NOTIFY_URL=url)
     assert done.returncode == 2
-    assert done.stdout.strip().endswith("NOTIFY_URL=***: expected http://... or https://....")
+    assert "NOTIFY_URL=***: expected http://... or https://..." in done.stdout
     assert "s3cr3t" not in done.stdout + done.stderr
