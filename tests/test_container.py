@@ -242,18 +242,11 @@ def test_code_that_is_mounted_over_the_image_s_is_what_runs(deployment, tmp_path
 
 
 def test_the_image_holds_nothing_that_it_does_not_need(images):
-    unwanted = ["gcc", "cc", "tests", ".cache", ".git", ".env", "lock.txt", "credentials", "*.whl"]
+    unwanted = ["cc", "gcc", "pip.whl", "tests", ".cache", ".git", ".env", "lock.txt"]
     names = " -o ".join(f"-name '{name}'" for name in unwanted)
-    find = f"find / -xdev \\( {names} \\) -not -path '/usr/local/lib/*' -not -path '/proc/*'; ls -A /app"
+    find = f"find /app /home /opt /root /tmp /usr/bin /usr/local/bin \\( {names} \\); ls -A /app"
     found = docker("run", "--rm", "--user", "0", "dgmd-test-pipeline", "sh", "-c", find).stdout.split()
-    assert set(found) == {
-        "data",
-        "dgmd_pipeline",
-        "dgmd_pipeline.egg-info",
-        "pipeline.py",
-        "requirements.txt",
-        "setup.py",
-    }
+    assert found == ["data", "dgmd_pipeline", "pipeline.py", "requirements.txt", "setup.py"]
 
 
 def test_the_demo_runs_in_its_image_without_a_network(images):
