@@ -127,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 or more")
 
 
 def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -266,12 +266,15 @@ def _health(options: argparse.Namespace) -> int:
 
     with folders.disk_errors_explained(values.data_dir):
         last = status.read(values.data_dir)
-        if last is None and values.data_dir.exists() and not os.access(values.data_dir, os.W_OK):
+        if not values.data_dir.is_dir():
+            log.error("%s: there is no such folder, so no run has ended there.", values.data_dir)
+            return 1
+        if last is None and not os.access(values.data_dir, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(values.data_dir))  # no run can say so
     if options.json:
         print(json.dumps(last and dataclasses.asdict(last), indent=1))  # noqa: T201
     elif last is None:
-        log.info("No run has ended yet.")
+        log.info("No run has ended yet in %s.", values.data_dir)
     else:
         log.info("%s: %s after %.0f s. %s", last.ended, last.outcome, last.seconds, last.message)
     return 0 if last is None or last.is_good else 1

@@ -158,7 +158,7 @@ def _as_fast(missing: str, assessment: Mapping[str, Any] | None, limits: Limits)
     return Gate(
         "latency",
         ratio <= limits.max_latency_ratio,
-        f"One picture takes {ratio:.2f} times as long as with production; up to {limits.max_latency_ratio:g} is "
+        f"One picture takes {ratio:.2f} times as long as with the other model; up to {limits.max_latency_ratio:g} is "
         "allowed.",
     )
 

@@ -193,8 +193,8 @@ What next?
   # what there is to know about it, for a browser: {DATA_DIR}/evaluation/report.html
   # make it production; a later version is compared with it
   {pipeline} promote --env-file {ENV_FILE}
-  # what it says of pictures
-  {pipeline} predict --env-file {ENV_FILE} {DATA_DIR}/raw/7
+  # what it then says of pictures
+  {pipeline} predict --env-file {ENV_FILE} {DATA_DIR}/raw/6
   # look at the registry: http://127.0.0.1:5050
   {_own("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
   # what would run now

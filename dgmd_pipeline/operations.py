@@ -43,6 +43,8 @@ def models(values: "Settings", as_json: bool) -> None:
         print(line)
         if row["promoted"]:  # in a line of its own: a terminal is not wide enough for one
             print(f"{'':9}promoted {row['promoted']}")
+    if any(registry.CANDIDATE in row["aliases"] for row in rows):
+        print("* candidate: what `promote` takes")
 
 
 def _row(entry: registry.Entry, event: production.Event | None) -> dict[str, Any]:
@@ -276,6 +278,10 @@ def _chosen(found: Sequence[registry.Entry], word: str, name: str) -> registry.E
     for entry in found:
         if str(entry.version) == word or (word.startswith("@") and word[1:] in entry.aliases):
             return entry
+    if word == f"@{registry.CANDIDATE}" and found:
+        raise NoUsableInput(
+            f"No version of {name} waits for a promotion; the newest is {found[0].version}. Name the one that is meant."
+        )
     versions = ", ".join(str(entry.version) for entry in found[:10])
     aliases = ", ".join(f"@{alias}" for entry in found for alias in entry.aliases) or "no alias"
     raise NoUsableInput(f"{name} has no version {word}: the newest are {versions}, and there is {aliases}.")

@@ -134,9 +134,13 @@ class Settings(BaseSettings):
     def _is_a_cron_expression(cls, value: str | None) -> str | None:
         if value is not None:
             try:
+                if len(value.split()) != 5:  # with a sixth one cronsim counts seconds
+                    raise CronSimError
                 next(CronSim(value, datetime.now()))
-            except (CronSimError, StopIteration):
+            except CronSimError:
                 raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
+            except StopIteration:
+                raise ValueError("a time that comes, as 0 3 * * * does") from None
         return value
 
     @field_validator("notify_url")

@@ -165,3 +165,15 @@ def test_every_setting_has_a_description_and_an_upper_case_variable():
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.alias == name.upper()
+
+
+@pytest.mark.parametrize("schedule", ["nonsense", "* * * * * *", "60 * * * *", "0 0 31 2 *", "@daily", ""])
+def test_a_schedule_is_a_cron_expression_of_five_fields_whose_time_comes(monkeypatch, schedule):
+    monkeypatch.setenv("SCHEDULE", schedule)
+    if not schedule:
+        assert load().schedule is None
+    else:
+        with pytest.raises(SettingsError, match="SCHEDULE="):
+            load()
+    monkeypatch.setenv("SCHEDULE", "*/5 3-5 * * MON-FRI")
+    assert load().schedule

@@ -49,6 +49,8 @@ def health(folder, variables, *arguments):
 def test_a_run_that_succeeds_one_that_has_nothing_to_do_and_one_that_fails_are_told(variables, listener, tmp_path):
     url, bodies = listener
     variables |= {"NOTIFY_URL": f"{url}/hook"}
+    assert health(tmp_path, variables)[0] == 1  # a name that was mistyped must not look well
+    (tmp_path / "data").mkdir()
     assert health(tmp_path, variables)[0] == 0  # before the first run there is nothing to complain about
     assert "No run has ended yet" in health(tmp_path, variables)[1]
 
