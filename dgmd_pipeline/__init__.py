@@ -13,6 +13,7 @@ step.py        the step contract: a folder that is there is done, says where it 
 folders.py     a draft -> a folder that is whole: commit, recovery, the lock, what the disk refuses
 bucket.py      the door to S3: object -> raw file
 transfer.py    object -> raw file, faster
+listing.py     a listing of the bucket <-> what lies in a folder: new, changed, gone, kept
 images.py      raw file -> inspected row
 manifest.py    rows, in memory and as CSV
 labels.py      rows -> label map

@@ -48,7 +48,7 @@ class DownloadImages(Step):
     _fetched: Sequence[manifest.SourceObject] = ()  # by this run; the others were there
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import bucket
+        from dgmd_pipeline import bucket, listing
 
         client = bucket.connect()
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
@@ -59,7 +59,7 @@ class DownloadImages(Step):
             raise self._nothing_usable(rejected)
         with folders.disk_errors_explained(self.path.parent, self.folder, _on_disk(objects)):
             notes = draft / folders.RESUME / LISTING
-            arrived, missing = bucket.keep(objects, draft, notes, self.path, self._known())
+            arrived, missing = listing.keep(objects, draft, notes, self.path, self._known())
             if arrived:
                 log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
             folders.check_space(draft, self.folder, _on_disk(missing))
@@ -87,11 +87,11 @@ class DownloadImages(Step):
 
     def _check_for_strangers(self) -> None:
         """Refuse to replace a folder that somebody has put pictures of their own into."""
-        from dgmd_pipeline import bucket
+        from dgmd_pipeline import listing
 
         if read_record(self.path) is None:
             return
-        found = bucket.strangers(self.path, manifest.read(self.path / LISTING, manifest.SourceObject))
+        found = listing.strangers(self.path, manifest.read(self.path / LISTING, manifest.SourceObject))
         if found:
             raise NoUsableInput(
                 f"{self.path} holds {len(found):,} files that were not downloaded and would be lost, the first one is "
@@ -106,7 +106,7 @@ class DownloadImages(Step):
 
     def news(self, record: Record | None) -> News | None:
         """List the bucket, if that is wanted, and compare."""
-        from dgmd_pipeline import bucket
+        from dgmd_pipeline import bucket, listing
 
         if record is None and (self.settings.refresh or self.name in self.job.forced):
             raise NoUsableInput(
@@ -121,11 +121,11 @@ class DownloadImages(Step):
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
         objects, rejected = bucket.list_objects(bucket.connect(), name, prefix)
         usable = [item for item in objects if item.key not in left_out]
-        words = [f"{count:,} {word}" for word, count in bucket.changes(known, usable)._asdict().items() if count]
-        identity = bucket.identity(usable) if words else None
+        words = [f"{count:,} {word}" for word, count in listing.changes(known, usable)._asdict().items() if count]
+        identity = listing.identity(usable) if words else None
         for count, word in (
             (len(objects) - len(usable), "left out before"),  # archived ones may have been restored
-            (bucket.lost(path, known), "lost in the folder"),
+            (listing.lost(path, known), "lost in the folder"),
         ):
             if count:
                 words.append(f"{count:,} {word}")
@@ -152,9 +152,9 @@ class DownloadImages(Step):
 
     def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the listing's identity."""
-        from dgmd_pipeline import bucket
+        from dgmd_pipeline import listing
 
-        return bucket.identity(manifest.read(folder / LISTING, manifest.SourceObject))
+        return listing.identity(manifest.read(folder / LISTING, manifest.SourceObject))
 
 
 def _on_disk(objects: list[manifest.SourceObject]) -> int:

@@ -26,6 +26,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "timing": ["step"],
     "bucket": ["manifest", "transfer"],
     "transfer": [],
+    "listing": ["manifest"],
     "images": ["manifest"],
     "labels": ["manifest"],
     "balance": ["manifest"],
