@@ -25,11 +25,12 @@ def caught() -> Iterator[None]:
     """Raise Stopped inside the block when a signal comes; end the process when that does not end the block."""
     received.clear()
     reader, writer = os.pipe()
+    screen = os.dup(2)  # the process's own is closed for the seconds of TensorFlow's import
     os.set_blocking(writer, False)
     former = {number: signal.signal(number, _remember) for number in WORDS}
     # Written by Python's C code the moment the signal comes, whatever the main thread is doing.
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, screen), daemon=True).start()
     try:
         yield
     finally:
@@ -55,14 +56,15 @@ def _remember(number: int, _: object) -> None:
     check_stopped()
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, screen: int) -> None:
     while heard := os.read(reader, 1):
         if heard[0] in WORDS:
             again, _, _ = select.select([reader], [], [], GRACE)
             if again and not os.read(reader, 1):
                 break  # the block has ended
-            _, writable, _ = select.select([], [2], [], 0)  # a pipe that nobody empties would block
+            _, writable, _ = select.select([], [screen], [], 0)  # a pipe that nobody empties would block
             with contextlib.suppress(OSError):  # nobody reads any more
-                os.write(2, f"error: {farewell(heard[0])}\n".encode() if writable else b"")
+                os.write(screen, f"error: {farewell(heard[0])}\n".encode() if writable else b"")
             os._exit(128 + heard[0])
     os.close(reader)
+    os.close(screen)

@@ -135,5 +135,5 @@ def run_pipeline(folder: Path, *arguments: str, start: bool = False, **variables
     command = [sys.executable, str(ROOT / "pipeline.py"), *arguments]
     options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if start:
-        return subprocess.Popen(command, **{**options, "stderr": subprocess.DEVNULL})
+        return subprocess.Popen(command, **{**options, "stderr": subprocess.STDOUT})
     return subprocess.run(command, check=False, timeout=300, **options)
