@@ -24,6 +24,11 @@ import PIL.WebPImagePlugin
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Image, RawFile, Rejected
 
+try:
+    import cykooz_resizer
+except ImportError:  # no wheel for Linux on arm64
+    cykooz_resizer = None
+
 # An allow-list, because some of Pillow's other readers call other programs. A camera's MPO (several JPEGs in one
 # file) is opened by the JPEG reader and counts as its first picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -192,15 +197,33 @@ def open_rgb(path: Path, size: tuple[int, int] | None = None, max_pixels: int = 
         if size is None:
             return to_rgb(image)
         if image.format not in ("JPEG", "MPO"):
-            return to_rgb(image).resize(size, PIL.Image.Resampling.BILINEAR)
-        width, height = size[::-1] if _orientation(image) in _ACROSS else size
+            return _stretched(to_rgb(image), size)
+        orientation = _orientation(image)
+        width, height = size[::-1] if orientation in _ACROSS else size
         reduced = image.draft("RGB", (2 * width, 2 * height))
         # 1026 pixels at half the size are 513, but 771 are 385.5, stored as 386: without the box a quarter of a pixel
         # of displacement, mean difference 1.4 levels instead of 0.6.
         image.load()
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        small = rgb.resize((width, height), PIL.Image.Resampling.BILINEAR, reduced and reduced[1])
-        return to_rgb(small)  # its EXIF came along
+        small = _stretched(rgb, (width, height), reduced and reduced[1])
+        return small.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else small
+
+
+def _stretched(
+    image: PIL.Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> PIL.Image.Image:
+    """Return an RGB picture, or its part from (0, 0) to the end of `box`, as one of `size`: bilinear and antialiased.
+
+    Pillow's own resize, which does it on Linux and arm64, takes eight times as long; three values in twenty are another
+    by one level, none by more.
+    """
+    if cykooz_resizer is None:
+        return image.resize(size, PIL.Image.Resampling.BILINEAR, box)
+    alg = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    part = box and cykooz_resizer.CropBox(*box)
+    small = PIL.Image.new("RGB", size)
+    cykooz_resizer.Resizer().resize_pil(image, small, cykooz_resizer.ResizeOptions(alg, crop_box=part))
+    return small
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:

@@ -406,6 +406,7 @@ class WriteTFRecords(OneSide):
 
     name = "tfrecord"
     verb = "convert"
+    format = 2
     priority = 1  # Luigi's: both sides before the first features, for which the network is still being built
     uses = ("num_shards", "image_width", "image_height")
 

@@ -2,6 +2,8 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -411,6 +413,30 @@ def test_opening_says_what_is_wrong_by_exceptions_that_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(images.DAMAGED):
             open_rgb(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [(97, 61), (8, 3000), (3000, 8), (30, 20), (701, 1501)])
+def test_a_stretched_picture_is_pillow_s_to_within_a_level(tmp_path, size, kind):
+    """Whatever the ratio: (701, 1501) is decoded at half its size as a JPEG, which is 350.5 x 750.5 pixels."""
+    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (size[1], size[0], 3))
+    put(tmp_path, "x", encode(PIL.Image.fromarray(noise), kind))
+    image = PIL.Image.open(tmp_path / "x")
+    reduced = image.draft("RGB", (128, 96))
+    expected = np.asarray(image.resize((64, 48), PIL.Image.Resampling.BILINEAR, reduced and reduced[1]), int)
+    assert np.abs(np.asarray(open_rgb(tmp_path / "x", (64, 48)), int) - expected).max() <= 1
+
+
+def test_where_there_is_no_fast_resize_pillow_does_it(tmp_path):
+    put(tmp_path, "x", encode(scene(), "JPEG", exif=turned(6)))
+    code = (
+        "import sys; sys.modules['cykooz_resizer'] = None\n"
+        "from pathlib import Path; import numpy as np; from dgmd_pipeline.images import open_rgb\n"
+        "np.save('slow.npy', open_rgb(Path('x'), (30, 20)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    fast = np.asarray(open_rgb(tmp_path / "x", (30, 20)), int)
+    assert np.abs(fast - np.load(tmp_path / "slow.npy")).max() <= 1
 
 
 # Many files

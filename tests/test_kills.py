@@ -45,7 +45,7 @@ after rename .draft-balanced balanced
 before write .draft-split/validation.csv
 before rename .draft-split split
 after rename .draft-split split
-after write .draft-tfrecord_*/*-00001-of-00002.tfrecord
+after read .draft-tfrecord_*/*-00001-of-00002.tfrecord
 before rename .draft-tfrecord_* tfrecord_*
 after rename .draft-tfrecord_* tfrecord_*
 before rename .draft-tfrecord_* tfrecord_*
