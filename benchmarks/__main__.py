@@ -21,6 +21,7 @@ LIBRARIES = (
     "mlflow",
     "numpy",
     "pillow",
+    "cykooz.resizer",
     "boto3",
     "awscrt",
     "s5cmd",

@@ -161,11 +161,3 @@ def _as_fast(missing: str, assessment: Mapping[str, Any] | None, limits: Limits)
         f"One picture takes {ratio:.2f} times as long as with the other model; up to {limits.max_latency_ratio:g} is "
         "allowed.",
     )
-
-
-def verdict(gates: Sequence[Gate]) -> str:
-    """Say in a sentence whether `promote` would take it."""
-    closed = [gate.name for gate in gates if gate.passed is False]
-    if closed:
-        return f"Not to be promoted without --force: {', '.join(closed)}."
-    return "May be promoted: every condition that applies holds."

@@ -177,6 +177,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
             f"There are no validation records in {values.data_dir}: give the command where the pipeline runs."
         )
     with _scratch() as folder:
+        log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         model.start_tensorflow()
         here, there = (
             tasks.contender(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
@@ -207,6 +208,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: str) 
     store, found = _registered(values, repair=False)
     entry = _chosen(found, version, values.model_name)
     rows, unread = [], []
+    log.info("Loading %s version %d from the registry ...", values.model_name, entry.version)
     with _scratch() as folder:
         fetched = registry.fetch(store, values.model_name, entry, folder)
         model.start_tensorflow()
@@ -223,7 +225,6 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: str) 
             probabilities = network.predict_on_batch(picture)[0]
             best = int(probabilities.argmax())
             rows.append({"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])})
-    log.info("%s version %d", values.model_name, entry.version)
     _print_predictions(rows, form)
     if unread:
         raise NoUsableInput(f"{len(unread):,} of {len(paths):,} files could not be read; the first one is {unread[0]}.")
@@ -293,6 +294,7 @@ def _loaded(store: registry.Store, name: str, entry: registry.Entry, folder: Pat
 
     from dgmd_pipeline import model
 
+    log.info("Loading version %d from the registry ...", entry.version)
     contender = tasks.contender(store, name, entry, folder / str(entry.version))
     model.start_tensorflow()
     network = model.load(contender.path)

@@ -144,10 +144,10 @@ def _verdict(gates: Sequence[Gate]) -> tuple[str, str, str]:
     failed = [gate.name for gate in gates if gate.passed is False]
     applying = sum(gate.passed is not None for gate in gates)
     if failed:
-        return "no", "Do not promote this version", f"Failed: {', '.join(failed)} ({len(failed)} of {applying} gates)."
+        return "no", "Do not promote this version", f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
     if not applying:
-        return "open", "No gate decides", "None of the conditions for a promotion applies: the decision is yours alone."
-    return "yes", "This version may be promoted", f"Every gate that applies has passed ({applying} of {applying})."
+        return "open", "No condition decides", "None of those for a promotion applies: the decision is yours alone."
+    return "yes", "This version may be promoted", f"Every condition that applies holds ({applying} of {applying})."
 
 
 def _interval(comparison: Mapping[str, Any]) -> dict[str, float | str]:

@@ -1,6 +1,7 @@
 """A model, production and the validation pictures at hand -> what an operator decides from."""
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from dgmd_pipeline import assessment, comparison, evaluation, manifest, model, r
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import Example
 
+log = logging.getLogger(__name__)
 COMPARISON, ASSESSMENT = "comparison.json", "assessment.json"
 
 
@@ -82,6 +84,7 @@ def review(candidate: Contender, production: Contender | None, known: Pictures, 
     """
     compared, missing = None, ""
     if production is not None:
+        log.info("  version %s on %s validation images ...", production.version, f"{len(known.examples):,}")
         try:
             production = production._replace(probabilities=predictions(production, known))
         except PipelineError as error:
@@ -92,6 +95,7 @@ def review(candidate: Contender, production: Contender | None, known: Pictures, 
             compared = compare(candidate, production, known)
         except PipelineError as error:
             missing = str(error)
+    log.info("  the model in a process of its own%s ...", f", beside version {production.version}" if production else "")
     probabilities = predictions(candidate, known)
     some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
     try:

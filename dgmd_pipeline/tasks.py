@@ -726,12 +726,11 @@ class EvaluateModel(Step):
         """Compare with production, if there is one that can be had."""
         from dgmd_pipeline import registry, review
 
-        log.info("  the model in a process of its own ...")
         with tempfile.TemporaryDirectory(dir=draft) as folder:
             there, missing = None, ""
             try:
                 if (place := store(self.settings)) and (now := registry.production(place, self.settings.model_name)):
-                    log.info("  beside version %d, which is production", now.version)
+                    log.info("  version %d is production: fetching it to compare ...", now.version)
                     there = contender(place, self.settings.model_name, now, Path(folder))
             except PipelineError as error:
                 missing = str(error)

@@ -136,6 +136,6 @@ def test_the_next_commands_work_as_printed(demo):
     assert " run " not in plan.stdout
     kept = (folder / "demo-data" / "tfrecord_training").stat().st_ino
     result = subprocess.run(f"{remove} && {again}", shell=True, cwd=folder, check=True, capture_output=True, text=True)
-    assert "beside version 1, which is production" in result.stdout
+    assert "version 1 is production: fetching it to compare" in result.stdout
     assert "dgmd_model version 2, non-production" in result.stdout
     assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept

@@ -89,7 +89,7 @@ def test_a_first_model_has_nothing_to_compare_with_and_that_is_said(trained):
 
 def test_a_run_compares_its_model_with_production_on_the_same_pictures(trained):
     folder, variables, _, second = trained
-    assert "beside version 1, which is production" in second
+    assert "version 1 is production: fetching it to compare" in second
     client = client_of(variables)
     version = client.get_model_version_by_alias(variables["MODEL_NAME"], "candidate")
     assert int(version.version) == 2

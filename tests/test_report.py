@@ -129,17 +129,17 @@ def test_what_comes_from_outside_is_text(page):
 @pytest.mark.parametrize(
     ("passed", "words"),
     [
-        ([True, True, None], "This version may be promoted Every gate that applies has passed (2 of 2)."),
-        ([True, False, None], "Do not promote this version Failed: gate 1 (1 of 2 gates)."),
-        ([None], "No gate decides"),
-        ([], "No gate decides"),
+        ([True, True, None], "This version may be promoted Every condition that applies holds (2 of 2)."),
+        ([True, False, None], "Do not promote this version Failed: gate 1 (1 of 2 conditions)."),
+        ([None], "No condition decides"),
+        ([], "No condition decides"),
     ],
 )
-def test_the_verdict_comes_first_and_says_which_gates_failed(page, passed, words):
+def test_the_verdict_comes_first_and_says_which_conditions_fail(page, passed, words):
     shown = page(gates=[Gate(f"gate {number}", one, "text") for number, one in enumerate(passed)])
     assert words in shown.text
     assert shown.text.index(words) < shown.text.index("Compared with production")
-    assert shown.text.count("✓ passed") == passed.count(True)
+    assert shown.text.count("✓ holds") == passed.count(True)
     assert shown.text.count("\N{EN DASH} does not apply") == passed.count(None)
 
 
