@@ -144,7 +144,8 @@ def _verdict(gates: Sequence[Gate]) -> tuple[str, str, str]:
     failed = [gate.name for gate in gates if gate.passed is False]
     applying = sum(gate.passed is not None for gate in gates)
     if failed:
-        return "no", "Do not promote this version", f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
+        failures = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
+        return "no", "Do not promote this version", failures
     if not applying:
         return "open", "No condition decides", "None of those for a promotion applies: the decision is yours alone."
     return "yes", "This version may be promoted", f"Every condition that applies holds ({applying} of {applying})."

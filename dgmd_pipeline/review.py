@@ -95,7 +95,8 @@ def review(candidate: Contender, production: Contender | None, known: Pictures, 
             compared = compare(candidate, production, known)
         except PipelineError as error:
             missing = str(error)
-    log.info("  the model in a process of its own%s ...", f", beside version {production.version}" if production else "")
+    beside = f", beside version {production.version}" if production else ""
+    log.info("  the model in a process of its own%s ...", beside)
     probabilities = predictions(candidate, known)
     some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
     try:
