@@ -8,7 +8,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,17 +30,12 @@ Draw = Callable[[], bytes]  # draws a picture
 
 
 class Content(NamedTuple):
-    """All that the report says. Shares are 0 to 1."""
+    """What the report says of a training. Shares are 0 to 1."""
 
     model_name: str
     created: str
     source: str  # where the pictures came from
     settings: Mapping[str, object]  # by variable
-    gates: Sequence[Gate]
-    comparison: Mapping[str, Any] | None  # what `review.compare` returns
-    comparison_missing: str  # why there is none, a sentence; "" where there is no production
-    assessment: Mapping[str, Any] | None  # what `assessment.assess` returns
-    assessment_missing: str  # why there is none, a sentence
     labels: Sequence[str]  # by class index
     measured: Measurements
     thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
@@ -51,32 +46,33 @@ class Content(NamedTuple):
     seconds: Sequence[tuple[str, float]]  # of each step, in their order
 
 
+class Outcome(NamedTuple):
+    """What it says for and against a promotion."""
+
+    gates: Sequence[Gate]
+    comparison: Mapping[str, Any] | None  # what `review.compare` returns
+    comparison_missing: str  # why there is none, a sentence; "" where there is no production
+    assessment: Mapping[str, Any] | None  # what `assessment.assess` returns
+    assessment_missing: str  # why there is none, a sentence
+
+
 class _Picture(NamedTuple):
     link: str  # data: URI
     width: int  # pixels of a page
     height: int
 
 
-def write(
-    folder: Path,
-    content: Content,
-    map: Callable[[Callable[[Draw], bytes], Iterable[Draw]], Iterable[bytes]] = map,
-) -> None:
-    """Write `report.html` and its plots, also as PNG files, into `folder`.
+def draw(folder: Path, content: Content, comparison: Mapping[str, Any] | None) -> None:
+    """Write the plots and the sheet of mistakes as PNG files into `folder`; it takes 3 to 4 s of one core."""
+    for name, picture in _plots(content, comparison).items():
+        (folder / f"{name}.png").write_bytes(picture())
 
-    `map` is like the builtin one; it may call the function for its pieces in other processes, and yields in order what
-    comes back. Drawing takes about a third of a second of CPU time a picture.
-    """
+
+def write(folder: Path, content: Content, outcome: Outcome) -> None:
+    """Write `report.html` into `folder`, with the plots that `draw` has put there."""
     import jinja2
 
-    plotted = _plots(content)
-    pictures = {}
-    for name, drawn in zip(plotted, map(_draw, plotted.values()), strict=True):
-        (folder / f"{name}.png").write_bytes(drawn)
-        pictures[name] = _picture(drawn)
     shown = content.measured.mistakes
-    if any(row.position in content.thumbnails for row in shown):
-        (folder / "mistakes.png").write_bytes(plots.sheet(shown, content.thumbnails))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -95,12 +91,13 @@ def write(
         "duration": plots.duration,
     }
     environment.filters |= filters
+    comparison = outcome.comparison
     text = environment.get_template(f"{PAGE}.jinja").render(
-        content._asdict(),
-        pictures=pictures,
-        verdict=_verdict(content.gates),
-        interval=content.comparison and _interval(content.comparison),
-        compared=_by_change(content.comparison) if content.comparison else [],
+        content._asdict() | outcome._asdict(),
+        pictures={name: _picture(folder / f"{name}.png") for name in _plots(content, comparison)},
+        verdict=_verdict(outcome.gates),
+        interval=comparison and _interval(comparison),
+        compared=_by_change(comparison) if comparison else [],
         unmeasured=_unmeasured(content),
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
@@ -111,16 +108,12 @@ def write(
     (folder / PAGE).write_text(text, encoding="utf-8")
 
 
-def _draw(draw: Draw) -> bytes:
-    return draw()
-
-
-def _plots(content: Content) -> dict[str, Draw]:
+def _plots(content: Content, comparison: Mapping[str, Any] | None) -> dict[str, Draw]:
     """Return what draws each picture, by the name of its file; none for what there is nothing of."""
     measured = content.measured
     theirs: dict[str, float] = {}
-    if content.comparison:
-        theirs = {row["label"]: row["production_recall"] for row in content.comparison["classes"]}
+    if comparison:
+        theirs = {row["label"]: row["production_recall"] for row in comparison["classes"]}
     recalls = [(row.label, row.images, row.recall, theirs.get(row.label)) for row in measured.classes]
     error = measured.overall["expected_calibration_error"]
     found: dict[str, Draw] = {
@@ -128,6 +121,8 @@ def _plots(content: Content) -> dict[str, Draw]:
         "confusion_matrix": partial(plots.confusion, measured.matrix, content.labels),
         "reliability": partial(plots.reliability, measured.bins, error),
     }
+    if any(row.position in content.thumbnails for row in measured.mistakes):
+        found["mistakes"] = partial(plots.sheet, measured.mistakes, content.thumbnails)
     if measured.pairs:
         found["confused_pairs"] = partial(plots.confused_pairs, measured.pairs)
     if content.counts:
@@ -186,9 +181,10 @@ def _points(value: float) -> str:
     )
 
 
-def _picture(drawn: bytes) -> _Picture:
+def _picture(path: Path) -> _Picture:
     from PIL import Image
 
+    drawn = path.read_bytes()
     size = [round(pixels * 96 / plots.DPI) for pixels in Image.open(io.BytesIO(drawn)).size]
     return _Picture(_uri("png", drawn), *size)
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,34 +77,44 @@ def predictions(contender: Contender, known: Pictures) -> np.ndarray:
     return evaluation.predict(model.load(contender.path), records.read(known.records))[0]
 
 
-def review(candidate: Contender, production: Contender | None, known: Pictures, scratch: Path) -> Review:
+def review(
+    candidate: Contender,
+    production: Contender | None,
+    known: Pictures,
+    scratch: Path,
+    meanwhile: Callable[[dict[str, Any] | None], None] = lambda _: None,
+) -> Review:
     """Try a model and compare it with production, where there is one. `scratch` is a folder to write in.
 
+    `meanwhile` is called with the comparison while the model is loaded to be tried, see `assessment.assess`.
     What cannot be found out is said in the outcome: a model that is trained is worth keeping all the same.
     """
-    compared, missing = None, ""
-    if production is not None:
-        log.info("  version %s on %s validation images ...", production.version, f"{len(known.examples):,}")
+    with assessment.clean_process() as process:
+        compared, missing = None, ""
+        if production is not None:
+            log.info("  version %s on %s validation images ...", production.version, f"{len(known.examples):,}")
+            try:
+                production = production._replace(probabilities=predictions(production, known))
+            except PipelineError as error:
+                missing = f"Version {production.version}, which is production, cannot be used here: {error}"
+                production = None  # nor be timed
+        if production is not None:
+            try:
+                compared = compare(candidate, production, known)
+            except PipelineError as error:
+                missing = str(error)
+        probabilities = predictions(candidate, known)
+        some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
+        beside = f", beside version {production.version}" if production else ""
+        log.info("  the model in a process of its own%s ...", beside)
         try:
-            production = production._replace(probabilities=predictions(production, known))
+            other = production and production.path
+            tried = assessment.assess(
+                process, candidate.path, some, probabilities[: len(some)], scratch, other, lambda: meanwhile(compared)
+            )
         except PipelineError as error:
-            missing = f"Version {production.version}, which is production, cannot be used here: {error}"
-            production = None  # nor be timed
-    if production is not None:
-        try:
-            compared = compare(candidate, production, known)
-        except PipelineError as error:
-            missing = str(error)
-    beside = f", beside version {production.version}" if production else ""
-    log.info("  the model in a process of its own%s ...", beside)
-    probabilities = predictions(candidate, known)
-    some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
-    try:
-        other = production and production.path
-        tried = assessment.assess(candidate.path, some, probabilities[: len(some)], scratch, other)
-    except PipelineError as error:
-        return Review(compared, missing, None, str(error))
-    return Review(compared, missing, tried, "")
+            return Review(compared, missing, None, str(error))
+        return Review(compared, missing, tried, "")
 
 
 def write(found: Review, folder: Path) -> None:

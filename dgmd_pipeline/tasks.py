@@ -668,7 +668,7 @@ class EvaluateModel(Step):
         return before[1].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import backbones, evaluation, features, labels, records, report, review
+        from dgmd_pipeline import backbones, comparison, evaluation, features, labels, records, report, review
 
         trained, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
@@ -684,32 +684,27 @@ class EvaluateModel(Step):
         measured = evaluation.evaluate(probabilities, truth, names, keys, draft)
         trained_on = frozenset(row.sha256 for row in sides[0])
         candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
-        found = self._reviewed(candidate, pictures, draft)
+        content = self._content(measured, names, [Counter(row.label for row in rows) for rows in sides])
+
+        found = self._reviewed(candidate, pictures, draft, partial(report.draw, draft, content))
         review.write(found, draft)
-        log.info("  %s ...", report.PAGE)
-        counts = [Counter(row.label for row in rows) for rows in sides]
-        report.write(draft, self._content(measured, names, found, counts), self.job.pool.map)
+        limits = comparison.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
+        report.write(draft, content, report.Outcome(comparison.gates(*found, limits), *found))
         return measured.overall | ({"difference": found.comparison["difference"]} if found.comparison else {})
 
-    def _content(self, measured: Any, names: Sequence[str], found: "Review", sides: list[Counter[str]]) -> Any:
+    def _content(self, measured: Any, names: Sequence[str], sides: list[Counter[str]]) -> Any:
         """Gather what the report says from the folders before."""
-        from dgmd_pipeline import comparison, images, report, training
+        from dgmd_pipeline import images, report, training
 
         *before, _ = line_of(self)
         path = {step.folder: step.path for step in before}
         records = {step.folder: record for step in before if (record := read_record(step.path))}
         trained = path[TrainModel.name]
-        limits = comparison.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
         return report.Content(
             model_name=self.settings.model_name,
             created=folders.now(),
             source=_source(self.settings, path[DownloadImages.name]),
             settings=_params(records, {}),
-            gates=comparison.gates(*found, limits),
-            comparison=found.comparison,
-            comparison_missing=found.missing,
-            assessment=found.assessment,
-            assessment_missing=found.untried,
             labels=names,
             measured=measured,
             thumbnails=images.thumbnails(
@@ -722,7 +717,9 @@ class EvaluateModel(Step):
             seconds=[(folder, record.seconds) for folder, record in records.items()],
         )
 
-    def _reviewed(self, candidate: Any, pictures: Any, draft: Path) -> "Review":
+    def _reviewed(
+        self, candidate: Any, pictures: Any, draft: Path, meanwhile: Callable[[dict[str, Any] | None], None]
+    ) -> "Review":
         """Compare with production, if there is one that can be had."""
         from dgmd_pipeline import registry, review
 
@@ -734,7 +731,7 @@ class EvaluateModel(Step):
                     there = contender(place, self.settings.model_name, now, Path(folder))
             except PipelineError as error:
                 missing = str(error)
-            found = review.review(candidate, there, pictures, draft)
+            found = review.review(candidate, there, pictures, draft, meanwhile)
         found = found._replace(missing=missing or found.missing)
         for problem in filter(None, (found.missing, found.untried)):
             log.warning("%s The model is registered all the same; `promote` will ask for what is missing.", problem)

@@ -1,5 +1,11 @@
 """Real models in real processes of their own."""
 
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -22,9 +28,15 @@ def saved(tmp_path_factory):
     return folder / "small.keras", folder / "large.keras", networks[0]
 
 
-def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, tmp_path):
+@pytest.fixture
+def assess():
+    with assessment.clean_process() as process:
+        yield partial(assessment.assess, process)
+
+
+def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, assess, tmp_path):
     small, _, network = saved
-    found = assessment.assess(small, PICTURES, network.predict(PICTURES, verbose=0), tmp_path)
+    found = assess(small, PICTURES, network.predict(PICTURES, verbose=0), tmp_path)
     assert found["predictions_equal"] and found["largest_difference"] < assessment.TOLERANCE
     assert found["parameters"] == network.count_params()
     assert found["bytes"] == small.stat().st_size
@@ -35,20 +47,31 @@ def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_model_is_timed_beside_it(saved, tmp_path):
+def test_another_model_is_timed_beside_it(saved, assess, tmp_path):
     small, large, network = saved
-    found = assessment.assess(large, PICTURES, network.predict(PICTURES, verbose=0), tmp_path, small)
+    found = assess(large, PICTURES, network.predict(PICTURES, verbose=0), tmp_path, small)
     assert not found["predictions_equal"]  # those of another model
     assert found["production_bytes"] == small.stat().st_size
     assert found["size_ratio"] == large.stat().st_size / small.stat().st_size
     assert found["latency_ratio"] > 0
 
 
-def test_a_file_that_is_no_model_is_said(tmp_path):
+def test_a_file_that_is_no_model_is_said(assess, tmp_path):
     path = tmp_path / "broken.keras"
     path.write_bytes(b"PK no model")
     with pytest.raises(PipelineError, match=r"could not use the model: it ended with 1: .*broken.keras"):
-        assessment.assess(path, PICTURES, np.zeros((8, 3)), tmp_path)
+        assess(path, PICTURES, np.zeros((8, 3)), tmp_path)
+
+
+def test_a_process_that_nobody_asks_ends_with_whoever_has_started_it():
+    code = "from dgmd_pipeline import assessment as a; print(a.clean_process().__enter__().pid)"
+    ran = subprocess.run([sys.executable, "-c", f"import os; {code}; os._exit(0)"], capture_output=True, text=True)
+    path = Path(f"/proc/{int(ran.stdout)}")
+    for _ in range(600):
+        if not path.exists() or "Z" in (path / "stat").read_text().rpartition(")")[2].split()[0]:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still there")
 
 
 def test_the_process_sees_nothing_of_what_speeds_up_a_training(monkeypatch):

@@ -1,6 +1,5 @@
 import base64
 import io
-import pickle
 import re
 from html.parser import HTMLParser
 
@@ -12,7 +11,7 @@ from dgmd_pipeline import evaluation, report
 from dgmd_pipeline.comparison import Gate
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.plots import Count
-from dgmd_pipeline.report import Content
+from dgmd_pipeline.report import Content, Outcome
 from dgmd_pipeline.training import Epoch
 
 EVIL = "<script>alert('x')</script>"
@@ -48,11 +47,6 @@ def content(**changes):
         created="2026-01-02 03:04 UTC",
         source="s3://bucket/train",
         settings={"EPOCHS": 2, "BACKBONE_WEIGHTS": None},
-        gates=[Gate("accuracy", True, "at least 50.0 % asked, 66.7 % came"), Gate("production", None, "there is none")],
-        comparison=None,
-        comparison_missing="",
-        assessment=None,
-        assessment_missing="The assessment was switched off.",
         labels=LABELS,
         measured=measured,
         thumbnails={row.position: np.full((12, 16, 3), 90, np.uint8) for row in measured.mistakes[:1]},
@@ -65,14 +59,13 @@ def content(**changes):
     return first._replace(**changes)
 
 
-def first_picture(function, pieces):
-    """A map for what is not about the pictures: the first one is drawn and stands for all."""
-    pieces = list(pieces)
-    return [function(pieces[0])] * len(pieces)
-
-
-def as_sent_to_a_process(function, pieces):
-    return (function(pickle.loads(pickle.dumps(piece))) for piece in pieces)  # noqa: S301
+OUTCOME = Outcome(
+    gates=[Gate("accuracy", True, "at least 50.0 % asked, 66.7 % came"), Gate("production", None, "there is none")],
+    comparison=None,
+    comparison_missing="",
+    assessment=None,
+    assessment_missing="The assessment was switched off.",
+)
 
 
 class Page(HTMLParser):
@@ -89,19 +82,29 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder with all plots of `content`."""
+    folder = tmp_path_factory.mktemp("report")
+    report.draw(folder, content(), COMPARISON)
+    return folder
+
+
 @pytest.fixture
-def page(tmp_path):
+def page(drawn):
+    """A report with changes in `content` and OUTCOME."""
+
     def render(**changes):
-        report.write(tmp_path, content(**changes), first_picture)
-        return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+        outcome = OUTCOME._replace(**{name: changes.pop(name) for name in Outcome._fields if name in changes})
+        report.write(drawn, content(**changes), outcome)
+        return Page((drawn / "report.html").read_text(encoding="utf-8"))
 
     return render
 
 
-def test_the_report_stands_alone_and_has_each_plot(tmp_path):
-    report.write(tmp_path, content(comparison=COMPARISON, assessment=ASSESSMENT | BOTH), as_sent_to_a_process)
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert {path.name for path in tmp_path.iterdir()} == {
+def test_the_report_stands_alone_and_has_each_plot(page, drawn):
+    page = page(comparison=COMPARISON, assessment=ASSESSMENT | BOTH)
+    assert {path.name for path in drawn.iterdir()} == {
         "report.html", "class_counts.png", "confused_pairs.png", "confusion_matrix.png", "learning_curves.png",
         "mistakes.png", "recall.png", "reliability.png", "step_seconds.png",
     }  # fmt: skip
@@ -115,7 +118,7 @@ def test_the_report_stands_alone_and_has_each_plot(tmp_path):
     for link in links:
         Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))).verify()
     plot = next(attrs for tag, attrs in page.tags if tag == "img")
-    assert base64.b64decode(plot["src"].split(",")[1]) == (tmp_path / "recall.png").read_bytes()
+    assert base64.b64decode(plot["src"].split(",")[1]) == (drawn / "recall.png").read_bytes()
 
 
 def test_what_comes_from_outside_is_text(page):
@@ -194,10 +197,10 @@ def test_why_there_is_no_comparison_is_said(page):
 
 
 def test_without_mistakes_the_report_says_so(page, tmp_path):
-    perfect = np.eye(4)[TRUTH]
-    shown = page(measured=evaluation.measure(perfect, TRUTH, LABELS, KEYS), thumbnails={})
-    assert "all validation pictures are recognised" in shown.text
-    assert not (tmp_path / "mistakes.png").exists()
+    perfect = evaluation.measure(np.eye(4)[TRUTH], TRUTH, LABELS, KEYS)
+    assert "all validation pictures are recognised" in page(measured=perfect, thumbnails={}).text
+    report.draw(tmp_path, content(measured=perfect, thumbnails={}), None)
+    assert (tmp_path / "recall.png").exists() and not (tmp_path / "mistakes.png").exists()
 
 
 def test_of_what_was_left_out_there_are_counts_and_the_first_fifty(page):
