@@ -34,20 +34,12 @@ after write .draft-raw/listing.csv
 before rename .draft-raw raw
 after rename .draft-raw raw
 after write .draft-inspected/thumbnails
-before rename .draft-inspected inspected
-after rename .draft-inspected inspected
 after write .draft-label_map/mapping.json
-before rename .draft-label_map label_map
-after rename .draft-label_map label_map
 after write .draft-balanced/_SUCCESS
-before rename .draft-balanced balanced
-after rename .draft-balanced balanced
 before write .draft-split/validation.csv
 before rename .draft-split split
 after rename .draft-split split
 after read .draft-tfrecord_*/*-00001-of-00002.tfrecord
-before rename .draft-tfrecord_* tfrecord_*
-after rename .draft-tfrecord_* tfrecord_*
 before rename .draft-tfrecord_* tfrecord_*
 after rename .draft-tfrecord_* tfrecord_*
 after say *epoch 2/3*
@@ -79,9 +71,7 @@ before rename .draft-raw raw
 after rename .draft-raw raw
 before rename .old-split .draft-split
 after rename trained_model .old-trained_model
-before rename trained_model .old-trained_model
 after rename .draft-trained_model trained_model
-after rename registered_model .old-registered_model
 before rename registered_model .old-registered_model
 after rename .draft-registered_model registered_model
 """

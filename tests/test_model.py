@@ -170,9 +170,9 @@ def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(backbones.FROZEN))
+@pytest.mark.parametrize("name", sorted(set(backbones.FROZEN) - {f"EfficientNetV2-B{size}" for size in (0, 2, 3)}))
 def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
-    """Compares with the preprocessing function that Keras keeps beside each network."""
+    """Compares with the preprocessing function that Keras keeps beside each network; B1 stands for B0 to B3."""
     import importlib
 
     import keras
