@@ -17,8 +17,8 @@ COPY locks/${VARIANT}.txt /tmp/lock.txt
 # which TensorFlow names and does not load.
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
-    && rm -rf /opt/venv/lib/python3.11/site-packages/clang \
-    && find /opt/venv/lib/python3.11/site-packages -depth -type d \( -name tests -o -name include \) -exec rm -rf {} +
+    && rm -rf /opt/venv/lib/python3.*/site-packages/clang \
+    && find /opt/venv/lib/python3.*/site-packages -depth -type d \( -name tests -o -name include \) -exec rm -rf {} +
 
 
 # In a stage of its own, so that the weights are not fetched again when other code or a dependency changes.
@@ -52,7 +52,7 @@ ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
 VOLUME /mlflow
 EXPOSE 5000
 HEALTHCHECK --interval=10s --timeout=8s --start-period=3m --retries=5 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:5000/health', timeout=4)"]
+    CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:5000/health', timeout=4)"]
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
 
 

@@ -3,9 +3,9 @@
 Small pictures (about 25 kB), because what grows faster than it should is made of rows, not of pixels. Memory is what
 all processes of a run hold together (proportional set size), sampled. The cost is wall-clock seconds without what a
 stage takes for the first 200 pictures (processes start, modules are imported): a picture of the 20,000 against one of
-the 2,000; a ratio of 1 is linear. The stages before the first that needs TensorFlow run alone, so that its start is not
-measured beside them, and their own records say how long they took. Those that work on rows alone take milliseconds:
-each is done again several times, here, on what the run has left, and the median counts.
+the 2,000; a ratio of 1 is linear. For the cost a second run ends before the first stage that needs TensorFlow, so that
+its start is not measured beside them, and the stages' own records say how long they took. Those that work on rows alone
+take milliseconds: each is done again several times, here, on what the run has left, and the median counts.
 
     python -m benchmarks.growth [--repeats 2]
 """
@@ -13,6 +13,7 @@ each is done again several times, here, on what the run has left, and the median
 import contextlib
 import gc
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def main() -> None:
             where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
             light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
             environment = measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data))
-            peak = peak_of(environment, "run", "--until", "convert")
+            peak = peak_of(environment)
+            shutil.rmtree(data)
+            peak_of(environment, "run", "--until", "convert")
             took = {name: json.loads((data / name / "_SUCCESS").read_text())["seconds"] for name in BY_PICTURES}
             seconds[count].append(took | rows_of(data, scratch))
-            peak = max(peak, peak_of(environment))
         return peak / 2**20
 
     found = measure.in_turns(repeats, least=lambda: run(LEAST), few=lambda: run(FEW), many=lambda: run(MANY))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,12 @@ MINUTES = 10  # after which a model that has not answered will not
 
 
 @contextlib.contextmanager
-def clean_process() -> Iterator["subprocess.Popen[str]"]:
+def clean_process() -> Iterator["subprocess.Popen[bytes]"]:
     """Give a process that starts TensorFlow, which takes seconds, and waits for `assess`; it ends with the block."""
     command = [sys.executable, "-m", __spec__.name]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     root = Path(__file__).parent.parent
-    with subprocess.Popen(  # noqa: S603
-        command, cwd=root, env=settings.environment_of_others(), text=True, **pipes
-    ) as process:
+    with subprocess.Popen(command, cwd=root, env=settings.environment_of_others(), **pipes) as process:  # noqa: S603
         try:
             yield process
         finally:
@@ -48,19 +46,17 @@ def clean_process() -> Iterator["subprocess.Popen[str]"]:
 
 
 def assess(
-    process: "subprocess.Popen[str]",
+    process: "subprocess.Popen[bytes]",
     path: Path,
     pictures: np.ndarray,
     recorded: np.ndarray,
     scratch: Path,
     production: Path | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Try the model in the file `path` (.keras) in a `clean_process`, which ends by it; return what was measured.
 
     `pictures` is uint8 [n, height, width, 3], `recorded` the probabilities that are known for them, float [n, classes].
-    `scratch` is a folder that may be written in. `meanwhile` is called while the process loads and traces, for seconds
-    on one core; what it does is done before the first answer is timed.
+    `scratch` is a folder that may be written in.
 
     Returns plain values for JSON: load_seconds (the libraries' start aside); latency_p50_ms and latency_p95_ms of one
     picture; images_per_second in a batch of `batch`; bytes of the file; peak_memory_bytes of the process (TensorFlow
@@ -74,19 +70,14 @@ def assess(
         task = Path(folder, "task.npz")
         models = [str(each.resolve()) for each in (path, production) if each]
         np.savez(task, pictures=pictures, recorded=recorded, models=np.array(models))
-        assert process.stdin  # noqa: S101 - it is a pipe
-        with contextlib.suppress(BrokenPipeError):  # it has died; why, it has said
-            process.stdin.write(f"{task.resolve()}\n")
-            process.stdin.flush()
-        meanwhile()
         try:
-            _, said = process.communicate("go\n", timeout=60 * MINUTES)
+            _, said = process.communicate(os.fsencode(task.resolve()), timeout=60 * MINUTES)
         except subprocess.TimeoutExpired:
             raise PipelineError(f"In a process of its own the model did not answer within {MINUTES} minutes.") from None
         answer = task.with_suffix(".json")
         if process.returncode or not answer.exists():
             killed = " (killed, most likely for want of memory)" if process.returncode < 0 else ""
-            last = (said.strip().splitlines() or ["it said nothing"])[-1][:300]
+            last = (said.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:300]
             raise PipelineError(
                 f"A process of its own could not use the model: it ended with {process.returncode}{killed}: {last}"
             )
@@ -102,14 +93,11 @@ def _measure(task: Path) -> dict[str, Any]:
     network = model.load(path)
     loaded = time.perf_counter() - start
     difference = float(np.abs(_predict(network, pictures) - recorded).max())
-    _predict(network, pictures[:1])  # traces
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-    networks = [network, *map(model.load, others)]
-    for other in networks[1:]:
-        _predict(other, pictures[:1])
-    sys.stdin.readline()  # nothing runs beside it from here on
     batch = sum(_timed(network, pictures) for _ in range(BATCHES)) / BATCHES
-    singles = _in_turns(pictures, *networks)
+    singles = [] if others else _in_turns(pictures, network)
+    memory = _peak_memory()
+    if others:
+        singles = _in_turns(pictures, network, *map(model.load, others))
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
     found = {
         "load_seconds": loaded,
@@ -134,12 +122,20 @@ def _measure(task: Path) -> dict[str, Any]:
     return found
 
 
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes: getrusage(2)
+def _peak_memory() -> int:
+    """Return the most that this process has held, in bytes."""
+    # On Linux getrusage(2) begins with what the process held that has started this one: a whole training.
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text("ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _in_turns(pictures: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
     """Return for each network the seconds of predictions of one picture; the networks take turns."""
     seconds: list[list[float]] = [[] for _ in networks]
+    for network in networks:
+        _predict(network, pictures[:1])  # traces
     end = time.perf_counter() + SECONDS * len(networks)
     for number, picture in enumerate(itertools.cycle(pictures)):
         if number >= SINGLES and time.perf_counter() > end:
@@ -161,8 +157,8 @@ def _predict(network: "keras.Model", pictures: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     model.start_tensorflow()
-    if _line := sys.stdin.readline():  # none: whoever would have asked has ended
-        _task = Path(_line.removesuffix("\n"))
+    if _asked := sys.stdin.buffer.read():  # nothing: whoever would have asked has ended
+        _task = Path(os.fsdecode(_asked))
         _answer = json.dumps(_measure(_task))
         _task.with_suffix(".json").write_text(_answer, "utf-8")
     os._exit(0)  # Python would take TensorFlow apart for a second

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from dgmd_pipeline import signals
-from dgmd_pipeline.errors import Busy, PipelineError, SettingsError
+from dgmd_pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -133,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
+        if 0 <= float(text) <= 1e9:  # what comes later has no date
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 or more")
+    raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 1e9")
 
 
 def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -234,10 +235,12 @@ def _ended(values: "Settings", code: int, seconds: float) -> None:
 
     if code:
         log.error("The run ended with exit code %d; the next one comes all the same.", code)
-    if code in (0, Busy.exit_code):
+    if code >= 0 and code not in (1, SettingsError.exit_code):  # these two may be of before the run began
         return
-    told = status.read(values.data_dir)
-    began = datetime.now(UTC) - timedelta(seconds=seconds)
+    told = None
+    with contextlib.suppress(OSError):  # a folder that cannot be read holds nothing that was told
+        told = status.read(values.data_dir)
+    began = (datetime.now(UTC) - timedelta(seconds=seconds)).replace(microsecond=0)  # as precise as `ended`
     if told is None or datetime.fromisoformat(told.ended) < began:
         killed = f"killed by signal {-code}, as when memory runs out"
         message = killed if code < 0 else "the run could not begin; the log says why"
@@ -274,8 +277,9 @@ def _health(options: argparse.Namespace) -> int:
         if not values.data_dir.is_dir():
             log.error("%s: there is no such folder, so no run has ended there.", values.data_dir)
             return 1
-        if last is None and not os.access(values.data_dir, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(values.data_dir))  # no run can say so
+        if not os.access(values.data_dir, os.W_OK):  # what is known is old: no run can say anything newer
+            reason = errno.EROFS if os.statvfs(values.data_dir).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(reason, os.strerror(reason), str(values.data_dir))
     if options.json:
         print(json.dumps(last and dataclasses.asdict(last), indent=1))  # noqa: T201
     elif last is None:
@@ -298,6 +302,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _log(stream: TextIO, verbose: bool) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # the line with a name that is no text would be lost
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines("%(message)s" if stream.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.raiseExceptions = False  # whoever reads a run through `head` does not want to hear of the closed pipe

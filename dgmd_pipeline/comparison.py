@@ -94,6 +94,17 @@ def _interval(won: int, lost: int, images: int) -> tuple[float, float]:
     return float(edges[0]), float(edges[1])
 
 
+def is_worse(comparison: Mapping[str, Any]) -> bool:
+    """Whether the candidate's accuracy is lower than production's by more than chance, by what `compare` returns."""
+    # Of few pictures the bootstrap alone is too sure of itself: four that are lost and none gained would do.
+    return comparison["high"] < 0 and comparison["p"] < 1 - CONFIDENCE
+
+
+def is_better(comparison: Mapping[str, Any]) -> bool:
+    """Whether it is higher by more than chance."""
+    return comparison["low"] > 0 and comparison["p"] < 1 - CONFIDENCE
+
+
 def gates(
     comparison: Mapping[str, Any] | None,
     missing: str,
@@ -109,7 +120,7 @@ def gates(
     return [
         _assessed(missing, assessment, untried),
         *_as_good(comparison, missing, limits),
-        _as_fast(missing, assessment, limits),
+        _as_fast(missing, assessment, untried, limits),
     ]
 
 
@@ -120,10 +131,10 @@ def _assessed(missing: str, assessment: Mapping[str, Any] | None, untried: str) 
         return Gate(
             "assessment",
             False,
-            "Loaded anew, the model predicts something else than it did in training: probabilities differ by up to "
+            "In a clean process the saved model predicts something else than before: probabilities differ by up to "
             f"{assessment['largest_difference']:.2g}.",
         )
-    return Gate("assessment", True, "The saved model loads in a clean process and predicts what it did in training.")
+    return Gate("assessment", True, "The saved model loads in a clean process and predicts the same there.")
 
 
 def _as_good(comparison: Mapping[str, Any] | None, missing: str, limits: Limits) -> list[Gate]:
@@ -131,8 +142,7 @@ def _as_good(comparison: Mapping[str, Any] | None, missing: str, limits: Limits)
         why = "It has not been compared with production." if missing else NOTHING
         return [Gate(name, None, why) for name in ("accuracy", "classes")]
     version, images = comparison["version"], comparison["images"]
-    # Of few pictures the bootstrap alone is too sure of itself: four that are lost and none gained would do.
-    worse = comparison["high"] < 0 and comparison["p"] < 1 - CONFIDENCE
+    worse = is_worse(comparison)
     accuracy = Gate(
         "accuracy",
         not worse,
@@ -151,10 +161,10 @@ def _as_good(comparison: Mapping[str, Any] | None, missing: str, limits: Limits)
     return [accuracy, Gate("classes", not fallen, text)]
 
 
-def _as_fast(missing: str, assessment: Mapping[str, Any] | None, limits: Limits) -> Gate:
+def _as_fast(missing: str, assessment: Mapping[str, Any] | None, untried: str, limits: Limits) -> Gate:
     ratio = assessment and assessment.get("latency_ratio")
     if not ratio:
-        return Gate("latency", None, "It has not been timed beside production." if missing else NOTHING)
+        return Gate("latency", None, "It has not been timed beside production." if missing or untried else NOTHING)
     return Gate(
         "latency",
         ratio <= limits.max_latency_ratio,

@@ -212,14 +212,25 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
             errno.EEXIST: f"{it} has to be a folder: choose another path.",
             errno.EROFS: f"{it} has to be writable: mend its mount, or choose another path.",
             errno.EBUSY: f"{it} is in use by the system: mend its mount, or choose another path.",
-        } | dict.fromkeys(
-            (errno.EACCES, errno.EPERM),
-            f"{it} has to be readable and writable for user {os.getuid()}, whom the pipeline runs as: "
-            f"`chown -R {os.getuid()}` it, run as its owner (docker run --user), or choose another path.",
-        )
+        } | dict.fromkeys((errno.EACCES, errno.EPERM), f"{it} {_access(place)}")
         if error.errno in remedy:
             raise PipelineError(f"{place}: {error.strerror}. {remedy[error.errno]}") from None
         raise
+
+
+def _access(place: Path) -> str:
+    """Say what mends that this user may not read or write `place`."""
+    user, owner = os.getuid(), None
+    for path in (place.absolute(), *place.absolute().parents):
+        with contextlib.suppress(OSError):  # not there, or not to be looked at
+            owner = path.stat().st_uid
+            break
+    mend = f"`chmod -R u+rwX` it, or `chown -R {user}` it" if owner == user else f"`chown -R {user}` it"
+    as_owner = "" if owner in (None, 0, user) else f", run as its owner (docker run --user {owner})"
+    return (
+        f"has to be readable and writable for user {user}, whom the pipeline runs as: {mend}{as_owner}, or choose "
+        "another path."
+    )
 
 
 def _free(folder: Path) -> int:

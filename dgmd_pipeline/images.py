@@ -26,7 +26,7 @@ from dgmd_pipeline.manifest import Image, RawFile, Rejected
 
 try:
     import cykooz_resizer
-except ImportError:  # no wheel for Linux on arm64
+except ModuleNotFoundError:  # no wheel for Linux on arm64
     cykooz_resizer = None
 
 # An allow-list, because some of Pillow's other readers call other programs. A camera's MPO (several JPEGs in one

@@ -142,6 +142,12 @@ def load(path: Path) -> "keras.Model":
         raise changed(path, error) from error
 
 
+def input_size(network: "keras.Model") -> tuple[int, int]:
+    """Return the height and width in pixels that a whole model stretches pictures to."""
+    layer = network.get_layer("resizing")
+    return layer.height, layer.width
+
+
 def bytes_of(network: "keras.Model") -> int:
     """Return about how many bytes a saved network takes: its float32 weights, and a little for the rest."""
     return 4 * network.count_params() + 200_000

@@ -32,7 +32,7 @@ def _post(url: str, body: Mapping[str, Any]) -> None:
         urllib.request.build_opener(_Straight).open(request, timeout=TIMEOUT).close()
     except urllib.error.HTTPError as error:
         log.warning("NOTIFY_URL: %s did not take the message (HTTP %d).", host, error.code)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host like "a..b"
         reason = getattr(error, "reason", type(error).__name__)
         log.warning("NOTIFY_URL: %s did not take the message (%s).", host, reason)
 

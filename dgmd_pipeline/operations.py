@@ -18,6 +18,8 @@ from dgmd_pipeline.folders import human
 from dgmd_pipeline.progress import progress
 
 if TYPE_CHECKING:
+    import keras
+
     from dgmd_pipeline.review import Contender, Review
     from dgmd_pipeline.settings import Settings
 
@@ -98,6 +100,13 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     if entry.version == now:
         _say(f"{values.model_name} version {now} is production already.", as_json, version=now, promoted=False)
         return
+    for each in found:
+        if now is None and each.stage == production.STAGE:
+            log.warning(
+                "version %d has the stage %s and not the alias: it counts for nothing and is archived by a promotion; "
+                "docs/moving.md has the lines that make it count",
+                each.version, each.stage,
+            )  # fmt: skip
     with _scratch() as folder:
         candidate = _loaded(store, values.model_name, entry, folder)
         former = next((each for each in found if each.version == now), None)
@@ -108,6 +117,8 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         _print_review(values.model_name, entry, now, known, gates)
     closed = [gate for gate in gates if gate.passed is False]
     if closed and not force:
+        if as_json:
+            _say("", as_json, version=entry.version, promoted=False, gates=[gate._asdict() for gate in gates])
         raise Refused(
             f"Version {entry.version} is not promoted. {' '.join(gate.text for gate in closed)} "
             'If it shall be production all the same: --force --reason "...".'
@@ -132,7 +143,7 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
     there = {entry.version: entry for entry in found}
     for version in [version for version in earlier if version not in there]:
         log.warning("version %d was production, too, but is not in the registry any more", version)
-    earlier = [version for version in earlier if version in there]
+    earlier = [version for version in earlier if version in there and version != now]
     if now is None or not earlier:
         raise Refused(
             f"{values.model_name} has no earlier production version to go back to"
@@ -140,7 +151,10 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
         )
     version = earlier[-1]
     with _scratch() as folder:
-        _loaded(store, values.model_name, there[version], folder)
+        try:
+            _loaded(store, values.model_name, there[version], folder)
+        except registry.Foreign as error:  # it was production all the same
+            log.warning("%s Whether it can be loaded is not tried.", error)
     _ask(f"Go back from version {now} to version {version}?", yes)
     event = production.switch(
         store, values.model_name, version, now, action="rollback", who=settings.operator(), why=reason
@@ -212,7 +226,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: str) 
     with _scratch() as folder:
         fetched = registry.fetch(store, values.model_name, entry, folder)
         model.start_tensorflow()
-        network = model.load(fetched.path)
+        network = _network(fetched.path, values.model_name, entry)
         import numpy as np
 
         for path in progress(paths, "predict", len(paths), "images"):
@@ -297,7 +311,7 @@ def _loaded(store: registry.Store, name: str, entry: registry.Entry, folder: Pat
     log.info("Loading version %d from the registry ...", entry.version)
     contender = tasks.contender(store, name, entry, folder / str(entry.version))
     model.start_tensorflow()
-    network = model.load(contender.path)
+    network = _network(contender.path, name, entry)
     found = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
     if found != (1, len(contender.labels)):
         raise PipelineError(
@@ -305,6 +319,19 @@ def _loaded(store: registry.Store, name: str, entry: registry.Entry, folder: Pat
             "are stored with it: it is damaged. Train a new one."
         )
     return contender
+
+
+def _network(path: Path, name: str, entry: registry.Entry) -> "keras.Model":
+    from dgmd_pipeline import model
+
+    try:
+        return model.load(path)
+    except PipelineError as error:
+        reason = str(error.__cause__).strip().split("\n")[0].replace(str(path), path.name)
+        raise PipelineError(
+            f"{name} version {entry.version} is damaged in the registry, it cannot be loaded ({reason}). Train a "
+            "new one, or take another version."
+        ) from error
 
 
 def _reviewed(
@@ -315,7 +342,7 @@ def _reviewed(
     now: registry.Entry | None,
     folder: Path,
 ) -> "Review":
-    """Return what the version's run found out; anew, where production is another one by now."""
+    """Return what the version's run found out; anew where production is another by now, or something is missing."""
     from dgmd_pipeline import review
 
     name = tasks.EvaluateModel.name
@@ -323,25 +350,24 @@ def _reviewed(
         if registry.artifact(store, entry, f"{name}/{file}", folder) is None:
             return review.Review(None, "", None, f"The run of version {entry.version} holds no {name}/{file}.")
     known = review.read(folder / name)
-    if now is None:
-        alone = known.assessment and {key: value for key, value in known.assessment.items() if key != "latency_ratio"}
-        return known._replace(comparison=None, missing="", assessment=alone)
-    if known.comparison and known.comparison["version"] == now.version:
-        return known
-    pictures = tasks.validation(values)
-    if pictures is None:
+    if now is None or (known.comparison or {}).get("run") != now.run_id:
+        of_another = ("latency_ratio", "production_latency_p50_ms", "production_bytes", "size_ratio")
+        alone = known.assessment and {key: value for key, value in known.assessment.items() if key not in of_another}
         earlier = f"version {known.comparison['version']}" if known.comparison else "no version"
-        return known._replace(
-            comparison=None,
-            missing=f"Version {entry.version} was compared with {earlier}, production is version {now.version}, and "
-            f"there are no validation records in {values.data_dir} to compare them on.",
+        missing = now and (
+            f"Version {entry.version} was compared with {earlier}, production is version {now.version}, and there are "
+            f"no validation records in {values.data_dir} to compare them on."
         )
-    log.info("Production is version %d: comparing ...", now.version)
+        known = review.Review(None, missing or "", alone, known.untried)
+    pictures = None if known.assessment and not known.missing else tasks.validation(values)
+    if pictures is None:
+        return known
+    log.info("%s ...", f"Production is version {now.version}: comparing" if now else "Trying the model in a process")
     try:
-        there = tasks.contender(store, values.model_name, now, folder / str(now.version))
-    except PipelineError as error:  # an older pipeline's; --force replaces it
-        return known._replace(comparison=None, missing=str(error))
-    found = review.review(candidate, there, pictures, folder)
+        there = tasks.contender(store, values.model_name, now, folder / str(now.version)) if now else None
+        found = review.review(candidate, there, pictures, folder)
+    except PipelineError as error:  # production is an older pipeline's, say; --force replaces it
+        return known._replace(missing=str(error))
     if found.assessment and known.assessment:  # what was measured against the training itself stays true
         kept = {name: known.assessment[name] for name in ("predictions_equal", "largest_difference")}
         found = found._replace(assessment=found.assessment | kept)

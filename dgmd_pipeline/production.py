@@ -77,9 +77,8 @@ def switch(
     with explained(store, ASKED):
         client = MlflowClient(store.uri)
         if (found := _aliased(client, name)) != former:
-            raise PipelineError(
-                f"Version {found} is production by now, and not {former}: look again and give the command again."
-            )
+            by_now = "No version is production any more" if found is None else f"Version {found} is production by now"
+            raise PipelineError(f"{by_now}: look again and give the command again.")
         now = datetime.now(UTC)
         short = [[name, passed, text[:WORDS]] for name, passed, text in gates]
         event = Event(now.isoformat(timespec="seconds"), who, action, former, version, why[:WORDS], short, forced)
@@ -170,7 +169,8 @@ def _follow(client: "MlflowClient", name: str, store: Store) -> list[str]:
     if now is None:  # nothing to follow: a stage that was set by other means stays until something is promoted
         return []
     mended = []
-    for entry in entries(store, name):
+    # The new one first: those who ask for the stage find one at any time.
+    for entry in sorted(entries(store, name), key=lambda entry: entry.version != now):
         is_it = entry.version == now
         environment = PRODUCTION if is_it else NON_PRODUCTION
         if entry.tags.get(ENVIRONMENT, NON_PRODUCTION) != environment:

@@ -150,6 +150,12 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
     return records.apply(tf.data.experimental.assert_cardinality(index["images"])).with_options(options)
 
 
+def size(folder: Path) -> tuple[int, int]:
+    """Return the height and width of the pictures in pixels."""
+    index = _index(folder)
+    return index["height"], index["width"]
+
+
 def keys(folder: Path) -> list[str]:
     """Return the path below raw/ of each record, in the order in which `read` without a seed gives the pictures."""
     import tensorflow as tf

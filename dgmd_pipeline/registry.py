@@ -42,6 +42,10 @@ class Store(NamedTuple):
     artifacts: str | None  # where a new experiment keeps files; None: where the server says
 
 
+class Foreign(PipelineError):
+    """A version was not made by this pipeline."""
+
+
 class Version(NamedTuple):
     """A version in the registry."""
 
@@ -232,7 +236,8 @@ def production(store: Store, name: str) -> Entry | None:
 def fetch(store: Store, name: str, entry: Entry, folder: Path) -> Fetched:
     """Download a version's model and what its run says of it into `folder`.
 
-    Raises PipelineError where MLflow cannot be reached or refuses, or the version was not made by this pipeline.
+    Raises PipelineError where MLflow cannot be reached or refuses, Foreign where the version was not made by this
+    pipeline.
     """
     import mlflow
     from mlflow.models import Model
@@ -244,7 +249,7 @@ def fetch(store: Store, name: str, entry: Entry, folder: Path) -> Fetched:
     path, labels = folder / "model" / "data" / "model.keras", about.get("labels")
     rows = artifact(store, entry, "split/training.csv", folder)
     if not path.is_file() or not labels or not rows:
-        raise PipelineError(
+        raise Foreign(
             f"{name} version {entry.version} was not made by this pipeline: its model, its labels or the list of its "
             "training images is missing."
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import plots
-from dgmd_pipeline.comparison import Gate
+from dgmd_pipeline.comparison import Gate, is_better, is_worse
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
 from dgmd_pipeline.manifest import Rejected
@@ -64,7 +64,11 @@ class _Picture(NamedTuple):
 
 def draw(folder: Path, content: Content, comparison: Mapping[str, Any] | None) -> None:
     """Write the plots and the sheet of mistakes as PNG files into `folder`; it takes 3 to 4 s of one core."""
-    for name, picture in _plots(content, comparison).items():
+    drawn = _plots(content, comparison)
+    mistakes = content.measured.mistakes
+    if any(row.position in content.thumbnails for row in mistakes):
+        drawn["mistakes"] = partial(plots.sheet, mistakes, content.thumbnails)  # the report has them one by one
+    for name, picture in drawn.items():
         (folder / f"{name}.png").write_bytes(picture())
 
 
@@ -121,8 +125,6 @@ def _plots(content: Content, comparison: Mapping[str, Any] | None) -> dict[str, 
         "confusion_matrix": partial(plots.confusion, measured.matrix, content.labels),
         "reliability": partial(plots.reliability, measured.bins, error),
     }
-    if any(row.position in content.thumbnails for row in measured.mistakes):
-        found["mistakes"] = partial(plots.sheet, measured.mistakes, content.thumbnails)
     if measured.pairs:
         found["confused_pairs"] = partial(plots.confused_pairs, measured.pairs)
     if content.counts:
@@ -150,9 +152,9 @@ def _interval(comparison: Mapping[str, Any]) -> dict[str, float | str]:
     """Return where the interval of the difference lies on a line with zero in the middle, in percent of its length."""
     reach = 1.25 * max(abs(comparison["low"]), abs(comparison["high"]), 0.004)
     place = {name: 50 + 50 * comparison[name] / reach for name in ("low", "high", "difference")}
-    if comparison["low"] > 0:
+    if is_better(comparison):
         place["words"] = "This model is better, and chance is unlikely to be the reason."
-    elif comparison["high"] < 0:
+    elif is_worse(comparison):
         place["words"] = "This model is worse, and chance is unlikely to be the reason."
     else:
         place["words"] = "The difference is small enough to be chance: on these pictures neither is surely better."

@@ -32,6 +32,7 @@ class Contender(NamedTuple):
     trained_on: frozenset[str]  # SHA-256 of the training images' files
     version: int | None = None
     probabilities: np.ndarray | None = None  # float32 [n, classes], of all pictures, where they are known
+    run: str = ""  # that made it
 
 
 class Review(NamedTuple):
@@ -52,8 +53,8 @@ def pictures(folder: Path, rows: Iterable[Example]) -> Pictures:
 def compare(here: Contender, there: Contender, known: Pictures) -> dict[str, Any]:
     """Compare two models on the pictures that neither was trained on and whose labels both have.
 
-    Returns what `comparison.compare` does, with `version` (there's) and `left_out`, how many pictures one of them was
-    trained on. Raises PipelineError where no picture is left.
+    Returns what `comparison.compare` does, with `version` and `run` (there's) and `left_out`, how many pictures one of
+    them was trained on. Raises PipelineError where no picture is left.
     """
     trained_on = here.trained_on | there.trained_on
     shared = set(here.labels) & set(there.labels)
@@ -67,14 +68,27 @@ def compare(here: Contender, there: Contender, known: Pictures) -> dict[str, Any
     truth = [row.label for row, wanted in zip(known.examples, chosen, strict=True) if wanted]
     one, other = (predictions(each, known)[chosen] for each in (here, there))
     found = comparison.compare(one, other, truth, here.labels, there.labels)
-    return {"version": there.version, "left_out": int(seen.sum()), **found}
+    return {"version": there.version, "run": there.run, "left_out": int(seen.sum()), **found}
 
 
 def predictions(contender: Contender, known: Pictures) -> np.ndarray:
-    """Return the probabilities (float32 [n, classes]) of all pictures."""
+    """Return the probabilities (float32 [n, classes]) of all pictures.
+
+    Raises PipelineError where the model cannot be used, or reads larger pictures than the records hold: enlarged ones
+    would make it look worse than it is.
+    """
     if contender.probabilities is not None:
         return contender.probabilities
-    return evaluation.predict(model.load(contender.path), records.read(known.records))[0]
+    log.info("  version %s on %s validation images ...", contender.version, f"{len(known.examples):,}")
+    network = model.load(contender.path)
+    wanted, there = model.input_size(network), records.size(known.records)
+    if wanted[0] > there[0] or wanted[1] > there[1]:
+        raise PipelineError(
+            f"It reads pictures of {wanted[1]} x {wanted[0]} pixels, and the validation records hold {there[1]} x "
+            f"{there[0]}: on those it would look worse than it is. Records as large are made with "
+            f"IMAGE_WIDTH={wanted[1]} IMAGE_HEIGHT={wanted[0]} and `--until convert`."
+        )
+    return evaluation.predict(network, records.read(known.records))[0]
 
 
 def review(
@@ -86,17 +100,17 @@ def review(
 ) -> Review:
     """Try a model and compare it with production, where there is one. `scratch` is a folder to write in.
 
-    `meanwhile` is called with the comparison while the model is loaded to be tried, see `assessment.assess`.
+    `meanwhile` is called with the comparison while the process starts in which the model is tried; what it does is done
+    before anything is timed.
     What cannot be found out is said in the outcome: a model that is trained is worth keeping all the same.
     """
     with assessment.clean_process() as process:
         compared, missing = None, ""
         if production is not None:
-            log.info("  version %s on %s validation images ...", production.version, f"{len(known.examples):,}")
             try:
                 production = production._replace(probabilities=predictions(production, known))
             except PipelineError as error:
-                missing = f"Version {production.version}, which is production, cannot be used here: {error}"
+                missing = f"Version {production.version} cannot be used here: {error}"
                 production = None  # nor be timed
         if production is not None:
             try:
@@ -105,13 +119,13 @@ def review(
                 missing = str(error)
         probabilities = predictions(candidate, known)
         some = np.stack([picture for picture, _ in islice(records.read(known.records), assessment.PICTURES)])
+        meanwhile(compared)
+        it = "the model" if candidate.version is None else f"version {candidate.version}"
         beside = f", beside version {production.version}" if production else ""
-        log.info("  the model in a process of its own%s ...", beside)
+        log.info("  %s in a process of its own%s ...", it, beside)
         try:
             other = production and production.path
-            tried = assessment.assess(
-                process, candidate.path, some, probabilities[: len(some)], scratch, other, lambda: meanwhile(compared)
-            )
+            tried = assessment.assess(process, candidate.path, some, probabilities[: len(some)], scratch, other)
         except PipelineError as error:
             return Review(compared, missing, None, str(error))
         return Review(compared, missing, tried, "")

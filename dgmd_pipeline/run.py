@@ -69,7 +69,7 @@ def _finish(values: Settings, job: step.Job, force: Sequence[str], until: str | 
     record = step.read_record(last[-1].path)
     message = f"{last[-1].folder}: {last[-1].summary(record.counts)}" if record else ""
     if record == before:
-        message = _what_stays(values, last[-1], "Nothing to do" if idle else "Nothing to register")
+        message = _what_stays(values, last[-1], idle)
         log.info("%s", message)
     return 0, message
 
@@ -102,11 +102,12 @@ def _last(job: step.Job, force: Sequence[str], until: str | None) -> list[step.S
     return last
 
 
-def _what_stays(values: Settings, last: step.Step, nothing: str) -> str:
-    """Say that the last step's outcome is what it was."""
+def _what_stays(values: Settings, last: step.Step, idle: bool) -> str:
+    """Say that the last step's outcome is what it was; `idle`: and so is everything before it."""
+    nothing = "Nothing to do" if idle else "As before"
     record = step.read_record(last.path)
     counts = record.counts if record else {}
-    if values.refresh:
+    if values.refresh and idle:
         nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
         return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
     if "version" in counts:

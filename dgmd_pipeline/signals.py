@@ -25,7 +25,7 @@ def caught() -> Iterator[None]:
     """Raise Stopped inside the block when a signal comes; end the process when that does not end the block."""
     received.clear()
     reader, writer = os.pipe()
-    screen = os.dup(2)  # the process's own is closed for the seconds of TensorFlow's import
+    screen = os.dup(2)  # the process's own leads nowhere while TensorFlow is imported
     os.set_blocking(writer, False)
     former = {number: signal.signal(number, _remember) for number in WORDS}
     # Written by Python's C code the moment the signal comes, whatever the main thread is doing.

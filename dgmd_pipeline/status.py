@@ -38,9 +38,15 @@ def outcome(exit_code: int, changed: bool) -> str:
 
 def write(status: Status, data_dir: Path) -> None:
     """Write `status.json`, whole or not at all. Raises OSError."""
-    draft = data_dir / f".{NAME}.part"
-    draft.write_text(json.dumps(asdict(status), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    draft.replace(data_dir / NAME)
+    place, draft = data_dir / NAME, data_dir / f".{NAME}.part"
+    text = json.dumps(asdict(status), indent=1) + "\n"
+    try:
+        draft.write_text(text, "utf-8")
+    except OSError:
+        draft.unlink(missing_ok=True)
+        place.unlink(missing_ok=True)  # it is no longer true, and on a full disk its block is enough for the new one
+        draft.write_text(text, "utf-8")
+    draft.replace(place)
 
 
 def read(data_dir: Path) -> Status | None:

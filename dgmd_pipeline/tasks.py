@@ -780,7 +780,7 @@ def contender(store: Any, name: str, entry: Any, folder: Path) -> "Contender":
     from dgmd_pipeline import registry, review
 
     fetched = registry.fetch(store, name, entry, folder)
-    return review.Contender(fetched.path, fetched.labels, fetched.trained_on, entry.version)
+    return review.Contender(fetched.path, fetched.labels, fetched.trained_on, entry.version, run=entry.run_id)
 
 
 def validation(settings: Any) -> Any:
@@ -883,6 +883,7 @@ class RegisterModel(Step):
         found = review.read(evaluation)
         return {
             **{f"dgmd.{name}": f"{found.assessment[name]:.6g}" for name in ASSESSED if found.assessment},
+            **({"dgmd.predictions_equal": str(found.assessment["predictions_equal"])} if found.assessment else {}),
             **({"dgmd.difference": f"{found.comparison['difference']:.4f}"} if found.comparison else {}),
             **({"dgmd.compared_with": str(found.comparison["version"])} if found.comparison else {}),
             "dgmd.version": registry.installed("dgmd_pipeline"),

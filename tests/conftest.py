@@ -1,11 +1,15 @@
 """Real parts in tiny sizes: a real S3 endpoint in a thread, a real MLflow server process, the real command."""
 
+import contextlib
+import http.server
 import io
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -134,6 +138,47 @@ def run_pipeline(folder: Path, *arguments: str, start: bool = False, **variables
     environment = environment_with(variables)
     command = [sys.executable, str(ROOT / "pipeline.py"), *arguments]
     options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["errors"] = "surrogateescape"
     if start:
         return subprocess.Popen(command, **{**options, "stderr": subprocess.STDOUT})
     return subprocess.run(command, check=False, timeout=300, **options)
+
+
+def run_in_own_mounts(folder: Path, script: str, *arguments: object, **variables: object):
+    """Run a shell script that may mount what it likes; it exits with 77 where it cannot, and the test is skipped."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    options = {"cwd": folder, "env": environment_with(variables), "capture_output": True, "text": True}
+    try:
+        result = subprocess.run(command, check=False, timeout=300, **options)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if result.returncode == 77 or result.stderr.startswith("unshare: "):
+        pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
+    return result
+
+
+@contextlib.contextmanager
+def listening():
+    """A server that keeps what is posted to it: its URL and the bodies."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response({"/broken": 500, "/moved": 302}.get(self.path, 204))
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", bodies
+    server.shutdown()
+
+
+@pytest.fixture
+def listener():
+    with listening() as found:
+        yield found

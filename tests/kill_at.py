@@ -4,6 +4,7 @@ A moment is "before" or "after" and what happens, as a pattern in which * stands
 
     before rename .draft-split split         also `os.replace`
     after write .draft-split/training.csv    it has been opened and is empty
+    after read .draft-split/training.csv     it has been opened
     after remove training.csv                whose folder is not known while a folder is being removed
     before POST */model-versions/create      nothing of the request has been sent
     after POST */model-versions/create       it has been answered

@@ -141,7 +141,8 @@ def test_every_exit_code_is_in_the_readme():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exits"), [(["--help"], 0), (["plan"], 0), (["plan", "--env-file", "missing"], 2)]
+    ("arguments", "exits"),
+    [(["--help"], 0), (["plan"], 0), (["plan", "--env-file", "missing"], 2), (["health"], 1)],
 )
 def test_light_commands_import_nothing_heavy(arguments, exits, tmp_path):
     code = f"""

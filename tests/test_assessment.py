@@ -63,9 +63,34 @@ def test_a_file_that_is_no_model_is_said(assess, tmp_path):
         assess(path, PICTURES, np.zeros((8, 3)), tmp_path)
 
 
+def test_a_process_that_was_killed_before_it_is_asked_is_said(saved, tmp_path):
+    with assessment.clean_process() as process:
+        process.kill()
+        process.wait()
+        with pytest.raises(
+            PipelineError, match="ended with -9 \\(killed, most likely for want of memory\\): it said noth"
+        ):
+            assessment.assess(process, saved[0], PICTURES, np.zeros((8, 3)), tmp_path)
+
+
+def test_memory_is_that_of_the_process_itself(saved, tmp_path):
+    held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
+    with assessment.clean_process() as process:
+        found = assessment.assess(process, saved[0], PICTURES, np.zeros((8, 3)), tmp_path)
+    assert found["peak_memory_bytes"] < held.nbytes
+
+
 def test_a_process_that_nobody_asks_ends_with_whoever_has_started_it():
-    code = "from dgmd_pipeline import assessment as a; print(a.clean_process().__enter__().pid)"
-    ran = subprocess.run([sys.executable, "-c", f"import os; {code}; os._exit(0)"], capture_output=True, text=True)
+    code = """
+import os
+from dgmd_pipeline import assessment
+block = assessment.clean_process()
+process = block.__enter__()
+assert process.poll() is None
+os.write(1, str(process.pid).encode())
+os._exit(0)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     path = Path(f"/proc/{int(ran.stdout)}")
     for _ in range(600):
         if not path.exists() or "Z" in (path / "stat").read_text().rpartition(")")[2].split()[0]:

@@ -36,7 +36,8 @@ def images():
     if shutil.which(DOCKER) is None or docker("version", check=False).returncode:
         pytest.skip("no Docker engine answers")
     for target in ("mlflow", "demo", "pipeline"):
-        docker("build", "--target", target, "--tag", f"dgmd-test-{target}", ROOT, timeout=1800)
+        words = ["--target", target, "--tag", f"dgmd-test-{target}", "--build-arg", "GIT_REVISION=abc123"]
+        docker("build", *words, ROOT, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +118,11 @@ def deployment(mlflow_container, request):
     docker("volume", "rm", "--force", made.name, check=False)
 
 
-def logs_until(container, wanted, seconds=180):
+def logs_until(container, wanted, seconds=180, times=1):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done = docker("logs", container)
-        if wanted in done.stdout + done.stderr:
+        if (done.stdout + done.stderr).count(wanted) >= times:
             return done.stdout + done.stderr
         time.sleep(0.2)
     raise AssertionError(f"no {wanted!r} in:\n{done.stdout + done.stderr}")
@@ -144,7 +145,7 @@ def test_a_run_registers_a_model_a_second_one_does_nothing_and_without_the_model
     (line,) = second.stdout.splitlines()
     assert "Nothing to do" in line
     assert deployment.run("rm", "-r", "data/trained_model").returncode == 0
-    third = deployment.run(LEARNING_RATE=0.02)
+    third = deployment.run()
     assert f"{deployment.name} version 2, non-production" in third.stdout, third.stdout + third.stderr
     assert " raw " not in third.stdout.partition("Plan")[2].partition("...")[2]
 
@@ -168,7 +169,11 @@ def test_a_folder_or_a_credentials_file_of_somebody_else_is_answered_with_the_co
     assert done.returncode == 30
     assert len(done.stdout.splitlines()) == 1
     assert "chown -R 1000" in done.stdout and "--user" in done.stdout
+    assert "--user 4321" in done.stdout
     assert deployment.run("python", "pipeline.py", "health").returncode  # no run can say so there
+    container = deployment.start("python", "pipeline.py", "--time", "0.5")
+    assert "Traceback" not in logs_until(container, "the next one comes all the same", times=2)
+    docker("rm", "--force", container)
     mended = deployment.run("python", "pipeline.py", "--until", "label", options=["--user", "4321"])
     assert mended.returncode == 0, mended.stdout + mended.stderr
 
@@ -241,6 +246,13 @@ def test_code_that_is_mounted_over_the_image_s_is_what_runs(deployment, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_image_says_what_it_is(images):
+    labels = json.loads(docker("inspect", "--format", "{{json .Config.Labels}}", "dgmd-test-pipeline").stdout)
+    named = {name.rpartition(".")[2] for name in labels if name.startswith("org.opencontainers.image.")}
+    assert named == {"title", "description", "source", "revision", "version"}
+    assert labels["org.opencontainers.image.revision"] == "abc123"
+
+
 def test_the_image_holds_nothing_that_it_does_not_need(images):
     unwanted = ["cc", "gcc", "pip.whl", "tests", ".cache", ".git", ".env", "lock.txt"]
     names = " -o ".join(f"-name '{name}'" for name in unwanted)
@@ -280,7 +292,7 @@ def project(images, compose, tmp_path):
         return subprocess.run([*base, *words], capture_output=True, text=True, timeout=600, env=environment)
 
     yield call, address
-    call("--profile", "demo", "--profile", "once", "down", "--volumes")
+    call("--profile", "demo", "--profile", "once", "--profile", "schedule", "down", "--volumes")
 
 
 def test_compose_runs_the_demo_to_a_registered_model(project):
@@ -299,7 +311,7 @@ def test_compose_runs_the_demo_to_a_registered_model(project):
     assert [model["name"] for model in found["registered_models"]] == ["demo"]
 
 
-def test_compose_runs_the_pipeline_on_one_s_own_bucket_and_hands_on_its_exit_code(project):
+def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(project):
     """With the demo's bucket as one's own, over the same network."""
     call, _ = project
     assert call("--profile", "demo", "up", "--detach", "demo-bucket").returncode == 0
@@ -313,3 +325,22 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_and_hands_on_its_exit_cod
     assert run.returncode == 0, run.stdout + run.stderr
     refused = call("run", "--rm", "model-pipeline", **{**own, **keys, "AWS_DATA_PATH": "elsewhere"})
     assert refused.returncode == 20, refused.stdout + refused.stderr
+    small = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "EPOCHS": "2"}
+    once = call("up", "--detach", **own, **keys, **small, COMPOSE_PROFILES="once")
+    assert once.returncode == 0, once.stdout + once.stderr
+    container = call("ps", "--quiet", "model-pipeline", COMPOSE_PROFILES="once").stdout.strip()
+    assert docker("wait", container).stdout.strip() == "0", docker("logs", container).stdout
+    assert "version 1, non-production" in docker("logs", container).stdout
+    every_minute = {"COMPOSE_PROFILES": "schedule", "SCHEDULE": "* * * * *"}
+    assert call("up", "--detach", **own, **keys, **small, **every_minute).returncode == 0
+    container = call("ps", "--quiet", "model-pipeline-scheduled", **every_minute).stdout.strip()
+    logs_until(container, "Nothing new in s3://dgmd-demo/train/downloaded-images: keeping version 1.")
+    for _ in range(600):
+        if (
+            health := docker("inspect", "--format", "{{.State.Health.Status}}", container).stdout.strip()
+        ) != "starting":
+            break
+        time.sleep(0.2)
+    assert health == "healthy"
+    assert call("stop", "model-pipeline-scheduled", **every_minute).returncode == 0
+    assert docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout.strip() == "143"

@@ -418,7 +418,7 @@ def test_opening_says_what_is_wrong_by_exceptions_that_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("size", [(97, 61), (8, 3000), (3000, 8), (30, 20), (701, 1501)])
 def test_a_stretched_picture_is_pillow_s_to_within_a_level(tmp_path, size, kind):
-    """Whatever the ratio: (701, 1501) is decoded at half its size as a JPEG, which is 350.5 x 750.5 pixels."""
+    """Whatever the ratio: (701, 1501) is decoded at a quarter of its size as a JPEG, which is 175.25 x 375.25."""
     noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (size[1], size[0], 3))
     put(tmp_path, "x", encode(PIL.Image.fromarray(noise), kind))
     image = PIL.Image.open(tmp_path / "x")

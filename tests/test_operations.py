@@ -1,6 +1,7 @@
 """The operator's commands against a real MLflow server (test_demo has the embedded store), then a consumer."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +19,11 @@ import keras
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, environment_with, picture, run_pipeline, wait_for
+from conftest import ROOT, environment_with, listening, picture, run_pipeline, wait_for
 from PIL import Image
 from test_pipeline import LABELS, TINY, on_a_terminal
 
+from dgmd_pipeline import manifest, registry
 from dgmd_pipeline.cli import main
 
 ANY = {
@@ -38,14 +41,17 @@ def trained(mlflow_server, tmp_path_factory):
         for number in range(12):
             (folder / f"data/raw/{label}/{label} {number}.png").write_bytes(picture(label, number))
     Image.open(io.BytesIO(picture(LABELS[1], 99, side=40))).save(folder / "jar.jpeg", quality=95)
-    variables = {**TINY, **ANY, "DATA_DIR": folder / "data", "MODEL_NAME": "jars", "MLFLOW_TRACKING_URI": mlflow_server}
+    place = {"DATA_DIR": folder / "data", "MODEL_NAME": "jars", "MLFLOW_TRACKING_URI": mlflow_server}
+    variables = {**TINY, **ANY, **place}
     first = run_pipeline(folder, **variables)
     assert first.returncode == 0, first.stdout + first.stderr
     promoted = run_pipeline(folder, "promote", "--yes", "--reason", "the first one", **variables)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr
     shutil.rmtree(folder / "data/trained_model")
-    second = run_pipeline(folder, **{**variables, "LEARNING_RATE": 0.003})
+    with listening() as (url, bodies):
+        second = run_pipeline(folder, **{**variables, "LEARNING_RATE": 0.003}, NOTIFY_URL=url)
     assert second.returncode == 0, second.stdout + second.stderr
+    (folder / "notified.json").write_text(json.dumps(bodies))
     return folder, variables, promoted.stdout, second.stdout
 
 
@@ -96,7 +102,11 @@ def test_a_run_compares_its_model_with_production_on_the_same_pictures(trained):
     evaluation = Path(client.download_artifacts(version.run_id, "evaluation", str(folder)))
     found = json.loads((evaluation / "comparison.json").read_text())
     assert (found["version"], found["left_out"]) == (1, 0)
-    assert found["images"] == json.loads((evaluation / "metrics.json").read_text())["images"]
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    assert found["images"] == metrics["images"]
+    (told,) = json.loads((folder / "notified.json").read_text())
+    assert (told["outcome"], told["version"], told["accuracy"]) == ("succeeded", 2, metrics["accuracy"])
+    assert told["difference"] == found["difference"]
     tried = json.loads((evaluation / "assessment.json").read_text())
     assert tried["predictions_equal"] and tried["latency_ratio"] > 0
     assert version.tags["dgmd.compared_with"] == "1"
@@ -183,6 +193,52 @@ def test_without_the_validation_records_a_changed_production_makes_the_assessmen
     assert "Production is version 2: comparing" in at_hand.stdout
 
 
+def test_an_assessment_that_the_run_could_not_make_is_made_by_promote(trained, tmp_path, command):
+    folder, variables, *_ = trained
+    client, name = client_of(variables), f"{variables['MODEL_NAME']}-untried"
+    known = client.get_model_version(variables["MODEL_NAME"], "2")
+    run = client.create_run(client.get_run(known.run_id).info.experiment_id)
+    for kept in ("evaluation", "split"):
+        client.log_artifacts(run.info.run_id, client.download_artifacts(known.run_id, kept), kept)
+    (tmp_path / "assessment.json").write_text('{"missing": "It died."}')
+    client.log_artifact(run.info.run_id, tmp_path / "assessment.json", "evaluation")
+    client.create_registered_model(name)
+    client.create_model_version(name, known.source, run.info.run_id, model_id=known.source.removeprefix("models:/"))
+    elsewhere = command(tmp_path, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name, "DATA_DIR": tmp_path})
+    assert elsewhere.returncode == 40 and "It died." in elsewhere.stdout
+    promoted = command(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
+    assert promoted.returncode == 0, promoted.stdout
+    assert "Trying the model in a process ..." in promoted.stdout
+
+
+def test_a_model_that_is_damaged_in_the_registry_is_said(trained, tmp_path, command):
+    folder, variables, *_ = trained
+    client, name = client_of(variables), f"{variables['MODEL_NAME']}-damaged"
+    known = client.get_model_version(variables["MODEL_NAME"], "2")
+    run = client.create_run(client.get_run(known.run_id).info.experiment_id)
+    client.log_artifacts(run.info.run_id, client.download_artifacts(known.run_id, "split"), "split")
+    model = Path(mlflow.artifacts.download_artifacts(known.source, tracking_uri=variables["MLFLOW_TRACKING_URI"]))
+    (model / "data" / "model.keras").write_bytes(b"PK no model")
+    client.log_artifacts(run.info.run_id, model, "model")
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    for words in (["promote", "1", "--yes"], ["predict", "jar.jpeg", "--version", "1"]):
+        refused = command(folder, *words, **{**variables, "MODEL_NAME": name})
+        assert refused.returncode == 30
+        assert f"{name} version 1 is damaged in the registry, it cannot be loaded" in refused.stdout + refused.stderr
+        assert "dgmd-" not in refused.stdout + refused.stderr
+
+
+def test_what_a_version_was_trained_on_comes_from_the_registry(trained, tmp_path):
+    folder, variables, *_ = trained
+    store = registry.Store(variables["MLFLOW_TRACKING_URI"], None)
+    entry = registry.entries(store, variables["MODEL_NAME"])[0]
+    fetched = registry.fetch(store, variables["MODEL_NAME"], entry, tmp_path)
+    split = folder / "data" / "split" / "training.csv"
+    files = [folder / "data" / "raw" / row.path for row in manifest.read(split, manifest.Example)]
+    assert fetched.trained_on == {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def test_two_versions_are_compared(trained, asked):
     folder, variables, *_ = trained
     found = asked(folder, "compare", "2", "1", **variables)
@@ -262,7 +318,7 @@ assert "tensorflow" not in sys.modules
 
 
 PAGE = (ROOT / "docs/moving.md").read_text("utf-8")
-LOADING, ASKING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LOADING, ASKING, ADOPTING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (SERVING,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -321,3 +377,36 @@ def test_mlflow_s_own_server_answers_a_picture_with_probabilities(consumer):
     assert LABELS[probabilities.argmax()] == expected["label"]
     assert probabilities.max() == pytest.approx(expected["probability"], abs=1e-4)
     assert probabilities.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_version_of_an_older_pipeline_becomes_production_and_is_gone_back_to(trained, command, asked):
+    folder, variables, *_ = trained
+    client, name = client_of(variables), "jars-of-before"
+    run = client.create_run(client.get_experiment_by_name(variables["MODEL_NAME"]).experiment_id)
+    Path("MLmodel").write_text("flavors:\n  keras: {}\n")
+    client.log_artifact(run.info.run_id, "MLmodel", "model")
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    ours = client.get_model_version(variables["MODEL_NAME"], "2")
+    client.create_model_version(
+        name, ours.source, ours.run_id, tags=ours.tags, model_id=ours.source.removeprefix("models:/")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        client.transition_model_version_stage(name, "1", "Production")
+    variables = {**variables, "MODEL_NAME": name}
+    slow = {**variables, "MAX_LATENCY_RATIO": 1e-3}
+    assert "version 1 has the stage Production and not the alias" in command(folder, "promote", "2", **slow).stdout
+    code = [sys.executable, "-c", ADOPTING]
+    subprocess.run(code, cwd=folder, env=environment_with({**variables, "VERSION": 1}), check=True)
+    assert [row["environment"] for row in asked(folder, "models", **variables)] == ["non-production", "production"]
+    refused = command(folder, "promote", "2", "--yes", "--json", **variables)
+    assert refused.returncode == 40
+    gates = {gate["name"]: gate for gate in json.loads(refused.stdout)["gates"]}
+    assert "was not made by this pipeline" in gates["assessment"]["text"] and not gates["assessment"]["passed"]
+    assert asked(folder, "promote", "2", "--yes", "--force", "--reason", "the first of ours", **variables)["promoted"]
+    back = command(folder, "rollback", "--yes", **variables)
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert "version 1 is production again" in back.stdout
+    assert "Whether it can be loaded is not tried." in back.stdout
+    assert client.get_model_version(name, "1").current_stage == "Production"

@@ -17,7 +17,7 @@ import time
 import mlflow
 import numpy as np
 import pytest
-from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
+from conftest import CREDENTIALS, ROOT, environment_with, picture, run_in_own_mounts, run_pipeline
 from PIL import Image
 
 from dgmd_pipeline.settings import Settings, variable
@@ -718,11 +718,7 @@ mount -o remount,size=$2k '{mounted}'
 """
 
     def run(size, then):
-        inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(size), str(then)]
-        environment = environment_with(variables)
-        result = subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=120)
-        if "exit " not in result.stdout:
-            pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
+        result = run_in_own_mounts(tmp_path, script, size, then, **variables)
         assert "Traceback" not in result.stdout + result.stderr
         first, _, second = result.stdout.partition("exit 30\n")
         assert result.returncode == 0, result.stdout + result.stderr
@@ -744,10 +740,7 @@ def test_a_folder_that_is_read_only_is_answered_with_a_sentence(tmp_path):
 mkdir data && mount -t tmpfs -o ro tmpfs data || exit 77
 '{sys.executable}' '{ROOT / "pipeline.py"}'; echo "exit $?"
 """
-    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    result = subprocess.run(inside, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    if "exit " not in result.stdout:
-        pytest.skip(f"no disk of one's own can be mounted here: {result.stderr}")
+    result = run_in_own_mounts(tmp_path, script)
     assert result.stdout.endswith("exit 30\n")
     assert "data/.lock: Read-only file system. DATA_DIR has to be writable: mend its mount" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr

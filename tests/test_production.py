@@ -113,6 +113,21 @@ def test_a_promotion_that_is_cut_off_is_repaired(store, name, cut, monkeypatch):
     assert production.repair(store, name) == []
 
 
+def test_whoever_asks_for_the_stage_finds_a_version_all_the_while(store, name, monkeypatch):
+    promote(store, name, 1)
+    promote(store, name, 3)
+    move, in_stage = mlflow.MlflowClient.transition_model_version_stage, []
+
+    def watched(client, *words, **more):
+        found = move(client, *words, **more)
+        in_stage.append([version for version, (_, stage, _) in seen(store, name)[1].items() if stage == "Production"])
+        return found
+
+    monkeypatch.setattr(mlflow.MlflowClient, "transition_model_version_stage", watched)
+    production.switch(store, name, 1, 3, action="rollback", who="ada@desk", why="")
+    assert in_stage == [[1, 3], [1]]
+
+
 def test_an_alias_that_somebody_moved_by_hand_is_the_truth(store, name):
     promote(store, name, 1)
     client = mlflow.MlflowClient(store.uri, store.uri)
@@ -138,7 +153,7 @@ def test_a_stage_that_was_set_before_there_was_an_alias_stays(store, name):
 
 def test_who_looked_at_another_production_version_has_to_look_again(store, name):
     promote(store, name, 1)
-    with pytest.raises(PipelineError, match="Version 1 is production by now, and not None"):
+    with pytest.raises(PipelineError, match="Version 1 is production by now: look again"):
         production.switch(store, name, 3, None, action="promote", who="bob@desk", why="")
     assert production.current(store, name) == 1
     assert len(production.history(store, name)) == 1

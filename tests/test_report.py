@@ -169,6 +169,11 @@ def test_the_interval_of_the_difference_says_who_is_better(page, low, high, word
     assert (left < 50 < 100 - right) == (low < 0 < high)
 
 
+def test_of_few_pictures_the_words_are_those_of_the_condition(page):
+    shown = page(comparison=COMPARISON | {"low": -0.08, "high": -0.01, "p": 0.125})
+    assert "small enough to be chance" in shown.text
+
+
 def test_how_it_behaves_in_operation_is_compared_where_both_were_measured(page):
     text = page(assessment=ASSESSMENT).text
     for words in ("38 ms", "56 ms", "71 images/s", "32.4 MB", "812.0 MB", "4.2 s", "7,014,000", "below 0.000001"):

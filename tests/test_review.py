@@ -79,8 +79,13 @@ def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
     (tmp_path / "other.keras").write_bytes(b"no model")
     unusable = Contender(tmp_path / "other.keras", LABELS, frozenset(), 5)
     found = review.review(candidate, unusable, known, tmp_path)
-    assert found.comparison is None and "Version 5, which is production, cannot be used here" in found.missing
+    assert found.comparison is None and "Version 5 cannot be used here" in found.missing
     assert found.assessment["predictions_equal"] and "latency_ratio" not in found.assessment
+    wide = model.build_cnn(16, 17)
+    model.assemble(wide, model.build_head(wide.output_shape[-1], 3, 0.1)).save(tmp_path / "wide.keras")
+    larger = Contender(tmp_path / "wide.keras", LABELS, frozenset(), 6)
+    found = review.review(candidate, larger, known, tmp_path)
+    assert found.comparison is None and "Version 6 cannot be used here: It reads pictures of 17 x 16" in found.missing
     (tmp_path / "model.keras").write_bytes(b"no model")
     broken = review.review(contender(known)._replace(path=tmp_path / "model.keras"), None, known, tmp_path)
     assert broken.assessment is None and "could not use the model" in broken.untried

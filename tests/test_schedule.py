@@ -107,9 +107,12 @@ def variables(bucket, s3_endpoint, tmp_path):
     return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data"}
 
 
-def test_runs_follow_each_other_take_what_is_new_and_survive_one_that_fails(variables, bucket, start, tmp_path):
+def test_runs_follow_each_other_take_what_is_new_and_survive_one_that_fails(
+    variables, bucket, start, listener, tmp_path
+):
     name, client = bucket
-    process = start("--time", "0.2", "--until", "label", **variables)
+    url, bodies = listener
+    process = start("--time", "0.2", "--until", "label", **variables, NOTIFY_URL=url)
     lines_until(process, "Slowest")
     idle = lines_until(process, "Nothing new")
     assert [line.split(" ", 2)[2].split(":")[0] for line in idle] == ["Next run", "Nothing new in s3"]
@@ -119,6 +122,8 @@ def test_runs_follow_each_other_take_what_is_new_and_survive_one_that_fails(vari
         client.delete_object(Bucket=name, Key=f"p/cumin/{number}.png")
     lines_until(process, "exit code 20; the next one comes all the same")
     assert json.loads((tmp_path / "data" / "status.json").read_text())["outcome"] == "failed"
+    lines_until(process, "Next run")
+    assert [body["message"] for body in bodies if "could not begin" in body["message"]] == []  # it has told so itself
     client.put_object(Bucket=name, Key="p/dill/1.png", Body=picture("dill", 1))
     lines_until(process, "Slowest")
     process.send_signal(signal.SIGTERM)
@@ -162,6 +167,20 @@ def test_a_run_that_is_killed_is_told_by_the_schedule(variables, start, tmp_path
     told = json.loads((tmp_path / "data" / "status.json").read_text())
     assert (told["outcome"], told["exit_code"]) == ("failed", 137)
     assert "killed by signal 9" in told["message"]
+
+
+def test_a_run_that_could_not_begin_is_told_by_the_schedule(variables, start, listener, tmp_path):
+    settings = tmp_path / "settings"
+    settings.write_text("EPOCHS=3")
+    url, bodies = listener
+    process = start("--time", "0.2", "--env-file", "settings", "--until", "label", **variables, NOTIFY_URL=url)
+    lines_until(process, "Slowest")
+    settings.write_text("BATCH_SIZE=many")
+    lines_until(process, "exit code 2; the next one comes all the same")
+    lines_until(process, "Next run")
+    assert bodies[-1]["exit_code"] == 2
+    assert "could not begin" in bodies[-1]["message"]
+    assert json.loads((tmp_path / "data" / "status.json").read_text())["exit_code"] == 2
 
 
 def test_an_interval_is_of_no_command(tmp_path):

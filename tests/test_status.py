@@ -1,34 +1,13 @@
 """What a run leaves behind for a health check, and what it sends."""
 
-import http.server
 import json
-import threading
+import os
+import sys
 
 import pytest
-from conftest import CREDENTIALS, picture, run_pipeline
+from conftest import CREDENTIALS, ROOT, picture, run_in_own_mounts, run_pipeline
 
 from dgmd_pipeline import notify
-
-
-@pytest.fixture
-def listener():
-    """A server that keeps what is posted to it: its URL and the bodies."""
-    bodies = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response({"/broken": 500, "/moved": 302}.get(self.path, 204))
-            self.send_header("Location", "/elsewhere")
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", bodies
-    server.shutdown()
 
 
 @pytest.fixture
@@ -91,6 +70,48 @@ def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_
     with folders.lock(tmp_path / "data"):
         assert run_pipeline(tmp_path, **variables).returncode == 10
     assert not (tmp_path / "data" / "status.json").exists()
+
+
+COMMAND = f"'{sys.executable}' '{ROOT / 'pipeline.py'}'"
+
+
+def test_on_a_full_disk_an_old_success_does_not_stay(variables, tmp_path):
+    script = f"""
+mkdir data && mount -t tmpfs -o size=300k tmpfs data || exit 77
+{COMMAND} --until label && {COMMAND} health || exit 1
+cat /dev/zero > data/full
+AWS_DATA_PATH=gone {COMMAND} --until label
+{COMMAND} health; echo "health $?"
+"""
+    done = run_in_own_mounts(tmp_path, script, **variables)
+    assert "succeeded after" in done.stdout
+    assert done.stdout.endswith("health 1\n"), done.stdout + done.stderr
+
+
+def test_in_a_folder_that_became_read_only_an_old_success_says_nothing(variables, tmp_path):
+    script = f"""
+mkdir data && mount -t tmpfs tmpfs data || exit 77
+{COMMAND} --until label && mount -o remount,ro data || exit 1
+{COMMAND} health; echo "health $?"
+"""
+    done = run_in_own_mounts(tmp_path, script, **variables)
+    assert "data: Read-only file system. DATA_DIR has to be writable" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("health 30\n")
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path, listener):
+    url, bodies = listener
+    for label in ("anise", os.fsdecode(b"caf\xe9")):
+        folder = tmp_path / "data" / "raw" / label
+        folder.mkdir(parents=True)
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(picture("a", number) if label == "anise" else b"<html>")
+    done = run_pipeline(tmp_path, "--until", "label", NOTIFY_URL=url, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 20, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "caf\\udce9 (3 of 3 files)" in done.stdout
+    assert health(tmp_path, {})[0] == 1
+    assert "caf\udce9 (3 of 3 files)" in bodies[0]["message"]
 
 
 @pytest.mark.parametrize("status", ["{", '{"outcome": "succeeded"}'])
