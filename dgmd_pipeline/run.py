@@ -54,7 +54,8 @@ def _finish(values: Settings, job: step.Job, force: Sequence[str], until: str | 
     last = _last(job, force, until)
     outlooks = step.plan(*last)
     folders.sweep(values.data_dir, [outlook.step for outlook in outlooks if outlook.state == "done"])
-    before = step.read_record(last[-1].path)
+    raw = values.data_dir / tasks.DownloadImages.name
+    before, pictures = step.read_record(last[-1].path), _identity(raw)
     idle = all(each.complete() for each in last)
     if not idle:
         show_plan(outlooks, values.data_dir)
@@ -69,7 +70,7 @@ def _finish(values: Settings, job: step.Job, force: Sequence[str], until: str | 
     record = step.read_record(last[-1].path)
     message = f"{last[-1].folder}: {last[-1].summary(record.counts)}" if record else ""
     if record == before:
-        message = _what_stays(values, last[-1], idle)
+        message = _what_stays(values, last[-1], idle, _identity(raw) == pictures)
         log.info("%s", message)
     return 0, message
 
@@ -102,12 +103,17 @@ def _last(job: step.Job, force: Sequence[str], until: str | None) -> list[step.S
     return last
 
 
-def _what_stays(values: Settings, last: step.Step, idle: bool) -> str:
-    """Say that the last step's outcome is what it was; `idle`: and so is everything before it."""
+def _identity(folder: Path) -> str | None:
+    record = step.read_record(folder)
+    return record.identity if record else None
+
+
+def _what_stays(values: Settings, last: step.Step, idle: bool, no_news: bool) -> str:
+    """Say that the last step's outcome is what it was, `idle`: nothing was done, `no_news`: the pictures are the same."""
     nothing = "Nothing to do" if idle else "As before"
     record = step.read_record(last.path)
     counts = record.counts if record else {}
-    if values.refresh and idle:
+    if values.refresh and no_news:
         nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
         return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
     if "version" in counts:

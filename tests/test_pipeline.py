@@ -638,6 +638,10 @@ def test_an_object_that_was_left_out_is_tried_again_by_a_refresh_and_changes_not
     assert f"Nothing new in s3://{name}/train/images." in result.stdout
     assert [*times_of(result.stdout.splitlines())] == ["raw", "the rest"]  # and not what was unchanged
     assert (tmp_path / "data" / "inspected" / "_SUCCESS").stat().st_mtime_ns == before
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    client.put_object(Bucket=name, Key="train/images/cloves/broken.jpeg", Body=b"<html>")
+    result = run_pipeline(tmp_path, "--until", "label", **variables)
+    assert "Nothing new" not in result.stdout  # there was; it could not be read
     client.restore_object(Bucket=name, Key=key, RestoreRequest={"Days": 1})
     assert run_pipeline(tmp_path, "--until", "inspect", **variables).returncode == 0
     assert (tmp_path / "data" / "raw" / "cloves" / "frozen.jpeg").read_bytes() == picture("cloves", 70)
