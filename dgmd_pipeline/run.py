@@ -109,7 +109,7 @@ def _identity(folder: Path) -> str | None:
 
 
 def _what_stays(values: Settings, last: step.Step, idle: bool, no_news: bool) -> str:
-    """Say that the last step's outcome is what it was, `idle`: nothing was done, `no_news`: the pictures are the same."""
+    """Say that the outcome is what it was. `idle`: nothing was done; `no_news`: the pictures are the same."""
     nothing = "Nothing to do" if idle else "As before"
     record = step.read_record(last.path)
     counts = record.counts if record else {}
