@@ -128,6 +128,16 @@ def logs_until(container, wanted, seconds=180, times=1):
     raise AssertionError(f"no {wanted!r} in:\n{done.stdout + done.stderr}")
 
 
+def healthy(container):
+    """Wait until Docker knows how it is."""
+    for _ in range(900):
+        health = docker("inspect", "--format", "{{.State.Health.Status}}", container).stdout.strip()
+        if health != "starting":
+            break
+        time.sleep(0.2)
+    assert health == "healthy"
+
+
 def stopped(container):
     """Stop it as an operator does; return its exit code and the seconds that it took."""
     start = time.monotonic()
@@ -317,12 +327,10 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     assert call("--profile", "demo", "up", "--detach", "demo-bucket").returncode == 0
     own = {"AWS_ENDPOINT_URL": "http://demo-bucket:9000", "AWS_DATA_BUCKET": "dgmd-demo", "BACKBONE": "cnn"}
     keys = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo"}
-    for _ in range(60):
-        run = call("run", "--rm", "model-pipeline", "python", "pipeline.py", "--until", "label", **own, **keys)
-        if "10 labels, 10 outputs" in run.stdout:
-            break
-        time.sleep(2)  # the bucket is being filled
+    healthy(call("ps", "--quiet", "demo-bucket", COMPOSE_PROFILES="demo").stdout.strip())  # it has been filled
+    run = call("run", "--rm", "model-pipeline", "python", "pipeline.py", "--until", "label", **own, **keys)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "10 labels, 10 outputs" in run.stdout
     refused = call("run", "--rm", "model-pipeline", **{**own, **keys, "AWS_DATA_PATH": "elsewhere"})
     assert refused.returncode == 20, refused.stdout + refused.stderr
     small = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "EPOCHS": "2"}
@@ -335,12 +343,6 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     assert call("up", "--detach", **own, **keys, **small, **every_minute).returncode == 0
     container = call("ps", "--quiet", "model-pipeline-scheduled", **every_minute).stdout.strip()
     logs_until(container, "Nothing new in s3://dgmd-demo/train/downloaded-images: keeping version 1.")
-    for _ in range(600):
-        if (
-            health := docker("inspect", "--format", "{{.State.Health.Status}}", container).stdout.strip()
-        ) != "starting":
-            break
-        time.sleep(0.2)
-    assert health == "healthy"
+    healthy(container)
     assert call("stop", "model-pipeline-scheduled", **every_minute).returncode == 0
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout.strip() == "143"
