@@ -118,7 +118,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     closed = [gate for gate in gates if gate.passed is False]
     if closed and not force:
         if as_json:
-            _say("", as_json, version=entry.version, promoted=False, gates=[gate._asdict() for gate in gates])
+            _print_json({"version": entry.version, "promoted": False, "gates": [gate._asdict() for gate in gates]})
         raise Refused(
             f"Version {entry.version} is not promoted. {' '.join(gate.text for gate in closed)} "
             'If it shall be production all the same: --force --reason "...".'

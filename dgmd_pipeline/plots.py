@@ -5,6 +5,7 @@ All functions return the bytes of a PNG and take labels of any length and script
 """
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -200,9 +201,8 @@ def times(seconds: Sequence[tuple[str, float]]) -> bytes:
 
 
 def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray]) -> bytes:
-    """Draw the first pictures (uint8 [height, width, 3], by position) of mistakes (at least one), each once."""
-    once = {row.position: row for row in reversed(mistakes) if row.position in thumbnails}
-    shown = list(reversed(once.values()))[:THUMBNAILS]
+    """Draw the pictures (uint8 [height, width, 3], by position) of the `worst` mistakes (at least one)."""
+    shown = worst([row for row in mistakes if row.position in thumbnails])
     columns = min(4, len(shown)) or 1
     lines = -(-len(shown) // columns) or 1
     height = 2.5 * lines + 0.5
@@ -226,6 +226,16 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray]) -> 
         figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11)
 
     return _png(draw, max(2.6 * columns, 5), height, photographs=True)
+
+
+def worst(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Return the first of each kind in turns, each image once, up to THUMBNAILS."""
+    kinds = [[row for row in mistakes if row.kind == kind] for kind in dict.fromkeys(row.kind for row in mistakes)]
+    once: dict[int, Mistake] = {}
+    for rows in itertools.zip_longest(*kinds):
+        for row in filter(None, rows):
+            once.setdefault(row.position, row)
+    return list(once.values())[:THUMBNAILS]
 
 
 def duration(seconds: float) -> str:

@@ -83,3 +83,11 @@ def test_a_duration_is_written_for_people(seconds, text):
 
 def test_what_cannot_be_printed_is_replaced():
     assert plots.printable("a\tb\u202ec\udcffd \u756a") == "a b\ufffdc\ufffdd \u756a"
+
+
+def test_the_sheet_has_the_worst_of_both_kinds_in_turns_and_each_picture_once():
+    wrong = [Mistake("most wrong", "", "a", "b", 0.5, 0.1, position) for position in range(30)]
+    confident = [Mistake("most confident", "", "a", "b", 0.9, 0.1, position) for position in (0, *range(100, 129))]
+    found = [row.position for row in plots.worst(wrong + confident)]
+    assert found[:7] == [0, 1, 100, 2, 101, 3, 102]
+    assert len(found) == len(set(found)) == 24
