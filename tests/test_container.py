@@ -331,6 +331,8 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     run = call("run", "--rm", "model-pipeline", "python", "pipeline.py", "--until", "label", **own, **keys)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "10 labels, 10 outputs" in run.stdout
+    who = ["python", "-c", "from dgmd_pipeline.settings import operator; print(operator())"]
+    assert call("run", "--rm", "model-pipeline", *who, USER="ada").stdout.startswith("ada@")
     refused = call("run", "--rm", "model-pipeline", **{**own, **keys, "AWS_DATA_PATH": "elsewhere"})
     assert refused.returncode == 20, refused.stdout + refused.stderr
     small = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "EPOCHS": "2"}
