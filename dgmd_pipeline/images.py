@@ -1,6 +1,7 @@
 """From a file under `raw/` to a row: a usable `Image`, or a `Rejected` with the reason why it is left out."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -222,8 +223,13 @@ def _stretched(
     alg = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
     part = box and cykooz_resizer.CropBox(*box)
     small = PIL.Image.new("RGB", size)
-    cykooz_resizer.Resizer().resize_pil(image, small, cykooz_resizer.ResizeOptions(alg, crop_box=part))
+    _resizer().resize_pil(image, small, cykooz_resizer.ResizeOptions(alg, crop_box=part))
     return small
+
+
+@functools.cache  # its buffers are used again: a third of a resize. Not for threads, which would meet in them
+def _resizer() -> "cykooz_resizer.Resizer":
+    return cykooz_resizer.Resizer()
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,3 +140,14 @@ def test_the_next_commands_work_as_printed(demo):
     assert "version 1 is production: fetching it to compare" in result.stdout
     assert "dgmd_model version 2, non-production" in result.stdout
     assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept
+    code = """
+from dgmd_pipeline.cli import main
+for words in ("promote 2 --yes --force --reason tried", "compare 1 2", "rollback --yes", "history", "models"):
+    assert main([*words.split(), "--env-file", "demo.env"]) == 0, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "version 2 is production; version 1 was." in done.stdout
+    assert "version 1 is production again; version 2 was." in done.stdout
+    events = [line.split()[1:4] for line in done.stdout.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
+    assert [event[0] for event in events] == ["promote", "promote", "rollback"]
