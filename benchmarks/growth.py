@@ -5,7 +5,7 @@ all processes of a run hold together (proportional set size), sampled. The cost 
 stage takes for the first 200 pictures (processes start, modules are imported): a picture of the 20,000 against one of
 the 2,000; a ratio of 1 is linear. For the cost a second run ends before the first stage that needs TensorFlow, so that
 its start is not measured beside them, and the stages' own records say how long they took. Those that work on rows alone
-take milliseconds: each is done again several times, here, on what the run has left, and the median counts.
+take milliseconds: each is done again several times, here, for the three sizes in turns, on what the runs have left.
 
     python -m benchmarks.growth [--repeats 2]
 """
@@ -14,7 +14,6 @@ import contextlib
 import gc
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,22 +33,28 @@ def main() -> None:
     repeats = measure.arguments(__doc__, repeats=2).repeats
     gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
     seconds: dict[int, list[dict[str, float]]] = {LEAST: [], FEW: [], MANY: []}
+    with contextlib.ExitStack() as stack:
+        folders = {count: Path(stack.enter_context(measure.folder()), "data") for count in seconds}
 
-    def run(count: int) -> float:
-        raw = pictures.make(measure.WORK / f"small-{count}", count, pictures.SMALL)
-        with measure.folder() as scratch, endpoint.serving(raw) as url:
-            data = Path(scratch, "data")
-            where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
-            light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
-            environment = measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data))
-            peak = peak_of(environment)
-            shutil.rmtree(data)
-            peak_of(environment, "run", "--until", "convert")
-            took = {name: json.loads((data / name / "_SUCCESS").read_text())["seconds"] for name in BY_PICTURES}
-            seconds[count].append(took | rows_of(data, scratch))
-        return peak / 2**20
+        def run(count: int) -> float:
+            raw, data = pictures.make(measure.WORK / f"small-{count}", count, pictures.SMALL), folders[count]
+            with endpoint.serving(raw) as url:
+                where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
+                light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
+                environment = measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data))
+                shutil.rmtree(data, ignore_errors=True)
+                peak = peak_of(environment)
+                shutil.rmtree(data)
+                peak_of(environment, "run", "--until", "convert")
+            records = {name: json.loads((data / name / "_SUCCESS").read_text()) for name in BY_PICTURES}
+            seconds[count].append({name: record["seconds"] for name, record in records.items()})
+            return peak / 2**20
 
-    found = measure.in_turns(repeats, least=lambda: run(LEAST), few=lambda: run(FEW), many=lambda: run(MANY))
+        found = measure.in_turns(repeats, least=lambda: run(LEAST), few=lambda: run(FEW), many=lambda: run(MANY))
+        rows: dict[int, list[dict[str, float]]] = {count: [] for count in folders}
+        for _ in range(TIMES):  # in turns: a machine's speed may change within seconds
+            for count, data in folders.items():
+                rows[count].append(rows_of(data))
     figures = f"{measure.median(found['many'])} / {measure.median(found['few'])} MiB"
     claims = [
         measure.Claim(
@@ -57,27 +62,27 @@ def main() -> None:
             measure.ratios(found["many"], found["few"]), 1.15, at_least=False, figures=figures,
         )
     ]  # fmt: skip
-    for stage in seconds[FEW][0]:
-        many, few, least = ([run[stage] for run in seconds[count]] for count in (MANY, FEW, LEAST))
-        dear = [(value - start) / (MANY - LEAST) for value, start in zip(many, least, strict=True)]
-        cheap = [(value - start) / (FEW - LEAST) for value, start in zip(few, least, strict=True)]
-        figures = " / ".join(measure.median(values, " s") for values in (many, few, least))
-        what = f"cost of a picture, times linear: {stage}"
-        claims.append(measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures))
+    for measured in (seconds, rows):
+        for stage in measured[FEW][0]:
+            many, few, least = ([run[stage] for run in measured[count]] for count in (MANY, FEW, LEAST))
+            dear = [(value - start) / (MANY - LEAST) for value, start in zip(many, least, strict=True)]
+            cheap = [(value - start) / (FEW - LEAST) for value, start in zip(few, least, strict=True)]
+            figures = " / ".join(measure.median(values, " s") for values in (many, few, least))
+            what = f"cost of a picture, times linear: {stage}"
+            claims.append(measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures))
     measure.show(*claims)
 
 
-def rows_of(data: Path, scratch: str) -> dict[str, float]:
+def rows_of(data: Path) -> dict[str, float]:
     """Return the seconds that each stage takes which works on the rows in `data` alone."""
     job = step.Job(settings.Settings(DATA_DIR=data))
-
-    def once(task: step.Step) -> float:
-        with tempfile.TemporaryDirectory(dir=scratch) as draft:
+    seconds = {}
+    for kind in BY_ROWS:
+        with tempfile.TemporaryDirectory(dir=data.parent) as draft:
             start = time.perf_counter()
-            task.work(Path(draft))
-            return time.perf_counter() - start
-
-    return {kind.name: statistics.median(once(kind(job=job)) for _ in range(TIMES)) for kind in BY_ROWS}
+            kind(job=job).work(Path(draft))
+            seconds[kind.name] = time.perf_counter() - start
+    return seconds
 
 
 def peak_of(environment: dict[str, str], *words: str) -> int:
