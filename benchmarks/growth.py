@@ -26,7 +26,7 @@ from dgmd_pipeline import cli, settings, step, tasks
 LEAST, FEW, MANY = 200, 2_000, 20_000
 BY_PICTURES = ("raw", "inspected", "tfrecord_training")
 BY_ROWS = (tasks.MapLabels, tasks.BalanceClasses, tasks.SplitImages)
-TIMES = 15
+TIMES = 61
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from dgmd_pipeline.manifest import Example
@@ -47,7 +48,8 @@ def split(rows: Iterable[Example], fraction: float) -> Split:
         for position, members in enumerate(members_of):
             (validation if position in chosen else training).extend(members)
     unvalidated = sorted(counts.keys() - {row.label for row in validation})
-    return Split(sorted(training), sorted(validation), unvalidated, across)
+    by_path = attrgetter("path")  # no two are the same; comparing whole rows takes twice as long
+    return Split(sorted(training, key=by_path), sorted(validation, key=by_path), unvalidated, across)
 
 
 def _rank(group: str) -> bytes:
