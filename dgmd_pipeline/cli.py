@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -22,6 +21,7 @@ from dgmd_pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
+    from dgmd_pipeline.status import Status
 
 log = logging.getLogger("dgmd_pipeline")
 # Millions of rows are tuples, which hold no cycles: looking at them after every 700 new ones takes a tenth of the time
@@ -225,23 +225,34 @@ def _start(options: argparse.Namespace) -> int:
         command += [name, value] if value else []
     for step in options.force:
         command += ["--force", step]
-    schedule.keep(command, times, lambda code, seconds: _ended(values, code, seconds))
+    known = _told(values)
+
+    def ended(code: int, seconds: float) -> None:
+        nonlocal known
+        _ended(values, code, seconds, has_told=_told(values) != known)
+        known = _told(values)
+
+    schedule.keep(command, times, ended)
     return 0
 
 
-def _ended(values: "Settings", code: int, seconds: float) -> None:
+def _told(values: "Settings") -> "Status | None":
+    from dgmd_pipeline import status
+
+    with contextlib.suppress(OSError):  # a folder that cannot be read holds nothing that was told
+        return status.read(values.data_dir)
+    return None
+
+
+def _ended(values: "Settings", code: int, seconds: float, has_told: bool) -> None:
     """Say what became of a scheduled run; where it was killed or could not begin, it has not told so itself."""
-    from dgmd_pipeline import run, status
+    from dgmd_pipeline import run
 
     if code:
         log.error("The run ended with exit code %d; the next one comes all the same.", code)
     if code >= 0 and code not in (1, SettingsError.exit_code):  # these two may be of before the run began
         return
-    told = None
-    with contextlib.suppress(OSError):  # a folder that cannot be read holds nothing that was told
-        told = status.read(values.data_dir)
-    began = (datetime.now(UTC) - timedelta(seconds=seconds)).replace(microsecond=0)  # as precise as `ended`
-    if told is None or datetime.fromisoformat(told.ended) < began:
+    if not has_told:
         killed = f"killed by signal {-code}, as when memory runs out"
         message = killed if code < 0 else "the run could not begin; the log says why"
         run.tell(values, None, 128 - code if code < 0 else code, message, seconds)
