@@ -11,10 +11,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from dgmd_pipeline.errors import Busy, PipelineError
 
@@ -220,13 +221,9 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
 
 def _access(place: Path) -> str:
     """Say what mends that this user may not read or write `place`."""
-    user, owner = os.getuid(), None
-    for path in (place.absolute(), *place.absolute().parents):
-        with contextlib.suppress(OSError):  # not there, or not to be looked at
-            owner = path.stat().st_uid
-            break
+    user, owner = os.getuid(), _nearest(place, os.stat).st_uid
     mend = f"`chmod -R u+rwX` it, or `chown -R {user}` it" if owner == user else f"`chown -R {user}` it"
-    as_owner = "" if owner in (None, 0, user) else f", run as its owner (docker run --user {owner})"
+    as_owner = "" if owner in (0, user) else f", run as its owner (docker run --user {owner})"
     return (
         f"has to be readable and writable for user {user}, whom the pipeline runs as: {mend}{as_owner}, or choose "
         "another path."
@@ -235,7 +232,12 @@ def _access(place: Path) -> str:
 
 def _free(folder: Path) -> int:
     """Return the bytes that are free where `folder` is, or will be."""
-    for place in (folder.absolute(), *folder.absolute().parents):
-        with contextlib.suppress(OSError):  # not there yet, or not to be looked at
-            return shutil.disk_usage(place).free
-    raise FileNotFoundError(folder)
+    return _nearest(folder, shutil.disk_usage).free
+
+
+def _nearest(path: Path, look: Callable[[Path], Any]) -> Any:
+    """Return what `look` finds at `path`, or at the nearest folder above it that is there and may be looked at."""
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return look(place)
+    raise FileNotFoundError(path)

@@ -7,8 +7,9 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dgmd_pipeline import folders, notify, signals, status, step, tasks, timing, workers
 from dgmd_pipeline.errors import Busy, PipelineError
@@ -70,7 +71,9 @@ def _finish(values: Settings, job: step.Job, force: Sequence[str], until: str | 
     record = step.read_record(last[-1].path)
     message = f"{last[-1].folder}: {last[-1].summary(record.counts)}" if record else ""
     if record == before:
-        message = _what_stays(values, last[-1], idle, _identity(raw) == pictures)
+        message = _what_stays(
+            values, last[-1].folder, record.counts if record else {}, idle, _identity(raw) == pictures
+        )
         log.info("%s", message)
     return 0, message
 
@@ -108,17 +111,18 @@ def _identity(folder: Path) -> str | None:
     return record.identity if record else None
 
 
-def _what_stays(values: Settings, last: step.Step, idle: bool, no_news: bool) -> str:
-    """Say that the outcome is what it was. `idle`: nothing was done; `no_news`: the pictures are the same."""
+def _what_stays(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, no_news: bool) -> str:
+    """Say that the outcome of the step `last` is what it was, by its counts.
+
+    `idle`: nothing was done; `no_news`: the pictures are the same.
+    """
     nothing = "Nothing to do" if idle else "As before"
-    record = step.read_record(last.path)
-    counts = record.counts if record else {}
     if values.refresh and no_news:
         nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
         return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
     if "version" in counts:
         return f"{nothing}: {counts['name']} version {counts['version']} is registered."
-    return f"{nothing}: {last.folder} is done."
+    return f"{nothing}: {last} is done."
 
 
 def _check_what_comes_last(values: Settings, job: step.Job) -> None:

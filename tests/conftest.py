@@ -25,6 +25,7 @@ from dgmd_pipeline.settings import Settings, load, variable
 hypothesis.settings.register_profile("here", deadline=None)  # how long a test takes is not what it tests
 hypothesis.settings.load_profile("here")
 ROOT = Path(__file__).parent.parent
+COMMAND = f"'{sys.executable}' '{ROOT / 'pipeline.py'}'"  # for a shell
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tester",
     "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-tests",

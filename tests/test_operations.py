@@ -87,6 +87,21 @@ def client_of(variables):
     return mlflow.MlflowClient(variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_TRACKING_URI"])
 
 
+def register_again(client, name, version, run=None):
+    """Register the model of a version under another name, as that of its own run or of another one."""
+    run_id = run.info.run_id if run else version.run_id
+    model_id = version.source.removeprefix("models:/")
+    client.create_model_version(name, version.source, run_id, tags=version.tags, model_id=model_id)
+
+
+def run_with(client, version, *folders):
+    """Make a run that has these folders of a version's run."""
+    run = client.create_run(client.get_run(version.run_id).info.experiment_id)
+    for folder in folders:
+        client.log_artifacts(run.info.run_id, client.download_artifacts(version.run_id, folder), folder)
+    return run
+
+
 def test_a_first_model_has_nothing_to_compare_with_and_that_is_said(trained):
     *_, promoted, _ = trained
     assert promoted.count("There is no production version to compare with.") == 3
@@ -179,10 +194,7 @@ def test_without_the_validation_records_a_changed_production_makes_the_assessmen
     client, name = client_of(variables), f"{variables['MODEL_NAME']}-moved"
     client.create_registered_model(name)
     for version in ("1", "2"):
-        known = client.get_model_version(variables["MODEL_NAME"], version)
-        client.create_model_version(
-            name, known.source, known.run_id, tags=known.tags, model_id=known.source.removeprefix("models:/")
-        )
+        register_again(client, name, client.get_model_version(variables["MODEL_NAME"], version))
     client.set_registered_model_alias(name, "production", "2")  # version 1 was compared with nothing
     elsewhere = {**variables, "DATA_DIR": tmp_path / "nothing", "MODEL_NAME": name}
     refused = command(tmp_path, "promote", "1", "--yes", **elsewhere)
@@ -197,13 +209,11 @@ def test_an_assessment_that_the_run_could_not_make_is_made_by_promote(trained, t
     folder, variables, *_ = trained
     client, name = client_of(variables), f"{variables['MODEL_NAME']}-untried"
     known = client.get_model_version(variables["MODEL_NAME"], "2")
-    run = client.create_run(client.get_run(known.run_id).info.experiment_id)
-    for kept in ("evaluation", "split"):
-        client.log_artifacts(run.info.run_id, client.download_artifacts(known.run_id, kept), kept)
+    run = run_with(client, known, "evaluation", "split")
     (tmp_path / "assessment.json").write_text('{"missing": "It died."}')
     client.log_artifact(run.info.run_id, tmp_path / "assessment.json", "evaluation")
     client.create_registered_model(name)
-    client.create_model_version(name, known.source, run.info.run_id, model_id=known.source.removeprefix("models:/"))
+    register_again(client, name, known, run)
     elsewhere = command(tmp_path, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name, "DATA_DIR": tmp_path})
     assert elsewhere.returncode == 40 and "It died." in elsewhere.stdout
     promoted = command(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
@@ -215,8 +225,7 @@ def test_a_model_that_is_damaged_in_the_registry_is_said(trained, tmp_path, comm
     folder, variables, *_ = trained
     client, name = client_of(variables), f"{variables['MODEL_NAME']}-damaged"
     known = client.get_model_version(variables["MODEL_NAME"], "2")
-    run = client.create_run(client.get_run(known.run_id).info.experiment_id)
-    client.log_artifacts(run.info.run_id, client.download_artifacts(known.run_id, "split"), "split")
+    run = run_with(client, known, "split")
     model = Path(mlflow.artifacts.download_artifacts(known.source, tracking_uri=variables["MLFLOW_TRACKING_URI"]))
     (model / "data" / "model.keras").write_bytes(b"PK no model")
     client.log_artifacts(run.info.run_id, model, "model")
@@ -387,10 +396,7 @@ def test_a_version_of_an_older_pipeline_becomes_production_and_is_gone_back_to(t
     client.log_artifact(run.info.run_id, "MLmodel", "model")
     client.create_registered_model(name)
     client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
-    ours = client.get_model_version(variables["MODEL_NAME"], "2")
-    client.create_model_version(
-        name, ours.source, ours.run_id, tags=ours.tags, model_id=ours.source.removeprefix("models:/")
-    )
+    register_again(client, name, client.get_model_version(variables["MODEL_NAME"], "2"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         client.transition_model_version_stage(name, "1", "Production")

@@ -17,7 +17,7 @@ import time
 import mlflow
 import numpy as np
 import pytest
-from conftest import CREDENTIALS, ROOT, environment_with, picture, run_in_own_mounts, run_pipeline
+from conftest import COMMAND, CREDENTIALS, ROOT, environment_with, picture, run_in_own_mounts, run_pipeline
 from PIL import Image
 
 from dgmd_pipeline.settings import Settings, variable
@@ -712,7 +712,7 @@ def test_a_full_disk_is_answered_with_the_bytes_needed_and_the_next_run_goes_on(
     mounted = tmp_path / "disk"
     mounted.mkdir()
     variables["DATA_DIR"] = mounted / "data"
-    command = f"'{sys.executable}' '{ROOT / 'pipeline.py'}' --until convert"
+    command = f"{COMMAND} --until convert"
     script = f"""
 mount -t tmpfs -o size=$1k tmpfs '{mounted}' || exit 77
 {command}; echo "exit $?"
@@ -742,7 +742,7 @@ mount -o remount,size=$2k '{mounted}'
 def test_a_folder_that_is_read_only_is_answered_with_a_sentence(tmp_path):
     script = f"""
 mkdir data && mount -t tmpfs -o ro tmpfs data || exit 77
-'{sys.executable}' '{ROOT / "pipeline.py"}'; echo "exit $?"
+{COMMAND}; echo "exit $?"
 """
     result = run_in_own_mounts(tmp_path, script)
     assert result.stdout.endswith("exit 30\n")

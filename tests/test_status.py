@@ -2,10 +2,9 @@
 
 import json
 import os
-import sys
 
 import pytest
-from conftest import CREDENTIALS, ROOT, picture, run_in_own_mounts, run_pipeline
+from conftest import COMMAND, CREDENTIALS, picture, run_in_own_mounts, run_pipeline
 
 from dgmd_pipeline import notify
 
@@ -70,9 +69,6 @@ def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_
     with folders.lock(tmp_path / "data"):
         assert run_pipeline(tmp_path, **variables).returncode == 10
     assert not (tmp_path / "data" / "status.json").exists()
-
-
-COMMAND = f"'{sys.executable}' '{ROOT / 'pipeline.py'}'"
 
 
 def test_on_a_full_disk_an_old_success_does_not_stay(variables, tmp_path):
