@@ -1,7 +1,6 @@
 """From a file under `raw/` to a row: a usable `Image`, or a `Rejected` with the reason why it is left out."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import os
@@ -24,11 +23,6 @@ import PIL.WebPImagePlugin
 
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Image, RawFile, Rejected
-
-try:
-    import cykooz_resizer
-except ModuleNotFoundError:  # no wheel for Linux on arm64
-    cykooz_resizer = None
 
 # An allow-list, because some of Pillow's other readers call other programs. A camera's MPO (several JPEGs in one
 # file) is opened by the JPEG reader and counts as its first picture.
@@ -67,7 +61,7 @@ _TRANSPOSE = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-_ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
+ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def find(raw: Path) -> Iterator[RawFile]:
@@ -184,52 +178,15 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
 # Opening
 
 
-def open_rgb(path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Read a picture file as RGB (see `to_rgb`), by its content.
 
-    With `size` (width, height; as the picture is seen) it is stretched to it, bilinear and antialiased. A JPEG is then
-    decoded at 1/2, 1/4 or 1/8 if that is at least twice this size; it is read to its end all the same. Use it in one
-    thread of a process at a time: what Pillow and libtiff have to say is a setting of the process.
+    Use it in one thread of a process at a time: what Pillow and libtiff have to say is a setting of the process.
     Raises PIL.Image.DecompressionBombError before decoding more than `max_pixels`, and one of `DAMAGED`.
     """
     data = path.read_bytes()
-    with _pillow(data, max_pixels):
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        if size is None:
-            return to_rgb(image)
-        if image.format not in ("JPEG", "MPO"):
-            return _stretched(to_rgb(image), size)
-        orientation = _orientation(image)
-        width, height = size[::-1] if orientation in _ACROSS else size
-        reduced = image.draft("RGB", (2 * width, 2 * height))
-        # 1026 pixels at half the size are 513, but 771 are 385.5, stored as 386: without the box a quarter of a pixel
-        # of displacement, mean difference 1.4 levels instead of 0.6.
-        image.load()
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        small = _stretched(rgb, (width, height), reduced and reduced[1])
-        return small.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else small
-
-
-def _stretched(
-    image: PIL.Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> PIL.Image.Image:
-    """Return an RGB picture, or its part from (0, 0) to the end of `box`, as one of `size`: bilinear and antialiased.
-
-    Pillow's own resize, which does it on Linux and arm64, takes eight times as long; three values in twenty are another
-    by one level, none by more.
-    """
-    if cykooz_resizer is None:
-        return image.resize(size, PIL.Image.Resampling.BILINEAR, box)
-    alg = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
-    part = box and cykooz_resizer.CropBox(*box)
-    small = PIL.Image.new("RGB", size)
-    _resizer().resize_pil(image, small, cykooz_resizer.ResizeOptions(alg, crop_box=part))
-    return small
-
-
-@functools.cache  # its buffers are used again: a third of a resize. Not for threads, which would meet in them
-def _resizer() -> "cykooz_resizer.Resizer":
-    return cykooz_resizer.Resizer()
+    with guarded(data, max_pixels):
+        return to_rgb(PIL.Image.open(io.BytesIO(data), formats=FORMATS))
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -258,7 +215,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.tell():
         image.seek(0)
     image.load()
-    orientation = _orientation(image)
+    turn = orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey(image)
     if image.has_transparency_data:
@@ -268,7 +225,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = ground
     elif image.mode != "RGB":
         image = image.convert("RGB")
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    return turned(image, turn)
 
 
 def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -286,12 +243,17 @@ def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(grey.astype(np.uint8))
 
 
-def _orientation(image: PIL.Image.Image) -> int:
+def orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where EXIF is missing or damaged: the picture is whole without it."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except DAMAGED:
         return 1
+
+
+def turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    """Return a picture that was stored with an EXIF orientation as a person sees it."""
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _decode(data: bytes, draft_size: tuple[int, int] | None) -> tuple[str, tuple[int, int], PIL.Image.Image]:
@@ -300,7 +262,7 @@ def _decode(data: bytes, draft_size: tuple[int, int] | None) -> tuple[str, tuple
     if image.format not in ("JPEG", "MPO"):
         rgb = to_rgb(image)
         return str(image.format), rgb.size, rgb
-    across = _orientation(image) in _ACROSS
+    across = orientation(image) in ACROSS
     size = image.size[::-1] if across else image.size
     if draft_size:
         image.draft("RGB", draft_size[::-1] if across else draft_size)
@@ -308,7 +270,7 @@ def _decode(data: bytes, draft_size: tuple[int, int] | None) -> tuple[str, tuple
 
 
 @contextlib.contextmanager
-def _pillow(data: bytes, max_pixels: int) -> Iterator[list[warnings.WarningMessage]]:
+def guarded(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
     """While `data` is opened: refuse more than `max_pixels`, and keep from the screen what Pillow and libtiff say.
 
     Pillow warns beyond MAX_IMAGE_PIXELS and refuses beyond twice that: half of ours there gives one clear refusal, in
@@ -361,7 +323,7 @@ def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> 
         return Rejected(*file, "unreadable", "not a file, or a link that leads to none")
     if not data:
         return Rejected(*file, "empty", "0 bytes")
-    with _pillow(data, max_pixels) as said:
+    with guarded(data, max_pixels) as said:
         try:
             kind, (width, height), rgb = _decode(data, _DRAFT)
         except (PIL.Image.DecompressionBombError, *DAMAGED) as error:

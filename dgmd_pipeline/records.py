@@ -2,31 +2,13 @@
 
 A record is a `tf.train.Example` with five features:
 
-    image          bytes   the picture, width x height pixels, as a JPEG of quality 99 with 4:4:4 sampling
+    image          bytes   the picture, width x height pixels, as a JPEG (see `encoding`)
     label          int64   class index
     width, height  int64   pixels, of the stored picture
     key            bytes   the source's path below raw/, that is the object's key below the bucket's prefix
-
-The records hold what the model would make of the original, so the encoding has to lose next to nothing: against
-`keras.layers.Resizing` of the full decode, a mean difference of at most 1 level and a 99th percentile of at most 5.
-Measured over 60 photographs of about 160 kB (640 x 427 to 1200 x 900, noise of 1 to 6 levels) at 256 x 192, CPU time
-for one picture; "over" is the share of single pictures that miss the mark:
-
-    encoding          bytes   write ms   read ms (tf.io)   mean    p99   over
-    JPEG 95, 4:2:0   20,800       0.22              0.54   2.25   13.6    100 %
-    JPEG 95, 4:4:4   28,200       0.32              0.55   1.52    7.4    100 %
-    JPEG 97, 4:4:4   36,600       0.33              0.61   1.16    5.2     95 %
-    JPEG 98, 4:4:4   42,400       0.35              0.68   0.96    4.0     25 %
-    JPEG 99, 4:4:4   55,000       0.40              0.78   0.73    2.8      0 %   <- this one
-    JPEG 100, 4:4:4  68,600       0.48              0.91   0.58    2.4      0 %
-    PNG, level 1     86,800       4.2               1.7    0.26    0.7      0 %   no loss but rounding
-    BMP             147,500       0.16              0.43   0.26    0.7      0 %
-
-Noise does not break it: of 60 levels in the original it is 0.9 and 3.2.
 """
 
 import hashlib
-import io
 import json
 import shutil
 import struct
@@ -40,8 +22,9 @@ import google_crc32c
 import numpy as np
 from PIL import Image
 
+from dgmd_pipeline import encoding
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.images import DAMAGED, open_rgb
+from dgmd_pipeline.images import DAMAGED
 from dgmd_pipeline.manifest import Example
 
 if TYPE_CHECKING:
@@ -49,7 +32,6 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 SCHEMA = 1  # of the records and their index; raised when either changes
-JPEG = {"quality": 99, "subsampling": "4:4:4"}
 PIECE_IMAGES = (
     256  # smaller than a shard may be: ten shards keep more than ten cores busy, and the last ones end together
 )
@@ -111,7 +93,8 @@ def write(
         size, digest = shard.stat().st_size, _digest(shard)
         entries.append({"file": shard.name, "records": images, "bytes": size, "sha256": digest})
     counts = {"images": len(ordered), "shards": shards, "bytes": sum(entry["bytes"] for entry in entries)}
-    index = {"schema": SCHEMA, "encoding": {"format": "JPEG", **JPEG}, "width": width, "height": height}
+    kind = {"format": "JPEG", "quality": encoding.QUALITY, "subsampling": encoding.SUBSAMPLING}
+    index = {"schema": SCHEMA, "encoding": kind, "width": width, "height": height}
     text = json.dumps({**index, **counts, "files": entries}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
     return counts
@@ -245,16 +228,13 @@ def _write_piece(piece: _Piece) -> int:
 
 def _encode(path: Path, width: int, height: int) -> bytes:
     try:
-        picture = open_rgb(path, (width, height))
+        return encoding.encode(path, width, height)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
             f"{path} was a readable picture when it was inspected and is not any more "
             f"({type(error).__name__}: {error}). Put it back (a downloaded one by deleting "
             "the folder raw), or, where pictures were put there by hand, delete the folder inspected; and run again."
         ) from error
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", **JPEG, comment=b"")  # Pillow would take the source's comment along
-    return buffer.getvalue()
 
 
 def _example(features: dict[str, bytes | int]) -> bytes:

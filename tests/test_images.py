@@ -2,8 +2,6 @@ import io
 import os
 import random
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -395,15 +393,14 @@ def test_of_several_pictures_in_a_file_the_first_counts(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [None, (100, 50)])
-def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, size, tmp_path):
+def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, tmp_path):
     upright = scene(0, 400, 240)
     back = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes it; every other one undoes itself
     stored = upright.transpose(images._TRANSPOSE[back]) if back > 1 else upright
     options = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": turned(orientation)}
     (tmp_path / "x").write_bytes(encode(stored, kind, **options))
-    image = open_rgb(tmp_path / "x", size)
-    assert image.size == (size or (400, 240))
+    image = open_rgb(tmp_path / "x")
+    assert image.size == (400, 240)
     assert np.abs(np.asarray(image.resize((40, 24)), float) - np.asarray(upright.resize((40, 24)), float)).mean() < 3
 
 
@@ -413,30 +410,6 @@ def test_opening_says_what_is_wrong_by_exceptions_that_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(images.DAMAGED):
             open_rgb(tmp_path / name)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("size", [(97, 61), (8, 3000), (3000, 8), (30, 20), (701, 1501)])
-def test_a_stretched_picture_is_pillow_s_to_within_a_level(tmp_path, size, kind):
-    """Whatever the ratio: (701, 1501) is decoded at a quarter of its size as a JPEG, which is 175.25 x 375.25."""
-    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (size[1], size[0], 3))
-    put(tmp_path, "x", encode(PIL.Image.fromarray(noise), kind))
-    image = PIL.Image.open(tmp_path / "x")
-    reduced = image.draft("RGB", (128, 96))
-    expected = np.asarray(image.resize((64, 48), PIL.Image.Resampling.BILINEAR, reduced and reduced[1]), int)
-    assert np.abs(np.asarray(open_rgb(tmp_path / "x", (64, 48)), int) - expected).max() <= 1
-
-
-def test_where_there_is_no_fast_resize_pillow_does_it(tmp_path):
-    put(tmp_path, "x", encode(scene(), "JPEG", exif=turned(6)))
-    code = (
-        "import sys; sys.modules['cykooz_resizer'] = None\n"
-        "from pathlib import Path; import numpy as np; from dgmd_pipeline.images import open_rgb\n"
-        "np.save('slow.npy', open_rgb(Path('x'), (30, 20)))"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    fast = np.asarray(open_rgb(tmp_path / "x", (30, 20)), int)
-    assert np.abs(fast - np.load(tmp_path / "slow.npy")).max() <= 1
 
 
 # Many files

@@ -1,0 +1,138 @@
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import simplejpeg
+
+from dgmd_pipeline import encoding, images
+
+SIZE = (64, 48)  # of what is made; the scenes are larger
+
+
+def scene(width: int = 300, height: int = 210) -> PIL.Image.Image:
+    """Soft colours with edges and noise."""
+    rng = np.random.default_rng(0)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), float)
+    return PIL.Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def data_of(image: PIL.Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def oriented(orientation: int) -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def padded(data: bytes) -> bytes:
+    """Put bytes that mean nothing between two markers, which libjpeg warns of and steps over."""
+    at = data.index(b"\xff\xdb")
+    return data[:at] + b"nothing" + data[at:]
+
+
+JPEGS = {
+    "4:4:4": data_of(scene(), "JPEG", subsampling="4:4:4"),
+    "4:2:2": data_of(scene(), "JPEG", subsampling="4:2:2"),
+    "4:2:0": data_of(scene(), "JPEG", subsampling="4:2:0"),
+    "progressive": data_of(scene(), "JPEG", progressive=True),
+    "restart markers": data_of(scene(), "JPEG", restart_marker_rows=1),
+    "stored as RGB": data_of(scene(), "JPEG", keep_rgb=True),
+    "a profile and a comment": data_of(scene(), "JPEG", icc_profile=b"profile" * 20_000, comment=b"a camera's"),
+    "two pictures": data_of(scene(), "MPO", save_all=True, append_images=[scene().rotate(180)]),
+    "as small as can be": data_of(scene(8, 8), "JPEG"),
+    "half of the size": data_of(scene(257, 771), "JPEG"),
+    "a quarter of the size": data_of(scene(701, 1501), "JPEG"),
+    "an eighth of the size": data_of(scene(1027, 1501), "JPEG"),
+    **{f"orientation {number}": data_of(scene(), "JPEG", exif=oriented(number)) for number in range(1, 9)},
+}
+SLOWER = {
+    "grey": data_of(scene().convert("L"), "JPEG"),
+    "CMYK": data_of(scene().convert("CMYK"), "JPEG"),
+    "grey and turned": data_of(scene().convert("L"), "JPEG", exif=oriented(6)),
+    "faulty": padded(JPEGS["4:2:0"]),
+}
+OTHERS = {
+    "PNG": data_of(scene(), "PNG", exif=oriented(6)),
+    "PNG transparent": data_of(scene().convert("RGBA").rotate(20), "PNG"),
+    "GIF": data_of(scene(), "GIF"),
+    "WEBP": data_of(scene(), "WEBP"),
+}
+
+
+def by_pillow(data: bytes, resize=PIL.Image.Image.resize) -> PIL.Image.Image:
+    """What Pillow alone makes of a file, but for the resize."""
+    image = PIL.Image.open(io.BytesIO(data))
+    size, turn = SIZE, images.orientation(image)
+    if image.format not in ("JPEG", "MPO"):
+        return resize(images.to_rgb(image), size, PIL.Image.Resampling.BILINEAR)
+    if turn in images.ACROSS:
+        size = size[::-1]
+    _, box = image.draft("RGB", (2 * size[0], 2 * size[1]))
+    return images.turned(resize(image.convert("RGB"), size, PIL.Image.Resampling.BILINEAR, box), turn)
+
+
+def fast(image: PIL.Image.Image, size: tuple[int, int], _, box=None) -> PIL.Image.Image:
+    return encoding._resized(image, size, box)
+
+
+@pytest.mark.parametrize("name", JPEGS | SLOWER | OTHERS)
+def test_a_stretched_picture_is_pillow_s_to_within_a_level(name, tmp_path):
+    (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
+    pixels = encoding.stretched(tmp_path / "x", *SIZE)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (SIZE[1], SIZE[0], 4 if name in JPEGS else 3)
+    assert np.abs(pixels[..., :3].astype(int) - np.asarray(by_pillow(data), int)).max() <= 1
+
+
+@pytest.mark.parametrize("resize", [fast, PIL.Image.Image.resize])
+@pytest.mark.parametrize("name", JPEGS | SLOWER | OTHERS)
+def test_with_the_same_resize_the_record_is_pillow_s_to_the_last_byte(name, resize, tmp_path, monkeypatch):
+    if resize is not fast:
+        monkeypatch.setattr(encoding, "cykooz_resizer", None)
+    (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
+    picture = PIL.Image.fromarray(np.asarray(by_pillow(data, resize)))  # without the source's comment and profile
+    assert encoding.encode(tmp_path / "x", *SIZE) == data_of(picture, "JPEG", quality=99, subsampling="4:4:4")
+
+
+def test_what_is_called_faulty_is_what_only_one_of_the_decoders_objects_to():
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(SLOWER["faulty"])
+
+
+def test_where_there_is_no_fast_resize_it_works_all_the_same(tmp_path):
+    (tmp_path / "x").write_bytes(JPEGS["orientation 6"])
+    code = (
+        "import sys; sys.modules['cykooz_resizer'] = None\n"
+        "from pathlib import Path; import numpy as np; from dgmd_pipeline import encoding\n"
+        "np.save('slow.npy', encoding.stretched(Path('x'), 30, 20))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    pixels = encoding.stretched(tmp_path / "x", 30, 20).astype(int)
+    assert np.abs(pixels - np.load(tmp_path / "slow.npy")).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_damaged_picture_is_one_of_the_errors_that_are_named(kind, tmp_path):
+    data = data_of(scene(), kind)
+    for name, content in {"garbage": b"nothing", "cut": data[: len(data) // 2], "empty": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(images.DAMAGED):
+            encoding.encode(tmp_path / name, *SIZE)
+
+
+def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path: Path):
+    data = bytearray(JPEGS["4:2:0"])
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\x7f\xff\x7f\xff"  # a header of 32,767 x 32,767 pixels
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(PIL.Image.DecompressionBombError):
+        encoding.encode(tmp_path / "x", *SIZE)
