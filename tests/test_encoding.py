@@ -39,6 +39,8 @@ def padded(data: bytes) -> bytes:
     return data[:at] + b"nothing" + data[at:]
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+TURNED = data_of(scene(), "JPEG", exif=oriented(6))
 JPEGS = {
     "4:4:4": data_of(scene(), "JPEG", subsampling="4:4:4"),
     "4:2:2": data_of(scene(), "JPEG", subsampling="4:2:2"),
@@ -52,6 +54,9 @@ JPEGS = {
     "half of the size": data_of(scene(257, 771), "JPEG"),
     "a quarter of the size": data_of(scene(701, 1501), "JPEG"),
     "an eighth of the size": data_of(scene(1027, 1501), "JPEG"),
+    "orientation 6 in XMP": data_of(scene(), "JPEG", xmp=XMP),
+    "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
+    "orientation 6 behind a comment that looks like pixels": TURNED[:2] + b"\xff\xfe\0\4\xff\xda" + TURNED[2:],
     **{f"orientation {number}": data_of(scene(), "JPEG", exif=oriented(number)) for number in range(1, 9)},
 }
 SLOWER = {
@@ -81,7 +86,7 @@ def by_pillow(data: bytes, resize=PIL.Image.Image.resize) -> PIL.Image.Image:
 
 
 def fast(image: PIL.Image.Image, size: tuple[int, int], _, box=None) -> PIL.Image.Image:
-    return encoding._resized(image, size, box)
+    return PIL.Image.fromarray(encoding._resized(image, size, box))
 
 
 @pytest.mark.parametrize("name", JPEGS | SLOWER | OTHERS)
@@ -101,6 +106,11 @@ def test_with_the_same_resize_the_record_is_pillow_s_to_the_last_byte(name, resi
     (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
     picture = PIL.Image.fromarray(np.asarray(by_pillow(data, resize)))  # without the source's comment and profile
     assert encoding.encode(tmp_path / "x", *SIZE) == data_of(picture, "JPEG", quality=99, subsampling="4:4:4")
+
+
+@pytest.mark.parametrize("name", [name for name in JPEGS if name.startswith("orientation 6")])
+def test_wherever_the_orientation_stands_it_is_found(name):
+    assert encoding._orientation(JPEGS[name]) == 6
 
 
 def test_what_is_called_faulty_is_what_only_one_of_the_decoders_objects_to():
