@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "dgmd_pipeline"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-DATA = ["images", "labels", "balance", "split", "encoding", "records", "features"]  # in the order of the way of one image
+DATA = ["images", "labels", "balance", "split", "encoding", "records", "features"]  # the way of one image
 OWN = {  # module -> what of ours it may import, besides errors
     "errors": [],
     "settings": ["backbones"],  # the names of the backbones
