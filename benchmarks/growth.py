@@ -2,91 +2,123 @@
 
 Small pictures (about 25 kB), because what grows faster than it should is made of rows, not of pixels. Memory is what
 all processes of a run hold together (proportional set size), sampled. The cost is wall-clock seconds without what a
-stage takes for the first 200 pictures (processes start, modules are imported): a picture of the 20,000 against one of
-the 2,000; a ratio of 1 is linear. For the cost a second run ends before the first stage that needs TensorFlow, so that
-its start is not measured beside them, and the stages' own records say how long they took. Those that work on rows alone
-take milliseconds: each is done again several times, here, for the three sizes in turns, on what the runs have left.
+stage takes for the first 200 pictures: a picture of the 20,000 against one of the 2,000; a ratio of 1 is linear. Each
+stage is done again on what a run has left, by its own code in a process for each of the three sizes, as runs have one:
+in another's heap rows lie scattered, and a row costs a tenth more. Ten times 2,000 pictures go around once 20,000,
+five before and five after, because a machine's speed may change within seconds.
 
-    python -m benchmarks.growth [--repeats 2]
+    python -m benchmarks.growth [--repeats 2] [--pictures 5] [--rows 21]
 """
 
 import contextlib
 import gc
-import json
-import shutil
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import endpoint, measure, pictures
-from dgmd_pipeline import cli, settings, step, tasks
+from dgmd_pipeline import cli, folders, settings, step, tasks, workers
 
 LEAST, FEW, MANY = 200, 2_000, 20_000
-BY_PICTURES = ("raw", "inspected", "tfrecord_training")
-BY_ROWS = (tasks.MapLabels, tasks.BalanceClasses, tasks.SplitImages)
-TIMES = 61
+BY_PICTURES = {
+    "raw": tasks.DownloadImages,
+    "inspected": tasks.InspectImages,
+    "tfrecord_training": partial(tasks.WriteTFRecords, side="training"),
+}
+BY_ROWS = {"label_map": tasks.MapLabels, "balanced": tasks.BalanceClasses, "split": tasks.SplitImages}
+AROUND = MANY // FEW // 2
 
 
 def main() -> None:
-    repeats = measure.arguments(__doc__, repeats=2).repeats
-    gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
-    seconds: dict[int, list[dict[str, float]]] = {LEAST: [], FEW: [], MANY: []}
+    arguments = measure.arguments(__doc__, repeats=2, pictures=5, rows=21)
     with contextlib.ExitStack() as stack:
-        folders = {count: Path(stack.enter_context(measure.folder()), "data") for count in seconds}
-
-        def run(count: int) -> float:
-            raw, data = pictures.make(measure.WORK / f"small-{count}", count, pictures.SMALL), folders[count]
-            with endpoint.serving(raw) as url:
-                where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
-                light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
-                environment = measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data))
-                shutil.rmtree(data, ignore_errors=True)
-                peak = peak_of(environment)
-                shutil.rmtree(data)
-                peak_of(environment, "run", "--until", "convert")
-            records = {name: json.loads((data / name / "_SUCCESS").read_text()) for name in BY_PICTURES}
-            seconds[count].append({name: record["seconds"] for name, record in records.items()})
-            return peak / 2**20
-
-        found = measure.in_turns(repeats, least=lambda: run(LEAST), few=lambda: run(FEW), many=lambda: run(MANY))
-        rows: dict[int, list[dict[str, float]]] = {count: [] for count in folders}
-        for _ in range(TIMES):  # in turns: a machine's speed may change within seconds
-            for count, data in folders.items():
-                rows[count].append(rows_of(data))
-    figures = f"{measure.median(found['many'])} / {measure.median(found['few'])} MiB"
-    claims = [
-        measure.Claim(
-            "peak memory, times that of a tenth of the pictures",
-            measure.ratios(found["many"], found["few"]), 1.15, at_least=False, figures=figures,
+        environments = {}
+        for count in (LEAST, FEW, MANY):
+            raw = pictures.make(measure.WORK / f"small-{count}", count, pictures.SMALL)
+            where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": stack.enter_context(endpoint.serving(raw))}
+            light = {"BACKBONE": "MobileNetV3-Small", "IMAGE_WIDTH": 128, "IMAGE_HEIGHT": 96}
+            data = Path(stack.enter_context(measure.folder()), "data")
+            environments[count] = measure.environment(**measure.variables(**where, **light, EPOCHS=3, DATA_DIR=data))
+        peak_of(environments[LEAST])
+        peaks = measure.in_turns(
+            arguments.repeats,
+            few=lambda: peak_of(environments[FEW], "run", "--force", "download"),
+            many=lambda: peak_of(environments[MANY], "run", "--force", "download"),
         )
-    ]  # fmt: skip
-    for measured in (seconds, rows):
-        for stage in measured[FEW][0]:
-            many, few, least = ([run[stage] for run in measured[count]] for count in (MANY, FEW, LEAST))
-            dear = [(value - start) / (MANY - LEAST) for value, start in zip(many, least, strict=True)]
-            cheap = [(value - start) / (FEW - LEAST) for value, start in zip(few, least, strict=True)]
-            figures = " / ".join(measure.median(values, " s") for values in (many, few, least))
-            what = f"cost of a picture, times linear: {stage}"
-            claims.append(measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures))
-    measure.show(*claims)
+        processes = {count: stack.enter_context(process(environment)) for count, environment in environments.items()}
+        costs = [cost(processes, stage, arguments.pictures) for stage in BY_PICTURES]
+        costs += [cost(processes, stage, arguments.rows) for stage in BY_ROWS]
+    figures = f"{measure.median(peaks['many'])} / {measure.median(peaks['few'])} MiB"
+    what = "peak memory, times that of a tenth of the pictures"
+    ratios = measure.ratios(peaks["many"], peaks["few"])
+    measure.show(measure.Claim(what, ratios, 1.15, at_least=False, figures=figures), *costs)
 
 
-def rows_of(data: Path) -> dict[str, float]:
-    """Return the seconds that each stage takes which works on the rows in `data` alone."""
-    job = step.Job(settings.Settings(DATA_DIR=data))
-    seconds = {}
-    for kind in BY_ROWS:
-        with tempfile.TemporaryDirectory(dir=data.parent) as draft:
-            start = time.perf_counter()
-            kind(job=job).work(Path(draft))
-            seconds[kind.name] = time.perf_counter() - start
-    return seconds
+def cost(processes: dict[int, ProcessPoolExecutor], stage: str, repeats: int) -> measure.Claim:
+    """Measure what a picture of many costs in a stage, against one of few."""
+
+    def seconds(count: int) -> float:
+        return processes[count].submit(seconds_of, stage).result()
+
+    found: dict[int, list[float]] = {count: [] for count in processes}
+    for count in processes:
+        seconds(count)  # modules are imported, processes start
+    for number in range(repeats):
+        before = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
+        found[MANY].append(seconds(MANY))
+        after = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
+        for count, values in zip((LEAST, FEW), zip(*before, *after, strict=True), strict=True):
+            found[count].append(statistics.mean(values))
+        print(f"  {number + 1}/{repeats} {stage}: {found[MANY][-1]:.4g}", file=sys.stderr, flush=True)
+    dear = [(many - least) / (MANY - LEAST) for many, least in zip(found[MANY], found[LEAST], strict=True)]
+    cheap = [(few - least) / (FEW - LEAST) for few, least in zip(found[FEW], found[LEAST], strict=True)]
+    figures = " / ".join(measure.median(found[count], " s") for count in (MANY, FEW, LEAST))
+    what = f"cost of a picture, times linear: {stage}"
+    return measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures)
 
 
-def peak_of(environment: dict[str, str], *words: str) -> int:
-    """Run the pipeline and return the largest sum, in bytes, of what its processes held at one time."""
+@contextlib.contextmanager
+def process(environment: dict[str, str]):
+    """Start a process that works as a run with these variables does."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin, initargs=(environment,)) as process:
+        yield process
+        process.submit(end).result()
+
+
+def begin(environment: dict[str, str]) -> None:
+    global job
+    os.environ.update(environment)
+    gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
+    job = step.Job(settings.Settings(), pool=workers.Pool())
+
+
+def end() -> None:
+    job.pool.close()
+
+
+def seconds_of(stage: str) -> float:
+    """Do the work of a stage once more, beside what is there."""
+    data = job.settings.data_dir
+    with tempfile.TemporaryDirectory(dir=data.parent) as folder:
+        draft = Path(folder, "draft")
+        (draft / folders.RESUME).mkdir(parents=True)
+        of = job
+        if stage == "raw":  # where it is, nothing would be downloaded
+            of = step.Job(job.settings.model_copy(update={"data_dir": Path(folder, "data")}), pool=job.pool)
+        start = time.perf_counter()
+        (BY_PICTURES | BY_ROWS)[stage](job=of).work(draft)
+        return time.perf_counter() - start
+
+
+def peak_of(environment: dict[str, str], *words: str) -> float:
+    """Run the pipeline and return the most, in MiB, that its processes held together at one time."""
     peak = 0
     process = subprocess.Popen(
         [sys.executable, "pipeline.py", *words], cwd=measure.ROOT, env=environment, stdout=subprocess.PIPE, text=True
@@ -98,7 +130,7 @@ def peak_of(environment: dict[str, str], *words: str) -> int:
     output = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"the pipeline ended with {process.returncode}:\n{output[-2000:]}")
-    return peak
+    return peak / 2**20
 
 
 def family(pid: int) -> list[int]:

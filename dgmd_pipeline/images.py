@@ -363,7 +363,7 @@ _DRAFT = (64, 64)  # at least four pixels of a JPEG to one of its thumbnail
 _TURNS = range(0, 64, 4)
 _NEIGHBOURS = 8
 _BITS = 10
-_CHUNK = 4096  # thumbnails or pairs at a time; 3 MB each
+_CHUNK = 1024  # thumbnails or pairs at a time; 0.8 MB each
 # Whole numbers: sums are exact in float64, so that the hash is the same whatever adds them up in whatever order.
 _COSINES = np.rint(1024 * np.cos(np.pi / _SIDE * np.outer(np.arange(8), np.arange(_SIDE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])
@@ -459,14 +459,19 @@ def _are_copies(one: np.ndarray, other: np.ndarray, one_size: np.ndarray, other_
     """
     side = np.minimum(one_size.min(1), other_size.min(1))
     stretch = np.abs(np.log(one_size[:, 0] * other_size[:, 1] / (one_size[:, 1] * other_size[:, 0])))
-    one, other = (each.astype(np.float32).reshape(-1, 8, 2, 8, 2, 3).mean((2, 4)) for each in (one, other))
-    contrast = np.minimum(*(np.sqrt(each.var((1, 2)).mean(1)) for each in (one, other)))
+    # Pairs on the last axis: with the colours there, NumPy's innermost loops have three steps, and a pair takes 22 us
+    # instead of 3.
+    one, other = (
+        each.reshape(-1, _SIDE**2 * 3).T.astype(np.float32, order="C").reshape(8, 2, 8, 2, 3, -1).mean((1, 3))
+        for each in (one, other)
+    )
+    contrast = np.minimum(*(np.sqrt(each.var((0, 1)).mean(0)) for each in (one, other)))
     tolerance = np.hypot(np.minimum(2, 0.5 + 0.3 * contrast), (0.015 + 0.5 / side) * contrast)
     difference, total = one - other, one + other
-    framed = np.pad(total, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    blur = framed[:, :-2, 1:-1] + framed[:, 2:, 1:-1] + framed[:, 1:-1, :-2] + framed[:, 1:-1, 2:] - 4 * total
-    square = (difference**2).mean((1, 2, 3))
-    explained = (difference * blur).mean((1, 2, 3)) ** 2 / np.maximum((blur**2).mean((1, 2, 3)), 1e-6)
+    framed = np.pad(total, ((1, 1), (1, 1), (0, 0), (0, 0)), mode="edge")
+    blur = framed[:-2, 1:-1] + framed[2:, 1:-1] + framed[1:-1, :-2] + framed[1:-1, 2:] - 4 * total
+    square = (difference**2).mean((0, 1, 2))
+    explained = (difference * blur).mean((0, 1, 2)) ** 2 / np.maximum((blur**2).mean((0, 1, 2)), 1e-6)
     # The last condition: of stripes and a grey plane, blur explains everything.
     return (
         (stretch < 0.02 + 1.5 / side)  # as far as rounding to whole pixels goes, and a little

@@ -1,7 +1,7 @@
 """Row -> its side, training or validation, by content alone: the same images give the same split on every machine."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
@@ -24,32 +24,25 @@ def split(rows: Iterable[Example], fraction: float) -> Split:
     Near-duplicate groups are never torn apart, so a label made of groups comes as near to that number as they allow,
     and one that is a single group goes to training whole. A group that spans labels goes to training.
     """
-    groups: dict[str, list[Example]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(row)
-    counts: dict[str, int] = defaultdict(int)
-    classes: dict[str, list[list[Example]]] = defaultdict(list)
-    training: list[Example] = []
-    across = 0
-    for group in sorted(groups, key=_rank):
-        members = groups[group]
-        labels = {row.label for row in members}
-        for row in members:
-            counts[row.label] += 1
-        if len(labels) == 1:
-            classes[labels.pop()].append(members)
-        else:
-            training += members
-            across += 1
-    validation: list[Example] = []
-    for label, members_of in classes.items():
+    rows = sorted(rows, key=attrgetter("path"))  # no two are the same; comparing whole rows takes twice as long
+    counts = Counter(row.label for row in rows)
+    sizes = Counter(row.group for row in rows)
+    labels: dict[str, str] = {}
+    across = {row.group for row in rows if labels.setdefault(row.group, row.label) != row.label}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for group, label in labels.items():
+        if group not in across:
+            groups[label].append(group)
+    chosen: set[str] = set()
+    for label, candidates in groups.items():
+        candidates.sort(key=_rank)
         wanted = min(max(round(fraction * counts[label]), 1), counts[label] - 1)
-        chosen = set(_choose([len(members) for members in members_of], wanted, most=counts[label] - 1))
-        for position, members in enumerate(members_of):
-            (validation if position in chosen else training).extend(members)
+        positions = _choose([sizes[group] for group in candidates], wanted, most=counts[label] - 1)
+        chosen.update(candidates[position] for position in positions)
+    training = [row for row in rows if row.group not in chosen]
+    validation = [row for row in rows if row.group in chosen]
     unvalidated = sorted(counts.keys() - {row.label for row in validation})
-    by_path = attrgetter("path")  # no two are the same; comparing whole rows takes twice as long
-    return Split(sorted(training, key=by_path), sorted(validation, key=by_path), unvalidated, across)
+    return Split(training, validation, unvalidated, len(across))
 
 
 def _rank(group: str) -> bytes:
