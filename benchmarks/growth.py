@@ -3,11 +3,11 @@
 Small pictures (about 25 kB), because what grows faster than it should is made of rows, not of pixels. Memory is what
 all processes of a run hold together (proportional set size), sampled. The cost is wall-clock seconds without what a
 stage takes for the first 200 pictures: a picture of the 20,000 against one of the 2,000; a ratio of 1 is linear. Each
-stage is done again on what a run has left, by its own code in a process for each of the three sizes, as runs have one:
-in another's heap rows lie scattered, and a row costs a tenth more. Ten times 2,000 pictures go around once 20,000,
-five before and five after, because a machine's speed may change within seconds.
+stage is done again on what a run has left, by its own code, in a process for each of the three sizes: in a heap that
+others have used, rows lie scattered, and one of 20,000 costs up to a fifth more. Ten times 2,000 pictures go around
+once 20,000, five before and five after, because a machine's speed may change within seconds.
 
-    python -m benchmarks.growth [--repeats 2] [--pictures 5] [--rows 21]
+    python -m benchmarks.growth [--repeats 2] [--pictures 3] [--rows 21]
 """
 
 import contextlib
@@ -37,7 +37,7 @@ AROUND = MANY // FEW // 2
 
 
 def main() -> None:
-    arguments = measure.arguments(__doc__, repeats=2, pictures=5, rows=21)
+    arguments = measure.arguments(__doc__, repeats=2, pictures=3, rows=21)
     with contextlib.ExitStack() as stack:
         environments = {}
         for count in (LEAST, FEW, MANY):
@@ -52,34 +52,35 @@ def main() -> None:
             few=lambda: peak_of(environments[FEW], "run", "--force", "download"),
             many=lambda: peak_of(environments[MANY], "run", "--force", "download"),
         )
-        processes = {count: stack.enter_context(process(environment)) for count, environment in environments.items()}
-        costs = [cost(processes, stage, arguments.pictures) for stage in BY_PICTURES]
-        costs += [cost(processes, stage, arguments.rows) for stage in BY_ROWS]
+        costs = [cost(environments, stage, arguments.pictures) for stage in BY_PICTURES]
+        costs += [cost(environments, stage, arguments.rows) for stage in BY_ROWS]
     figures = f"{measure.median(peaks['many'])} / {measure.median(peaks['few'])} MiB"
     what = "peak memory, times that of a tenth of the pictures"
     ratios = measure.ratios(peaks["many"], peaks["few"])
     measure.show(measure.Claim(what, ratios, 1.15, at_least=False, figures=figures), *costs)
 
 
-def cost(processes: dict[int, ProcessPoolExecutor], stage: str, repeats: int) -> measure.Claim:
+def cost(environments: dict[int, dict[str, str]], stage: str, repeats: int) -> measure.Claim:
     """Measure what a picture of many costs in a stage, against one of few."""
+    found: dict[int, list[float]] = {LEAST: [], FEW: [], MANY: []}
+    with contextlib.ExitStack() as stack:
+        processes = {count: stack.enter_context(process(environments[count])) for count in found}
 
-    def seconds(count: int) -> float:
-        return processes[count].submit(seconds_of, stage).result()
+        def seconds(count: int) -> float:
+            return processes[count].submit(seconds_of, stage).result()
 
-    found: dict[int, list[float]] = {count: [] for count in processes}
-    for count in processes:
-        seconds(count)  # modules are imported, processes start
-    for number in range(repeats):
-        before = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
-        found[MANY].append(seconds(MANY))
-        after = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
-        for count, values in zip((LEAST, FEW), zip(*before, *after, strict=True), strict=True):
-            found[count].append(statistics.mean(values))
-        print(f"  {number + 1}/{repeats} {stage}: {found[MANY][-1]:.4g}", file=sys.stderr, flush=True)
+        for count in found:
+            seconds(count)  # modules are imported, processes start
+        for number in range(repeats):
+            before = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
+            found[MANY].append(seconds(MANY))
+            after = [(seconds(LEAST), seconds(FEW)) for _ in range(AROUND)]
+            for count, values in zip((LEAST, FEW), zip(*before, *after, strict=True), strict=True):
+                found[count].append(statistics.mean(values))
+            print(f"  {number + 1}/{repeats} {stage}: {found[MANY][-1]:.4g}", file=sys.stderr, flush=True)
     dear = [(many - least) / (MANY - LEAST) for many, least in zip(found[MANY], found[LEAST], strict=True)]
     cheap = [(few - least) / (FEW - LEAST) for few, least in zip(found[FEW], found[LEAST], strict=True)]
-    figures = " / ".join(measure.median(found[count], " s") for count in (MANY, FEW, LEAST))
+    figures = " / ".join(measure.median(values, " s") for values in reversed(found.values()))
     what = f"cost of a picture, times linear: {stage}"
     return measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures)
 

@@ -36,6 +36,9 @@ except ModuleNotFoundError:  # no wheel for Linux on arm64
 QUALITY = 99
 SUBSAMPLING = "4:4:4"
 
+# The segments of a usual JPEG in which no orientation stands: frame, tables, comment and APPn but APP1 (EXIF, XMP).
+_UNTURNING = {bytes((0xFF, code)) for code in (0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE)}
+
 
 def encode(path: Path, width: int, height: int) -> bytes:
     """Return the picture of a file, `stretched`, as a JPEG of quality 99 with 4:4:4 sampling. Raises what that does."""
@@ -78,10 +81,10 @@ def _by_simplejpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
 
 
 def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation of a JPEG; without the 0.1 ms that Pillow takes to open it if there is no EXIF."""
+    """Return the EXIF orientation of a JPEG; without the 0.1 ms that Pillow takes to open it if there can be none."""
     at = 2
-    while data[at : at + 2] not in (b"\xff\xda", b""):  # the pixels begin
-        if data[at] != 0xFF or data[at + 1] in (0xE1, 0xFF):  # lost its way, or found EXIF or XMP, or padding
+    while (marker := data[at : at + 2]) != b"\xff\xda":  # the pixels begin
+        if marker not in _UNTURNING:
             with images.guarded(data):
                 return images.orientation(PIL.Image.open(io.BytesIO(data), formats=images.FORMATS))
         at += 2 + int.from_bytes(data[at + 2 : at + 4])

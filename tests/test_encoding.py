@@ -57,6 +57,7 @@ JPEGS = {
     "orientation 6 in XMP": data_of(scene(), "JPEG", xmp=XMP),
     "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
     "orientation 6 behind a comment that looks like pixels": TURNED[:2] + b"\xff\xfe\0\4\xff\xda" + TURNED[2:],
+    "orientation 6 behind a marker without a segment": TURNED[:2] + b"\xff\xd0" + TURNED[2:],
     **{f"orientation {number}": data_of(scene(), "JPEG", exif=oriented(number)) for number in range(1, 9)},
 }
 SLOWER = {
