@@ -275,7 +275,8 @@ def guarded(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[list[warnings
 
     Pillow warns beyond MAX_IMAGE_PIXELS and refuses beyond twice that: half of ours there gives one clear refusal, in
     every place where Pillow checks. libtiff writes to the process's standard error whatever Pillow does, so that is
-    turned away for files that begin like a TIFF.
+    turned away for files that begin like a TIFF. Both are settings of the process: for one thread at a time.
+    Yields the list in which Pillow's warnings arrive.
     """
     before = PIL.Image.MAX_IMAGE_PIXELS
     PIL.Image.MAX_IMAGE_PIXELS = max_pixels // 2

@@ -64,7 +64,7 @@ def write(
 
     Pictures are read below `raw` and stretched to `width` x `height` pixels. There are `shards` shards, or as many as
     images if those are fewer. The bytes depend on the set of rows and the pictures alone: not on the order of `rows` or
-    how many processes work (on Linux and arm64 some values are another by one level, see `images`). `map` is like the
+    how many processes work (on Linux and arm64 some values are another by one level, see `encoding`). `map` is like the
     builtin one; it may call the function for its pieces in other processes, and yields in order what comes back,
     numbers of images.
     Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
@@ -101,7 +101,7 @@ def write(
 
 
 def bytes_of(images: int, width: int, height: int) -> int:
-    """Return about how many bytes so many photographs take, by the measurement above: 1.12 for each pixel."""
+    """Return about how many bytes so many photographs take, by the measurement in `encoding`: 1.12 for each pixel."""
     return round(images * width * height * 1.12)
 
 

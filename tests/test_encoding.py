@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,22 @@ def padded(data: bytes) -> bytes:
     return data[:at] + b"nothing" + data[at:]
 
 
+def lossless(width: int, height: int) -> bytes:
+    """A grey picture in the kind of JPEG that stores differences: all are 0, for which the code is one bit, 0."""
+    frame = b"\xff\xc3\0\x11\x08" + struct.pack(">HH", height, width) + b"\3\1\x11\0\2\x11\0\3\x11\0"
+    table = b"\xff\xc4\0\x14\0\1" + bytes(15) + b"\0"
+    scan = b"\xff\xda\0\x0c\3\1\0\2\0\3\0\1\0\0" + bytes(width * height * 3 // 8 + 1)
+    return b"\xff\xd8" + frame + table + scan + b"\xff\xd9"
+
+
+def of_4_4_1() -> bytes:
+    """A 4:1:1 JPEG (luminance 4 x 1) that says 1 x 4: as many blocks, if not in their places."""
+    data = simplejpeg.encode_jpeg(np.asarray(scene(256, 256)), colorsubsampling="411")
+    at = data.index(b"\xff\xc0") + 11
+    assert data[at] == 0x41
+    return data[:at] + b"\x14" + data[at + 1 :]
+
+
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
 TURNED = data_of(scene(), "JPEG", exif=oriented(6))
 JPEGS = {
@@ -55,15 +72,17 @@ JPEGS = {
     "a quarter of the size": data_of(scene(701, 1501), "JPEG"),
     "an eighth of the size": data_of(scene(1027, 1501), "JPEG"),
     "orientation 6 in XMP": data_of(scene(), "JPEG", xmp=XMP),
-    "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
     "orientation 6 behind a comment that looks like pixels": TURNED[:2] + b"\xff\xfe\0\4\xff\xda" + TURNED[2:],
-    "orientation 6 behind a marker without a segment": TURNED[:2] + b"\xff\xd0" + TURNED[2:],
     **{f"orientation {number}": data_of(scene(), "JPEG", exif=oriented(number)) for number in range(1, 9)},
 }
 SLOWER = {
     "grey": data_of(scene().convert("L"), "JPEG"),
     "CMYK": data_of(scene().convert("CMYK"), "JPEG"),
     "grey and turned": data_of(scene().convert("L"), "JPEG", exif=oriented(6)),
+    "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
+    "orientation 6 behind a marker without a segment": TURNED[:2] + b"\xff\xd0" + TURNED[2:],
+    "lossless": lossless(70, 50),
+    "4:4:1": of_4_4_1(),
     "faulty": padded(JPEGS["4:2:0"]),
 }
 OTHERS = {
@@ -109,9 +128,10 @@ def test_with_the_same_resize_the_record_is_pillow_s_to_the_last_byte(name, resi
     assert encoding.encode(tmp_path / "x", *SIZE) == data_of(picture, "JPEG", quality=99, subsampling="4:4:4")
 
 
-@pytest.mark.parametrize("name", [name for name in JPEGS if name.startswith("orientation 6")])
-def test_wherever_the_orientation_stands_it_is_found(name):
-    assert encoding._orientation(JPEGS[name]) == 6
+def test_a_lossless_jpeg_that_would_have_to_be_decoded_at_half_its_size_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(lossless(2 * SIZE[0] * 2, 2 * SIZE[1] * 2))
+    with pytest.raises(OSError, match="broken data stream"):
+        encoding.encode(tmp_path / "x", *SIZE)
 
 
 def test_what_is_called_faulty_is_what_only_one_of_the_decoders_objects_to():
@@ -136,7 +156,7 @@ def test_a_damaged_picture_is_one_of_the_errors_that_are_named(kind, tmp_path):
     data = data_of(scene(), kind)
     for name, content in {"garbage": b"nothing", "cut": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(images.DAMAGED):
+        with pytest.raises(OSError, match="identify|truncated"):
             encoding.encode(tmp_path / name, *SIZE)
 
 
