@@ -3,7 +3,7 @@
 That is the smallest of 1, 1/2, 1/4 and 1/8 that leaves at least twice the size of the stored picture, in as many
 processes, of the same files. Whatever else writing takes (resizing, encoding, checksums, the disk) has no counterpart.
 
-    python -m benchmarks.writing [--repeats 5]
+    python -m benchmarks.writing [--repeats 11]
 """
 
 import io
@@ -52,7 +52,7 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
 
 
 def main() -> None:
-    repeats = measure.arguments(__doc__, repeats=5).repeats
+    repeats = measure.arguments(__doc__, repeats=11).repeats
     raw = pictures.make(measure.WORK / "spice")
     pool = workers.Pool()
     claims = []
