@@ -88,9 +88,9 @@ def cost(environments: dict[int, dict[str, str]], stage: str, repeats: int) -> m
 @contextlib.contextmanager
 def process(environment: dict[str, str]):
     """Start a process that works as a run with these variables does."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin, initargs=(environment,)) as process:
-        yield process
-        process.submit(end).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin, initargs=(environment,)) as worker:
+        yield worker
+        worker.submit(end).result()
 
 
 def begin(environment: dict[str, str]) -> None:

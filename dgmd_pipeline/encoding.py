@@ -19,7 +19,6 @@ Noise does not break it: of 60 levels in the original it is 0.9 and 3.2.
 """
 
 import functools
-import io
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +73,7 @@ def _by_simplejpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
         orientation = _orientation(data)
         if orientation is None:
             return None
-        if orientation in images.ACROSS:
-            size = size[::-1]
+        size = images.exchanged(size, orientation)
         factor = max(f for f in (1, 2, 4, 8) if f == 1 or (width >= 2 * size[0] * f and height >= 2 * size[1] * f))
         least = {"min_width": -(-width // factor), "min_height": -(-height // factor)}
         pixels = simplejpeg.decode_jpeg(data, "RGBX", **least)
@@ -98,18 +96,17 @@ def _orientation(data: bytes) -> int | None:
     if not found:
         return 1
     with images.guarded(data):
-        return images.orientation(PIL.Image.open(io.BytesIO(data), formats=images.FORMATS))
+        return images.orientation(images.opened(data))
 
 
 def _by_pillow(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """Return any picture stretched to `size` as it is seen: uint8 [height, width, 3]."""
     with images.guarded(data):
-        image = PIL.Image.open(io.BytesIO(data), formats=images.FORMATS)
+        image = images.opened(data)
         if image.format not in ("JPEG", "MPO"):
             return _resized(images.to_rgb(image), size)
         orientation = images.orientation(image)
-        if orientation in images.ACROSS:
-            size = size[::-1]
+        size = images.exchanged(size, orientation)
         reduced = image.draft("RGB", (2 * size[0], 2 * size[1]))
         return _upright(_resized(image.convert("RGB"), size, reduced and reduced[1]), orientation)
 

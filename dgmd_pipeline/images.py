@@ -61,7 +61,7 @@ _TRANSPOSE = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
+_ACROSS = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
 def find(raw: Path) -> Iterator[RawFile]:
@@ -186,7 +186,7 @@ def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """
     data = path.read_bytes()
     with guarded(data, max_pixels):
-        return to_rgb(PIL.Image.open(io.BytesIO(data), formats=FORMATS))
+        return to_rgb(opened(data))
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -243,6 +243,11 @@ def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(grey.astype(np.uint8))
 
 
+def opened(data: bytes) -> PIL.Image.Image:
+    """Read the header of a picture by one of the readers of `FORMATS`, while `guarded`. Raises one of `DAMAGED`."""
+    return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where EXIF is missing or damaged: the picture is whole without it."""
     try:
@@ -256,16 +261,19 @@ def turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _decode(data: bytes, draft_size: tuple[int, int] | None) -> tuple[str, tuple[int, int], PIL.Image.Image]:
+def exchanged(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return a width and height as stored for those as seen, or the other way round."""
+    return size[::-1] if orientation in _ACROSS else size
+
+
+def _decode(data: bytes) -> tuple[str, tuple[int, int], PIL.Image.Image]:
     """Return the format, the full size (width, height) as the picture is seen, and the picture as `to_rgb` makes it."""
-    image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    image = opened(data)
     if image.format not in ("JPEG", "MPO"):
         rgb = to_rgb(image)
         return str(image.format), rgb.size, rgb
-    across = orientation(image) in ACROSS
-    size = image.size[::-1] if across else image.size
-    if draft_size:
-        image.draft("RGB", draft_size[::-1] if across else draft_size)
+    size = exchanged(image.size, orientation(image))
+    image.draft("RGB", _DRAFT)
     return "JPEG", size, to_rgb(image)
 
 
@@ -326,7 +334,7 @@ def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> 
         return Rejected(*file, "empty", "0 bytes")
     with guarded(data, max_pixels) as said:
         try:
-            kind, (width, height), rgb = _decode(data, _DRAFT)
+            kind, (width, height), rgb = _decode(data)
         except (PIL.Image.DecompressionBombError, *DAMAGED) as error:
             return Rejected(*file, *_why(error, data, said))
     if min(width, height) < min_side:

@@ -8,30 +8,23 @@ import numpy as np
 import PIL.Image
 import pytest
 import simplejpeg
+from test_images import encode, scene, stored_as, turned
 
 from dgmd_pipeline import encoding, images
 
-SIZE = (64, 48)  # of what is made; the scenes are larger
+SIZE = (64, 48)  # of what is made; the photos are larger
+SIZES = [(97, 61), (8, 3000), (3000, 8), (30, 20), (701, 1501)]  # the last is decoded at a quarter: 175.25 x 375.25
 
 
-def scene(width: int = 300, height: int = 210) -> PIL.Image.Image:
-    """Soft colours with edges and noise."""
-    rng = np.random.default_rng(0)
-    coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), float)
-    return PIL.Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+def photo(width: int = 300, height: int = 210) -> PIL.Image.Image:
+    """A scene with a sensor's noise."""
+    smooth = np.asarray(scene(0, width, height), float)
+    noise = np.random.default_rng(0).normal(0, 5, smooth.shape)
+    return PIL.Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
 
 
-def data_of(image: PIL.Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def oriented(orientation: int) -> PIL.Image.Exif:
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    return exif
+def noise(width: int, height: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (height, width, 3)))
 
 
 def padded(data: bytes) -> bytes:
@@ -50,35 +43,36 @@ def lossless(width: int, height: int) -> bytes:
 
 def of_4_4_1() -> bytes:
     """A 4:1:1 JPEG (luminance 4 x 1) that says 1 x 4: as many blocks, if not in their places."""
-    data = simplejpeg.encode_jpeg(np.asarray(scene(256, 256)), colorsubsampling="411")
+    data = simplejpeg.encode_jpeg(np.asarray(photo(256, 256)), colorsubsampling="411")
     at = data.index(b"\xff\xc0") + 11
     assert data[at] == 0x41
     return data[:at] + b"\x14" + data[at + 1 :]
 
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
-TURNED = data_of(scene(), "JPEG", exif=oriented(6))
+TURNED = encode(photo(), "JPEG", exif=turned(6))
 JPEGS = {
-    "4:4:4": data_of(scene(), "JPEG", subsampling="4:4:4"),
-    "4:2:2": data_of(scene(), "JPEG", subsampling="4:2:2"),
-    "4:2:0": data_of(scene(), "JPEG", subsampling="4:2:0"),
-    "progressive": data_of(scene(), "JPEG", progressive=True),
-    "restart markers": data_of(scene(), "JPEG", restart_marker_rows=1),
-    "stored as RGB": data_of(scene(), "JPEG", keep_rgb=True),
-    "a profile and a comment": data_of(scene(), "JPEG", icc_profile=b"profile" * 20_000, comment=b"a camera's"),
-    "two pictures": data_of(scene(), "MPO", save_all=True, append_images=[scene().rotate(180)]),
-    "as small as can be": data_of(scene(8, 8), "JPEG"),
-    "half of the size": data_of(scene(257, 771), "JPEG"),
-    "a quarter of the size": data_of(scene(701, 1501), "JPEG"),
-    "an eighth of the size": data_of(scene(1027, 1501), "JPEG"),
-    "orientation 6 in XMP": data_of(scene(), "JPEG", xmp=XMP),
+    "4:4:4": encode(photo(), "JPEG", subsampling="4:4:4"),
+    "4:2:2": encode(photo(), "JPEG", subsampling="4:2:2"),
+    "4:2:0": encode(photo(), "JPEG", subsampling="4:2:0"),
+    "progressive": encode(photo(), "JPEG", progressive=True),
+    "restart markers": encode(photo(), "JPEG", restart_marker_rows=1),
+    "stored as RGB": encode(photo(), "JPEG", keep_rgb=True),
+    "a profile and a comment": encode(photo(), "JPEG", icc_profile=b"profile" * 20_000, comment=b"a camera's"),
+    "two pictures": encode(photo(), "MPO", save_all=True, append_images=[photo().rotate(180)]),
+    "as small as can be": encode(photo(8, 8), "JPEG"),
+    "half of the size": encode(photo(257, 771), "JPEG"),
+    "a quarter of the size": encode(photo(701, 1501), "JPEG"),
+    "an eighth of the size": encode(photo(1027, 1501), "JPEG"),
+    "orientation 6 in XMP": encode(photo(), "JPEG", xmp=XMP),
     "orientation 6 behind a comment that looks like pixels": TURNED[:2] + b"\xff\xfe\0\4\xff\xda" + TURNED[2:],
-    **{f"orientation {number}": data_of(scene(), "JPEG", exif=oriented(number)) for number in range(1, 9)},
+    **{f"noise {width} x {height}": encode(noise(width, height), "JPEG") for width, height in SIZES},
+    **{f"orientation {number}": encode(photo(), "JPEG", exif=turned(number)) for number in range(1, 9)},
 }
 SLOWER = {
-    "grey": data_of(scene().convert("L"), "JPEG"),
-    "CMYK": data_of(scene().convert("CMYK"), "JPEG"),
-    "grey and turned": data_of(scene().convert("L"), "JPEG", exif=oriented(6)),
+    "grey": encode(photo().convert("L"), "JPEG"),
+    "CMYK": encode(photo().convert("CMYK"), "JPEG"),
+    "grey and turned": encode(photo().convert("L"), "JPEG", exif=turned(6)),
     "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
     "orientation 6 behind a marker without a segment": TURNED[:2] + b"\xff\xd0" + TURNED[2:],
     "lossless": lossless(70, 50),
@@ -86,10 +80,11 @@ SLOWER = {
     "faulty": padded(JPEGS["4:2:0"]),
 }
 OTHERS = {
-    "PNG": data_of(scene(), "PNG", exif=oriented(6)),
-    "PNG transparent": data_of(scene().convert("RGBA").rotate(20), "PNG"),
-    "GIF": data_of(scene(), "GIF"),
-    "WEBP": data_of(scene(), "WEBP"),
+    **{f"PNG {width} x {height}": encode(noise(width, height), "PNG") for width, height in SIZES},
+    "PNG": encode(photo(), "PNG", exif=turned(6)),
+    "PNG transparent": encode(photo().convert("RGBA").rotate(20), "PNG"),
+    "GIF": encode(photo(), "GIF"),
+    "WEBP": encode(photo(), "WEBP"),
 }
 
 
@@ -99,8 +94,7 @@ def by_pillow(data: bytes, resize=PIL.Image.Image.resize) -> PIL.Image.Image:
     size, turn = SIZE, images.orientation(image)
     if image.format not in ("JPEG", "MPO"):
         return resize(images.to_rgb(image), size, PIL.Image.Resampling.BILINEAR)
-    if turn in images.ACROSS:
-        size = size[::-1]
+    size = images.exchanged(size, turn)
     _, box = image.draft("RGB", (2 * size[0], 2 * size[1]))
     return images.turned(resize(image.convert("RGB"), size, PIL.Image.Resampling.BILINEAR, box), turn)
 
@@ -125,7 +119,17 @@ def test_with_the_same_resize_the_record_is_pillow_s_to_the_last_byte(name, resi
         monkeypatch.setattr(encoding, "cykooz_resizer", None)
     (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
     picture = PIL.Image.fromarray(np.asarray(by_pillow(data, resize)))  # without the source's comment and profile
-    assert encoding.encode(tmp_path / "x", *SIZE) == data_of(picture, "JPEG", quality=99, subsampling="4:4:4")
+    assert encoding.encode(tmp_path / "x", *SIZE) == encode(picture, "JPEG", quality=99, subsampling="4:4:4")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_orientation_says_before_it_is_stretched(kind, orientation, tmp_path):
+    upright = scene(0, 400, 240)
+    (tmp_path / "x").write_bytes(stored_as(upright, kind, orientation))
+    image = PIL.Image.fromarray(encoding.stretched(tmp_path / "x", 100, 50)[..., :3])
+    assert image.size == (100, 50)
+    assert np.abs(np.asarray(image.resize((40, 24)), float) - np.asarray(upright.resize((40, 24)), float)).mean() < 3
 
 
 def test_a_lossless_jpeg_that_would_have_to_be_decoded_at_half_its_size_is_refused(tmp_path):
@@ -153,7 +157,7 @@ def test_where_there_is_no_fast_resize_it_works_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_damaged_picture_is_one_of_the_errors_that_are_named(kind, tmp_path):
-    data = data_of(scene(), kind)
+    data = encode(photo(), kind)
     for name, content in {"garbage": b"nothing", "cut": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match="identify|truncated"):

@@ -56,6 +56,14 @@ def turned(orientation: int) -> PIL.Image.Exif:
     return exif
 
 
+def stored_as(upright: PIL.Image.Image, kind: str, orientation: int) -> bytes:
+    """A file in which the picture lies turned and whose EXIF says so."""
+    back = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes it; every other one undoes itself
+    stored = upright.transpose(images._TRANSPOSE[back]) if back > 1 else upright
+    options = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": turned(orientation)}
+    return encode(stored, kind, **options)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG of that size as far as its header goes, and one byte of picture."""
 
@@ -395,10 +403,7 @@ def test_of_several_pictures_in_a_file_the_first_counts(name, tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, tmp_path):
     upright = scene(0, 400, 240)
-    back = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes it; every other one undoes itself
-    stored = upright.transpose(images._TRANSPOSE[back]) if back > 1 else upright
-    options = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": turned(orientation)}
-    (tmp_path / "x").write_bytes(encode(stored, kind, **options))
+    (tmp_path / "x").write_bytes(stored_as(upright, kind, orientation))
     image = open_rgb(tmp_path / "x")
     assert image.size == (400, 240)
     assert np.abs(np.asarray(image.resize((40, 24)), float) - np.asarray(upright.resize((40, 24)), float)).mean() < 3
