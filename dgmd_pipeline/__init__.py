@@ -26,6 +26,7 @@ backbones.py   a backbone's name -> its network in Keras and the file of its wei
 model.py       layers: the frozen backbone, the head, the servable whole
 training.py    features or records -> trained model
 evaluation.py  model and records -> measurements
+folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
 assessment.py  a saved model in a clean process -> load time, latency, throughput, memory
 review.py      a model, production and the pictures at hand -> what an operator decides from

@@ -31,6 +31,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "labels": ["manifest"],
     "balance": ["manifest"],
     "split": ["manifest"],
+    "folds": [],
     "encoding": ["images"],  # the rule for opening a picture
     "records": ["manifest", "images", "encoding"],
     "features": [],
