@@ -24,7 +24,9 @@ records.py     row <-> TFRecord
 features.py    record -> feature vector
 backbones.py   a backbone's name -> its network in Keras and the file of its weights
 model.py       layers: the frozen backbone, the head, the servable whole
-training.py    features or records -> trained model
+linear.py      feature vectors and labels -> a logistic regression
+head.py        stored features -> a trained head, chosen by cross-validation
+training.py    a network and batches -> a trained model: the loop, its checkpoint, and `cnn` from records
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way

@@ -107,22 +107,19 @@ def build_cnn(height: int, width: int) -> "keras.Model":
 
 
 def build_head(
-    features: int, classes: int, dropout: float, whitening: "tuple[np.ndarray, np.ndarray] | None" = None
+    features: int, classes: int, dropout: float, mean: "np.ndarray | None" = None, deviation: float = 1.0
 ) -> "keras.Model":
     """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
 
-    `whitening` is a kernel (float32 [features, k]) and a bias (float32 [k]): what the vectors are multiplied by first,
-    and what is then added. Training leaves both as they are.
+    Two hidden layers. `mean` (float [features]) is first subtracted from the vectors, which are divided by `deviation`.
     """
     import keras
     from keras import layers
 
     vector = keras.Input((features,), name="features")
     x = vector
-    if whitening is not None:
-        fixed = layers.Dense(len(whitening[1]), trainable=False, name="whitening")
-        x = fixed(vector)
-        fixed.set_weights(whitening)
+    if mean is not None:
+        x = layers.Rescaling(1 / deviation, (-mean / deviation).tolist(), name="centring")(vector)
     for units in HEAD_UNITS:
         x = layers.Dense(units, use_bias=False)(x)
         x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
@@ -130,6 +127,18 @@ def build_head(
         x = layers.Dropout(dropout)(x)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(vector, x, name="head")
+
+
+def build_linear_head(kernel: "np.ndarray", bias: "np.ndarray") -> "keras.Model":
+    """Build a logistic regression from its kernel (float32 [features, classes]) and bias (float32 [classes])."""
+    import keras
+    from keras import layers
+
+    vector = keras.Input((len(kernel),), name="features")
+    layer = layers.Dense(len(bias), activation="softmax", dtype="float32", name="probabilities")
+    head = keras.Model(vector, layer(vector), name="head")
+    layer.set_weights([kernel, bias])
+    return head
 
 
 def load(path: Path) -> "keras.Model":

@@ -98,8 +98,8 @@ def reliability(bins: Sequence[Bin], error: float) -> bytes:
     return _png(draw, 7, 5.4)
 
 
-def learning(history: Sequence[Epoch], kept: int) -> bytes:
-    """Draw loss and accuracy of each epoch (at least one) and mark the kept one, an index into `history`."""
+def learning(history: Sequence[Epoch]) -> bytes:
+    """Draw loss and accuracy of each epoch, at least one."""
     epochs = [row.epoch + 1 for row in history]
     panels = [
         ("Loss (lower is better)", [row.loss for row in history], [row.val_loss for row in history]),
@@ -112,7 +112,6 @@ def learning(history: Sequence[Epoch], kept: int) -> bytes:
         for axes, (title, training, validation) in zip(figure.subplots(1, 2), panels, strict=True):
             axes.plot(epochs, training, "o--", color=FIRST, markersize=4, label="training")
             axes.plot(epochs, validation, "s-", color=SECOND, markersize=4, label="validation")
-            axes.axvline(epochs[kept], color=MUTED, linestyle=":", label=f"kept: epoch {epochs[kept]}")
             axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")

@@ -70,7 +70,7 @@ def write(
     Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
     OSError where `folder` cannot be written.
     """
-    ordered = sorted(rows, key=_rank)
+    ordered = in_order(rows)
     shards = min(shards, len(ordered))
     pieces = []
     for number in range(shards):
@@ -98,6 +98,11 @@ def write(
     text = json.dumps({**index, **counts, "files": entries}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
     return counts
+
+
+def in_order(rows: Iterable[Example]) -> list[Example]:
+    """Return the rows in the order of their records."""
+    return sorted(rows, key=_rank)
 
 
 def bytes_of(images: int, width: int, height: int) -> int:

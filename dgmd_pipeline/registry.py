@@ -83,7 +83,6 @@ class Candidate(NamedTuple):
     labels: Sequence[str]  # of the outputs, in their order
     params: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, the first one is epoch 1
-    kept: int  # position in `history` of the epoch whose weights were kept
     metrics: Mapping[str, float]  # of the evaluation, data counts and the like
     times: Mapping[str, float]  # metrics of the run's steps, which say nothing about the model
     tags: Mapping[str, str]
@@ -344,11 +343,7 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
             source = resolve_dataset_source(candidate.source)
         dataset = MetaDataset(source, name=candidate.source, digest=candidate.source_digest[:16])  # type: ignore[abstract]
         mlflow.log_input(dataset, context="training")
-        history = list(candidate.history)
-        if candidate.kept != len(history) - 1:
-            # A metric's last value is the one that MLflow shows: that of the weights that were kept.
-            history.append(history[candidate.kept])
-        _log_metrics(client, run.info.run_id, [candidate.metrics, *history])
+        _log_metrics(client, run.info.run_id, [candidate.metrics, *candidate.history])
         for path, folder in candidate.files.items():
             if path.is_dir():
                 mlflow.log_artifacts(str(path), folder)

@@ -40,7 +40,7 @@ class Content(NamedTuple):
     measured: Measurements
     thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
     history: Sequence[Epoch]
-    kept: int  # an index into `history`
+    head: Mapping[str, Any] | None  # how the head was chosen: `head.about`; None for `cnn`
     counts: Sequence[plots.Count]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in their order
@@ -130,7 +130,7 @@ def _plots(content: Content, comparison: Mapping[str, Any] | None) -> dict[str, 
     if content.counts:
         found["class_counts"] = partial(plots.class_counts, content.counts)
     if len(content.history) > 1:
-        found["learning_curves"] = partial(plots.learning, content.history, content.kept)
+        found["learning_curves"] = partial(plots.learning, content.history)
     if content.seconds:
         found["step_seconds"] = partial(plots.times, content.seconds)
     return found

@@ -34,7 +34,8 @@ LIBRARY_DEFAULTS = {
 }
 # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
 # threads on one batch. docs/measurements.md
-FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+# OpenBLAS's threads wait for each other in a busy loop: beside other work, two of them took a hundred times as long.
+FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Settings(BaseSettings):
@@ -73,10 +74,13 @@ class Settings(BaseSettings):
         "imagenet", min_length=1, description="`imagenet`, `none` (random) or a weights file; not used by `cnn`"
     )
     batch_size: int = Field(128, ge=1, description="images in one training step")
+    head: Literal["auto", "linear", "hidden"] = Field(
+        "auto", description="what classifies the features of a frozen backbone; not used by `cnn`"
+    )
     epochs: int = Field(15, ge=1, description="times the training goes through all images, at most")
     learning_rate: float = Field(0.01, gt=0, description="learning rate of the first epoch")
     decay_rate: float = Field(0.5, ge=0, description="LEARNING_RATE / (1 + DECAY_RATE * epoch)")
-    patience: int = Field(3, ge=1, description="epochs without better validation accuracy before stopping")
+    patience: int = Field(3, ge=1, description="epochs without a lower held-out loss before cross-validation stops")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="how the weights are updated")
     dropout: float = Field(0.1, ge=0, lt=1, description="fraction of the head's units dropped in training")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

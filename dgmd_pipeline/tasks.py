@@ -534,8 +534,10 @@ class TrainModel(Step):
     name = "trained_model"
     verb = "train"
     resumes = True
+    format = 2
     uses = (
         "backbone",
+        "head",
         "batch_size",
         "epochs",
         "learning_rate",
@@ -551,21 +553,24 @@ class TrainModel(Step):
     _epochs = 0  # of this run; one that was stopped may have come to the others
 
     def requires(self) -> list[Step]:
-        return [*learned_from(self), MapLabels(job=self.job), BalanceClasses(job=self.job)]
+        job = self.job
+        return [*learned_from(self), MapLabels(job=job), BalanceClasses(job=job), SplitImages(job=job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import features, labels, model, records, training
+        from dgmd_pipeline import features, head, labels, model, records, training
 
         backbone = _network(self)
         model.start_tensorflow()
-        *sides, label_map, balanced = self.requires()
+        *sides, label_map, balanced, split = self.requires()
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
         size = (self.settings.image_height, self.settings.image_width)
         if backbone:
             learned, rest = (features.load(side.path) for side in sides)
-            train = partial(training.train_head, learned, rest, classes, weights, recipe, self._show)
+            rows = records.in_order(manifest.read(split.path / "training.csv", manifest.Example))
+            groups, kind = [row.group for row in rows], self.settings.head
+            train = partial(head.train_head, learned, rest, groups, classes, weights, recipe, kind, self._show)
         else:
             for side in sides:
                 records.check(side.path)
@@ -576,48 +581,48 @@ class TrainModel(Step):
         folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
-        kept = trained.history[trained.kept]
-        about = {"id": uuid.uuid4().hex, "kept": trained.kept, "seed": trained.seed, "metrics": kept._asdict()}
+        last = trained.history[-1]
+        about = {"id": uuid.uuid4().hex, "kept": last.epoch, "seed": trained.seed, "metrics": last._asdict()}
+        if trained.selection:
+            about["head"] = trained.selection
         (draft / "training.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
         self.job.trained = about["id"], whole
         return {
             "epochs": len(trained.history),
-            "kept": trained.kept + 1,
-            "accuracy": kept.accuracy,
-            "val_accuracy": kept.val_accuracy,
+            "head": trained.selection["chosen"]["kind"] if trained.selection else None,
+            "accuracy": last.accuracy,
+            "val_accuracy": last.val_accuracy,
             "parameters": whole.count_params(),
         }
 
     def _go_on(self, train: Callable[[Path], Any], notes: Path) -> Any:
-        """Train, from where a run that was stopped had come to; from the start where its notes cannot be used."""
+        """Train, from the checkpoint of a run that was stopped; from the start where it cannot be used."""
         from dgmd_pipeline import training
 
         checkpoint = notes / "training.npz"
         if checkpoint.exists():
-            log.info("  goes on with a training that was stopped")
+            log.info("  Resuming training from the checkpoint")
         try:
             return train(checkpoint)
         except training.UnusableCheckpoint as error:
-            log.warning("%s It begins anew.", error)
-            checkpoint.unlink()
+            log.warning("%s Training starts again.", error)
+            for path in notes.iterdir():
+                path.unlink()
             return train(checkpoint)
 
     def _show(self, row: Any) -> None:
         self.job.check_stopped()
         self._epochs += 1
-        log.info(
-            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation %.4f, %.4f",
-            row.epoch + 1, self.settings.epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
-        )  # fmt: skip
 
     def worked(self, counts: dict[str, Any]) -> int | None:
         learned = read_record(learned_from(self)[0].path)
         return learned.images * self._epochs if learned and learned.images else None
 
     def summary(self, counts: dict[str, Any]) -> str:
+        how = "logistic regression" if counts["head"] == "linear" else f"{counts['epochs']} epochs"
         return (
-            f"{counts['epochs']} epochs, kept epoch {counts['kept']}: accuracy {counts['accuracy']:.4f}, "
-            f"validation {counts['val_accuracy']:.4f}; {counts['parameters']:,} parameters"
+            f"{how}: accuracy {counts['accuracy']:.4f}, validation {counts['val_accuracy']:.4f}; "
+            f"{counts['parameters']:,} parameters"
         )
 
     def expected(self, _: dict[str, str]) -> str | None:
@@ -711,7 +716,7 @@ class EvaluateModel(Step):
                 path[DownloadImages.name], {row.position: row.key for row in measured.mistakes}, report.CARD
             ),
             history=list(manifest.read(trained / "history.csv", training.Epoch)),
-            kept=manifest.read_json(trained / "training.json")["kept"],
+            head=manifest.read_json(trained / "training.json").get("head"),
             counts=_counts(records[BalanceClasses.name], sides),
             rejected=list(manifest.read(path[InspectImages.name] / "rejected.csv", manifest.Rejected)),
             seconds=[(folder, record.seconds) for folder, record in records.items()],
@@ -839,7 +844,6 @@ class RegisterModel(Step):
             params=_params(records, self.declared() | {"backbone_weights": self.settings.backbone_weights})
             | {"SEED": about["seed"]},
             history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
-            kept=about["kept"],
             metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
             times=timing.metrics(records.values()),
             tags=self._tags(metrics, evaluation.path),

@@ -38,6 +38,8 @@ OWN = {  # module -> what of ours it may import, besides errors
     "backbones": [],
     "model": ["backbones", "manifest"],  # what to say of a changed file
     "training": ["folders", "model"],
+    "linear": [],
+    "head": ["folds", "linear", "model", "training"],
     "evaluation": [],
     "plots": ["evaluation", "training"],  # the rows that they draw
     "report": ["comparison", "evaluation", "folders", "manifest", "plots", "training"],

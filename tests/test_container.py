@@ -204,7 +204,7 @@ def test_a_run_that_docker_stops_ends_in_time_and_the_next_one_goes_on(deploymen
     assert json.loads(deployment.read("status.json"))["outcome"] == "stopped"
     docker("rm", container)
     deployment.start(EPOCHS=500, PATIENCE=500)
-    logs = logs_until(container, "goes on with a training")
+    logs = logs_until(container, "Resuming training from the checkpoint")
     assert re.search(r"^.* raw +run", logs, re.MULTILINE) is None
     assert " epoch 1/500" not in logs_until(container, " epoch 5/500")
     assert stopped(container)[0] == 143

@@ -834,7 +834,7 @@ def test_a_training_whose_notes_are_damaged_begins_anew_and_an_embedded_store_th
     (data_dir / ".draft-trained_model" / ".resume" / "training.npz").write_bytes(b"PK damaged")
     result = run_pipeline(tmp_path, "--force", "train", **{**variables, "EPOCHS": 30, "PATIENCE": 30})
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "It begins anew." in result.stdout
+    assert "Training starts again." in result.stdout
     assert " epoch 1/30" in result.stdout
     shutil.rmtree(data_dir / "mlflow")
     result = run_pipeline(tmp_path, **{**variables, "EPOCHS": 30, "PATIENCE": 30})

@@ -26,8 +26,8 @@ PICTURES = {3: np.full((12, 16, 3), 200, np.uint8)}
 DRAWN = {
     "confusion": lambda: plots.confusion(np.diag([3, 0, 2, 1]) + np.eye(4, k=1, dtype=int), ODD),
     "reliability": lambda: plots.reliability([Bin(0.4, 0.6, 3, 0.5, 0.4), Bin(0.9, 1, 9, 0.95, 1)], 0.07),
-    "learning": lambda: plots.learning(HISTORY, 1),
-    "learning for one epoch": lambda: plots.learning(HISTORY[:1], 0),
+    "learning": lambda: plots.learning(HISTORY),
+    "learning for one epoch": lambda: plots.learning(HISTORY[:1]),
     "class counts": lambda: plots.class_counts([Count(label, 9, 6, 5, 1) for label in ODD]),
     "recall": lambda: plots.recall([(ODD[0], 3, 0.5, 0.7), (ODD[1], 4, 0.0, None), (ODD[3], 1, 1.0, 1.0)]),
     "confused pairs": lambda: plots.confused_pairs([Pair(ODD[3], ODD[1], 3, 0.5)]),

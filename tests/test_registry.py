@@ -111,7 +111,6 @@ def candidate(folder, model, training_id="one", **changes):
         "labels": ["anise", "mint"],
         "params": {"EPOCHS": 3},
         "history": history,
-        "kept": 1,
         "metrics": {"evaluation_accuracy": 0.8},
         "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
         "tags": {"dgmd.version": "0.1.0"},
@@ -143,25 +142,25 @@ def test_a_training_becomes_one_version_however_often_it_is_registered(store, sa
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_the_last_value_of_each_metric_is_that_of_the_kept_weights(store, saved_model, tmp_path, request):
-    name = f"kept-{request.node.callspec.id}"
+def test_each_epoch_is_a_step_of_the_metrics(store, saved_model, tmp_path, request):
+    name = f"epochs-{request.node.callspec.id}"
     version = registry.register(store, name, name, candidate(tmp_path, saved_model))
     client = mlflow.MlflowClient(store.uri, store.uri)
     points = client.get_metric_history(version.run_id, "val_accuracy")
-    assert [point.value for point in sorted(points, key=lambda point: point.step)] == [0.6, 0.8, 0.7, 0.8]
-    assert client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.8
+    assert [point.value for point in sorted(points, key=lambda point: point.step)] == [0.6, 0.8, 0.7]
+    assert client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.7
 
 
 def test_a_long_history_is_logged_whole(store, saved_model, tmp_path, request):
     name = f"long-{request.node.callspec.id}"
     history = [dict.fromkeys(("accuracy", "loss", "val_accuracy", "val_loss"), float(epoch)) for epoch in range(400)]
-    version = registry.register(store, name, name, candidate(tmp_path, saved_model, history=history, kept=7))
+    version = registry.register(store, name, name, candidate(tmp_path, saved_model, history=history))
     client = mlflow.MlflowClient(store.uri, store.uri)
     for metric in history[0]:
         points = client.get_metric_history(version.run_id, metric)
         values = {point.step: point.value for point in points}
-        assert len(points) == 401
-        assert values == {epoch + 1: float(epoch) for epoch in range(400)} | {401: 7.0}
+        assert len(points) == 400
+        assert values == {epoch + 1: float(epoch) for epoch in range(400)}
 
 
 def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, saved_model, tmp_path, request):

@@ -51,7 +51,14 @@ def content(**changes):
         measured=measured,
         thumbnails={row.position: np.full((12, 16, 3), 90, np.uint8) for row in measured.mistakes[:1]},
         history=HISTORY,
-        kept=1,
+        head={
+            "chosen": {"kind": "hidden", "epochs": 3, "log_loss": 0.41, "accuracy": 0.87},
+            "options": [
+                {"kind": "linear", "shrinkage": 1.0, "strength": 0.01, "log_loss": 0.44, "accuracy": 0.85},
+                {"kind": "hidden", "epochs": 3, "log_loss": 0.41, "accuracy": 0.87},
+            ],
+            "held_out": 1234,
+        },
         counts=[Count(label, 9, 6, 5, 1) for label in LABELS],
         rejected=[Rejected(f"{EVIL}/{number}.jpg", EVIL, "unreadable", "broken") for number in range(60)],
         seconds=[("raw", 61.0), ("evaluation", 4.0)],
@@ -188,7 +195,7 @@ def test_how_it_behaves_in_operation_is_compared_where_both_were_measured(page):
 
 
 def test_what_is_missing_is_said(page):
-    text = page(history=HISTORY[:1], kept=0, rejected=[], counts=[], seconds=[]).text
+    text = page(history=HISTORY[:1], head=None, rejected=[], counts=[], seconds=[]).text
     for words in (
         "There is no production version to compare with.", "The assessment was switched off.", "One epoch only",
         "nothing is known about how well they are recognised: gone.", "No file was left out",

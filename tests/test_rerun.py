@@ -106,6 +106,7 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "IMAGE_HEIGHT": (40, [*RECORDS, *LEARNED]),
     "BACKBONE": ("MobileNetV3-Small", [*FEATURES, *LEARNED]),
     "BACKBONE_WEIGHTS": ("imagenet", []),  # `cnn` has none
+    "HEAD": ("linear", LEARNED),
     "BATCH_SIZE": (64, LEARNED),
     "EPOCHS": (2, LEARNED),
     "LEARNING_RATE": (0.02, LEARNED),
