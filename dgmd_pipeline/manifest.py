@@ -56,6 +56,9 @@ class Rejected(NamedTuple):
     detail: str  # for the reader
 
 
+EXCLUDED = "excluded"  # the reason of a file that corrections.csv leaves out
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # cells that begin so are formulas to a spreadsheet
+
 Row = TypeVar("Row", bound=NamedTuple)
 
 
