@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TABLE = "label_suspects.csv"
 FOLDS = 5
 FITTED = 20_000  # rows that the heads are fitted on; more cost time and memory and hardly change a linear head
-FITTED_OF_LABEL = 50  # rows of each label, where it has them, even if that makes a few more than FITTED
+FITTED_OF_LABEL = 20  # rows of each label, where it has them, even if that makes a few more than FITTED
 COMPONENTS = 256  # with 512 the measured rankings are the same and the time doubles
 BLOCK = 4096  # rows judged at a time
 LISTED = 10_000  # rows of the table

@@ -52,7 +52,7 @@ class Rejected(NamedTuple):
 
     path: str  # below raw/, or the key of an object that was not downloaded
     label: str  # "" where there is none
-    reason: str  # one word for counting: "unreadable", "duplicate", ...
+    reason: str  # one word for counting: "unreadable", "duplicate", EXCLUDED, ...
     detail: str  # for the reader
 
 
