@@ -14,6 +14,7 @@ folders.py     a draft -> a folder that is whole: commit, recovery, the lock, wh
 bucket.py      the door to S3: object -> raw file
 transfer.py    object -> raw file, faster
 listing.py     a listing of the bucket <-> what lies in a folder: new, changed, gone, kept
+corrections.py corrections.csv -> files with the right label, or left out
 images.py      raw file -> inspected row
 manifest.py    rows, in memory and as CSV
 labels.py      rows -> label map
@@ -29,6 +30,7 @@ head.py        stored features -> a trained head, chosen by cross-validation
 training.py    a network and batches -> a trained model: the loop, its checkpoint, and `cnn` from records
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
+label_suspects.py stored features and labels -> the images whose label is probably wrong
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
 assessment.py  a saved model in a clean process -> load time, latency, throughput, memory
 review.py      a model, production and the pictures at hand -> what an operator decides from

@@ -32,7 +32,7 @@ EXIT_CODES = """exit codes:
   0    what was asked for is there
   2    a setting or an argument is wrong
   10   another run holds DATA_DIR
-  20   no usable input: bucket, credentials, pictures or labels
+  20   no usable input: bucket, credentials, pictures, labels or corrections.csv
   30   a step failed
   40   refused: a model does not meet the conditions for production
   130  interrupted (SIGINT)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dgmd_pipeline.manifest import FORMULA
+
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
@@ -49,15 +51,15 @@ class Bin(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """An image for which the wrong label has the highest probability."""
+    """An image for which another label than its own has the highest probability."""
 
-    kind: str  # MOST_WRONG or MOST_CONFIDENT
+    kind: str  # MOST_WRONG, MOST_CONFIDENT or `label_suspects.SUSPECT`
     key: str  # below raw/
-    label: str  # the true one
+    label: str  # the one that the image has in the data
     predicted: str
     probability: float  # of the predicted label
-    true_probability: float
-    position: int  # among the validation images, from 0
+    true_probability: float  # of `label`
+    position: int  # among the images that were looked at, from 0
 
 
 class Measurements(NamedTuple):
@@ -98,14 +100,14 @@ def evaluate(
     """
     found = measure(probabilities, truth, labels, keys)
     (folder / METRICS).write_text(json.dumps(found.overall, indent=1) + "\n", encoding="utf-8")
-    _table(folder / "per_class.csv", Class._fields, found.classes)
+    table(folder / "per_class.csv", Class._fields, found.classes)
     header = ["true label", *labels]
-    _table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
-    _table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
-    _table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
-    _table(folder / "calibration.csv", Bin._fields, found.bins)
+    table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
+    table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
+    table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
+    table(folder / "calibration.csv", Bin._fields, found.bins)
     columns = ["kind", "key", "true label", "predicted label", "probability", "probability of the true label"]
-    _table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
+    table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
     np.savez_compressed(
         folder / PREDICTIONS,
         probabilities=probabilities.astype(np.float32),
@@ -215,7 +217,8 @@ def _named(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[object]]:
     return ([label, *row] for label, row in zip(labels, rows.tolist(), strict=True))
 
 
-def _table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+def table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file for people; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([_cell(value) for value in row] for row in (header, *rows))
@@ -226,4 +229,4 @@ def _cell(value: object) -> object:
 
     Source: owasp.org/www-community/attacks/CSV_Injection.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

@@ -22,7 +22,7 @@ import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin
 
 from dgmd_pipeline.errors import NoUsableInput
-from dgmd_pipeline.manifest import Image, RawFile, Rejected
+from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
 
 # An allow-list, because some of Pillow's other readers call other programs. A camera's MPO (several JPEGs in one
 # file) is opened by the JPEG reader and counts as its first picture.
@@ -157,9 +157,10 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
 
     Those are the files with a reason in `UNDECODABLE`. Duplicates, conflicts and pictures that are too small were
-    decoded: they count among a label's files, not against it. Rows without a label are nobody's.
+    decoded: they count among a label's files, not against it. Files that were excluded do not count at all, nor do rows
+    without a label.
     """
-    rejected = [row for row in rejected if row.label]
+    rejected = [row for row in rejected if row.label and row.reason != EXCLUDED]
     bad = [row for row in rejected if row.reason in UNDECODABLE]
     total = Counter(row.label for row in images) + Counter(row.label for row in rejected)
     count = Counter(row.label for row in bad)

@@ -52,9 +52,12 @@ class Rejected(NamedTuple):
 
     path: str  # below raw/, or the key of an object that was not downloaded
     label: str  # "" where there is none
-    reason: str  # one word for counting: "unreadable", "duplicate", ...
+    reason: str  # one word for counting: "unreadable", "duplicate", EXCLUDED, ...
     detail: str  # for the reader
 
+
+EXCLUDED = "excluded"  # the reason of a file that corrections.csv leaves out
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # cells that begin so are formulas to a spreadsheet
 
 Row = TypeVar("Row", bound=NamedTuple)
 

@@ -199,7 +199,11 @@ def times(seconds: Sequence[tuple[str, float]]) -> bytes:
     return _png(draw, WIDTH, 1.1 + 0.27 * len(seconds))
 
 
-def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray]) -> bytes:
+def sheet(
+    mistakes: Sequence[Mistake],
+    thumbnails: Mapping[int, np.ndarray],
+    title: str = "Mistakes: true \N{RIGHTWARDS ARROW} predicted label and its probability",
+) -> bytes:
     """Draw the pictures (uint8 [height, width, 3], by position) of the `worst` mistakes (at least one)."""
     shown = worst([row for row in mistakes if row.position in thumbnails])
     columns = min(4, len(shown)) or 1
@@ -221,7 +225,6 @@ def sheet(mistakes: Sequence[Mistake], thumbnails: Mapping[int, np.ndarray]) -> 
                 0.5, -0.03, _shown(row.key, 38), fontsize=6.5, color=MUTED, ha="center", va="top",
                 transform=axes.transAxes,
             )  # fmt: skip
-        title = "Mistakes: true \N{RIGHTWARDS ARROW} predicted label and its probability"
         figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11)
 
     return _png(draw, max(2.6 * columns, 5), height, photographs=True)

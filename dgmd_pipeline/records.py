@@ -70,7 +70,7 @@ def write(
     Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
     OSError where `folder` cannot be written.
     """
-    ordered = in_order(rows)
+    ordered = order(rows)
     shards = min(shards, len(ordered))
     pieces = []
     for number in range(shards):
@@ -100,9 +100,13 @@ def write(
     return counts
 
 
-def in_order(rows: Iterable[Example]) -> list[Example]:
-    """Return the rows in the order of their records."""
-    return sorted(rows, key=_rank)
+def order(rows: Iterable[Example]) -> list[Example]:
+    """Return the rows in the order of their records, which is that of `read` without a seed and of stored features.
+
+    It mixes labels: it is that of a hash that says nothing about the label, nor about the split, which another hash
+    decided.
+    """
+    return sorted(rows, key=lambda row: (hashlib.sha256(f"records {row.sha256}".encode()).digest(), row.path))
 
 
 def bytes_of(images: int, width: int, height: int) -> int:
@@ -210,11 +214,6 @@ def _index(folder: Path) -> dict[str, Any]:
             f"{path} has schema {schema}, this version reads {SCHEMA}. Delete the folder {folder} and run again."
         )
     return index
-
-
-def _rank(row: Example) -> tuple[bytes, str]:
-    """Mix labels: a hash that says nothing about the label, nor about the side, which another hash decided."""
-    return hashlib.sha256(f"records {row.sha256}".encode()).digest(), row.path
 
 
 def _write_piece(piece: _Piece) -> int:

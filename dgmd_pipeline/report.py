@@ -19,6 +19,7 @@ from dgmd_pipeline import plots
 from dgmd_pipeline.comparison import Gate, is_better, is_worse
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
+from dgmd_pipeline.label_suspects import SHOWN, Found
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training import Epoch
 
@@ -39,6 +40,8 @@ class Content(NamedTuple):
     labels: Sequence[str]  # by class index
     measured: Measurements
     thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
+    suspects: Found | None  # images with a likely wrong label; None where no features are stored
+    suspect_thumbnails: Mapping[int, np.ndarray]  # as `thumbnails`, by a suspect's position
     history: Sequence[Epoch]
     head: Mapping[str, Any] | None  # how the head was chosen: `head.about`; None for `cnn`
     counts: Sequence[plots.Count]
@@ -63,11 +66,14 @@ class _Picture(NamedTuple):
 
 
 def draw(folder: Path, content: Content, comparison: Mapping[str, Any] | None) -> None:
-    """Write the plots and the sheet of mistakes as PNG files into `folder`; it takes 3 to 4 s of one core."""
+    """Write the plots and the sheets of mistakes and suspects as PNG files into `folder`, in 3 to 4 s of one core."""
     drawn = _plots(content, comparison)
     mistakes = content.measured.mistakes
     if any(row.position in content.thumbnails for row in mistakes):
         drawn["mistakes"] = partial(plots.sheet, mistakes, content.thumbnails)  # the report has them one by one
+    if content.suspects and content.suspect_thumbnails:
+        title = "Likely wrong labels: given \N{RIGHTWARDS ARROW} likely label and its probability"
+        drawn["label_suspects"] = partial(plots.sheet, content.suspects.suspects, content.suspect_thumbnails, title)
     for name, picture in drawn.items():
         (folder / f"{name}.png").write_bytes(picture())
 
@@ -106,6 +112,8 @@ def write(folder: Path, content: Content, outcome: Outcome) -> None:
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
         cards={position: _jpeg(picture) for position, picture in content.thumbnails.items()},
+        suspect_cards={position: _jpeg(picture) for position, picture in content.suspect_thumbnails.items()},
+        suspects_shown=content.suspects.suspects[:SHOWN] if content.suspects else [],
         reasons=Counter(row.reason for row in content.rejected).most_common(),
         named=content.rejected[:REJECTED],
     )

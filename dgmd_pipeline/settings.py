@@ -34,8 +34,7 @@ LIBRARY_DEFAULTS = {
 }
 # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
 # threads on one batch. docs/measurements.md
-# OpenBLAS's threads wait for each other in a busy loop: beside other work, two of them took a hundred times as long.
-FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 
 
 class Settings(BaseSettings):

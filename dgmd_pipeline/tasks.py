@@ -12,13 +12,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from dgmd_pipeline import folders, manifest, timing
+from dgmd_pipeline import corrections, folders, manifest, timing
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.progress import progress
 from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
@@ -33,6 +33,7 @@ LISTING = "listing.csv"  # in raw/: the objects that it holds
 STORE = "mlflow"  # the folder of the embedded store
 ASSESSED = ("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes",
     "parameters")  # fmt: skip  # tags of a version
+MOST_NAMED = 10  # in a warning
 EXTRACTION_BATCH = 16  # pictures in each thread; larger ones are not faster and take more memory
 
 
@@ -172,6 +173,16 @@ def _warn_of_rejected(rejected: list[manifest.Rejected], what: str, folder: Path
         log.warning("%s left out: %s; see %s", what, listed, folder / "rejected.csv")
 
 
+def _warn_of_corrections(found: corrections.Corrected) -> None:
+    for names, what in (
+        (found.unknown, f"keys in {corrections.NAME} that are no file's path below raw/"),
+        (found.new, f"labels that only {corrections.NAME} has; check their spelling"),
+    ):
+        if names:
+            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            log.warning("%s: %s%s", what, ", ".join(map(repr, names[:MOST_NAMED])), more)
+
+
 class InspectImages(Step):
     """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
 
@@ -180,6 +191,14 @@ class InspectImages(Step):
 
     def requires(self) -> Step:
         return DownloadImages(job=self.job)
+
+    @cached_property
+    def _corrections(self) -> dict[str, str]:
+        """The operator's corrections. They are read once in a run, so that what is recorded is what was applied."""
+        return corrections.read(self.path.with_name(corrections.NAME))
+
+    def others(self) -> dict[str, str]:
+        return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
     def work(self, draft: Path) -> dict[str, Any]:
         from dgmd_pipeline import images
@@ -191,14 +210,17 @@ class InspectImages(Step):
                 f"{raw.path} holds no label folders with pictures: put them there as <label>/<file>, or delete the "
                 "folder to have it downloaded."
             )
+        corrected = corrections.apply(files, self._corrections)
+        _warn_of_corrections(corrected)
         usable, rejected = images.inspect(
-            files,
+            corrected.files,
             raw.path,
             draft,
             lambda function, pieces: progress(
-                self.job.pool.map(function, pieces), "inspect", len(files), "images", count=len
+                self.job.pool.map(function, pieces), "inspect", len(corrected.files), "images", count=len
             ),
         )
+        rejected = sorted(rejected + corrected.excluded)
         manifest.write(draft / "images.csv", manifest.Image, usable)
         manifest.write(draft / "rejected.csv", manifest.Rejected, [*_left_out_before(raw.path), *rejected])
         _warn_of_rejected(rejected, "files", self.path)
@@ -209,10 +231,11 @@ class InspectImages(Step):
             "images": len(usable),
             "rejected": dict(Counter(row.reason for row in rejected)),
             "near-duplicates": alike,
+            "relabelled": corrected.relabelled,
         }
 
     def worked(self, counts: dict[str, Any]) -> int | None:
-        return counts["files"]
+        return counts["files"] - counts["rejected"].get(manifest.EXCLUDED, 0)
 
     def volume(self, counts: dict[str, Any]) -> int | None:
         raw: Step = self.requires()
@@ -223,7 +246,10 @@ class InspectImages(Step):
     def summary(self, counts: dict[str, Any]) -> str:
         left_out = sum(counts["rejected"].values())
         alike = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
-        return f"{counts['files']:,} files -> {counts['images']:,} images{alike}; {left_out:,} left out"
+        corrected = [(counts["relabelled"], "relabelled"), (counts["rejected"].get(manifest.EXCLUDED, 0), "excluded")]
+        listed = ", ".join(f"{count:,} {word}" for count, word in corrected if count)
+        by_operator = f"; {corrections.NAME}: {listed}" if listed else ""
+        return f"{counts['files']:,} files -> {counts['images']:,} images{alike}; {left_out:,} left out{by_operator}"
 
 
 def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
@@ -568,7 +594,7 @@ class TrainModel(Step):
         size = (self.settings.image_height, self.settings.image_width)
         if backbone:
             learned, rest = (features.load(side.path) for side in sides)
-            rows = records.in_order(manifest.read(split.path / "training.csv", manifest.Example))
+            rows = records.order(manifest.read(split.path / "training.csv", manifest.Example))
             groups, kind = [row.group for row in rows], self.settings.head
             train = partial(head.train_head, learned, rest, groups, classes, weights, recipe, kind, self._show)
         else:
@@ -660,7 +686,7 @@ class EvaluateModel(Step):
 
     name = "evaluation"
     verb = "evaluate"
-    format = 2
+    format = 3
     uses = ("model_name", "mlflow_tracking_uri")  # whose production it is compared with
     reads = ("backbone", "data_dir", "aws_data_bucket", "aws_data_path", "max_class_drop", "max_latency_ratio")
 
@@ -689,7 +715,8 @@ class EvaluateModel(Step):
         measured = evaluation.evaluate(probabilities, truth, names, keys, draft)
         trained_on = frozenset(row.sha256 for row in sides[0])
         candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
-        content = self._content(measured, names, [Counter(row.label for row in rows) for rows in sides])
+        suspects = self._suspects(sides, names, draft)
+        content = self._content(measured, suspects, names, [Counter(row.label for row in rows) for rows in sides])
 
         found = self._reviewed(candidate, pictures, draft, partial(report.draw, draft, content))
         review.write(found, draft)
@@ -697,14 +724,31 @@ class EvaluateModel(Step):
         report.write(draft, content, report.Outcome(comparison.gates(*found, limits), *found))
         return measured.overall | ({"difference": found.comparison["difference"]} if found.comparison else {})
 
-    def _content(self, measured: Any, names: Sequence[str], sides: list[Counter[str]]) -> Any:
+    def _suspects(self, sides: Sequence[Sequence[manifest.Example]], names: Sequence[str], draft: Path) -> Any:
+        """Judge the labels by the stored features (`label_suspects.Found`); None with a backbone that stores none."""
+        from dgmd_pipeline import backbones, features, label_suspects, records
+
+        if not backbones.is_frozen(self.settings.backbone):
+            return None
+        rows = [row for side in sides for row in records.order(side)]
+        parts = [features.load(step.path)[0] for step in learned_from(self)]
+        given, groups, keys = zip(*((row.class_index, row.group, row.path) for row in rows), strict=True)
+        found = label_suspects.find(parts, given, groups, keys, names)
+        label_suspects.write(found, draft)
+        return found
+
+    def _content(self, measured: Any, suspects: Any, names: Sequence[str], sides: list[Counter[str]]) -> Any:
         """Gather what the report says from the folders before."""
-        from dgmd_pipeline import images, report, training
+        from dgmd_pipeline import images, label_suspects, report, training
 
         *before, _ = line_of(self)
         path = {step.folder: step.path for step in before}
         records = {step.folder: record for step in before if (record := read_record(step.path))}
         trained = path[TrainModel.name]
+
+        def pictures(rows: Sequence[Any]) -> Any:
+            return images.thumbnails(path[DownloadImages.name], {row.position: row.key for row in rows}, report.CARD)
+
         return report.Content(
             model_name=self.settings.model_name,
             created=folders.now(),
@@ -712,9 +756,9 @@ class EvaluateModel(Step):
             settings=_params(records, {}),
             labels=names,
             measured=measured,
-            thumbnails=images.thumbnails(
-                path[DownloadImages.name], {row.position: row.key for row in measured.mistakes}, report.CARD
-            ),
+            thumbnails=pictures(measured.mistakes),
+            suspects=suspects,
+            suspect_thumbnails=pictures(suspects.suspects[: label_suspects.SHOWN]) if suspects else {},
             history=list(manifest.read(trained / "history.csv", training.Epoch)),
             head=manifest.read_json(trained / "training.json").get("head"),
             counts=_counts(records[BalanceClasses.name], sides),

@@ -14,8 +14,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: the tests' processes share the cores
-
 import boto3
 import hypothesis
 import numpy as np

@@ -27,6 +27,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "bucket": ["manifest", "transfer"],
     "transfer": [],
     "listing": ["manifest"],
+    "corrections": ["manifest"],
     "images": ["manifest"],
     "labels": ["manifest"],
     "balance": ["manifest"],
@@ -40,9 +41,10 @@ OWN = {  # module -> what of ours it may import, besides errors
     "training": ["folders", "model"],
     "linear": [],
     "head": ["folds", "linear", "model", "training"],
-    "evaluation": [],
+    "evaluation": ["manifest"],  # what a spreadsheet takes for a formula
+    "label_suspects": ["evaluation", "folds"],
     "plots": ["evaluation", "training"],  # the rows that they draw
-    "report": ["comparison", "evaluation", "folders", "manifest", "plots", "training"],
+    "report": ["comparison", "evaluation", "folders", "label_suspects", "manifest", "plots", "training"],
     "comparison": [],
     "assessment": ["model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],

@@ -9,6 +9,8 @@ from PIL import Image
 
 from dgmd_pipeline import evaluation, report
 from dgmd_pipeline.comparison import Gate
+from dgmd_pipeline.evaluation import Mistake
+from dgmd_pipeline.label_suspects import SUSPECT, Found
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.plots import Count
 from dgmd_pipeline.report import Content, Outcome
@@ -21,6 +23,7 @@ PROBABILITIES = np.full((6, 4), 0.1)
 PROBABILITIES[np.arange(6), [0, 0, 1, 1, 2, 3]] = 0.7
 KEYS = [f"{LABELS[index]}/{number}.jpg" for number, index in enumerate(TRUTH)]
 HISTORY = [Epoch(0, 0.5, 1.2, 0.4, 1.3, 0.01), Epoch(1, 0.7, 0.8, 0.6, 0.9, 0.005)]
+SUSPECTS = [Mistake(SUSPECT, f"{EVIL}/{row}.jpg", EVIL, "mint", 0.875, 0.0125, row) for row in range(60)]
 COMPARISON = {
     "version": 7, "images": 1180, "left_out": 60, "accuracy": 0.794, "production_accuracy": 0.781,
     "difference": 0.013, "low": -0.004, "high": 0.03, "gained": 62, "lost": 47, "p": 0.183,
@@ -50,6 +53,8 @@ def content(**changes):
         labels=LABELS,
         measured=measured,
         thumbnails={row.position: np.full((12, 16, 3), 90, np.uint8) for row in measured.mistakes[:1]},
+        suspects=Found(SUSPECTS, 70, 6),
+        suspect_thumbnails={0: np.full((12, 16, 3), 90, np.uint8)},
         history=HISTORY,
         head={
             "chosen": {"kind": "hidden", "epochs": 3, "log_loss": 0.41, "accuracy": 0.87},
@@ -112,8 +117,8 @@ def page(drawn):
 def test_the_report_stands_alone_and_has_each_plot(page, drawn):
     page = page(comparison=COMPARISON, assessment=ASSESSMENT | BOTH)
     assert {path.name for path in drawn.iterdir()} == {
-        "report.html", "class_counts.png", "confused_pairs.png", "confusion_matrix.png", "learning_curves.png",
-        "mistakes.png", "recall.png", "reliability.png", "step_seconds.png",
+        "report.html", "class_counts.png", "confused_pairs.png", "confusion_matrix.png", "label_suspects.png",
+        "learning_curves.png", "mistakes.png", "recall.png", "reliability.png", "step_seconds.png",
     }  # fmt: skip
     links = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
     assert links and all(link.startswith("data:image/") for link in links)
@@ -213,6 +218,32 @@ def test_without_mistakes_the_report_says_so(page, tmp_path):
     assert "all validation pictures are recognised" in page(measured=perfect, thumbnails={}).text
     report.draw(tmp_path, content(measured=perfect, thumbnails={}), None)
     assert (tmp_path / "recall.png").exists() and not (tmp_path / "mistakes.png").exists()
+
+
+def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
+    shown = page()
+    text = shown.text.partition("Likely wrong labels")[2].partition("left out before balancing")[0]
+    for words in (
+        "Each of 6 training and validation images", "For 70 of them", f"given {EVIL} 1.2 % likely mint 87.5 %",
+        f"{EVIL}/47.jpg", "corrections.csv", "has the first 60 of these images", "38 more",
+    ):  # fmt: skip
+        assert words in text
+    assert f"{EVIL}/48.jpg" not in text
+
+
+@pytest.mark.parametrize(
+    ("suspects", "words"),
+    [
+        (None, "not looked for: with BACKBONE=cnn no features are stored"),
+        (Found([], 0, 6), "There are none: of each of 6 training and validation images"),
+        (Found([], 0, 0), "cannot be looked for: fewer than two labels"),
+    ],
+)
+def test_why_there_are_no_likely_wrong_labels_is_said(suspects, words, page, tmp_path):
+    changes = {"suspects": suspects, "suspect_thumbnails": {}}
+    assert words in page(**changes).text
+    report.draw(tmp_path, content(**changes), None)
+    assert not (tmp_path / "label_suspects.png").exists()
 
 
 def test_of_what_was_left_out_there_are_counts_and_the_first_fifty(page):

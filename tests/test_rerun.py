@@ -1,5 +1,6 @@
 """The table: a setting changed, a folder deleted or a format raised -> exactly these steps run."""
 
+import csv
 import json
 import os
 import shutil
@@ -147,6 +148,23 @@ def up_to_training(steps):
 
 def before_evaluation(steps):
     return steps[: steps.index("trained_model") + 1] if "trained_model" in steps else steps
+
+
+def test_corrections_redo_the_inspection_and_what_follows(cnn):
+    variables, data_dir = cnn
+    (data_dir / "corrections.csv").write_text("key,label\nanise/0.png,exclude\n")
+    until = ["--until", "train"]
+    assert run(variables, data_dir, *until) == [*DATA[1:], *RECORDS, "trained_model"]
+    assert run(variables, data_dir, *until) == []
+    (data_dir / "corrections.csv").unlink()
+    assert run(variables, data_dir, "--until", "split") == DATA[1:]
+
+
+def test_only_stored_features_give_likely_wrong_labels(finished_cnn, finished_frozen):
+    assert not (finished_cnn[1] / "evaluation" / "label_suspects.csv").exists()
+    data_dir = finished_frozen[1]
+    keys = {row["key"] for row in csv.DictReader((data_dir / "evaluation" / "label_suspects.csv").open())}
+    assert keys <= {path.relative_to(data_dir / "raw").as_posix() for path in (data_dir / "raw").glob("*/*")}
 
 
 def test_with_stored_features_training_parameters_redo_neither_them_nor_the_records(frozen, tmp_path):
