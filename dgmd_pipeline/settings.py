@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     num_shards: int = Field(10, ge=1, le=99_999, description="TFRecord files for each side of the split")
     image_width: int = Field(256, ge=8, le=4096, description="width of the stored pictures and the model, pixels")
     image_height: int = Field(192, ge=8, le=4096, description="height of the stored pictures and the model, pixels")
+    image_fit: Literal["stretch", "letterbox", "crop"] = Field(
+        "stretch", description="how images of another aspect ratio are fitted to IMAGE_WIDTH x IMAGE_HEIGHT"
+    )
     backbone: str = Field(
         "EfficientNetV2-B1", description="a frozen network of keras.applications, or `cnn`, trained from scratch"
     )

@@ -36,15 +36,15 @@ OWN = {  # module -> what of ours it may import, besides errors
     "records": ["manifest", "images", "encoding"],
     "features": [],
     "backbones": [],
-    "model": ["backbones", "manifest"],  # what to say of a changed file
-    "training": ["folders", "model"],
+    "model": ["backbones", "encoding", "manifest"],  # the fits; what to say of a changed file
+    "training": ["encoding", "folders", "model"],  # encoding: a type
     "linear": [],
     "head": ["folds", "linear", "model", "training"],
     "evaluation": [],
     "plots": ["evaluation", "training"],  # the rows that they draw
     "report": ["comparison", "evaluation", "folders", "manifest", "plots", "training"],
     "comparison": [],
-    "assessment": ["model", "settings"],
+    "assessment": ["images", "model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
     "registry": ["manifest", "settings"],
     "production": ["registry"],
