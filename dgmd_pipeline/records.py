@@ -8,7 +8,7 @@ A record is a `tf.train.Example` with five features:
     key            bytes   the source's path below raw/, that is the object's key below the bucket's prefix
 
 TensorFlow reads them without this package: `tf.data.TFRecordDataset`, `tf.io.parse_single_example`,
-`tf.io.decode_webp(image, channels=3)`. `index.json` beside them names the encoding and the fit.
+`tf.io.decode_webp(image, channels=3)[0]`. `index.json` beside them names the encoding and the fit.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
 
     def decode(record: Any) -> tuple[Any, Any]:
         features = tf.io.parse_single_example(record, schema)
-        picture = tf.io.decode_webp(features["image"], channels=3)
+        picture = tf.io.decode_webp(features["image"], channels=3)[0]  # of the frames that it might have
         return tf.ensure_shape(picture, shape), features["label"]
 
     random = None if seed is None else np.random.default_rng((seed, epoch))

@@ -31,6 +31,8 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
     "GIT_PYTHON_REFRESH": "quiet",
+    # Pillow keeps two blocks of memory of up to 16 MB for the next image; fresh pages cost a third of writing a record.
+    "PILLOW_BLOCKS_MAX": "2",
 }
 # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
 # threads on one batch. docs/measurements.md

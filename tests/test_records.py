@@ -99,7 +99,7 @@ def test_tensorflow_reads_the_records_and_would_write_the_same_bytes(rows, raw, 
         assert list(features["width"].int64_list.value) == [WIDTH]
         assert list(features["height"].int64_list.value) == [HEIGHT]
         path = features["key"].bytes_list.value[0].decode()
-        pixels = tf.io.decode_webp(features["image"].bytes_list.value[0], channels=3).numpy()
+        pixels = tf.io.decode_webp(features["image"].bytes_list.value[0], channels=3)[0].numpy()
         assert np.abs(pixels.astype(int) - wanted(raw, by_path[path])).max() <= 1
         assert list(features["label"].int64_list.value) == [by_path[path].class_index]
 
