@@ -20,7 +20,7 @@ setup(
         # TensorFlow for NVIDIA GPUs, Linux; see the README, it takes the place of tensorflow-cpu
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # what benchmarks compare with
-        "bench": ["s5cmd>=0.3,<1"],
+        "bench": ["s5cmd>=0.3,<1", "simplejpeg>=1.9,<2"],
         # the lock files of the images, with hashes for every platform
         "lock": ["uv>=0.9,<1"],
         # tests and linters

@@ -21,7 +21,6 @@ LIBRARIES = (
     "mlflow",
     "numpy",
     "pillow",
-    "cykooz.resizer",
     "boto3",
     "awscrt",
     "s5cmd",

@@ -1,14 +1,17 @@
 """Records to training batches (where no features are stored): against reading the same bytes and decoding them.
 
-The baseline decodes with simplejpeg in as many threads as there are cores; it parses nothing, batches nothing and does
+The baseline decodes with Pillow in as many threads as there are cores; it parses nothing, batches nothing and does
 not shuffle.
 
     python -m benchmarks.reading [--repeats 7]
 """
 
+import io
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks import measure, pictures
 from benchmarks.writing import write
@@ -18,23 +21,26 @@ ROUNDS = 3  # over the data in one measurement
 
 
 def encoded(folder: Path) -> list[bytes]:
-    """Return the JPEGs in the records of a folder, found by their first and last two bytes."""
+    """Return the WebP files in the records of a folder, found by their first bytes, which their length follows."""
     found = []
     for path in sorted(folder.glob("*.tfrecord")):
         data = path.read_bytes()
         at = 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            record = data[at + 12 : at + 12 + length]
-            found.append(record[record.index(b"\xff\xd8\xff") : record.rindex(b"\xff\xd9") + 2])
+            start = data.index(b"RIFF", at + 12, at + 12 + length)
+            found.append(data[start : start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")])
             at += 16 + length
     return found
+
+
+def decode(data: bytes) -> None:
+    Image.open(io.BytesIO(data)).load()
 
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=7).repeats
     raw = pictures.make(measure.WORK / "spice")
-    import simplejpeg
     import tensorflow as tf
 
     from dgmd_pipeline import records, workers
@@ -48,7 +54,7 @@ def main() -> None:
             return sum(len(x) for epoch in epochs for x, _ in epoch)
 
         def theirs() -> int:
-            rounds = (threads.map(simplejpeg.decode_jpeg, encoded(source)) for _ in range(ROUNDS))
+            rounds = (threads.map(decode, encoded(source)) for _ in range(ROUNDS))
             return sum(1 for pictures in rounds for _ in pictures)
 
         images = ROUNDS * pictures.FILES

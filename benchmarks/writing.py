@@ -1,7 +1,7 @@
-"""Writing TFRecords: against libjpeg-turbo's decode alone, at the scale that docs/design.md allows.
+"""Writing TFRecords: against a full decode alone, in as many processes, of the same files.
 
-That is the smallest of 1, 1/2, 1/4 and 1/8 that leaves at least twice the size of the stored picture, in as many
-processes, of the same files. Whatever else writing takes (resizing, encoding, checksums, the disk) has no counterpart.
+JPEGs are decoded by libjpeg-turbo without Pillow's copies. Whatever else writing takes (resizing, encoding, checksums,
+the disk) has no counterpart.
 
     python -m benchmarks.writing [--repeats 11]
 """
@@ -20,7 +20,7 @@ from dgmd_pipeline import images, records, workers
 from dgmd_pipeline.manifest import Example, RawFile
 
 WIDTH, HEIGHT = 256, 192
-WAYS = (("jpeg", "simplejpeg's decode", 0.7), ("png", "Pillow's decode", None))
+WAYS = (("jpeg", "simplejpeg's decode", None), ("png", "Pillow's decode", None))
 
 
 def bare(paths: list[Path]) -> int:
@@ -29,9 +29,7 @@ def bare(paths: list[Path]) -> int:
     for path in paths:
         data = path.read_bytes()
         if path.suffix == ".jpeg":
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            factor = max(f for f in (1, 2, 4, 8) if f == 1 or (width >= 2 * WIDTH * f and height >= 2 * HEIGHT * f))
-            simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
+            simplejpeg.decode_jpeg(data)
         else:
             Image.open(io.BytesIO(data)).load()
     return len(paths)
@@ -46,7 +44,9 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
     folder = scratch / "records"
     folder.mkdir()
     pool = workers.Pool()
-    records.write(rows_of(islice(images.find(raw), count)), raw, folder, "training", 10, WIDTH, HEIGHT, pool.map)
+    records.write(
+        rows_of(islice(images.find(raw), count)), raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map
+    )
     pool.close()
     return folder
 
@@ -63,7 +63,7 @@ def main() -> None:
 
             def ours(rows: list = rows) -> int:
                 folder = Path(tempfile.mkdtemp(dir=scratch))
-                return records.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, pool.map)["images"]
+                return records.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map)["images"]
 
             def theirs(pieces: list = pieces) -> int:
                 return sum(pool.map(bare, pieces))

@@ -20,7 +20,7 @@ manifest.py    rows, in memory and as CSV
 labels.py      rows -> label map
 balance.py     rows -> fewer rows and class weights
 split.py       row -> its side
-encoding.py    raw file -> the JPEG that a record holds
+encoding.py    raw file -> the pixels of the model's size that a record holds
 records.py     row <-> TFRecord
 features.py    record -> feature vector
 backbones.py   a backbone's name -> its network in Keras and the file of its weights

@@ -1,7 +1,7 @@
-"""A saved model in a clean process -> how it behaves in operation: load time, latency, throughput, memory.
+"""A saved model in a clean process -> how it behaves in operation: answers, load time, latency, throughput, memory.
 
-The process knows nothing of the run: it gets the path of the model and pictures. Seconds of different machines do not
-compare, so production is timed in the same process, in turns.
+The process knows nothing of the run: it gets the path of the model, pictures, and the paths of original files. Seconds
+of different machines do not compare, so production is timed in the same process, in turns.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 
-from dgmd_pipeline import model, settings
+from dgmd_pipeline import images, model, settings
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -29,7 +30,15 @@ PICTURES = 32  # that it is tried on, also the size of the batch
 SINGLES, SECONDS = 10, 2.0  # predictions of one picture that are timed: at least so many, and for so long
 BATCHES = 2
 TOLERANCE = 1e-3  # of probabilities: stored features went through another graph than the whole model does
+ORIGINALS = 100  # files that are predicted at most, one by one: 3 CPU seconds with MobileNetV2
 MINUTES = 10  # after which a model that has not answered will not
+
+
+class Originals(NamedTuple):
+    """Original image files, and what was measured from their records."""
+
+    files: Sequence[Path] = ()
+    recorded: np.ndarray = np.empty((0, 0), np.float32)  # probabilities, float [files, classes]
 
 
 @contextlib.contextmanager
@@ -52,6 +61,7 @@ def assess(
     recorded: np.ndarray,
     scratch: Path,
     production: Path | None = None,
+    originals: Originals = Originals(),  # noqa: B008  # immutable
 ) -> dict[str, Any]:
     """Try the model in the file `path` (.keras) in a `clean_process`, which ends by it; return what was measured.
 
@@ -64,12 +74,19 @@ def assess(
     file of another model, also production_latency_p50_ms, latency_ratio, production_bytes and size_ratio: this
     model's figures over the other's.
 
+    With `originals` also served_images, how many of the files could be read; served_other_labels, for how many of them
+    the model names another label than was measured from the record; and served_largest_difference of a probability.
+
     Raises PipelineError where the model cannot be used there.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = Path(folder, "task.npz")
         models = [str(each.resolve()) for each in (path, production) if each]
-        np.savez(task, pictures=pictures, recorded=recorded, models=np.array(models))
+        files = np.array([str(each.resolve()) for each in originals.files], np.str_)
+        np.savez(
+            task,
+            pictures=pictures, recorded=recorded, models=np.array(models), files=files, of_files=originals.recorded,
+        )  # fmt: skip
         try:
             _, said = process.communicate(os.fsencode(task.resolve()), timeout=60 * MINUTES)
         except subprocess.TimeoutExpired:
@@ -89,6 +106,7 @@ def _measure(task: Path) -> dict[str, Any]:
     with np.load(task, allow_pickle=False) as file:
         pictures, recorded = file["pictures"], file["recorded"]
         path, *others = map(Path, file["models"].tolist())
+        originals = Originals([Path(each) for each in file["files"].tolist()], file["of_files"])
     start = time.perf_counter()
     network = model.load(path)
     loaded = time.perf_counter() - start
@@ -119,7 +137,22 @@ def _measure(task: Path) -> dict[str, Any]:
             "production_bytes": other.stat().st_size,
             "size_ratio": path.stat().st_size / other.stat().st_size,
         }
-    return found
+    return found | (_served(network, originals) if originals.files else {})
+
+
+def _served(network: "keras.Model", originals: Originals) -> dict[str, Any]:
+    """Predict the original files as a service does, and compare with what was measured from their records."""
+    read, differences, labels = 0, [0.0], 0
+    for path, recorded in zip(originals.files, originals.recorded, strict=True):
+        try:
+            pixels = np.asarray(images.open_rgb(path))
+        except (*images.DAMAGED, PIL.Image.DecompressionBombError):  # gone, or changed since: served_images says so
+            continue
+        found = network.predict_on_batch(pixels[np.newaxis])[0]
+        read += 1
+        labels += int(found.argmax() != recorded.argmax())
+        differences.append(float(np.abs(found - recorded).max()))
+    return {"served_images": read, "served_other_labels": labels, "served_largest_difference": max(differences)}
 
 
 def _peak_memory() -> int:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
+    from dgmd_pipeline.encoding import Fit
+
 HEAD_UNITS = (124, 64)
 CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
 CNN_FILTERS = (24, 96)  # of its first convolution, doubled up to the second number
@@ -152,9 +154,17 @@ def load(path: Path) -> "keras.Model":
 
 
 def input_size(network: "keras.Model") -> tuple[int, int]:
-    """Return the height and width in pixels that a whole model stretches pictures to."""
+    """Return the height and width in pixels that a whole model fits images to."""
     layer = network.get_layer("resizing")
     return layer.height, layer.width
+
+
+def input_fit(network: "keras.Model") -> "Fit":
+    """Return how a whole model fits images to its size."""
+    layer = network.get_layer("resizing")
+    if layer.crop_to_aspect_ratio:
+        return "crop"
+    return "letterbox" if layer.pad_to_aspect_ratio else "stretch"
 
 
 def bytes_of(network: "keras.Model") -> int:
@@ -162,17 +172,36 @@ def bytes_of(network: "keras.Model") -> int:
     return 4 * network.count_params() + 200_000
 
 
-def assemble(backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
-    """Make the servable whole: pictures (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
+def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras.Model":
+    """Make the servable whole: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 
-    Pictures of any size are stretched to the backbone's, bilinear and antialiased. The weights are shared, not copied.
-    There are only layers that Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    Images of any size are fitted to the backbone's. The weights are shared, not copied.
+    There is only what Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    """
+    import keras
+
+    _, height, width, _ = backbone.input_shape
+    pictures = keras.Input((None, None, 3), dtype="uint8", name="pictures")
+    return keras.Model(pictures, head(backbone(fitting(pictures, height, width, fit))), name="classifier")
+
+
+def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
+    """Resize images (uint8 [batch, any, any, 3]) as `encoding.fitted` does: float32 [batch, height, width, 3].
+
+    Bilinear and antialiased, rounded to whole levels, which is what the records hold. Without the rounding one label
+    in 150 was another than that of the record: docs/measurements.md.
     """
     import keras
     from keras import layers
 
-    _, height, width, _ = backbone.input_shape
-    pictures = keras.Input((None, None, 3), dtype="uint8", name="pictures")
-    x = layers.Rescaling(1.0, name="float")(pictures)  # Resizing would cut what it makes of uint8 down to whole levels
-    x = layers.Resizing(height, width, interpolation="bilinear", antialias=True, name="resizing")(x)
-    return keras.Model(pictures, head(backbone(x)), name="classifier")
+    x = layers.Rescaling(1.0, name="float")(pictures)  # of uint8, Resizing cuts the fractions off
+    x = layers.Resizing(
+        height,
+        width,
+        interpolation="bilinear",
+        antialias=True,
+        crop_to_aspect_ratio=fit == "crop",
+        pad_to_aspect_ratio=fit == "letterbox",
+        name="resizing",
+    )(x)
+    return keras.ops.round(x)

@@ -2,10 +2,13 @@
 
 A record is a `tf.train.Example` with five features:
 
-    image          bytes   the picture, width x height pixels, as a JPEG (see `encoding`)
+    image          bytes   the image, width x height pixels, as a lossless WebP (see `encoding`)
     label          int64   class index
     width, height  int64   pixels, of the stored picture
     key            bytes   the source's path below raw/, that is the object's key below the bucket's prefix
+
+TensorFlow reads them without this package: `tf.data.TFRecordDataset`, `tf.io.parse_single_example`,
+`tf.io.decode_webp(image, channels=3)[0]`. `index.json` beside them names the encoding and the fit.
 """
 
 import hashlib
@@ -23,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from dgmd_pipeline import encoding
+from dgmd_pipeline.encoding import Fit
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.images import DAMAGED
 from dgmd_pipeline.manifest import Example
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 INDEX = "index.json"
-SCHEMA = 1  # of the records and their index; raised when either changes
+SCHEMA = 2  # of the records and their index; raised when either changes
 PIECE_IMAGES = (
     256  # smaller than a shard may be: ten shards keep more than ten cores busy, and the last ones end together
 )
@@ -48,6 +52,7 @@ class _Piece(NamedTuple):
     rows: list[Example]
     width: int
     height: int
+    fit: Fit
 
 
 def write(
@@ -58,15 +63,15 @@ def write(
     shards: int,
     width: int,
     height: int,
+    fit: Fit,
     map: Callable[[Callable[[_Piece], int], Iterable[_Piece]], Iterable[int]] = map,
 ) -> dict[str, int]:
     """Write the pictures of `rows` into `folder`: `<side>-00000-of-00010.tfrecord` ... and `index.json`.
 
-    Pictures are read below `raw` and stretched to `width` x `height` pixels. There are `shards` shards, or as many as
-    images if those are fewer. The bytes depend on the set of rows and the pictures alone: not on the order of `rows` or
-    how many processes work (on Linux and arm64 some values are another by one level, see `encoding`). `map` is like the
-    builtin one; it may call the function for its pieces in other processes, and yields in order what comes back,
-    numbers of images.
+    Images are read below `raw` and fitted to `width` x `height` pixels (`encoding.fitted`). There are `shards` shards,
+    or as many as images if those are fewer. The bytes depend on the set of rows and the images alone: not on the order
+    of `rows` or how many processes work. `map` is like the builtin one; it may call the function for its pieces in
+    other processes, and yields in order what comes back, numbers of images.
     Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
     OSError where `folder` cannot be written.
     """
@@ -79,7 +84,7 @@ def write(
         for first in range(start, stop, PIECE_IMAGES):
             chosen = ordered[first : min(first + PIECE_IMAGES, stop)]
             part = shard if first == start else shard.with_suffix(f".part{first - start}")
-            pieces.append(_Piece(raw, shard, part, chosen, width, height))
+            pieces.append(_Piece(raw, shard, part, chosen, width, height, fit))
     entries: list[dict[str, Any]] = []
     done = zip(pieces, map(_write_piece, pieces), strict=True)
     for shard, parts in groupby(done, key=lambda each: each[0].shard):
@@ -93,8 +98,8 @@ def write(
         size, digest = shard.stat().st_size, _digest(shard)
         entries.append({"file": shard.name, "records": images, "bytes": size, "sha256": digest})
     counts = {"images": len(ordered), "shards": shards, "bytes": sum(entry["bytes"] for entry in entries)}
-    kind = {"format": "JPEG", "quality": encoding.QUALITY, "subsampling": encoding.SUBSAMPLING}
-    index = {"schema": SCHEMA, "encoding": kind, "width": width, "height": height}
+    kind = {"format": encoding.FORMAT, "lossless": True}
+    index = {"schema": SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
     text = json.dumps({**index, **counts, "files": entries}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
     return counts
@@ -110,8 +115,11 @@ def order(rows: Iterable[Example]) -> list[Example]:
 
 
 def bytes_of(images: int, width: int, height: int) -> int:
-    """Return about how many bytes so many photographs take, by the measurement in `encoding`: 1.12 for each pixel."""
-    return round(images * width * height * 1.12)
+    """Return about how many bytes so many photographs take, 1.15 for each pixel.
+
+    Measured at 256 x 192: 1.04 and 1.14 for each pixel (docs/measurements.md). Noise needs up to 3.
+    """
+    return round(images * width * height * 1.15)
 
 
 def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Dataset":
@@ -130,7 +138,7 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
 
     def decode(record: Any) -> tuple[Any, Any]:
         features = tf.io.parse_single_example(record, schema)
-        picture = tf.io.decode_jpeg(features["image"], channels=3, dct_method="INTEGER_ACCURATE")
+        picture = tf.io.decode_webp(features["image"], channels=3)[0]  # of the frames that it might have
         return tf.ensure_shape(picture, shape), features["label"]
 
     random = None if seed is None else np.random.default_rng((seed, epoch))
@@ -143,9 +151,14 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
 
 
 def size(folder: Path) -> tuple[int, int]:
-    """Return the height and width of the pictures in pixels."""
+    """Return the height and width of the images in pixels."""
     index = _index(folder)
     return index["height"], index["width"]
+
+
+def fit(folder: Path) -> Fit:
+    """Return how the images were fitted to their size."""
+    return _index(folder)["fit"]
 
 
 def keys(folder: Path) -> list[str]:
@@ -220,7 +233,7 @@ def _write_piece(piece: _Piece) -> int:
     with piece.part.open("wb") as file:
         for row in piece.rows:
             features: dict[str, bytes | int] = {
-                "image": _encode(piece.raw / row.path, piece.width, piece.height),
+                "image": _encode(piece.raw / row.path, piece.width, piece.height, piece.fit),
                 "label": row.class_index,
                 "width": piece.width,
                 "height": piece.height,
@@ -230,9 +243,9 @@ def _write_piece(piece: _Piece) -> int:
     return len(piece.rows)
 
 
-def _encode(path: Path, width: int, height: int) -> bytes:
+def _encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
     try:
-        return encoding.encode(path, width, height)
+        return encoding.encode(path, width, height, fit)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
             f"{path} was a readable picture when it was inspected and is not any more "

@@ -22,6 +22,7 @@ class Pictures(NamedTuple):
 
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
+    raw: Path | None = None  # the folder of the original files, where it is at hand
 
 
 class Contender(NamedTuple):
@@ -44,10 +45,13 @@ class Review(NamedTuple):
     untried: str
 
 
-def pictures(folder: Path, rows: Iterable[Example]) -> Pictures:
-    """Return the pictures in the folder of records, whose rows (of the split) may come in any order."""
+def pictures(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> Pictures:
+    """Return the pictures in the folder of records, whose rows (of the split) may come in any order.
+
+    With `raw`, the folder of the original files, a model that is tried is also given a sample of these.
+    """
     by_path = {row.path: row for row in rows}
-    return Pictures(folder, [by_path[key] for key in records.keys(folder)])
+    return Pictures(folder, [by_path[key] for key in records.keys(folder)], raw)
 
 
 def compare(here: Contender, there: Contender, known: Pictures) -> dict[str, Any]:
@@ -74,21 +78,31 @@ def compare(here: Contender, there: Contender, known: Pictures) -> dict[str, Any
 def predictions(contender: Contender, known: Pictures) -> np.ndarray:
     """Return the probabilities (float32 [n, classes]) of all pictures.
 
-    Raises PipelineError where the model cannot be used, or reads larger pictures than the records hold: enlarged ones
-    would make it look worse than it is.
+    Raises PipelineError where the model cannot be used, or where the records do not hold what it would make of the
+    original files: it would look worse than it is.
     """
     if contender.probabilities is not None:
         return contender.probabilities
     log.info("  version %s on %s validation images ...", contender.version, f"{len(known.examples):,}")
     network = model.load(contender.path)
-    wanted, there = model.input_size(network), records.size(known.records)
-    if wanted[0] > there[0] or wanted[1] > there[1]:
-        raise PipelineError(
-            f"It reads pictures of {wanted[1]} x {wanted[0]} pixels, and the validation records hold {there[1]} x "
-            f"{there[0]}: on those it would look worse than it is. Records as large are made with "
-            f"IMAGE_WIDTH={wanted[1]} IMAGE_HEIGHT={wanted[0]} and `--until convert`."
-        )
+    _check_comparable(model.input_size(network), model.input_fit(network), known.records)
     return evaluation.predict(network, records.read(known.records))[0]
+
+
+def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
+    """Raise PipelineError unless a model of this size (height, width) and fit can be judged by the folder's records.
+
+    Its own resizing gets the records' pixels. From larger ones of the same fit it makes what it would make of the
+    original, but for bars and cuts: those of another aspect ratio come on top of the records' own.
+    """
+    there, its = records.size(folder), records.fit(folder)
+    same_shape = size[0] * there[1] == size[1] * there[0]
+    if size[0] > there[0] or size[1] > there[1] or fit != its or (fit != "stretch" and not same_shape):
+        raise PipelineError(
+            f"It reads images of {size[1]} x {size[0]} pixels with IMAGE_FIT={fit}, and the validation records hold "
+            f"{there[1]} x {there[0]} with IMAGE_FIT={its}: on those it would look worse than it is. Records for it "
+            f"are made with IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit} and `--until convert`."
+        )
 
 
 def review(
@@ -125,10 +139,20 @@ def review(
         log.info("  %s in a process of its own%s ...", it, beside)
         try:
             other = production and production.path
-            tried = assessment.assess(process, candidate.path, some, probabilities[: len(some)], scratch, other)
+            tried = assessment.assess(
+                process, candidate.path, some, probabilities[: len(some)], scratch, other, _sample(known, probabilities)
+            )
         except PipelineError as error:
             return Review(compared, missing, None, str(error))
         return Review(compared, missing, tried, "")
+
+
+def _sample(known: Pictures, probabilities: np.ndarray) -> assessment.Originals:
+    """Return the first of the original files: the order of records is that of a hash, so they are a random sample."""
+    if known.raw is None:
+        return assessment.Originals()
+    files = [known.raw / row.path for row in known.examples[: assessment.ORIGINALS]]
+    return assessment.Originals(files, probabilities[: len(files)])
 
 
 def write(found: Review, folder: Path) -> None:

@@ -31,6 +31,8 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
     "GIT_PYTHON_REFRESH": "quiet",
+    # Pillow keeps two blocks of memory of up to 16 MB for the next image; fresh pages cost a third of writing a record.
+    "PILLOW_BLOCKS_MAX": "2",
 }
 # Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
 # threads on one batch. docs/measurements.md
@@ -66,6 +68,9 @@ class Settings(BaseSettings):
     num_shards: int = Field(10, ge=1, le=99_999, description="TFRecord files for each side of the split")
     image_width: int = Field(256, ge=8, le=4096, description="width of the stored pictures and the model, pixels")
     image_height: int = Field(192, ge=8, le=4096, description="height of the stored pictures and the model, pixels")
+    image_fit: Literal["stretch", "letterbox", "crop"] = Field(
+        "stretch", description="how images of another aspect ratio are fitted to IMAGE_WIDTH x IMAGE_HEIGHT"
+    )
     backbone: str = Field(
         "EfficientNetV2-B1", description="a frozen network of keras.applications, or `cnn`, trained from scratch"
     )

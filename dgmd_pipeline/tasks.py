@@ -432,9 +432,9 @@ class WriteTFRecords(OneSide):
 
     name = "tfrecord"
     verb = "convert"
-    format = 2
+    format = 3
     priority = 1  # Luigi's: both sides before the first features, for which the network is still being built
-    uses = ("num_shards", "image_width", "image_height")
+    uses = ("num_shards", "image_width", "image_height", "image_fit")
 
     def requires(self) -> list[Step]:
         return [SplitImages(job=self.job), InspectImages(job=self.job), DownloadImages(job=self.job)]
@@ -452,6 +452,7 @@ class WriteTFRecords(OneSide):
             self.settings.num_shards,
             self.settings.image_width,
             self.settings.image_height,
+            self.settings.image_fit,
             lambda function, pieces: progress(
                 self.job.pool.map(function, pieces), self.folder, len(rows), "images", count=int
             ),
@@ -575,7 +576,7 @@ class TrainModel(Step):
         "class_weights",
         "seed",
     )
-    reads = ("backbone_weights", "keras_home", "image_width", "image_height")
+    reads = ("backbone_weights", "keras_home", "image_width", "image_height", "image_fit")
     _epochs = 0  # of this run; one that was stopped may have come to the others
 
     def requires(self) -> list[Step]:
@@ -591,7 +592,7 @@ class TrainModel(Step):
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
-        size = (self.settings.image_height, self.settings.image_width)
+        size, fit = (self.settings.image_height, self.settings.image_width), self.settings.image_fit
         if backbone:
             learned, rest = (features.load(side.path) for side in sides)
             rows = records.order(manifest.read(split.path / "training.csv", manifest.Example))
@@ -601,9 +602,11 @@ class TrainModel(Step):
             for side in sides:
                 records.check(side.path)
             shuffled, ordered = (partial(records.read, side.path) for side in sides)
-            train = partial(training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show)
+            train = partial(
+                training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show, image_fit=fit
+            )
         trained = self._go_on(train, draft / folders.RESUME)
-        whole = model.assemble(backbone, trained.model) if backbone else trained.model
+        whole = model.assemble(backbone, trained.model, fit) if backbone else trained.model
         folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
         manifest.write(draft / "history.csv", training.Epoch, trained.history)
@@ -710,7 +713,7 @@ class EvaluateModel(Step):
         else:
             probabilities, truth = evaluation.predict(network, records.read(written.path))
         sides = [list(manifest.read(split.path / f"{side}.csv", manifest.Example)) for side in SIDES]
-        pictures = review.pictures(written.path, sides[1])
+        pictures = review.pictures(written.path, sides[1], DownloadImages(job=self.job).path)
         keys = [row.path for row in pictures.examples]
         measured = evaluation.evaluate(probabilities, truth, names, keys, draft)
         trained_on = frozenset(row.sha256 for row in sides[0])
@@ -888,7 +891,9 @@ class RegisterModel(Step):
             params=_params(records, self.declared() | {"backbone_weights": self.settings.backbone_weights})
             | {"SEED": about["seed"]},
             history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
-            metrics={f"evaluation_{name}": value for name, value in metrics.items()} | _data_counts(records),
+            metrics={f"evaluation_{name}": value for name, value in metrics.items()}
+            | self._served(evaluation.path)
+            | _data_counts(records),
             times=timing.metrics(records.values()),
             tags=self._tags(metrics, evaluation.path),
             source=_source(self.settings, raw.path),
@@ -924,6 +929,13 @@ class RegisterModel(Step):
                 with folders.draft(folder) as new:
                     registry.create(new)
         return store(self.settings)
+
+    def _served(self, evaluation: Path) -> dict[str, float]:
+        """Return how the answers to original files differ from those to their records, where that was measured."""
+        from dgmd_pipeline import review
+
+        tried = review.read(evaluation).assessment or {}
+        return {f"evaluation_{name}": value for name, value in tried.items() if name.startswith("served_")}
 
     def _tags(self, metrics: dict[str, float], evaluation: Path) -> dict[str, str]:
         from dgmd_pipeline import registry, review

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
+    from dgmd_pipeline.encoding import Fit
+
 log = logging.getLogger(__name__)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -77,13 +79,14 @@ def train_whole(
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None],
     checkpoint: Path | None = None,
+    image_fit: "Fit" = "stretch",
 ) -> Trained:
     """Train the small network together with its head, from scratch, on pictures.
 
     A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length. `training` is
     called with the seed and the epoch for one in an order that depends on these alone: TensorFlow mixes the seed that
     is set here into a dataset's own, so one that was opened earlier would depend on what the process did before. `size`
-    is (height, width).
+    is (height, width), `image_fit` how the model that comes back fits other sizes to it.
     The rest is as in `head.train_head`, but the model that comes back is the one to be served (`model.assemble`).
     """
     import keras
@@ -105,7 +108,7 @@ def train_whole(
     weights = weights_by_class(classes, class_weights)
     show = shown(on_epoch, recipe.epochs)
     trained = fit(together, shuffled, rest, weights, recipe, progress, show, checkpoint)
-    return trained._replace(model=model.assemble(network, head))
+    return trained._replace(model=model.assemble(network, head, image_fit))
 
 
 def begin(recipe: Recipe, checkpoint: Path | None) -> Progress:

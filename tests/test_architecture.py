@@ -37,8 +37,8 @@ OWN = {  # module -> what of ours it may import, besides errors
     "records": ["manifest", "images", "encoding"],
     "features": [],
     "backbones": [],
-    "model": ["backbones", "manifest"],  # what to say of a changed file
-    "training": ["folders", "model"],
+    "model": ["backbones", "encoding", "manifest"],  # the fits; what to say of a changed file
+    "training": ["encoding", "folders", "model"],  # encoding: a type
     "linear": [],
     "head": ["folds", "linear", "model", "training"],
     "evaluation": ["manifest"],  # what a spreadsheet takes for a formula
@@ -46,7 +46,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "plots": ["evaluation", "training"],  # the rows that they draw
     "report": ["comparison", "evaluation", "folders", "label_suspects", "manifest", "plots", "training"],
     "comparison": [],
-    "assessment": ["model", "settings"],
+    "assessment": ["images", "model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
     "registry": ["manifest", "settings"],
     "production": ["registry"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dgmd_pipeline import assessment, model, settings
 from dgmd_pipeline.errors import PipelineError
@@ -22,7 +23,7 @@ def saved(tmp_path_factory):
     networks = []
     for name, size in (("small", 16), ("large", 32)):
         backbone = model.build_cnn(size, size)
-        network = model.assemble(backbone, model.build_head(backbone.output_shape[-1], 3, 0.1))
+        network = model.assemble(backbone, model.build_head(backbone.output_shape[-1], 3, 0.1), "stretch")
         network.save(folder / f"{name}.keras")
         networks.append(network)
     return folder / "small.keras", folder / "large.keras", networks[0]
@@ -45,6 +46,21 @@ def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, assess, tmp_path)
     assert 10**8 < found["peak_memory_bytes"] < 10**10  # TensorFlow alone takes hundreds of megabytes
     assert "latency_ratio" not in found
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_saved_model_says_of_original_files_is_compared_with_what_was_measured(saved, assess, tmp_path):
+    small, _, network = saved
+    recorded = network.predict(PICTURES, verbose=0)
+    files = []
+    for number, pixels in enumerate(PICTURES):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(files[-1])
+    (tmp_path / "7.png").unlink()
+    recorded[3] = np.roll(recorded[3], 1)  # other labels were measured than the model gives
+    recorded[5] = np.roll(recorded[5], 1)
+    found = assess(small, PICTURES, recorded, tmp_path, originals=assessment.Originals(files, recorded))
+    assert (found["served_images"], found["served_other_labels"]) == (7, 2)
+    assert 0.01 < found["served_largest_difference"] <= 1
 
 
 def test_another_model_is_timed_beside_it(saved, assess, tmp_path):

@@ -1,19 +1,29 @@
+"""A record holds what the served model's own layers make of the original file, to the level."""
+
 import io
-import struct
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-import simplejpeg
 from test_images import encode, scene, stored_as, turned
 
-from dgmd_pipeline import encoding, images
+from dgmd_pipeline import encoding, images, model
 
-SIZE = (64, 48)  # of what is made; the photos are larger
-SIZES = [(97, 61), (8, 3000), (3000, 8), (30, 20), (701, 1501)]  # the last is decoded at a quarter: 175.25 x 375.25
+SIZE = (64, 48)  # of what is made, width and height
+FITS = ["stretch", "letterbox", "crop"]
+SIZES = {
+    "landscape": (300, 210),
+    "portrait": (171, 300),
+    "large": (1027, 771),
+    "square": (65, 65),
+    "of the size": SIZE,
+    "half the size": (32, 24),
+    "tiny": (8, 8),
+    "wide": (3000, 8),
+    "tall": (8, 3000),
+}
 
 
 def photo(width: int = 300, height: int = 210) -> PIL.Image.Image:
@@ -23,151 +33,82 @@ def photo(width: int = 300, height: int = 210) -> PIL.Image.Image:
     return PIL.Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
 
 
-def noise(width: int, height: int) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (height, width, 3)))
+@cache
+def layers(fit: str, width: int = SIZE[0], height: int = SIZE[1]):
+    """The first layers of a served model: what they come to before they round, and after."""
+    import keras
+
+    pictures = keras.Input((None, None, 3), dtype="uint8")
+    network = keras.Model(pictures, model.fitting(pictures, height, width, fit))
+    return keras.Model(pictures, [network.get_layer("resizing").output, network.output])
 
 
-def padded(data: bytes) -> bytes:
-    """Put bytes that mean nothing between two markers, which libjpeg warns of and steps over."""
-    at = data.index(b"\xff\xdb")
-    return data[:at] + b"nothing" + data[at:]
+def stored(path: Path, fit: str, size: tuple[int, int] = SIZE) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(encoding.encode(path, *size, fit))) as image:
+        assert (image.format, image.mode) == ("WEBP", "RGB")
+        return np.asarray(image)
 
 
-def lossless(width: int, height: int) -> bytes:
-    """A grey picture in the kind of JPEG that stores differences: all are 0, for which the code is one bit, 0."""
-    frame = b"\xff\xc3\0\x11\x08" + struct.pack(">HH", height, width) + b"\3\1\x11\0\2\x11\0\3\x11\0"
-    table = b"\xff\xc4\0\x14\0\1" + bytes(15) + b"\0"
-    scan = b"\xff\xda\0\x0c\3\1\0\2\0\3\0\1\0\0" + bytes(width * height * 3 // 8 + 1)
-    return b"\xff\xd8" + frame + table + scan + b"\xff\xd9"
+def assert_served(pixels: np.ndarray, original: np.ndarray, fit: str) -> None:
+    """A value that float32 cannot tell from a half may be rounded to either side."""
+    before, served = (found.numpy()[0] for found in layers(fit)(original[np.newaxis]))
+    assert pixels.shape == served.shape
+    assert np.array_equal(served, np.rint(before))
+    assert np.abs(pixels - before).max() <= 0.51
 
 
-def of_4_4_1() -> bytes:
-    """A 4:1:1 JPEG (luminance 4 x 1) that says 1 x 4: as many blocks, if not in their places."""
-    data = simplejpeg.encode_jpeg(np.asarray(photo(256, 256)), colorsubsampling="411")
-    at = data.index(b"\xff\xc0") + 11
-    assert data[at] == 0x41
-    return data[:at] + b"\x14" + data[at + 1 :]
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("name", SIZES)
+def test_a_record_holds_what_the_served_model_makes_of_the_original(name, fit, tmp_path):
+    (tmp_path / "x").write_bytes(encode(photo(*SIZES[name]), "PNG"))
+    assert_served(stored(tmp_path / "x", fit), np.asarray(photo(*SIZES[name])), fit)
 
 
-XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
-TURNED = encode(photo(), "JPEG", exif=turned(6))
-JPEGS = {
-    "4:4:4": encode(photo(), "JPEG", subsampling="4:4:4"),
-    "4:2:2": encode(photo(), "JPEG", subsampling="4:2:2"),
-    "4:2:0": encode(photo(), "JPEG", subsampling="4:2:0"),
-    "progressive": encode(photo(), "JPEG", progressive=True),
-    "restart markers": encode(photo(), "JPEG", restart_marker_rows=1),
-    "stored as RGB": encode(photo(), "JPEG", keep_rgb=True),
-    "a profile and a comment": encode(photo(), "JPEG", icc_profile=b"profile" * 20_000, comment=b"a camera's"),
-    "two pictures": encode(photo(), "MPO", save_all=True, append_images=[photo().rotate(180)]),
-    "as small as can be": encode(photo(8, 8), "JPEG"),
-    "half of the size": encode(photo(257, 771), "JPEG"),
-    "a quarter of the size": encode(photo(701, 1501), "JPEG"),
-    "an eighth of the size": encode(photo(1027, 1501), "JPEG"),
-    "orientation 6 in XMP": encode(photo(), "JPEG", xmp=XMP),
-    "orientation 6 behind a comment that looks like pixels": TURNED[:2] + b"\xff\xfe\0\4\xff\xda" + TURNED[2:],
-    **{f"noise {width} x {height}": encode(noise(width, height), "JPEG") for width, height in SIZES},
-    **{f"orientation {number}": encode(photo(), "JPEG", exif=turned(number)) for number in range(1, 9)},
-}
-SLOWER = {
-    "grey": encode(photo().convert("L"), "JPEG"),
-    "CMYK": encode(photo().convert("CMYK"), "JPEG"),
-    "grey and turned": encode(photo().convert("L"), "JPEG", exif=turned(6)),
-    "orientation 6 behind padding": TURNED.replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1),
-    "orientation 6 behind a marker without a segment": TURNED[:2] + b"\xff\xd0" + TURNED[2:],
-    "lossless": lossless(70, 50),
-    "4:4:1": of_4_4_1(),
-    "faulty": padded(JPEGS["4:2:0"]),
-}
-OTHERS = {
-    **{f"PNG {width} x {height}": encode(noise(width, height), "PNG") for width, height in SIZES},
-    "PNG": encode(photo(), "PNG", exif=turned(6)),
-    "PNG transparent": encode(photo().convert("RGBA").rotate(20), "PNG"),
-    "GIF": encode(photo(), "GIF"),
-    "WEBP": encode(photo(), "WEBP"),
-}
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("kind, orientation", [("JPEG", 1), *(("JPEG", n) for n in range(2, 9)), ("PNG", 6)])
+def test_so_does_that_of_a_rotated_file_that_predict_opens(kind, orientation, fit, tmp_path):
+    (tmp_path / "x").write_bytes(stored_as(photo(400, 240), kind, orientation))
+    opened = np.asarray(images.open_rgb(tmp_path / "x"))  # what `predict` gives to the model
+    assert opened.shape == (240, 400, 3)
+    assert_served(stored(tmp_path / "x", fit), opened, fit)
 
 
-def by_pillow(data: bytes, resize=PIL.Image.Image.resize) -> PIL.Image.Image:
-    """What Pillow alone makes of a file, but for the resize."""
-    image = PIL.Image.open(io.BytesIO(data))
-    size, turn = SIZE, images.orientation(image)
-    if image.format not in ("JPEG", "MPO"):
-        return resize(images.to_rgb(image), size, PIL.Image.Resampling.BILINEAR)
-    size = images.exchanged(size, turn)
-    _, box = image.draft("RGB", (2 * size[0], 2 * size[1]))
-    return images.turned(resize(image.convert("RGB"), size, PIL.Image.Resampling.BILINEAR, box), turn)
+def test_the_three_fits_are_three(tmp_path):
+    white = PIL.Image.new("RGB", (60, 120), "white")
+    white.paste("red", (0, 0, 60, 10))
+    stretched, boxed, cropped = (encoding.fitted(white, 40, 40, fit) for fit in FITS)
+    assert stretched[0].tolist() == [[255, 0, 0]] * 40  # the red top is there, over the whole width
+    assert boxed[0, 20].tolist() == [255, 0, 0] and not boxed[:, :9].any() and not boxed[:, -9:].any()
+    assert (cropped == 255).all()  # 30 pixels above are cut off
 
 
-def fast(image: PIL.Image.Image, size: tuple[int, int], _, box=None) -> PIL.Image.Image:
-    return PIL.Image.fromarray(encoding._resized(image, size, box))
-
-
-@pytest.mark.parametrize("name", JPEGS | SLOWER | OTHERS)
-def test_a_stretched_picture_is_pillow_s_to_within_a_level(name, tmp_path):
-    (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
-    pixels = encoding.stretched(tmp_path / "x", *SIZE)
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (SIZE[1], SIZE[0], 4 if name in JPEGS else 3)
-    assert np.abs(pixels[..., :3].astype(int) - np.asarray(by_pillow(data), int)).max() <= 1
-
-
-@pytest.mark.parametrize("resize", [fast, PIL.Image.Image.resize])
-@pytest.mark.parametrize("name", JPEGS | SLOWER | OTHERS)
-def test_with_the_same_resize_the_record_is_pillow_s_to_the_last_byte(name, resize, tmp_path, monkeypatch):
-    if resize is not fast:
-        monkeypatch.setattr(encoding, "cykooz_resizer", None)
-    (tmp_path / "x").write_bytes(data := (JPEGS | SLOWER | OTHERS)[name])
-    picture = PIL.Image.fromarray(np.asarray(by_pillow(data, resize)))  # without the source's comment and profile
-    assert encoding.encode(tmp_path / "x", *SIZE) == encode(picture, "JPEG", quality=99, subsampling="4:4:4")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_orientation_says_before_it_is_stretched(kind, orientation, tmp_path):
-    upright = scene(0, 400, 240)
-    (tmp_path / "x").write_bytes(stored_as(upright, kind, orientation))
-    image = PIL.Image.fromarray(encoding.stretched(tmp_path / "x", 100, 50)[..., :3])
-    assert image.size == (100, 50)
-    assert np.abs(np.asarray(image.resize((40, 24)), float) - np.asarray(upright.resize((40, 24)), float)).mean() < 3
-
-
-def test_a_lossless_jpeg_that_would_have_to_be_decoded_at_half_its_size_is_refused(tmp_path):
-    (tmp_path / "x").write_bytes(lossless(2 * SIZE[0] * 2, 2 * SIZE[1] * 2))
-    with pytest.raises(OSError, match="broken data stream"):
-        encoding.encode(tmp_path / "x", *SIZE)
-
-
-def test_what_is_called_faulty_is_what_only_one_of_the_decoders_objects_to():
-    with pytest.raises(ValueError, match="extraneous bytes"):
-        simplejpeg.decode_jpeg(SLOWER["faulty"])
-
-
-def test_where_there_is_no_fast_resize_it_works_all_the_same(tmp_path):
-    (tmp_path / "x").write_bytes(JPEGS["orientation 6"])
-    code = (
-        "import sys; sys.modules['cykooz_resizer'] = None\n"
-        "from pathlib import Path; import numpy as np; from dgmd_pipeline import encoding\n"
-        "np.save('slow.npy', encoding.stretched(Path('x'), 30, 20))"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    pixels = encoding.stretched(tmp_path / "x", 30, 20).astype(int)
-    assert np.abs(pixels - np.load(tmp_path / "slow.npy")).max() <= 1
+@pytest.mark.parametrize("fit", FITS)
+def test_the_bands_of_a_large_image_join_without_a_seam(fit, monkeypatch):
+    image = photo()
+    whole = encoding.fitted(image, *SIZE, fit)
+    monkeypatch.setattr(encoding, "BAND", 7 * image.width)
+    assert np.array_equal(encoding.fitted(image, *SIZE, fit), whole)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_damaged_picture_is_one_of_the_errors_that_are_named(kind, tmp_path):
+def test_a_damaged_image_is_one_of_the_errors_that_are_named(kind, tmp_path):
     data = encode(photo(), kind)
     for name, content in {"garbage": b"nothing", "cut": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match="identify|truncated"):
-            encoding.encode(tmp_path / name, *SIZE)
+            encoding.encode(tmp_path / name, *SIZE, "stretch")
 
 
-def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path: Path):
-    data = bytearray(JPEGS["4:2:0"])
+def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path):
+    data = bytearray(encode(photo(), "JPEG", exif=turned(6)))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\x7f\xff\x7f\xff"  # a header of 32,767 x 32,767 pixels
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(PIL.Image.DecompressionBombError):
-        encoding.encode(tmp_path / "x", *SIZE)
+        encoding.encode(tmp_path / "x", *SIZE, "stretch")
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox"])
+def test_nor_are_they_made_by_the_first_pass_of_the_resizing_or_by_bars(fit):
+    with pytest.raises(PIL.Image.DecompressionBombError, match="too narrow to be resized"):
+        encoding.fitted(PIL.Image.new("RGB", (1, 2_000_000)), *SIZE, fit)

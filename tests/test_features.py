@@ -47,7 +47,7 @@ def test_the_head_on_stored_features_predicts_what_the_assembled_model_predicts_
         pass
     head = model.build_head(backbone.output_shape[-1], 7, 0.2)
     on_features = head.predict(features.load(tmp_path)[0], verbose=0)
-    on_pictures = model.assemble(backbone, head).predict(pictures, verbose=0)
+    on_pictures = model.assemble(backbone, head, "stretch").predict(pictures, verbose=0)
     np.testing.assert_allclose(on_pictures, on_features, atol=1e-5)
 
 

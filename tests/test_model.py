@@ -37,7 +37,7 @@ def small(home):
 
 @pytest.fixture(scope="module")
 def classifier(small):
-    return model.assemble(small, model.build_head(small.output_shape[-1], 5, 0.2))
+    return model.assemble(small, model.build_head(small.output_shape[-1], 5, 0.2), "stretch")
 
 
 def pictures(*shape, seed=0):
@@ -90,6 +90,13 @@ def test_resizing_is_bilinear_and_antialiased_as_pillow_does_it(classifier):
     ours = resizing.predict(np.asarray(picture)[None], verbose=0)[0]
     pillow = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
     assert np.abs(ours - pillow).max() < 1.5  # Pillow rounds twice
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+def test_a_saved_model_knows_its_size_and_fit(fit, small, tmp_path):
+    model.assemble(small, model.build_head(small.output_shape[-1], 5, 0.2), fit).save(tmp_path / "model.keras")
+    loaded = model.load(tmp_path / "model.keras")
+    assert (model.input_size(loaded), model.input_fit(loaded)) == ((32, 32), fit)
 
 
 def test_the_saved_model_loads_and_predicts_where_this_package_is_unknown(classifier, tmp_path):

@@ -187,6 +187,9 @@ def test_the_mlflow_run_tells_everything(finished):
         assert history[-1].value == pytest.approx(training["metrics"][metric])
     measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
     assert run.data.metrics["evaluation_accuracy"] == measured["accuracy"]
+    assert run.data.metrics["evaluation_served_images"] == measured["images"]
+    assert run.data.metrics["evaluation_served_other_labels"] == 0
+    assert run.data.metrics["evaluation_served_largest_difference"] < 0.01
     records = {step: json.loads((data_dir / step / "_SUCCESS").read_text()) for step in STEPS[:-1]}
     for step, record in records.items():
         assert run.data.metrics[f"step_seconds/{step}"] == record["seconds"]

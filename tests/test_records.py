@@ -46,7 +46,7 @@ def rows(raw: Path) -> list[Example]:
 
 def written(rows, raw: Path, folder: Path, shards: int = 4, **more) -> Path:
     folder.mkdir()
-    records.write(rows, raw, folder, "training", shards, WIDTH, HEIGHT, **more)
+    records.write(rows, raw, folder, "training", shards, WIDTH, HEIGHT, "stretch", **more)
     return folder
 
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_read_with_its_key_label_and_pixels(rows, raw, tmp_pa
         assert label == by_path[key].class_index
         assert pixels.shape == (HEIGHT, WIDTH, 3)
         assert pixels.dtype == np.uint8
-        assert np.abs(pixels.astype(int) - wanted(raw, by_path[key])).max() <= 4
+        assert np.abs(pixels.astype(int) - wanted(raw, by_path[key])).max() <= 1  # Pillow rounds twice
 
 
 def test_the_pictures_come_in_batches_of_a_known_shape(rows, raw, tmp_path):
@@ -100,6 +100,8 @@ def test_tensorflow_reads_the_records_and_would_write_the_same_bytes(rows, raw, 
         assert list(features["width"].int64_list.value) == [WIDTH]
         assert list(features["height"].int64_list.value) == [HEIGHT]
         path = features["key"].bytes_list.value[0].decode()
+        pixels = tf.io.decode_webp(features["image"].bytes_list.value[0], channels=3)[0].numpy()
+        assert np.abs(pixels.astype(int) - wanted(raw, by_path[path])).max() <= 1
         assert list(features["label"].int64_list.value) == [by_path[path].class_index]
 
 
@@ -117,12 +119,14 @@ def test_large_numbers_and_long_values_are_serialised_as_tensorflow_does():
 def test_the_index_says_what_is_in_the_folder(rows, raw, tmp_path):
     folder = tmp_path / "records"
     folder.mkdir()
-    counts = records.write(rows, raw, folder, "validation", 7, WIDTH, HEIGHT)
+    counts = records.write(rows, raw, folder, "validation", 7, WIDTH, HEIGHT, "crop")
     index = json.loads((folder / "index.json").read_text())
     names = [f"validation-{number:05d}-of-00007.tfrecord" for number in range(7)]
     assert sorted(contents(folder)) == ["index.json", *names]
     assert [entry["file"] for entry in index["files"]] == names
-    assert (index["width"], index["height"]) == (WIDTH, HEIGHT)
+    assert (index["width"], index["height"], index["fit"]) == (WIDTH, HEIGHT, "crop")
+    assert index["encoding"] == {"format": "WEBP", "lossless": True}
+    assert (records.size(folder), records.fit(folder)) == ((HEIGHT, WIDTH), "crop")
     for entry in index["files"]:
         content = (folder / entry["file"]).read_bytes()
         assert entry["records"] in (8, 9)
@@ -151,7 +155,7 @@ def test_labels_are_mixed_though_the_rows_come_sorted(rows, raw, tmp_path):
 def test_there_are_as_many_shards_as_images_if_those_are_fewer(rows, raw, tmp_path):
     folder = tmp_path / "records"
     folder.mkdir()
-    assert records.write(rows[:3], raw, folder, "training", 10, WIDTH, HEIGHT)["shards"] == 3
+    assert records.write(rows[:3], raw, folder, "training", 10, WIDTH, HEIGHT, "stretch")["shards"] == 3
     assert sorted(contents(folder))[1:] == [f"training-0000{number}-of-00003.tfrecord" for number in range(3)]
     assert len(records.keys(folder)) == 3
 
@@ -238,7 +242,7 @@ def test_a_picture_that_was_lost_since_its_inspection_is_named_with_what_to_do(c
 
 def test_a_full_or_missing_disk_is_not_blamed_on_a_picture(rows, raw, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        records.write(rows, raw, tmp_path / "nowhere", "training", 1, WIDTH, HEIGHT)
+        records.write(rows, raw, tmp_path / "nowhere", "training", 1, WIDTH, HEIGHT, "stretch")
 
 
 def test_comments_and_metadata_of_the_source_stay_behind(raw, tmp_path):
@@ -262,7 +266,8 @@ def test_writing_does_not_import_tensorflow(rows, raw, tmp_path):
         "import sys; from pathlib import Path\n"
         "from dgmd_pipeline import records; from dgmd_pipeline.manifest import Example\n"
         f"rows = [Example(*{tuple(rows[0])!r})]\n"
-        f"print(records.write(rows, Path({str(raw)!r}), Path({str(tmp_path / 'records')!r}), 'training', 1, 24, 16))\n"
+        f"raw, folder = Path({str(raw)!r}), Path({str(tmp_path / 'records')!r})\n"
+        "print(records.write(rows, raw, folder, 'training', 1, 24, 16, 'stretch'))\n"
         "print([name for name in ('tensorflow', 'keras', 'google.protobuf') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -283,21 +288,19 @@ def photograph(rng: np.random.Generator, source: Image.Image, size: tuple[int, i
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
-def difference(rows: list[Example], raw: Path, folder: Path, width: int, height: int) -> tuple[float, float]:
-    """Write, read, and compare with what Keras makes of the originals: mean and 99th percentile, in levels."""
+def assert_served(rows: list[Example], raw: Path, folder: Path, width: int, height: int) -> None:
+    """Write, read, and compare with what Keras makes of the originals: nothing is lost but fractions of a level."""
     import keras
 
     resizing = keras.layers.Resizing(height, width, interpolation="bilinear", antialias=True)
     folder.mkdir()
-    records.write(rows, raw, folder, "validation", 2, width, height)
-    differences = []
-    for key, (pixels, _) in zip(records.keys(folder), records.read(folder).as_numpy_iterator(), strict=True):
+    records.write(rows, raw, folder, "validation", 2, width, height, "stretch")
+    read = list(records.read(folder).as_numpy_iterator())
+    assert len(read) == len(rows)
+    for key, (pixels, _) in zip(records.keys(folder), read, strict=True):
         with Image.open(raw / key) as image:
             original = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        differences.append(np.abs(np.asarray(resizing(original[None].astype(np.float32)))[0] - pixels).ravel())
-    every = np.concatenate(differences)
-    assert every.size == len(rows) * height * width * 3
-    return float(every.mean()), float(np.percentile(every, 99))
+        assert np.abs(np.asarray(resizing(original[None].astype(np.float32)))[0] - pixels).max() <= 0.51
 
 
 def test_the_records_of_photographs_hold_what_the_model_would_make_of_the_originals(raw, tmp_path):
@@ -307,14 +310,11 @@ def test_the_records_of_photographs_hold_what_the_model_would_make_of_the_origin
     sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     rows = []
     raw.mkdir()
-    # The last two are decoded at half their size.
     for number, size in enumerate([(640, 427), (800, 600), (600, 800), (1024, 768), (1200, 900)] * 2):
         path = f"photo {number}.jpeg"
         photograph(rng, sources[number % 2], size, noise=(1, 3, 6)[number % 3]).save(raw / path, "JPEG", quality=90)
         rows.append(Example(path, "photo", 0, hashlib.sha256((raw / path).read_bytes()).hexdigest(), ""))
-    mean, p99 = difference(rows, raw, tmp_path / "records", 256, 192)
-    assert mean <= 1
-    assert p99 <= 5
+    assert_served(rows, raw, tmp_path / "records", 256, 192)
 
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -326,9 +326,7 @@ def test_sizes_that_do_not_halve_are_not_displaced_whichever_way_up_the_picture_
     exif[0x0112] = orientation
     source = Image.fromarray(load_sample_images().images[0])
     photograph(np.random.default_rng(0), source, (1027, 771), noise=3).save(raw / "1.jpeg", quality=95, exif=exif)
-    mean, p99 = difference([Example("1.jpeg", "photo", 0, "", "")], raw, tmp_path / "records", 128, 128)
-    assert mean <= 1
-    assert p99 <= 5
+    assert_served([Example("1.jpeg", "photo", 0, "", "")], raw, tmp_path / "records", 128, 128)
 
 
 def test_the_records_of_digits_hold_what_the_model_would_make_of_the_originals(raw, tmp_path):
@@ -341,6 +339,4 @@ def test_the_records_of_digits_hold_what_the_model_would_make_of_the_originals(r
         image = Image.fromarray((digit * 15.9).astype(np.uint8))
         image.resize((64 + number, 64), Image.Resampling.NEAREST).save(raw / path)
         rows.append(Example(path, "digit", 0, hashlib.sha256((raw / path).read_bytes()).hexdigest(), ""))
-    mean, p99 = difference(rows, raw, tmp_path / "records", 32, 32)
-    assert mean <= 1
-    assert p99 <= 5
+    assert_served(rows, raw, tmp_path / "records", 32, 32)

@@ -199,6 +199,15 @@ def test_how_it_behaves_in_operation_is_compared_where_both_were_measured(page):
     )
 
 
+def test_how_many_original_files_get_another_label_is_said(page):
+    served = {"served_images": 100, "served_other_labels": 3, "served_largest_difference": 0.25}
+    assert "names another label for" not in page(assessment=ASSESSMENT).text
+    text = page(assessment=ASSESSMENT | served).text
+    assert "names another label for 3 of 100 validation images" in text
+    assert "a random sample" not in text  # the figures of this page are of fewer images
+    assert "(largest difference of a probability: 0.25)" in text
+
+
 def test_what_is_missing_is_said(page):
     text = page(history=HISTORY[:1], head=None, rejected=[], counts=[], seconds=[]).text
     for words in (

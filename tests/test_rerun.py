@@ -105,6 +105,7 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "NUM_SHARDS": (3, [*RECORDS, *LEARNED]),
     "IMAGE_WIDTH": (40, [*RECORDS, *LEARNED]),
     "IMAGE_HEIGHT": (40, [*RECORDS, *LEARNED]),
+    "IMAGE_FIT": ("crop", [*RECORDS, *LEARNED]),
     "BACKBONE": ("MobileNetV3-Small", [*FEATURES, *LEARNED]),
     "BACKBONE_WEIGHTS": ("imagenet", []),  # `cnn` has none
     "HEAD": ("linear", LEARNED),

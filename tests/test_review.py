@@ -23,7 +23,7 @@ def known(tmp_path):
             (tmp_path / "raw" / path).write_bytes(picture(label, number))
             rows.append(Example(path, label, index, f"{index}{number}" * 32, ""))
     (tmp_path / "records").mkdir()
-    records.write(rows, tmp_path / "raw", tmp_path / "records", "validation", 2, 16, 16)
+    records.write(rows, tmp_path / "raw", tmp_path / "records", "validation", 2, 16, 16, "stretch")
     return review.pictures(tmp_path / "records", rows[::-1])
 
 
@@ -69,7 +69,9 @@ def test_where_no_picture_is_left_it_is_said(known):
 
 def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
     backbone = model.build_cnn(16, 16)
-    model.assemble(backbone, model.build_head(backbone.output_shape[-1], 3, 0.1)).save(tmp_path / "model.keras")
+    model.assemble(backbone, model.build_head(backbone.output_shape[-1], 3, 0.1), "stretch").save(
+        tmp_path / "model.keras"
+    )
     candidate = Contender(tmp_path / "model.keras", LABELS, frozenset())
     trained_on = frozenset(row.sha256 for row in known.examples)
     production = Contender(tmp_path / "model.keras", LABELS, trained_on, 4)
@@ -82,14 +84,43 @@ def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
     assert found.comparison is None and "Version 5 cannot be used here" in found.missing
     assert found.assessment["predictions_equal"] and "latency_ratio" not in found.assessment
     wide = model.build_cnn(16, 17)
-    model.assemble(wide, model.build_head(wide.output_shape[-1], 3, 0.1)).save(tmp_path / "wide.keras")
+    model.assemble(wide, model.build_head(wide.output_shape[-1], 3, 0.1), "stretch").save(tmp_path / "wide.keras")
     larger = Contender(tmp_path / "wide.keras", LABELS, frozenset(), 6)
     found = review.review(candidate, larger, known, tmp_path)
-    assert found.comparison is None and "Version 6 cannot be used here: It reads pictures of 17 x 16" in found.missing
+    assert found.comparison is None and "Version 6 cannot be used here: It reads images of 17 x 16" in found.missing
     (tmp_path / "model.keras").write_bytes(b"no model")
     broken = review.review(contender(known)._replace(path=tmp_path / "model.keras"), None, known, tmp_path)
     assert broken.assessment is None and "could not use the model" in broken.untried
     assert (broken.comparison, broken.missing) == (None, "")
+
+
+@pytest.mark.parametrize(
+    "size, fit, refused",
+    [
+        ((16, 16), "stretch", False),
+        ((8, 12), "stretch", False),  # stretching twice is stretching
+        ((16, 16), "crop", True),
+        ((16, 16), "letterbox", True),
+        ((17, 16), "stretch", True),
+    ],
+)
+def test_a_model_is_only_judged_by_records_that_hold_what_it_would_make_of_the_originals(size, fit, refused, known):
+    if refused:
+        with pytest.raises(PipelineError, match=f"IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit}"):
+            review._check_comparable(size, fit, known.records)
+    else:
+        review._check_comparable(size, fit, known.records)
+
+
+@pytest.mark.parametrize("size, refused", [((8, 8), False), ((8, 12), True)])
+def test_what_was_cropped_may_be_made_smaller_but_not_cropped_again(size, refused, known, tmp_path):
+    (tmp_path / "cropped").mkdir()
+    records.write(known.examples[:2], tmp_path / "raw", tmp_path / "cropped", "validation", 1, 16, 16, "crop")
+    if refused:
+        with pytest.raises(PipelineError, match="hold 16 x 16 with IMAGE_FIT=crop"):
+            review._check_comparable(size, "crop", tmp_path / "cropped")
+    else:
+        review._check_comparable(size, "crop", tmp_path / "cropped")
 
 
 @pytest.mark.parametrize(

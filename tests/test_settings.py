@@ -18,6 +18,7 @@ DEFAULTS = {
     "MODEL_NAME": "dgmd_model",
     "IMAGE_WIDTH": 256,
     "IMAGE_HEIGHT": 192,
+    "IMAGE_FIT": "stretch",
 }
 
 

@@ -71,7 +71,7 @@ def folder_of_records(tmp_path_factory):
             path = f"{side} {index}.png"
             Image.fromarray(pixels).save(folder / path)
             rows.append(Example(path, str(label), int(label), path, path))
-        records.write(rows, folder, folder / side, side, 3, 16, 16)
+        records.write(rows, folder, folder / side, side, 3, 16, 16, "stretch")
     return folder
 
 
