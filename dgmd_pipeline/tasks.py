@@ -177,6 +177,7 @@ class InspectImages(Step):
 
     name = "inspected"
     verb = "inspect"
+    format = 2
 
     def requires(self) -> Step:
         return DownloadImages(job=self.job)
