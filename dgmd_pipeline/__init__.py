@@ -35,6 +35,7 @@ review.py      a model, production and the pictures at hand -> what an operator 
 plots.py       measurements -> pictures for people
 report.py      measurements and pictures -> report.html, from which a person decides
 registry.py    the door to MLflow: run, model and version
+served.py      a registered model's folder -> the function that its consumers call; stored with each model
 production.py  which version is production: promotion, rollback, history, in the registry
 operations.py  what an operator does with registered models: models, promote, rollback, history, compare, predict
 schedule.py    times -> runs, each in a process of its own

@@ -47,6 +47,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "assessment": ["model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
     "registry": ["manifest", "settings"],
+    "served": [],
     "production": ["registry"],
     "demo": ["bucket", "settings", "step"],
 }
