@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import plots
-from dgmd_pipeline.comparison import Gate, is_better, is_worse
+from dgmd_pipeline.comparison import Gate, detection, is_better, is_worse
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
 from dgmd_pipeline.manifest import Rejected
@@ -102,6 +102,7 @@ def write(folder: Path, content: Content, outcome: Outcome) -> None:
         verdict=_verdict(outcome.gates),
         interval=comparison and _interval(comparison),
         compared=_by_change(comparison) if comparison else [],
+        detection=comparison["detection"] if comparison else detection(int(content.measured.overall["images"])),
         unmeasured=_unmeasured(content),
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},

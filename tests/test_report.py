@@ -28,6 +28,9 @@ COMPARISON = {
         {"label": EVIL, "images": 3, "recall": 0.5, "production_recall": 0.75, "gained": 0, "lost": 1},
         {"label": "mint", "images": 1, "recall": 1.0, "production_recall": 1.0, "gained": 0, "lost": 0},
     ],
+    "detection": {
+        "disagreement": 0.092, "assumed": False, "loss": 0.03, "probability": 0.912, "detectable_loss": 0.025
+    },
     "labels_only_here": ["gone"], "labels_only_there": ["<b>vanilla</b>"],
 }  # fmt: skip
 ASSESSMENT = {
@@ -158,6 +161,8 @@ def test_the_comparison_is_told_in_numbers_with_units(page):
     for words in (
         "same 1,180 validation pictures", "60 more were left out", "79.4 %", "78.1 %", "+1.3 points",
         "+62 / \N{MINUS SIGN}47", "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %",
+        "1,180 images would show a true loss of 3 points with a probability of 91 %", "a loss of 2.5 points or more",
+        "where 9 % of the images", "as here",
         "(\N{MINUS SIGN}25.0 points on 3 pictures)", "only this model knows: gone",
     ):  # fmt: skip
         assert words in text
@@ -202,6 +207,13 @@ def test_what_is_missing_is_said(page):
         "How many images each label has was not noted.", "How long the steps took was not noted.", "no picture",
     ):  # fmt: skip
         assert words in text
+
+
+def test_without_a_comparison_the_report_assumes_what_loss_could_be_shown(page):
+    text = page().text
+    assert "6 images would show a true loss of 3 points with a probability of 0 %" in text
+    assert "too few to show any loss" in text or "points or more" in text
+    assert "a typical share" in text
 
 
 def test_why_there_is_no_comparison_is_said(page):
