@@ -30,6 +30,7 @@ training.py    a network and batches -> a trained model: the loop, its checkpoin
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
+leaks.py       features of both splits -> validation images that have a near-duplicate in training
 assessment.py  a saved model in a clean process -> load time, latency, throughput, memory
 review.py      a model, production and the pictures at hand -> what an operator decides from
 plots.py       measurements -> pictures for people

@@ -89,23 +89,35 @@ def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024
 
 
 def evaluate(
-    probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str], folder: Path
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    labels: Sequence[str],
+    keys: Sequence[str],
+    folder: Path,
+    leaked: Sequence[int] | None = None,
 ) -> Measurements:
     """Write what `measure` finds into `folder` and return it.
+
+    `leaked` are the positions of the images that have a near-duplicate in training, None where nobody looked. Overall
+    are then also `leaks`, their number, and `accuracy_without_leaks`, the accuracy on the others, if there are any.
 
     `metrics.json` holds these; the CSV files are for people. `predictions.npz` holds what everything can be measured
     from again, see `load`: probabilities (float32), truth (int64) and keys (fixed-width Unicode).
     """
     found = measure(probabilities, truth, labels, keys)
+    if leaked is not None:
+        right = np.delete(probabilities.argmax(axis=1) == truth, leaked)
+        without = {"accuracy_without_leaks": float(right.mean())} if len(right) else {}
+        found = found._replace(overall=found.overall | {"leaks": len(leaked)} | without)
     (folder / METRICS).write_text(json.dumps(found.overall, indent=1) + "\n", encoding="utf-8")
-    _table(folder / "per_class.csv", Class._fields, found.classes)
+    table(folder / "per_class.csv", Class._fields, found.classes)
     header = ["true label", *labels]
-    _table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
-    _table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
-    _table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
-    _table(folder / "calibration.csv", Bin._fields, found.bins)
+    table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
+    table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
+    table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
+    table(folder / "calibration.csv", Bin._fields, found.bins)
     columns = ["kind", "key", "true label", "predicted label", "probability", "probability of the true label"]
-    _table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
+    table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
     np.savez_compressed(
         folder / PREDICTIONS,
         probabilities=probabilities.astype(np.float32),
@@ -215,7 +227,8 @@ def _named(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[object]]:
     return ([label, *row] for label, row in zip(labels, rows.tolist(), strict=True))
 
 
-def _table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+def table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file for people; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([_cell(value) for value in row] for row in (header, *rows))

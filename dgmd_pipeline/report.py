@@ -19,11 +19,13 @@ from dgmd_pipeline import plots
 from dgmd_pipeline.comparison import Gate, detection, is_better, is_worse
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
+from dgmd_pipeline.leaks import Found
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training import Epoch
 
 PAGE = "report.html"
 REJECTED = 50  # that are named
+PAIRS = 24  # of near-duplicates that are shown
 CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what it takes on the page
 
 Draw = Callable[[], bytes]  # draws a picture
@@ -39,6 +41,8 @@ class Content(NamedTuple):
     labels: Sequence[str]  # by class index
     measured: Measurements
     thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
+    leaks: Found | None  # None: no features are stored that could be compared
+    leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by the numbers that `pairs` gives
     history: Sequence[Epoch]
     head: Mapping[str, Any] | None  # how the head was chosen: `head.about`; None for `cnn`
     counts: Sequence[plots.Count]
@@ -106,11 +110,19 @@ def write(folder: Path, content: Content, outcome: Outcome) -> None:
         unmeasured=_unmeasured(content),
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
+        shown_leaks=content.leaks.leaks[:PAIRS] if content.leaks else [],
+        leak_cards={number: _jpeg(picture) for number, picture in content.leak_thumbnails.items()},
         cards={position: _jpeg(picture) for position, picture in content.thumbnails.items()},
         reasons=Counter(row.reason for row in content.rejected).most_common(),
         named=content.rejected[:REJECTED],
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
+
+
+def pairs(leaks: Found | None) -> dict[int, str]:
+    """Number the images of the pairs to show: 2 i for the validation image of pair i, 2 i + 1 for its partner."""
+    shown = leaks.leaks[:PAIRS] if leaks else []
+    return dict(enumerate(key for leak in shown for key in (leak.key, leak.training_key)))
 
 
 def _plots(content: Content, comparison: Mapping[str, Any] | None) -> dict[str, Draw]:
