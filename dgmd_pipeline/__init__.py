@@ -32,11 +32,13 @@ evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 label_suspects.py stored features and labels -> the images whose label is probably wrong
 comparison.py  two models' probabilities for the same pictures -> which is better, how sure, and what stands in the way
+leaks.py       features of both splits -> validation images that have a near-duplicate in training
 assessment.py  a saved model in a clean process -> load time, latency, throughput, memory
 review.py      a model, production and the pictures at hand -> what an operator decides from
 plots.py       measurements -> pictures for people
 report.py      measurements and pictures -> report.html, from which a person decides
 registry.py    the door to MLflow: run, model and version
+served.py      a registered model's folder -> the function that its consumers call; stored with each model
 production.py  which version is production: promotion, rollback, history, in the registry
 operations.py  what an operator does with registered models: models, promote, rollback, history, compare, predict
 schedule.py    times -> runs, each in a process of its own

@@ -12,6 +12,10 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 NOTHING = "There is no production version to compare with."
 LEAST_IMAGES = 3  # of a class, for its loss to count
+DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements.md
+LEAST_DISCORDANT = 10  # images that only one version gets right, for their share to be used instead
+LOSS = 0.03  # of accuracy, whose detection is reported
+SURE = 0.8  # probability of detection, the usual choice for the power of a test
 
 
 class Gate(NamedTuple):
@@ -43,18 +47,15 @@ def compare(
 
     Returns plain values for JSON: images; accuracy and production_accuracy; difference (candidate - production) with
     low and high, its 95 % interval by the paired bootstrap (Efron and Tibshirani 1993, chapter 13: 10,000 resamples of
-    the pictures); gained and lost, the pictures that only the one or only the other gets right, and p, McNemar's exact
-    test of whether these differ by more than chance (McNemar 1947; two-sided binomial); `classes`, a row for each true
-    label with images, recall, production_recall, gained and lost; labels_only_here and labels_only_there.
+    the pictures); gained and lost, the pictures that only the one or only the other gets right, and p, of `mid_p`;
+    `detection`, what `detection` returns; `classes`, a row for each true label with images, recall, production_recall,
+    gained and lost; labels_only_here and labels_only_there.
     """
-    from scipy.stats import binomtest
-
     actual = np.array(truth)
     right = np.array(labels_here)[here.argmax(axis=1)] == actual
     production_right = np.array(labels_there)[there.argmax(axis=1)] == actual
     won, lost = right & ~production_right, production_right & ~right
     low, high = _interval(int(won.sum()), int(lost.sum()), len(actual))
-    discordant = int(won.sum() + lost.sum())
     classes = [
         {
             "label": str(label),
@@ -76,11 +77,77 @@ def compare(
         "high": high,
         "gained": int(won.sum()),
         "lost": int(lost.sum()),
-        "p": float(binomtest(int(won.sum()), discordant).pvalue) if discordant else 1.0,
+        "p": mid_p(int(won.sum()), int(lost.sum())),
+        "detection": detection(len(actual), int(won.sum() + lost.sum())),
         "classes": classes,
         "labels_only_here": sorted(set(labels_here) - set(labels_there)),
         "labels_only_there": sorted(set(labels_there) - set(labels_here)),
     }
+
+
+def mid_p(gained: int, lost: int) -> float:
+    """Return the p-value (0 to 1) of McNemar's mid-p test of whether gains and losses differ by more than chance.
+
+    Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
+    Methodology 13:91, 2013. The exact test rejects much less often than its level says, and so misses real losses.
+    """
+    from scipy.stats import binom
+
+    images, most = gained + lost, max(gained, lost)
+    if gained == lost:
+        return 1.0  # the formula below gives less than 1 here; the source says 1 - P(gained) / 2, which decides nothing
+    return float(2 * binom.sf(most, images, 0.5) + binom.pmf(most, images, 0.5))
+
+
+def detection(images: int, discordant: int | None = None) -> dict[str, Any]:
+    """Return what loss of accuracy the validation images can show at all.
+
+    `discordant` is how many of the n `images` only one of two versions gets right; None where nothing was compared.
+
+    Returns plain values for JSON: `disagreement`, the share of such images that is reckoned with, and whether it is
+    `assumed` (DISAGREEMENT) or observed (from LEAST_DISCORDANT images on); `probability`, that a true `loss` (LOSS) is
+    found to be significant; `detectable_loss`, the true loss for which that probability is SURE; None where none is.
+    """
+    assumed = discordant is None or discordant < LEAST_DISCORDANT
+    share = DISAGREEMENT if discordant is None or assumed else discordant / images
+    low, high = 0.0, 1.0
+    while high - low > 0.0005:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(images, middle, share) >= SURE else (middle, high)
+    return {
+        "disagreement": share,
+        "assumed": assumed,
+        "loss": LOSS,
+        "probability": power(images, LOSS, share),
+        "detectable_loss": high if power(images, high, share) >= SURE else None,
+    }
+
+
+def power(images: int, loss: float, disagreement: float) -> float:
+    """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant on so many images.
+
+    Exact: the number of images that only one version gets right is binomial (`images`, `disagreement`), and of these
+    the number of lost ones. Where the loss is larger than the disagreement, every disagreement is a loss. `is_worse`
+    also asks for the bootstrap's interval, which lowers the probability by at most 3 points: docs/measurements.md.
+    """
+    from scipy.stats import binom
+
+    disagreement = max(disagreement, loss)
+    if not disagreement:
+        return 0.0
+    least, most = binom.interval(1 - 1e-9, images, disagreement)
+    discordant = np.arange(max(least, 1), most + 1)
+    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses is this or a neighbour
+    needed = np.select([_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1])
+    found = binom.sf(needed - 1, discordant, 0.5 + loss / (2 * disagreement)) * (needed > 0)
+    return float((binom.pmf(discordant, images, disagreement) * found).sum())
+
+
+def _significant(lost: np.ndarray, discordant: np.ndarray) -> np.ndarray:
+    from scipy.stats import binom
+
+    tail = 2 * binom.sf(lost, discordant, 0.5) + binom.pmf(lost, discordant, 0.5)
+    return (tail < 1 - CONFIDENCE) & (2 * lost > discordant) & (lost <= discordant)
 
 
 def _interval(won: int, lost: int, images: int) -> tuple[float, float]:

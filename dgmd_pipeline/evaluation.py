@@ -91,14 +91,26 @@ def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024
 
 
 def evaluate(
-    probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str], folder: Path
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    labels: Sequence[str],
+    keys: Sequence[str],
+    folder: Path,
+    leaked: Sequence[int] | None = None,
 ) -> Measurements:
     """Write what `measure` finds into `folder` and return it.
+
+    `leaked` are the positions of the images that have a near-duplicate in training, None where nobody looked. Overall
+    are then also `leaks`, their number, and `accuracy_without_leaks`, the accuracy on the others, if there are any.
 
     `metrics.json` holds these; the CSV files are for people. `predictions.npz` holds what everything can be measured
     from again, see `load`: probabilities (float32), truth (int64) and keys (fixed-width Unicode).
     """
     found = measure(probabilities, truth, labels, keys)
+    if leaked is not None:
+        right = np.delete(probabilities.argmax(axis=1) == truth, leaked)
+        without = {"accuracy_without_leaks": float(right.mean())} if len(right) else {}
+        found = found._replace(overall=found.overall | {"leaks": len(leaked)} | without)
     (folder / METRICS).write_text(json.dumps(found.overall, indent=1) + "\n", encoding="utf-8")
     table(folder / "per_class.csv", Class._fields, found.classes)
     header = ["true label", *labels]

@@ -268,14 +268,18 @@ def exchanged(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def _decode(data: bytes) -> tuple[str, tuple[int, int], PIL.Image.Image]:
-    """Return the format, the full size (width, height) as the picture is seen, and the picture as `to_rgb` makes it."""
+    """Return the format, the full size (width, height) as the image is seen, and its thumbnail."""
+    square, bilinear = (_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR
     image = opened(data)
     if image.format not in ("JPEG", "MPO"):
         rgb = to_rgb(image)
-        return str(image.format), rgb.size, rgb
-    size = exchanged(image.size, orientation(image))
-    image.draft("RGB", _DRAFT)
-    return "JPEG", size, to_rgb(image)
+        return str(image.format), rgb.size, rgb.resize(square, bilinear)
+    turn = orientation(image)
+    size = exchanged(image.size, turn)
+    reduced = image.draft("RGB", _DRAFT)
+    # The reduced size is rounded up to whole pixels. Without the box, the thumbnails of two copies differ by a shift.
+    thumbnail = image.convert("RGB").resize(square, bilinear, reduced and reduced[1])
+    return "JPEG", size, turned(thumbnail, turn)
 
 
 @contextlib.contextmanager
@@ -335,14 +339,13 @@ def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> 
         return Rejected(*file, "empty", "0 bytes")
     with guarded(data, max_pixels) as said:
         try:
-            kind, (width, height), rgb = _decode(data)
+            kind, (width, height), thumbnail = _decode(data)
         except (PIL.Image.DecompressionBombError, *DAMAGED) as error:
             return Rejected(*file, *_why(error, data, said))
     if min(width, height) < min_side:
         return Rejected(*file, "too small", f"{width} x {height} pixels, expected at least {min_side} on each side")
     sha256 = hashlib.sha256(data).hexdigest()
-    thumbnail = rgb.resize((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR).tobytes()
-    return Image(*file, sha256, kind, width, height, sha256), thumbnail
+    return Image(*file, sha256, kind, width, height, sha256), thumbnail.tobytes()
 
 
 def _why(error: Exception, data: bytes, said: list[warnings.WarningMessage]) -> tuple[str, str]:
@@ -369,7 +372,7 @@ def _least_size(data: bytes) -> int:
 # Near-duplicates: candidates by a perceptual hash, confirmed by their thumbnails
 
 _SIDE = 16  # of a thumbnail, pixels
-_DRAFT = (64, 64)  # at least four pixels of a JPEG to one of its thumbnail
+_DRAFT = (128, 128)  # at least eight pixels of a JPEG to one of its thumbnail
 _TURNS = range(0, 64, 4)
 _NEIGHBOURS = 8
 _BITS = 10
@@ -457,12 +460,10 @@ def _are_copies(one: np.ndarray, other: np.ndarray, one_size: np.ndarray, other_
     Compared at 8 x 8, as differences to RMS levels (of 255) after taking out what blur explains: a copy that was
     made smaller differs from its original by a multiple of the Laplacian, two handwritten digits do not.
 
-    The tolerance follows the pictures' contrast and the smaller one's shortest side. Measured on scikit-learn's
-    1,797 digits at 24 to 64 pixels (PNG, JPEG) and 150 crops of its two photographs, with copies as JPEG at quality
-    50 to 95 and at 50 to 150 % of the size: 99.9 % of 2,295 copies of digits and all of 1,530 of photographs share
-    their original's group (98.8 % where the digit has shrunk to 12 pixels), and no two distinct ones do. The nearest
-    two digits, relative to their contrast, are 0.076 apart, the next 0.109, where 0.03 to 0.05 is tolerated; the
-    first false pair comes at 2.5 times the tolerance (at 24 pixels 2.0, at 12 pixels 1.5, at 8 pixels 1.25).
+    The tolerance follows the pictures' contrast and the smaller one's shortest side: rounding to whole pixels and the
+    blocks of a JPEG move much of a picture of 32 pixels, and nearly nothing of one of 300. Measured: see
+    docs/measurements.md. Images of one industrial object differ by little more than copies do: two solar cells of 300
+    pixels by 0.78 levels at least, where a tolerance of 0.5 to 0.6 applies.
     Tints by 10 %, heavy noise and crops moved by 8 of 360 pixels are other pictures.
 
     Flat pictures are copies within 0.5 only, so that no two different colours are.
@@ -476,7 +477,8 @@ def _are_copies(one: np.ndarray, other: np.ndarray, one_size: np.ndarray, other_
         for each in (one, other)
     )
     contrast = np.minimum(*(np.sqrt(each.var((0, 1)).mean(0)) for each in (one, other)))
-    tolerance = np.hypot(np.minimum(2, 0.5 + 0.3 * contrast), (0.015 + 0.5 / side) * contrast)
+    noise = 0.5 + np.minimum(np.minimum(1.5, (40 / side) ** 2), 0.3 * contrast)
+    tolerance = np.hypot(noise, (0.015 + 0.5 / side) * contrast)
     difference, total = one - other, one + other
     framed = np.pad(total, ((1, 1), (1, 1), (0, 0), (0, 0)), mode="edge")
     blur = framed[:-2, 1:-1] + framed[2:, 1:-1] + framed[1:-1, :-2] + framed[1:-1, 2:] - 4 * total

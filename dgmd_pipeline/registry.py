@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import logging
 import re
+import shutil
 import tempfile
 import time
 import urllib.error
@@ -23,6 +24,7 @@ from dgmd_pipeline.settings import redact
 if TYPE_CHECKING:
     import keras
     from mlflow import MlflowClient
+    from mlflow.models import Model
 
 log = logging.getLogger(__name__)
 TRAINING = "dgmd.training_id"
@@ -32,6 +34,7 @@ NON_PRODUCTION = "non-production"
 SERVER_MAJOR = 3
 REGISTERED = "did not take the model: {}. The training is kept; the next run only registers."
 ASKED = "did not answer as expected: {}. See to the server and give the command again."
+LOADER = "dgmd_served"  # the name of served.py among a registered model's files, and in the consumer's process
 EMBEDDED_BYTES = 2_000_000  # of an embedded store beside its models: its database has 0.96 MB after the first
 
 
@@ -333,6 +336,7 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
     import mlflow
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.models import Model
 
     model = candidate.model()
     tags = {**candidate.tags, TRAINING: candidate.training_id}
@@ -349,9 +353,11 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
                 mlflow.log_artifacts(str(path), folder)
             else:
                 mlflow.log_artifact(str(path), folder)
-        info = mlflow.keras.log_model(
-            model,
+        info = Model.log(
+            artifact_path=None,
+            flavor=_QuietKeras,
             name="model",
+            model=model,
             signature=_signature(len(candidate.labels)),
             pip_requirements=_requirements(),
             metadata={"labels": list(candidate.labels)},
@@ -360,6 +366,21 @@ def _log(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> tu
         client.log_model_artifact(info.model_id, str(mapping))
         _log_metrics(client, run.info.run_id, [candidate.times])  # what is there before the model becomes the model's
     return run.info.run_id, info.model_uri
+
+
+class _QuietKeras:
+    """MLflow's Keras flavour, whose Python function is that of `served.py`."""
+
+    @staticmethod
+    def save_model(path: str, mlflow_model: "Model", **options: Any) -> None:
+        import mlflow.keras
+
+        mlflow.keras.save_model(path=path, mlflow_model=mlflow_model, **options)
+        code = Path(path) / "code"
+        code.mkdir()
+        shutil.copyfile(Path(__file__).with_name("served.py"), code / f"{LOADER}.py")
+        mlflow_model.flavors["python_function"] |= {"loader_module": LOADER, "code": code.name}
+        mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
 def _log_metrics(client: "MlflowClient", run_id: str, steps: Iterable[Mapping[str, float]]) -> None:

@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import plots
-from dgmd_pipeline.comparison import Gate, is_better, is_worse
+from dgmd_pipeline.comparison import Gate, detection, is_better, is_worse
 from dgmd_pipeline.evaluation import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.folders import human
-from dgmd_pipeline.label_suspects import SHOWN, Found
+from dgmd_pipeline.label_suspects import SHOWN
+from dgmd_pipeline.label_suspects import Found as Suspects
+from dgmd_pipeline.leaks import Found as Leaks
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training import Epoch
 
 PAGE = "report.html"
 REJECTED = 50  # that are named
+PAIRS = 24  # of near-duplicates that are shown
 CARD = (320, 240)  # pixels that a picture of a mistake has at most: twice what it takes on the page
 
 Draw = Callable[[], bytes]  # draws a picture
@@ -40,8 +43,10 @@ class Content(NamedTuple):
     labels: Sequence[str]  # by class index
     measured: Measurements
     thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by a mistake's position
-    suspects: Found | None  # images with a likely wrong label; None where no features are stored
+    suspects: Suspects | None  # images with a likely wrong label; None where no features are stored
     suspect_thumbnails: Mapping[int, np.ndarray]  # as `thumbnails`, by a suspect's position
+    leaks: Leaks | None  # None: no features are stored that could be compared
+    leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3] by the numbers that `pairs` gives
     history: Sequence[Epoch]
     head: Mapping[str, Any] | None  # how the head was chosen: `head.about`; None for `cnn`
     counts: Sequence[plots.Count]
@@ -108,9 +113,12 @@ def write(folder: Path, content: Content, outcome: Outcome) -> None:
         verdict=_verdict(outcome.gates),
         interval=comparison and _interval(comparison),
         compared=_by_change(comparison) if comparison else [],
+        detection=comparison["detection"] if comparison else detection(int(content.measured.overall["images"])),
         unmeasured=_unmeasured(content),
         chance=math.log(len(content.labels)),
         mistakes={kind: [row for row in shown if row.kind == kind] for kind in (MOST_WRONG, MOST_CONFIDENT)},
+        shown_leaks=content.leaks.leaks[:PAIRS] if content.leaks else [],
+        leak_cards={number: _jpeg(picture) for number, picture in content.leak_thumbnails.items()},
         cards={position: _jpeg(picture) for position, picture in content.thumbnails.items()},
         suspect_cards={position: _jpeg(picture) for position, picture in content.suspect_thumbnails.items()},
         suspects_shown=content.suspects.suspects[:SHOWN] if content.suspects else [],
@@ -118,6 +126,12 @@ def write(folder: Path, content: Content, outcome: Outcome) -> None:
         named=content.rejected[:REJECTED],
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
+
+
+def pairs(leaks: Leaks | None) -> dict[int, str]:
+    """Number the images of the pairs to show: 2 i for the validation image of pair i, 2 i + 1 for its partner."""
+    shown = leaks.leaks[:PAIRS] if leaks else []
+    return dict(enumerate(key for leak in shown for key in (leak.key, leak.training_key)))
 
 
 def _plots(content: Content, comparison: Mapping[str, Any] | None) -> dict[str, Draw]:

@@ -188,6 +188,7 @@ class InspectImages(Step):
 
     name = "inspected"
     verb = "inspect"
+    format = 2
 
     def requires(self) -> Step:
         return DownloadImages(job=self.job)
@@ -696,15 +697,15 @@ class EvaluateModel(Step):
     def requires(self) -> list[Step]:
         job = self.job
         records = WriteTFRecords(job=job, side="validation")
-        return [TrainModel(job=job), learned_from(self)[1], records, SplitImages(job=job), MapLabels(job=job)]
+        return [TrainModel(job=job), *learned_from(self), records, SplitImages(job=job), MapLabels(job=job)]
 
     def given(self, before: Sequence[Outlook]) -> int | None:
-        return before[1].images
+        return before[2].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import backbones, comparison, evaluation, features, labels, records, report, review
+        from dgmd_pipeline import backbones, comparison, evaluation, features, labels, leaks, records, report, review
 
-        trained, learned, written, split, label_map = self.requires()
+        trained, _, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
         network = _trained(self, trained.path)
         if backbones.is_frozen(self.settings.backbone):
@@ -715,11 +716,16 @@ class EvaluateModel(Step):
         sides = [list(manifest.read(split.path / f"{side}.csv", manifest.Example)) for side in SIDES]
         pictures = review.pictures(written.path, sides[1], DownloadImages(job=self.job).path)
         keys = [row.path for row in pictures.examples]
-        measured = evaluation.evaluate(probabilities, truth, names, keys, draft)
+        leaked = self._leaks(sides[0], pictures.examples)
+        if leaked:
+            leaks.write(draft, leaked.leaks)
+        positions = [leak.position for leak in leaked.leaks] if leaked else None
+        measured = evaluation.evaluate(probabilities, truth, names, keys, draft, positions)
         trained_on = frozenset(row.sha256 for row in sides[0])
         candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
         suspects = self._suspects(sides, names, draft)
-        content = self._content(measured, suspects, names, [Counter(row.label for row in rows) for rows in sides])
+        counts = [Counter(row.label for row in rows) for rows in sides]
+        content = self._content(measured, suspects, leaked, names, counts)
 
         found = self._reviewed(candidate, pictures, draft, partial(report.draw, draft, content))
         review.write(found, draft)
@@ -740,7 +746,27 @@ class EvaluateModel(Step):
         label_suspects.write(found, draft)
         return found
 
-    def _content(self, measured: Any, suspects: Any, names: Sequence[str], sides: list[Counter[str]]) -> Any:
+    def _leaks(self, training: Sequence[manifest.Example], validation: Sequence[manifest.Example]) -> Any:
+        """Look for validation images with a near-duplicate in training; None where no features are stored."""
+        from dgmd_pipeline import backbones, features, leaks, records
+
+        if not backbones.is_frozen(self.settings.backbone):
+            return None
+        sides = [records.order(training), validation]
+        ours, theirs = (features.load(step.path)[0] for step in learned_from(self))
+        keys = [[row.path for row in rows] for rows in sides]
+        labels = [[row.label for row in rows] for rows in sides]
+        found = leaks.find(ours, theirs, keys, labels)
+        if found.leaks:
+            log.warning(
+                "%s of %s validation images have a near-duplicate among the training images; see %s",
+                f"{len(found.leaks):,}", f"{found.compared:,}", self.path / leaks.TABLE,
+            )  # fmt: skip
+        return found
+
+    def _content(
+        self, measured: Any, suspects: Any, leaked: Any, names: Sequence[str], sides: list[Counter[str]]
+    ) -> Any:
         """Gather what the report says from the folders before."""
         from dgmd_pipeline import images, label_suspects, report, training
 
@@ -762,6 +788,8 @@ class EvaluateModel(Step):
             thumbnails=pictures(measured.mistakes),
             suspects=suspects,
             suspect_thumbnails=pictures(suspects.suspects[: label_suspects.SHOWN]) if suspects else {},
+            leaks=leaked,
+            leak_thumbnails=images.thumbnails(path[DownloadImages.name], report.pairs(leaked), report.CARD),
             history=list(manifest.read(trained / "history.csv", training.Epoch)),
             head=manifest.read_json(trained / "training.json").get("head"),
             counts=_counts(records[BalanceClasses.name], sides),

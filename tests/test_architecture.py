@@ -44,11 +44,13 @@ OWN = {  # module -> what of ours it may import, besides errors
     "evaluation": ["manifest"],  # what a spreadsheet takes for a formula
     "label_suspects": ["evaluation", "folds"],
     "plots": ["evaluation", "training"],  # the rows that they draw
-    "report": ["comparison", "evaluation", "folders", "label_suspects", "manifest", "plots", "training"],
+    "leaks": ["evaluation"],  # the form of its table
+    "report": ["comparison", "evaluation", "folders", "label_suspects", "leaks", "manifest", "plots", "training"],
     "comparison": [],
     "assessment": ["images", "model", "settings"],
     "review": ["assessment", "comparison", "evaluation", "manifest", "model", "records"],
     "registry": ["manifest", "settings"],
+    "served": [],
     "production": ["registry"],
     "demo": ["bucket", "settings", "step"],
 }

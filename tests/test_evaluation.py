@@ -37,6 +37,15 @@ def test_every_image_counts_once(measured):
     assert json.loads((folder / "metrics.json").read_text()) == overall
 
 
+@pytest.mark.parametrize("leaked", [[], [0, 1], list(range(6))])
+def test_the_accuracy_without_leaks_is_that_of_the_other_images(leaked, tmp_path):
+    found = evaluation.evaluate(answers(PREDICTED, 4), TRUTH, LABELS, KEYS, tmp_path, leaked).overall
+    assert json.loads((tmp_path / "metrics.json").read_text()) == found
+    assert found["leaks"] == len(leaked)
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found.get("accuracy_without_leaks") == {0: pytest.approx(4 / 6), 2: 0.5, 6: None}[len(leaked)]
+
+
 def test_the_three_most_probable_labels_count_and_of_fewer_all():
     def top_3(probabilities, truth, classes):
         labels, keys = [str(index) for index in range(classes)], ["k"] * len(truth)

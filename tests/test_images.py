@@ -555,6 +555,34 @@ def test_crops_tints_and_noise_of_photographs_are_pictures_of_their_own_and_thei
     assert [{Path(path).name[:2] for path in paths} for paths in found] == [{f"{index:02}"} for index in range(count)]
 
 
+def cell(number: int) -> PIL.Image.Image:
+    """A grey square with two bright lines and a faint dark spot whose place is all that tells one from another."""
+    y, x = np.mgrid[:300, :300]
+    spot_x, spot_y = 60 + 60 * (number % 4), 75 + 75 * (number // 4)
+    spot = 8 * np.exp(-((x - spot_x) ** 2 + (y - spot_y) ** 2) / (2 * 20**2))
+    edge = 40 * np.exp(-np.minimum(np.minimum(x, 299 - x), np.minimum(y, 299 - y)) / 10)
+    lines = 30 * (np.exp(-(((x - 100) / 8) ** 2)) + np.exp(-(((x - 200) / 8) ** 2)))
+    return PIL.Image.fromarray((140 + lines - edge - spot).astype(np.uint8))
+
+
+def test_industrial_images_that_differ_by_a_faint_spot_are_not_copies_and_their_copies_are(raw, scratch):
+    for number in range(12):
+        put_copies(raw, "cell", f"{number:02}", cell(number))
+    found = groups(inspect(find(raw), raw, scratch)[0]).values()
+    assert sorted(sorted({Path(path).name[:2] for path in paths}) for paths in found) == [
+        [f"{n:02}"] for n in range(12)
+    ]
+
+
+@pytest.mark.parametrize("size", [(401, 533), (521, 389), (1025, 771)])
+def test_a_jpeg_whose_reduced_size_is_no_whole_number_of_pixels_is_still_a_copy(raw, scratch, size):
+    image = scene(0, 640, 480).resize(size)
+    put(raw, "a/1.png", encode(image, "PNG"))
+    put(raw, "a/2.jpg", encode(image, "JPEG", quality=90))
+    put(raw, "a/3.jpg", encode(image.resize((size[0] // 2, size[1] // 2)), "JPEG", quality=90))
+    assert len(groups(inspect(find(raw), raw, scratch)[0])) == 1
+
+
 def test_flat_pictures_of_different_colours_are_not_copies(raw, scratch):
     for red in range(0, 256, 5):
         for green in (0, 1, 128):

@@ -317,6 +317,10 @@ model.build_backbone("MobileNetV3-Small", "none", 32, 32, pathlib.Path()).save_w
     result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert np.load(data_dir / "features_training" / "features.npy").shape == (24, 576)
+    measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
+    rows = (data_dir / "evaluation" / "leaks.csv").read_text().splitlines()[1:]
+    assert measured["leaks"] == len(rows) < measured["images"]
+    assert 0 <= measured["accuracy_without_leaks"] <= 1
     before = folders(data_dir)
     result = run_pipeline(tmp_path, "--until", "train", **{**variables, "EPOCHS": 1})
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,9 +3,13 @@
 import base64
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import mlflow
+import numpy as np
 import pytest
 
 from dgmd_pipeline import registry
@@ -173,6 +177,31 @@ def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, 
     assert times == {"step_seconds/raw": 12.5, "step_share/raw": 1.0, "step_seconds/registered_model": 2.5}
     model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
     assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
+
+
+def test_a_consumer_without_this_package_gets_the_same_answers_and_nothing_is_printed(saved_model, tmp_path):
+    store = registry.embedded(tmp_path / "mlflow")
+    registry.register(store, "quiet", "quiet", candidate(tmp_path, saved_model))
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)
+    np.save(tmp_path / "pictures.npy", pictures)
+    code = f"""
+import sys, mlflow, numpy as np
+mlflow.set_tracking_uri({store.uri!r})
+model = mlflow.pyfunc.load_model("models:/quiet/1")
+pictures = np.load("pictures.npy")
+for stream in (sys.stdout, sys.stderr):
+    print("from here on", file=stream, flush=True)
+np.save("answers.npy", model.predict(pictures))
+assert "dgmd_pipeline" not in sys.modules
+assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [stream.partition("from here on\n")[2] for stream in (done.stdout, done.stderr)] == ["", ""]
+    assert np.array_equal(np.load(tmp_path / "answers.npy"), load(saved_model).predict(pictures, verbose=0))
 
 
 def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):

@@ -10,7 +10,9 @@ from PIL import Image
 from dgmd_pipeline import evaluation, report
 from dgmd_pipeline.comparison import Gate
 from dgmd_pipeline.evaluation import Mistake
-from dgmd_pipeline.label_suspects import SUSPECT, Found
+from dgmd_pipeline.label_suspects import SUSPECT
+from dgmd_pipeline.label_suspects import Found as Suspects
+from dgmd_pipeline.leaks import Found, Leak
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.plots import Count
 from dgmd_pipeline.report import Content, Outcome
@@ -31,6 +33,9 @@ COMPARISON = {
         {"label": EVIL, "images": 3, "recall": 0.5, "production_recall": 0.75, "gained": 0, "lost": 1},
         {"label": "mint", "images": 1, "recall": 1.0, "production_recall": 1.0, "gained": 0, "lost": 0},
     ],
+    "detection": {
+        "disagreement": 0.092, "assumed": False, "loss": 0.03, "probability": 0.912, "detectable_loss": 0.025
+    },
     "labels_only_here": ["gone"], "labels_only_there": ["<b>vanilla</b>"],
 }  # fmt: skip
 ASSESSMENT = {
@@ -53,8 +58,10 @@ def content(**changes):
         labels=LABELS,
         measured=measured,
         thumbnails={row.position: np.full((12, 16, 3), 90, np.uint8) for row in measured.mistakes[:1]},
-        suspects=Found(SUSPECTS, 70, 6),
+        suspects=Suspects(SUSPECTS, 70, 6),
         suspect_thumbnails={0: np.full((12, 16, 3), 90, np.uint8)},
+        leaks=Found([], 6),
+        leak_thumbnails={},
         history=HISTORY,
         head={
             "chosen": {"kind": "hidden", "epochs": 3, "log_loss": 0.41, "accuracy": 0.87},
@@ -163,6 +170,8 @@ def test_the_comparison_is_told_in_numbers_with_units(page):
     for words in (
         "same 1,180 validation pictures", "60 more were left out", "79.4 %", "78.1 %", "+1.3 points",
         "+62 / \N{MINUS SIGN}47", "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %",
+        "comparison on 1,180 images would find it significantly worse with a probability of 91 %",
+        "A loss of 2.5 points would be found", "takes into account that only one of the two models is right on 9 %",
         "(\N{MINUS SIGN}25.0 points on 3 pictures)", "only this model knows: gone",
     ):  # fmt: skip
         assert words in text
@@ -218,6 +227,31 @@ def test_what_is_missing_is_said(page):
         assert words in text
 
 
+def test_without_a_comparison_the_report_assumes_what_loss_could_be_shown(page):
+    text = page().text
+    assert "comparison on 6 images would find it significantly worse with a probability of 0 %" in text
+    assert "assumes that only one of the two models is right on 7 %" in text
+
+
+def test_near_duplicates_are_shown_in_pairs_with_both_labels(page):
+    leaks = [Leak(KEYS[0], "mint/9.jpg", 0.973, EVIL, "mint", 0, 4)] * 30
+    pictures = {number: np.full((12, 16, 3), 5 * number, np.uint8) for number in report.pairs(Found(leaks, 6))}
+    assert len(pictures) == 48
+    measured = content().measured
+    measured = measured._replace(overall=measured.overall | {"leaks": 30, "accuracy_without_leaks": 0.25})
+    shown = page(leaks=Found(leaks, 6), leak_thumbnails=pictures, measured=measured)
+    for words in ("30 of 6 validation images have", "is 25.0 % instead of 66.7 %", "similarity 0.973", "6 more pairs"):
+        assert words in shown.text
+    names = [attrs["alt"] for tag, attrs in shown.tags if tag == "img" and "training image" in attrs.get("alt", "")]
+    assert names == ["training image mint/9.jpg"] * 24
+
+
+def test_what_was_not_compared_is_said(page):
+    assert "BACKBONE=cnn" in page(leaks=None).text
+    assert "None were found: no pair of the 6 validation images" in page().text
+    assert "too few training images" in page(leaks=Found([], 0)).text
+
+
 def test_why_there_is_no_comparison_is_said(page):
     assert "All of them were trained on." in page(comparison_missing="All of them were trained on.").text
 
@@ -244,8 +278,8 @@ def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
     ("suspects", "words"),
     [
         (None, "not looked for: with BACKBONE=cnn no features are stored"),
-        (Found([], 0, 6), "There are none: of each of 6 training and validation images"),
-        (Found([], 0, 0), "cannot be looked for: fewer than two labels"),
+        (Suspects([], 0, 6), "There are none: of each of 6 training and validation images"),
+        (Suspects([], 0, 0), "cannot be looked for: fewer than two labels"),
     ],
 )
 def test_why_there_are_no_likely_wrong_labels_is_said(suspects, words, page, tmp_path):
