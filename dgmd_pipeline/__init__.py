@@ -27,6 +27,8 @@ backbones.py   a backbone's name -> its network in Keras and the file of its wei
 model.py       layers: the frozen backbone, the head, the servable whole
 linear.py      feature vectors and labels -> a logistic regression
 head.py        stored features -> a trained head, chosen by cross-validation
+augmentation.py  images -> randomly changed images
+averaging.py   a training's epochs -> the mean of their weights
 training.py    a network and batches -> a trained model: the loop, its checkpoint, and `cnn` from records
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row

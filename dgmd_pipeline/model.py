@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
-CNN_FILTERS = (24, 96)  # of its first convolution, doubled up to the second number
+CNN_FILTERS = (24, 96, 192)  # of its first convolution, doubled up to the second number, and of its last at most
 BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to arrive than a small data set has
 SEED_OF_NONE = 20_230_917  # `weights="none"` gives the same numbers in every process
 
@@ -86,10 +86,11 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
 
 
 def build_cnn(height: int, width: int) -> "keras.Model":
-    """Build a small trainable network: pictures [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
+    """Build a small trainable network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
-    Strided convolutions down to a map of at most 16 x 16, a convolution there, one on half of it, then each channel's
-    largest value. Its first weights come from Keras's random numbers. Chosen by measurement: docs/measurements.md.
+    Strided convolutions reduce the image to a map of at most 16 x 16. A convolution follows on that map, one on half
+    of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random numbers set
+    the initial weights. docs/measurements.md has what this was chosen by.
     """
     import keras
     from keras import layers
@@ -97,10 +98,11 @@ def build_cnn(height: int, width: int) -> "keras.Model":
     pixels = keras.Input((height, width, 3), name="pixels")
     x = layers.Rescaling(1 / 255, name="scaling")(pixels)
     halvings = max(0, math.ceil(math.log2(max(height, width) / CNN_MAP)))
-    for number in range(halvings + 2):
-        if number == halvings + 1:
+    first, most, most_at_the_end = CNN_FILTERS
+    for number in range(halvings + 3):
+        if number > halvings:
             x = layers.MaxPooling2D(padding="same")(x)
-        filters = min(CNN_FILTERS[0] << number, CNN_FILTERS[1])
+        filters = min(first << number, most if number < halvings + 2 else most_at_the_end)
         strides = 2 if number < halvings else 1
         x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
         x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)

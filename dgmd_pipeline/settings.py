@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="how the weights are updated")
     dropout: float = Field(0.1, ge=0, lt=1, description="fraction of the head's units dropped in training")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    augmentation: Literal["none", "shift", "flip", "strong"] = Field(
+        "shift", description="random changes of the training images of `cnn`"
+    )
     class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")

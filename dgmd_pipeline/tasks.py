@@ -574,11 +574,20 @@ class TrainModel(Step):
         "optimizer",
         "dropout",
         "weight_decay",
+        "augmentation",
         "class_weights",
         "seed",
     )
     reads = ("backbone_weights", "keras_home", "image_width", "image_height", "image_fit")
     _epochs = 0  # of this run; one that was stopped may have come to the others
+
+    def declared(self) -> dict[str, Any]:
+        from dgmd_pipeline import backbones
+
+        declared = super().declared()
+        if backbones.is_frozen(self.settings.backbone):
+            del declared["augmentation"]  # stored features are those of the images as they are
+        return declared
 
     def requires(self) -> list[Step]:
         job = self.job

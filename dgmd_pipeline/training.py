@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline import folders, model
+from dgmd_pipeline import averaging, folders, model
+from dgmd_pipeline.augmentation import Augmentation, augmented
 from dgmd_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Recipe(NamedTuple):
     optimizer: str  # one of OPTIMIZERS
     dropout: float  # 0 to below 1, after each hidden layer of the head
     weight_decay: float
+    augmentation: Augmentation = "none"  # of the images that `cnn` is trained on
     seed: int | None = None  # None: another one each time
 
 
@@ -49,7 +51,7 @@ class Epoch(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A trained model with the weights of its last epoch."""
+    """A trained model with the weights of its last epoch; those of `cnn` are a mean over the epochs."""
 
     model: "keras.Model"  # a head for features, or a backbone with its head for records
     history: list[Epoch]  # every epoch that was run
@@ -103,11 +105,14 @@ def train_whole(
         # are made equal, and the few pictures that are then left over are others in each epoch.
         pictures = training(progress.seed, epoch)
         even = len(pictures) // -(-len(pictures) // recipe.batch_size)
-        return pictures.batch(even, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+        batches = pictures.batch(even, drop_remainder=True)
+        return augmented(batches, recipe.augmentation, (progress.seed, epoch)).prefetch(tf.data.AUTOTUNE)
 
     weights = weights_by_class(classes, class_weights)
     show = shown(on_epoch, recipe.epochs)
-    trained = fit(together, shuffled, rest, weights, recipe, progress, show, checkpoint)
+    mean = averaging.mean_of_epochs(together)
+    trained = fit(together, shuffled, rest, weights, recipe, progress, show, checkpoint, mean)
+    mean.use_mean()
     return trained._replace(model=model.assemble(network, head, image_fit))
 
 
@@ -218,18 +223,20 @@ def fit(
     progress: Progress,
     on_epoch: Callable[[Epoch], None],
     checkpoint: Path | None = None,
+    callback: Any = None,
 ) -> Trained:
     """Train a network that ends in probabilities for `recipe.epochs` epochs, or from `progress` to there.
 
     `training` returns the batches (inputs, labels int64) of an epoch, in its order; `validation` is measured after
     each epoch and decides nothing. `class_weights` (float32 [classes]) weigh the training loss. `on_epoch` is called
-    after each epoch and may raise to stop; the state is in `checkpoint` by then.
+    after each epoch and may raise to stop; the state is in `checkpoint` by then. `callback` is one of Keras, with a
+    list `variables` that becomes part of the state.
 
     Raises PipelineError where weights or a loss are not finite, UnusableCheckpoint where `progress` does not fit.
     """
     import tensorflow as tf
 
-    variables = prepare(network, recipe)
+    variables = prepare(network, recipe) + (callback.variables if callback else [])
     seed, history, state = progress
     if checkpoint:  # the next one is written beside the last one
         size = sum(variable.numpy().nbytes for variable in variables)
@@ -246,7 +253,9 @@ def fit(
         network.optimizer.learning_rate = rate
         weighted = training(epoch).map(lambda x, y: (x, y, tf.gather(by_class, y)))
         # One epoch at a time, so that its order is its own whatever was before; shuffle: the data come shuffled.
-        logs = network.fit(weighted, validation_data=validation, shuffle=False, verbose=0).history
+        logs = network.fit(
+            weighted, validation_data=validation, shuffle=False, verbose=0, callbacks=callback and [callback]
+        ).history
         row = Epoch(epoch, **{name: value for name, [value] in logs.items()}, learning_rate=rate)
         values = values_of(variables)
         # The weights too: ReLU makes 0 of what is not a number, and the loss looks like one.

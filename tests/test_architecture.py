@@ -38,7 +38,9 @@ OWN = {  # module -> what of ours it may import, besides errors
     "features": [],
     "backbones": [],
     "model": ["backbones", "encoding", "manifest"],  # the fits; what to say of a changed file
-    "training": ["encoding", "folders", "model"],  # encoding: a type
+    "augmentation": [],
+    "averaging": [],
+    "training": ["augmentation", "averaging", "encoding", "folders", "model"],  # encoding: a type
     "linear": [],
     "head": ["folds", "linear", "model", "training"],
     "evaluation": ["manifest"],  # what a spreadsheet takes for a formula

@@ -117,6 +117,7 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "OPTIMIZER": ("sgd", LEARNED),
     "DROPOUT": (0.2, LEARNED),
     "WEIGHT_DECAY": (0.1, LEARNED),
+    "AUGMENTATION": ("flip", LEARNED),
     "CLASS_WEIGHTS": ("false", LEARNED),
     "SEED": (2, LEARNED),
     "MODEL_NAME": ("another", ["evaluation", "registered_model"]),
@@ -177,6 +178,11 @@ def test_with_stored_features_training_parameters_redo_neither_them_nor_the_reco
         *FEATURES,
         "trained_model",
     ]
+
+
+def test_stored_features_are_not_augmented_and_a_training_on_them_does_not_run_again(frozen):
+    variables, data_dir = frozen
+    assert run(variables | {"AUGMENTATION": "strong"}, data_dir) == []
 
 
 def test_other_weights_of_the_backbone_redo_the_features_wherever_their_file_lies(frozen, tmp_path):

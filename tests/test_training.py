@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgmd_pipeline import head, records, training
+from dgmd_pipeline import averaging, head, records, training
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import Example
 
 RECIPE = training.Recipe(
     batch_size=16, epochs=4, learning_rate=0.01, decay_rate=0.5, patience=3,
-    optimizer="adam", dropout=0.2, weight_decay=0.0, seed=1,
+    optimizer="adam", dropout=0.2, weight_decay=0.0, augmentation="shift", seed=1,
 )  # fmt: skip
 
 
@@ -308,3 +308,32 @@ def test_the_small_network_learns_from_pictures_and_comes_back_ready_to_serve():
     assert one.model.predict(np.zeros((1, 50, 30, 3), np.uint8), verbose=0).shape == (1, 2)
     for a, b in zip(one.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_callback_measures_the_moving_mean_of_the_weights_and_training_continues_from_the_weights(tmp_path):
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(1)
+    network = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    data = tf.data.Dataset.from_tensor_slices(clouds()).batch(16)
+    ends, measured, mean = [], [], averaging.mean_of_epochs(network)
+
+    def note(row):
+        ends.append(network.get_weights())
+        measured.append(row.val_loss)
+
+    recipe, start = RECIPE._replace(epochs=3), training.Progress(1, [], [])
+    training.fit(network, lambda epoch: data, data, np.ones(3, np.float32), recipe, start, note, None, mean)
+    mean.use_mean()
+    for value, first, second, third in zip(network.get_weights(), *ends, strict=True):
+        np.testing.assert_allclose(value, (2 * first + 10 * second + 30 * third) / 42, atol=1e-6)
+        assert not np.array_equal(first, third)
+    np.testing.assert_allclose(network.evaluate(data, verbose=0)[0], measured[-1], rtol=1e-5)
+
+
+def test_the_small_network_is_trained_on_augmented_images(folder_of_records):
+    one, other = (
+        train_on_records(folder_of_records, RECIPE._replace(epochs=1, augmentation=kind)) for kind in ("none", "shift")
+    )
+    assert one.history[0].loss != other.history[0].loss

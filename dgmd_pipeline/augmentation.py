@@ -1,0 +1,93 @@
+"""Random changes of training images, which the label does not depend on, computed batch by batch in TensorFlow."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+Augmentation = Literal["none", "shift", "flip", "strong"]
+SHIFT = 1 / 8  # of the width and of the height
+ANGLE = math.radians(12)
+ZOOM = 0.18  # in logarithms: 84 to 120 %
+CONTRAST = 0.2  # in logarithms: 82 to 122 %
+BRIGHTNESS = 25.0  # of 255 levels
+
+
+def augmented(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":
+    """Return batches (images, labels) with changed images, see `augment`.
+
+    The changes depend on `seed` (at least 0, below 2 ** 63), on the number of the batch and on the position in it.
+    """
+    import tensorflow as tf
+
+    def change(number: "tf.Tensor", batch: "tuple[tf.Tensor, tf.Tensor]") -> "tuple[tf.Tensor, tf.Tensor]":
+        images, labels = batch
+        return augment(images, kind, tf.random.fold_in(tf.constant(seed, tf.int64), number)), labels
+
+    return batches.enumerate().map(change, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
+    """Return randomly changed images of the same shape and range: uint8, or float32 where `kind` is "strong".
+
+    `images` are uint8 [batch, height, width, 3]. Each is changed by random numbers of its own, which depend on `seed`
+    (int [2]) and its position in the batch alone, so a resumed training sees the same images again.
+
+    - "none" changes nothing.
+    - "shift" moves the image by up to an eighth of its width and height, in whole pixels.
+    - "flip" also mirrors half of the images, chosen at random, left to right. It is wrong for text, digits and other
+      classes that mirroring changes.
+    - "strong" also rotates by up to 12 degrees, zooms by up to 20 %, and changes contrast and brightness.
+
+    The pixels of the edge are repeated where an image has moved away from it.
+    """
+    import tensorflow as tf
+
+    if kind == "none":
+        return images
+    affine, light = tf.unstack(tf.random.split(seed, 2))
+    interpolation = "NEAREST"
+    if kind == "strong":
+        images, interpolation = tf.cast(images, tf.float32), "BILINEAR"
+    size = tf.shape(images)
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=_transforms(size, kind, affine),
+        output_shape=size[1:3],
+        fill_value=0.0,  # not used by this fill mode
+        fill_mode="NEAREST",
+        interpolation=interpolation,
+    )
+    moved = tf.ensure_shape(moved, images.shape)
+    return _relit(moved, light) if kind == "strong" else moved
+
+
+def _transforms(size: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
+    """Return float32 [batch, 8]: what maps a pixel of the changed image to its place in the original.
+
+    The numbers are those of TensorFlow's ImageProjectiveTransformV3: (a0, a1, a2, b0, b1, b2, 0, 0), where
+    x' = a0 x + a1 y + a2 and y' = b0 x + b1 y + b2. Rotation, zoom and mirroring leave the centre in place.
+    """
+    import tensorflow as tf
+
+    height, width = tf.cast(size[1], tf.float32), tf.cast(size[2], tf.float32)
+    right, down, mirror, angle, zoom = tf.unstack(tf.random.stateless_uniform([5, size[0]], seed, -1.0, 1.0))
+    right, down = tf.round(right * SHIFT * width), tf.round(down * SHIFT * height)
+    sign = tf.ones_like(mirror) if kind == "shift" else tf.where(mirror < 0, -1.0, 1.0)
+    cosine, sine = tf.ones_like(angle), tf.zeros_like(angle)
+    if kind == "strong":
+        scale = tf.exp(zoom * ZOOM)
+        cosine, sine = scale * tf.cos(angle * ANGLE), scale * tf.sin(angle * ANGLE)
+    a0, a1, b0, b1 = sign * cosine, -sine, sign * sine, cosine
+    x, y = (width - 1) / 2, (height - 1) / 2
+    zero = tf.zeros_like(right)
+    return tf.stack([a0, a1, x - a0 * x - a1 * y + right, b0, b1, y - b0 * x - b1 * y + down, zero, zero], axis=1)
+
+
+def _relit(images: "tf.Tensor", seed: "tf.Tensor") -> "tf.Tensor":
+    import tensorflow as tf
+
+    contrast, brightness = tf.unstack(tf.random.stateless_uniform([2, tf.shape(images)[0], 1, 1, 1], seed, -1.0, 1.0))
+    changed = (images - 127.5) * tf.exp(contrast * CONTRAST) + 127.5 + brightness * BRIGHTNESS
+    return tf.clip_by_value(changed, 0.0, 255.0)
