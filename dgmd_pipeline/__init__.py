@@ -28,6 +28,7 @@ model.py       layers: the frozen backbone, the head, the servable whole
 linear.py      feature vectors and labels -> a logistic regression
 head.py        stored features -> a trained head, chosen by cross-validation
 training.py    a network and batches -> a trained model: the loop, its checkpoint, and `cnn` from records
+fine_tuning.py frozen backbone and head -> both trained together, where that is better
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 label_suspects.py stored features and labels -> the images whose label is probably wrong
