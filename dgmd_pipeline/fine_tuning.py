@@ -42,9 +42,10 @@ class Trial(NamedTuple):
 
     held_out: int  # how many those images are
     log_loss_head: float  # nats
-    log_loss: float
+    log_loss: float  # after `epochs`
     accuracy_head: float  # 0 to 1
     accuracy: float
+    epochs: int  # after which the log loss was lowest; the final fit has as many
 
     @property
     def better(self) -> bool:
@@ -52,7 +53,8 @@ class Trial(NamedTuple):
 
         The log loss depends on the probability of every image and the accuracy only on those near the boundary between
         two classes, so it tells two models apart with fewer images; it also rules out a model that gains accuracy and
-        states worse probabilities.
+        states worse probabilities. For the same reason it chooses the number of epochs: after the best one the accuracy
+        stays and the log loss rises, docs/measurements.md.
         """
         return self.log_loss < self.log_loss_head
 
@@ -83,9 +85,10 @@ def fine_tune(
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
     A trial comes first: on four fifths of the training split `data`, from the head that `fit_head` returns for these
-    rows, measured on the rest. `groups` names the near-duplicate group of each training image; groups are held out as a
-    whole. Where the trial is `better`, the whole training split is fine-tuned from `trained_head`. `validation` is
-    measured after each of these epochs and decides nothing. `backbone` and `trained_head` are not changed.
+    rows, measured on the rest after each of `recipe.epochs`. `groups` names the near-duplicate group of each training
+    image; groups are held out as a whole. Where the trial is `better`, the whole training split is fine-tuned from
+    `trained_head` for as many epochs as were best in the trial. `validation` is measured after each of these epochs and
+    decides nothing. `backbone` and `trained_head` are not changed.
 
     `class_weights` are float32 [classes]. `recipe` has a seed, which makes this repeatable on a CPU. `on_epoch` is
     called after each epoch, of the trial too, and may raise to stop. `notes` is an existing folder for activations and
@@ -98,7 +101,7 @@ def fine_tune(
     recipe = recipe._replace(batch_size=min(recipe.batch_size, BATCH_SIZE), decay_rate=DECAY_RATE)
     read, rest = _inputs(kind, backbone, (data, validation), recipe.batch_size, notes, map)
 
-    def fit(start: "keras.Model", rows: Rows, measured: "tf.data.Dataset", name: str) -> Any:
+    def fit(start: "keras.Model", rows: Rows, measured: "tf.data.Dataset", name: str, epochs: int) -> Any:
         checkpoint = notes / f"{CHECKPOINT}_{name}.npz"
         progress = training.begin(recipe, checkpoint)
         training.set_seed(progress.seed)  # the copies draw the seeds of their dropout from it
@@ -108,20 +111,20 @@ def fine_tune(
         def shuffled(epoch: int) -> "tf.data.Dataset":
             return read(rows, (progress.seed, epoch))
 
-        shown = training.shown(on_epoch, recipe.epochs)
-        fitted = training.fit(parts.trained, shuffled, measured, class_weights, recipe, progress, shown, checkpoint)
+        shown, now = training.shown(on_epoch, epochs), recipe._replace(epochs=epochs)
+        fitted = training.fit(parts.trained, shuffled, measured, class_weights, now, progress, shown, checkpoint)
         return parts, fitted.history, before
 
     fitted_rows, held_out_rows = _hold_out(data.labels, groups, int(recipe.seed or 0))
     if not len(held_out_rows):
         return Tuned(None, None, [], None)
     held_out = read(held_out_rows, None)
-    parts, _, before = fit(fit_head(fitted_rows), fitted_rows, held_out, "trial")
-    after = _measure(parts.trained, held_out)
-    trial = Trial(len(held_out_rows), before[0], after[0], before[1], after[1])
+    _, history, before = fit(fit_head(fitted_rows), fitted_rows, held_out, "trial", recipe.epochs)
+    best = min(history, key=lambda row: row.val_loss)
+    trial = Trial(len(held_out_rows), before[0], best.val_loss, before[1], best.val_accuracy, best.epoch + 1)
     if not trial.better:
         return Tuned(None, None, [], trial)
-    parts, history, _ = fit(trained_head, np.arange(len(data.labels)), rest, "final")
+    parts, history, _ = fit(trained_head, np.arange(len(data.labels)), rest, "final", trial.epochs)
     return Tuned(parts.backbone, parts.head, history, trial)
 
 
@@ -277,5 +280,6 @@ def sentence(recorded: Mapping[str, Any]) -> str:
     return (
         f"Fine-tuning was {'kept' if recorded['kept'] else 'not kept'}: on {recorded['held_out']:,} held-out training "
         f"images it changed the log loss from {recorded['log_loss_head']:.4f} to {recorded['log_loss']:.4f} and the "
-        f"accuracy from {recorded['accuracy_head']:.4f} to {recorded['accuracy']:.4f}."
+        f"accuracy from {recorded['accuracy_head']:.4f} to {recorded['accuracy']:.4f}, after the number of epochs "
+        f"with the lowest log loss, {recorded['epochs']}."
     )

@@ -91,8 +91,8 @@ class Settings(BaseSettings):
     fine_tune: Literal["none", "top", "all"] = Field(
         "none", description="after the head, train the frozen network's last blocks or all of it, if that is better"
     )
-    fine_tune_epochs: int = Field(6, ge=1, description="times fine-tuning goes through all images")
-    fine_tune_learning_rate: float = Field(2e-4, gt=0, description="learning rate of fine-tuning's first epoch")
+    fine_tune_epochs: int = Field(6, ge=1, description="times fine-tuning goes through all images, at most")
+    fine_tune_learning_rate: float = Field(3e-4, gt=0, description="learning rate of fine-tuning's first epoch")
     class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")

@@ -146,8 +146,8 @@ def test_what_makes_it_worse_is_not_kept(backbone, splits, tmp_path):
 
 
 def test_the_lower_log_loss_is_better_whatever_the_accuracy():
-    assert Trial(100, 0.5, 0.4, 0.9, 0.8).better
-    assert not Trial(100, 0.5, 0.5, 0.8, 0.9).better
+    assert Trial(100, 0.5, 0.4, 0.9, 0.8, 1).better
+    assert not Trial(100, 0.5, 0.5, 0.8, 0.9, 1).better
 
 
 def test_groups_are_held_out_as_a_whole_and_a_trial_has_an_upper_bound(monkeypatch):
