@@ -30,6 +30,7 @@ head.py        stored features -> a trained head, chosen by cross-validation
 augmentation.py  images -> randomly changed images
 averaging.py   a training's epochs -> the mean of their weights
 training.py    a network and batches -> a trained model: the loop, its checkpoint, and `cnn` from records
+fine_tuning.py frozen backbone and head -> both trained together, where that is better
 evaluation.py  model and records -> measurements
 folds.py       labels and near-duplicate groups -> the cross-validation fold of each row
 label_suspects.py stored features and labels -> the images whose label is probably wrong

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FEATURES = "features.npy"
 LABELS = "labels.npy"
+BATCH = 16  # pictures in each thread; larger batches are not faster and take more memory
 
 
 def extract(
@@ -22,6 +23,8 @@ def extract(
     map: Callable[[Callable, Iterable], Iterable] = map,
 ) -> Iterator[int]:
     """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order they come.
+
+    `backbone` may also be the bottom of one, whose output has more dimensions: float32 [count, height, width, d].
 
     `batches` are pairs of pictures (uint8 [batch, height, width, 3], of the backbone's size) and label indexes (int
     [batch]), as tensors or arrays; `count` pictures in all.
@@ -39,7 +42,7 @@ def extract(
     done = 0
     with (folder / FEATURES).open("wb") as file:
         # Written in sequence and not through a memory map, whose pages would count as this process's memory.
-        shape = (count, backbone.output_shape[-1])
+        shape = (count, *backbone.output_shape[1:])
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for vectors, indexes in map(work, batches):
             file.write(vectors)
@@ -52,7 +55,7 @@ def extract(
 
 
 def bytes_of(count: int, dimensions: int) -> int:
-    """Return how many bytes `extract` writes for so many pictures and dimensions, but for the files' heads."""
+    """Return how many bytes `extract` writes for so many pictures and values for each, but for the files' heads."""
     return count * (4 * dimensions + 8)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -265,23 +265,40 @@ def _fit_linear(data: Split, validation: Split, weights: np.ndarray, selection: 
     return Trained(model.build_linear_head(kernel, bias), [row], selection.seed)
 
 
+def refit(data: Split, chosen: Mapping[str, Any], weights: np.ndarray, recipe: Recipe) -> "keras.Model":
+    """Fit a head to other rows with what was chosen (see `about`); the other arguments are those of `select`."""
+    option = Option(**{"log_loss": math.nan, "accuracy": math.nan, **chosen})
+    if option.kind == "linear":
+        return _fit_linear(data, data, weights, Selection(option, [], 0, int(recipe.seed or 0))).model
+    recipe = recipe._replace(epochs=option.epochs)
+    return fit_hidden(data, data, weights, recipe, training.begin(recipe, None), lambda _: None).model
+
+
 def batches(
-    features: np.ndarray, labels: np.ndarray, batch_size: int, shuffle: tuple[int, int] | None = None
+    features: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    shuffle: tuple[int, int] | None = None,
+    rows: np.ndarray | None = None,
 ) -> "tf.data.Dataset":
-    """Return batches of equal size, give or take one, in the order of a seed and an epoch where these are given."""
+    """Return batches of equal size, give or take one, in the order of a seed and an epoch where these are given.
+
+    `features` are float32 [n, ...]; `rows` (int64) are those to take, all where it is None.
+    """
     import tensorflow as tf
 
-    count = -(-len(labels) // batch_size)
+    chosen_rows = np.arange(len(labels)) if rows is None else rows
+    count = -(-len(chosen_rows) // batch_size)
 
     def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = np.arange(len(labels))
+        order = chosen_rows.copy()
         if shuffle is not None:
             np.random.default_rng(shuffle).shuffle(order)
         for chosen in np.array_split(order, count):
             chosen.sort()  # read in the order of the file
             yield features[chosen], labels[chosen]
 
-    spec = (tf.TensorSpec([None, features.shape[1]], tf.float32), tf.TensorSpec([None], tf.int64))
+    spec = (tf.TensorSpec([None, *features.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64))
     batched = tf.data.Dataset.from_generator(generate, output_signature=spec)
     return batched.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
 

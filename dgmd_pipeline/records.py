@@ -122,12 +122,13 @@ def bytes_of(images: int, width: int, height: int) -> int:
     return round(images * width * height * 1.15)
 
 
-def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Dataset":
+def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarray | None = None) -> "tf.data.Dataset":
     """Open what `write` wrote: a dataset of (picture uint8 [height, width, 3], label int64 []), every image once.
 
     Without `seed` the order is that of the files, always, and of `keys`. With it the shards and the records in them are
     shuffled: in the same order whenever it is read, in this process or another, and in another one for another `epoch`
     or seed (TensorFlow adds the seed that is set globally). Pictures are decoded in parallel; the caller batches.
+    `chosen` (bool [images], in the order of the files) says which images to read, all where it is None.
     Raises PipelineError where there is no readable index; a damaged record is TensorFlow's DataLossError.
     """
     import tensorflow as tf
@@ -142,12 +143,15 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0) -> "tf.data.Data
         return tf.ensure_shape(picture, shape), features["label"]
 
     random = None if seed is None else np.random.default_rng((seed, epoch))
-    records = _records(folder, index, random).map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    records = _records(folder, index, random, chosen).map(
+        decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
     options = tf.data.Options()
     # Its thread sleeps for 10 ms, then twice as long each time, and the end of the data waits until it wakes up: every
     # other pass over them took up to 10 s longer. What it tunes, the number of threads, is all cores without it.
     options.autotune.enabled = False
-    return records.apply(tf.data.experimental.assert_cardinality(index["images"])).with_options(options)
+    count = index["images"] if chosen is None else int(chosen.sum())
+    return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
 
 
 def size(folder: Path) -> tuple[int, int]:
@@ -198,19 +202,33 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _records(folder: Path, index: dict[str, Any], random: np.random.Generator | None) -> "tf.data.Dataset":
+def _records(
+    folder: Path, index: dict[str, Any], random: np.random.Generator | None, chosen: np.ndarray | None = None
+) -> "tf.data.Dataset":
     import tensorflow as tf
 
-    paths = [str(folder / entry["file"]) for entry in index["files"]]
+    def opened(path: Any, first: Any) -> "tf.data.Dataset":
+        """Open a file whose first record has the position `first` among all."""
+        records = tf.data.TFRecordDataset(path)
+        if chosen is None:
+            return records
+        numbered = records.enumerate(first).filter(lambda position, _: tf.gather(chosen, position))
+        return numbered.map(lambda _, record: record)
+
+    entries = index["files"]
+    firsts = np.cumsum([0, *(entry["records"] for entry in entries)])
+    order = np.arange(len(entries))
+    if random is not None:
+        random.shuffle(order)
+    paths = [str(folder / entries[number]["file"]) for number in order]
+    files = tf.data.Dataset.from_tensor_slices((tf.constant(paths, tf.string), firsts[order]))
     if random is None:
-        return tf.data.TFRecordDataset(tf.constant(paths, tf.string))
-    random.shuffle(paths)
-    files = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
+        return files.flat_map(opened)
     buffer = SHUFFLE_BYTES * index["images"] // max(index["bytes"], 1)
     # Without the last argument each reading of the same dataset has another order.
-    return files.interleave(
-        tf.data.TFRecordDataset, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    ).shuffle(max(min(buffer, index["images"]), 1), seed=int(random.integers(2**63)), reshuffle_each_iteration=False)
+    return files.interleave(opened, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).shuffle(
+        max(min(buffer, index["images"]), 1), seed=int(random.integers(2**63)), reshuffle_each_iteration=False
+    )
 
 
 def _index(folder: Path) -> dict[str, Any]:

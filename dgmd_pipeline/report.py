@@ -52,6 +52,7 @@ class Content(NamedTuple):
     counts: Sequence[plots.Count]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in their order
+    fine_tuning: str = ""  # what came of it, a sentence; "" where there was none
 
 
 class Outcome(NamedTuple):

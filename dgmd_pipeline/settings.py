@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
         "shift", description="random changes of the training images of `cnn`"
     )
+    fine_tune: Literal["none", "top", "all"] = Field(
+        "none", description="after the head, train the frozen network's last blocks or all of it, if that is better"
+    )
+    fine_tune_epochs: int = Field(6, ge=1, description="times fine-tuning goes through all images, at most")
+    fine_tune_learning_rate: float = Field(3e-4, gt=0, description="learning rate of fine-tuning's first epoch")
     class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
@@ -246,7 +251,7 @@ def load(env_file: str | Path | None = None) -> Settings:
         raise SettingsError("\n".join(mistakes)) from None
     from dgmd_pipeline.backbones import is_frozen
 
-    if is_frozen(settings.backbone):
+    if is_frozen(settings.backbone) and settings.fine_tune == "none":  # which trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
     return settings

@@ -31,10 +31,10 @@ SIDES = ("training", "validation")
 SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the pictures come from
 LISTING = "listing.csv"  # in raw/: the objects that it holds
 STORE = "mlflow"  # the folder of the embedded store
+FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 ASSESSED = ("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes",
     "parameters")  # fmt: skip  # tags of a version
 MOST_NAMED = 10  # in a warning
-EXTRACTION_BATCH = 16  # pictures in each thread; larger ones are not faster and take more memory
 
 
 class DownloadImages(Step):
@@ -506,7 +506,7 @@ class ExtractFeatures(OneSide):
         pictures = records.read(source)
         count = len(pictures)
         folders.check_space(draft, self.folder, features.bytes_of(count, dimensions))
-        batches = pictures.batch(EXTRACTION_BATCH).prefetch(2)
+        batches = pictures.batch(features.BATCH).prefetch(2)
         extracted = features.extract(batches, count, network, draft, in_threads)
         for _ in progress(extracted, self.folder, count, "images", count=int):
             pass
@@ -577,28 +577,37 @@ class TrainModel(Step):
         "augmentation",
         "class_weights",
         "seed",
+        *FINE_TUNING,
     )
     reads = ("backbone_weights", "keras_home", "image_width", "image_height", "image_fit")
     _epochs = 0  # of this run; one that was stopped may have come to the others
 
-    def declared(self) -> dict[str, Any]:
-        from dgmd_pipeline import backbones
-
-        declared = super().declared()
-        if backbones.is_frozen(self.settings.backbone):
-            del declared["augmentation"]  # stored features are those of the images as they are
-        return declared
-
     def requires(self) -> list[Step]:
         job = self.job
-        return [*learned_from(self), MapLabels(job=job), BalanceClasses(job=job), SplitImages(job=job)]
+        written = [WriteTFRecords(job=job, side=side) for side in SIDES] if self._fine_tunes() else []
+        return [*learned_from(self), MapLabels(job=job), BalanceClasses(job=job), SplitImages(job=job), *written]
+
+    def _fine_tunes(self) -> bool:
+        from dgmd_pipeline import backbones
+
+        return self.settings.fine_tune != "none" and backbones.is_frozen(self.settings.backbone)
+
+    def declared(self) -> dict[str, Any]:
+        """Return the settings that this kind of training uses."""
+        from dgmd_pipeline import backbones
+
+        # Stored features are those of the images as they are; `cnn` has one head.
+        unused = {"augmentation" if backbones.is_frozen(self.settings.backbone) else "head"}
+        if not self._fine_tunes():
+            unused |= set(FINE_TUNING)
+        return {name: value for name, value in super().declared().items() if name not in unused}
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import features, head, labels, model, records, training
+        from dgmd_pipeline import features, fine_tuning, head, labels, model, records, training
 
         backbone = _network(self)
         model.start_tensorflow()
-        *sides, label_map, balanced, split = self.requires()
+        *sides, label_map, balanced, split = self.requires()[:5]
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
         recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
@@ -607,7 +616,7 @@ class TrainModel(Step):
             learned, rest = (features.load(side.path) for side in sides)
             rows = records.order(manifest.read(split.path / "training.csv", manifest.Example))
             groups, kind = [row.group for row in rows], self.settings.head
-            train = partial(head.train_head, learned, rest, groups, classes, weights, recipe, kind, self._show)
+            train: Any = partial(head.train_head, learned, rest, groups, classes, weights, recipe, kind, self._show)
         else:
             for side in sides:
                 records.check(side.path)
@@ -616,23 +625,70 @@ class TrainModel(Step):
                 training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show, image_fit=fit
             )
         trained = self._go_on(train, draft / folders.RESUME)
-        whole = model.assemble(backbone, trained.model, fit) if backbone else trained.model
+        history, parts = trained.history, (backbone, trained.model)
+        recorded: dict[str, Any] = {"fine_tuned": False}
+        if self._fine_tunes():
+            tuned = self._fine_tune(backbone, trained, (learned, rest), groups, draft / folders.RESUME)
+            recorded = {"fine_tuned": tuned.backbone is not None, "fine_tuning": fine_tuning.about(tuned)}
+            log.info("  %s", fine_tuning.sentence(recorded["fine_tuning"]))
+            if tuned.backbone:
+                parts = tuned.backbone, tuned.head
+                history = [*history, *(row._replace(epoch=len(history) + row.epoch) for row in tuned.history)]
+        whole = model.assemble(*parts, fit) if backbone else trained.model
         folders.check_space(draft, self.folder, model.bytes_of(whole))
         whole.save(draft / "model.keras")
-        manifest.write(draft / "history.csv", training.Epoch, trained.history)
-        last = trained.history[-1]
-        about = {"id": uuid.uuid4().hex, "kept": last.epoch, "seed": trained.seed, "metrics": last._asdict()}
+        manifest.write(draft / "history.csv", training.Epoch, history)
+        last = history[-1]
+        about = {"id": uuid.uuid4().hex, "kept": last.epoch, "seed": trained.seed, "metrics": last._asdict()} | recorded
         if trained.selection:
             about["head"] = trained.selection
         (draft / "training.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
         self.job.trained = about["id"], whole
         return {
-            "epochs": len(trained.history),
+            "epochs": len(history),
             "head": trained.selection["chosen"]["kind"] if trained.selection else None,
+            "fine_tuned": recorded["fine_tuned"],
             "accuracy": last.accuracy,
             "val_accuracy": last.val_accuracy,
             "parameters": whole.count_params(),
         }
+
+    def _fine_tune(self, backbone: Any, trained: Any, sides: Sequence[Any], groups: list[str], notes: Path) -> Any:
+        """Fine-tune the backbone with its trained head; from the start where the notes cannot be used."""
+        from dgmd_pipeline import fine_tuning, head, records, training
+        from dgmd_pipeline.workers import in_threads
+
+        *_, balanced, _, training_records, validation_records = self.requires()
+        weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
+        by_class = training.weights_by_class(trained.model.output_shape[-1], weights)
+        recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
+        recipe = recipe._replace(seed=trained.seed)
+        for step in (training_records, validation_records):
+            records.check(step.path)
+        data, validation = (
+            fine_tuning.Split(indexes, partial(records.read, step.path))
+            for (_, indexes), step in zip(sides, (training_records, validation_records), strict=True)
+        )
+
+        def fit_head(rows: Any) -> Any:
+            features, indexes = sides[0]
+            return head.refit((features[rows], indexes[rows]), trained.selection["chosen"], by_class, recipe)
+
+        low = recipe._replace(
+            epochs=self.settings.fine_tune_epochs,
+            learning_rate=self.settings.fine_tune_learning_rate,
+        )
+        tune = partial(
+            fine_tuning.fine_tune, self.settings.fine_tune, backbone, trained.model, fit_head, data, validation, groups,
+            by_class, low, self._show, notes, in_threads,
+        )  # fmt: skip
+        try:
+            return tune()
+        except training.UnusableCheckpoint as error:
+            log.warning("%s Fine-tuning starts again.", error)
+            for path in notes.glob(f"{fine_tuning.CHECKPOINT}*"):
+                path.unlink()
+            return tune()
 
     def _go_on(self, train: Callable[[Path], Any], notes: Path) -> Any:
         """Train, from the checkpoint of a run that was stopped; from the start where it cannot be used."""
@@ -646,7 +702,7 @@ class TrainModel(Step):
         except training.UnusableCheckpoint as error:
             log.warning("%s Training starts again.", error)
             for path in notes.iterdir():
-                path.unlink()
+                folders.remove(path)  # of fine-tuning there are folders
             return train(checkpoint)
 
     def _show(self, row: Any) -> None:
@@ -659,6 +715,7 @@ class TrainModel(Step):
 
     def summary(self, counts: dict[str, Any]) -> str:
         how = "logistic regression" if counts["head"] == "linear" else f"{counts['epochs']} epochs"
+        how += ", fine-tuned" if counts["fine_tuned"] else ""
         return (
             f"{how}: accuracy {counts['accuracy']:.4f}, validation {counts['val_accuracy']:.4f}; "
             f"{counts['parameters']:,} parameters"
@@ -717,7 +774,8 @@ class EvaluateModel(Step):
         trained, _, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
         network = _trained(self, trained.path)
-        if backbones.is_frozen(self.settings.backbone):
+        tuned = manifest.read_json(trained.path / "training.json").get("fine_tuned", False)
+        if backbones.is_frozen(self.settings.backbone) and not tuned:  # or its features are those of another network
             vectors, truth = features.load(learned.path)
             probabilities = evaluation.predict_head(network, vectors)
         else:
@@ -777,12 +835,13 @@ class EvaluateModel(Step):
         self, measured: Any, suspects: Any, leaked: Any, names: Sequence[str], sides: list[Counter[str]]
     ) -> Any:
         """Gather what the report says from the folders before."""
-        from dgmd_pipeline import images, label_suspects, report, training
+        from dgmd_pipeline import fine_tuning, images, label_suspects, report, training
 
         *before, _ = line_of(self)
         path = {step.folder: step.path for step in before}
         records = {step.folder: record for step in before if (record := read_record(step.path))}
         trained = path[TrainModel.name]
+        about = manifest.read_json(trained / "training.json")
 
         def pictures(rows: Sequence[Any]) -> Any:
             return images.thumbnails(path[DownloadImages.name], {row.position: row.key for row in rows}, report.CARD)
@@ -800,10 +859,11 @@ class EvaluateModel(Step):
             leaks=leaked,
             leak_thumbnails=images.thumbnails(path[DownloadImages.name], report.pairs(leaked), report.CARD),
             history=list(manifest.read(trained / "history.csv", training.Epoch)),
-            head=manifest.read_json(trained / "training.json").get("head"),
+            head=about.get("head"),
             counts=_counts(records[BalanceClasses.name], sides),
             rejected=list(manifest.read(path[InspectImages.name] / "rejected.csv", manifest.Rejected)),
             seconds=[(folder, record.seconds) for folder, record in records.items()],
+            fine_tuning=fine_tuning.sentence(about["fine_tuning"]) if "fine_tuning" in about else "",
         )
 
     def _reviewed(

@@ -43,6 +43,7 @@ OWN = {  # module -> what of ours it may import, besides errors
     "training": ["augmentation", "averaging", "encoding", "folders", "model"],  # encoding: a type
     "linear": [],
     "head": ["folds", "linear", "model", "training"],
+    "fine_tuning": ["features", "folders", "folds", "head", "training"],
     "evaluation": ["manifest"],  # what a spreadsheet takes for a formula
     "label_suspects": ["evaluation", "folds"],
     "plots": ["evaluation", "training"],  # the rows that they draw

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgmd_pipeline import backbones, model
+from dgmd_pipeline import backbones, fine_tuning, model
 from dgmd_pipeline.errors import PipelineError
 
 SMALL = "MobileNetV3-Small"
@@ -179,7 +179,10 @@ def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(backbones.FROZEN) - {f"EfficientNetV2-B{size}" for size in (0, 2, 3)}))
 def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
-    """Compares with the preprocessing function that Keras keeps beside each network; B1 stands for B0 to B3."""
+    """Compares with the preprocessing function that Keras keeps beside each network; B1 stands for B0 to B3.
+
+    The same networks are divided as for fine-tuning: building them takes most of the time.
+    """
     import importlib
 
     import keras
@@ -194,6 +197,10 @@ def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
     batch = pictures(2, size, size + 1, 3)
     expected = plain.predict(module.preprocess_input(batch.astype(np.float32)), verbose=0)
     np.testing.assert_allclose(ours.predict(batch, verbose=0), expected, rtol=1e-3, atol=1e-4)
+    bottom, top = fine_tuning.divide(ours)
+    inputs = batch.astype(np.float32)
+    np.testing.assert_allclose(top(bottom(inputs)), ours(inputs), rtol=1e-4, atol=1e-4)
+    assert 0.25 <= top.count_params() / ours.count_params() <= 0.75
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (192, 256), (300, 9)])

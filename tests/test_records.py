@@ -195,6 +195,19 @@ def test_shuffled_reading_gives_each_image_once_in_an_order_that_seed_and_epoch_
     assert [order(), order(7, 0), order(7, 1)] == orders[:3]
 
 
+def test_chosen_images_are_read_and_no_others_in_either_order(rows, raw, tmp_path):
+    folder = written(rows, raw, tmp_path / "records")
+    every = [pixels.tobytes() for pixels, _ in records.read(folder).as_numpy_iterator()]
+    chosen = np.arange(len(every)) % 3 == 1
+    wanted = [pixels for pixels, use in zip(every, chosen, strict=True) if use]
+    ordered, shuffled = records.read(folder, chosen=chosen), records.read(folder, 7, 1, chosen)
+    assert len(ordered) == len(shuffled) == chosen.sum()
+    assert [pixels.tobytes() for pixels, _ in ordered.as_numpy_iterator()] == wanted
+    found = [pixels.tobytes() for pixels, _ in shuffled.as_numpy_iterator()]
+    assert sorted(found) == sorted(wanted)
+    assert found != wanted
+
+
 def test_in_another_epoch_other_shards_come_first(rows, raw, tmp_path, monkeypatch):
     """Far more pictures than are held for shuffling: the order of the shards is then what mixes them."""
     folder = written(rows, raw, tmp_path / "records", shards=20)

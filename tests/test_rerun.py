@@ -6,6 +6,7 @@ import os
 import shutil
 
 import boto3
+import numpy as np
 import pytest
 from conftest import CREDENTIALS, picture
 
@@ -108,7 +109,7 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "IMAGE_FIT": ("crop", [*RECORDS, *LEARNED]),
     "BACKBONE": ("MobileNetV3-Small", [*FEATURES, *LEARNED]),
     "BACKBONE_WEIGHTS": ("imagenet", []),  # `cnn` has none
-    "HEAD": ("linear", LEARNED),
+    "HEAD": ("linear", []),  # `cnn` has one head
     "BATCH_SIZE": (64, LEARNED),
     "EPOCHS": (2, LEARNED),
     "LEARNING_RATE": (0.02, LEARNED),
@@ -118,6 +119,9 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "DROPOUT": (0.2, LEARNED),
     "WEIGHT_DECAY": (0.1, LEARNED),
     "AUGMENTATION": ("flip", LEARNED),
+    "FINE_TUNE": ("top", []),  # `cnn` is trained as a whole
+    "FINE_TUNE_EPOCHS": (2, []),
+    "FINE_TUNE_LEARNING_RATE": (0.001, []),
     "CLASS_WEIGHTS": ("false", LEARNED),
     "SEED": (2, LEARNED),
     "MODEL_NAME": ("another", ["evaluation", "registered_model"]),
@@ -183,6 +187,21 @@ def test_with_stored_features_training_parameters_redo_neither_them_nor_the_reco
 def test_stored_features_are_not_augmented_and_a_training_on_them_does_not_run_again(frozen):
     variables, data_dir = frozen
     assert run(variables | {"AUGMENTATION": "strong"}, data_dir) == []
+
+
+def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen):
+    from dgmd_pipeline import evaluation, model, records
+
+    variables, data_dir = frozen
+    tuned = variables | {"FINE_TUNE": "top", "FINE_TUNE_EPOCHS": 2, "FINE_TUNE_LEARNING_RATE": 0.001}
+    assert run(tuned, data_dir, "--until", "evaluate") == ["trained_model", "evaluation"]
+    assert run(tuned, data_dir, "--until", "evaluate") == []
+    about = json.loads((data_dir / "trained_model" / "training.json").read_text())
+    assert about["fine_tuned"] == about["fine_tuning"]["kept"] is True
+    whole = model.load(data_dir / "trained_model" / "model.keras")
+    expected, _ = evaluation.predict(whole, records.read(data_dir / "tfrecord_validation"))
+    np.testing.assert_allclose(evaluation.load(data_dir / "evaluation")[0], expected, atol=1e-5)
+    assert "Fine-tuning was kept" in (data_dir / "evaluation" / "report.html").read_text()
 
 
 def test_other_weights_of_the_backbone_redo_the_features_wherever_their_file_lies(frozen, tmp_path):
