@@ -170,7 +170,7 @@ def test_one_group_cannot_be_held_out_so_nothing_is_fine_tuned(backbone, splits,
 def test_the_fine_tuned_model_is_loaded_by_keras_alone(tuned, splits, tmp_path):
     import keras
 
-    whole = model.assemble(tuned["top"].backbone, tuned["top"].head)
+    whole = model.assemble(tuned["top"].backbone, tuned["top"].head, "stretch")
     whole.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     pictures = np.stack([picture for picture, _ in splits[1].pictures()])
