@@ -121,7 +121,10 @@ SETS = {
         "digits, EfficientNetV2-B1 with random weights, 96 x 96",
         digits, 96, 96, "EfficientNetV2-B1", lambda: "none",
     ),
-    "cnn": DataSet("clothing as 32 x 32 images, cnn, 32 x 32", clothing_32, 32, 32, "cnn"),
+    "cnn": DataSet(
+        "clothing as 32 x 32 images, cnn, 32 x 32", clothing_32, 32, 32, "cnn",
+        variants=("AUGMENTATION=none", "AUGMENTATION=flip", "AUGMENTATION=strong"),
+    ),
     "demo": DataSet("digits as in the demo, cnn, 32 x 32", demo_digits, 32, 32, "cnn"),
 }  # fmt: skip
 
