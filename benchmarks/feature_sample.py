@@ -1,0 +1,55 @@
+"""Make tests/data/clothing_features.npz: real features of 2,000 clothing photographs, small enough for the repository.
+
+    python -m benchmarks.feature_sample
+
+The file holds numbers derived from the photographs, and no image: `codes` (int8 [2000, 256]), `step` (float32) and
+`labels` (int8 [2000]). `codes * step` are the coordinates of MobileNetV2's features (real weights, 256 x 192) along
+their first 256 principal components, centred, in steps of a standard deviation of all coordinates. Rows are in random
+order.
+
+What the reduction leaves, learning from 600 rows and testing on 1,300: logistic regression 77.4 % (C = 0.03), a head
+behind the whitening of 2026-11-25 69.7 to 70.9 % (three seeds).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import datasets, measure
+from dgmd_pipeline import features
+
+TARGET = measure.ROOT / "tests" / "data" / "clothing_features.npz"
+ROWS, DIMENSIONS = 2_000, 256
+
+
+def main() -> None:
+    name, known = "clothing", datasets.SETS["clothing"]
+    source = datasets.originals(name, known.lay_out)
+    with measure.folder() as scratch:
+        datasets.link(datasets.inspected(source), source, Path(scratch, "raw"))
+        measure.run(
+            sys.executable, "pipeline.py", "run", "--until", "extract",
+            DATA_DIR=scratch, BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
+            BALANCE_LIMIT=1000, IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
+        )  # fmt: skip
+        sides = [features.load(Path(scratch, f"features_{side}")) for side in ("training", "validation")]
+        vectors, labels = (np.concatenate([side[part] for side in sides]) for part in (0, 1))
+    TARGET.parent.mkdir(exist_ok=True)
+    np.savez_compressed(TARGET, **reduced(vectors, labels))
+    print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")
+
+
+def reduced(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the arrays of the file for features (float32 [n, d]) and labels (int64 [n])."""
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    _, directions = np.linalg.eigh(centred.T @ centred)
+    chosen = np.random.default_rng(0).permutation(len(labels))[:ROWS]
+    coordinates = centred[chosen] @ directions[:, : -DIMENSIONS - 1 : -1]
+    step = coordinates.std()
+    codes = np.round(coordinates / step).clip(-127, 127).astype(np.int8)
+    return {"codes": codes, "step": np.float32(step), "labels": labels[chosen].astype(np.int8)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Cutting large classes down and weighting small ones: what each does to a head, on long-tailed real features.
+
+The features of all clothing photographs are extracted once. Each repeat takes a test part away, which keeps the natural
+shares of the labels (`datasets.third_split`), makes the rest long-tailed, and trains the package's head on it.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import datasets, heads, measure, quality_report
+from dgmd_pipeline import balance, features, images, labels, records, split
+from dgmd_pipeline.manifest import Example
+
+NAME = "imbalance"
+TAILS = (None, 10, 50)  # images of the largest label for one of the smallest; None: as they are
+CUTS = {"1.15": 1.15, "none": 1e9}  # BALANCE_LIMIT
+VALIDATION = 0.2
+
+
+def measured(repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each version of the set and each of the four ways to treat it."""
+    known = datasets.SETS["clothing"]
+    source = datasets.originals(known.lay_out.__name__, known.lay_out)
+    rows = datasets.inspected(source)
+    vectors, names = everything(known, rows, source)
+    found: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    for repeat in range(repeats):
+        kept, test = datasets.third_split(rows, repeat)
+        asked = np.stack([vectors[row.path] for row in test])
+        truth = np.array([names.index(row.label) for row in test])
+        for ratio in TAILS:
+            tail = long_tail(kept, ratio, repeat)
+            for cut, limit in CUTS.items():
+                for weighted in (True, False):
+                    head, count, seconds = trained(tail, vectors, names, limit, weighted, repeat + 1)
+                    figures = quality_report.figures(head.predict(asked, batch_size=1024, verbose=0), truth, names)
+                    key = (f"1:{ratio}" if ratio else "as it is", cut, weighted)
+                    entry = found.setdefault(key, {
+                        "version": key[0], "BALANCE_LIMIT": cut, "CLASS_WEIGHTS": weighted, "figures": [],
+                    })  # fmt: skip
+                    entry["images"] = count
+                    entry["figures"].append(figures | {"cpu_seconds": seconds})
+                    print(f"  {repeat + 1}/{repeats} {key}: {figures}", file=sys.stderr, flush=True)
+    return list(found.values())
+
+
+def everything(
+    known: datasets.DataSet, rows: Sequence[images.Image], source: Path
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Let the pipeline extract the features of all images; return them by path, and the labels by index."""
+    with measure.folder() as scratch:
+        folder = Path(scratch)
+        datasets.link(rows, source, folder / "raw")
+        measure.run(
+            sys.executable, "pipeline.py", "run", "--until", "extract",
+            DATA_DIR=folder, BALANCE_LIMIT=CUTS["none"], IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
+            BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
+        )  # fmt: skip
+        vectors: dict[str, np.ndarray] = {}
+        for side in ("training", "validation"):
+            values, _ = features.load(folder / f"features_{side}")
+            vectors |= zip(records.keys(folder / f"tfrecord_{side}"), np.array(values), strict=True)
+        return vectors, labels.read_mapping(folder / "label_map" / "mapping.json")
+
+
+def long_tail(rows: Sequence[images.Image], ratio: int | None, seed: int) -> list[images.Image]:
+    """Keep a random part of each label, so that sizes fall geometrically by `ratio` from the largest to the smallest.
+
+    A label that has fewer images than that keeps all. The labels keep the order of their natural sizes.
+    Source: Cui, Jia, Lin, Song and Belongie, "Class-Balanced Loss", CVPR 2019, section 5.1.
+    """
+    if ratio is None:
+        return list(rows)
+    of: dict[str, list[images.Image]] = defaultdict(list)
+    for row in rows:
+        of[row.label].append(row)
+    order = sorted(of, key=lambda label: (-len(of[label]), label))
+    largest = len(of[order[0]])
+    random = np.random.default_rng(seed)
+    kept: list[images.Image] = []
+    for rank, label in enumerate(order):
+        wanted = max(2, round(largest * ratio ** (-rank / (len(order) - 1))))
+        kept += [of[label][position] for position in random.permutation(len(of[label]))[:wanted]]
+    return sorted(kept)
+
+
+def trained(
+    rows: Sequence[images.Image], vectors: dict[str, np.ndarray], names: list[str], limit: float, weighted: bool,
+    seed: int,
+) -> tuple[Any, int, float]:  # fmt: skip
+    """Balance, split and train as the steps do; return the head, its number of training images and its CPU seconds."""
+    balanced = balance.balance(rows, {name: index for index, name in enumerate(names)}, limit)
+    weights = balance.class_weights(balanced) if weighted else {}
+    found = split.split(balanced, VALIDATION)
+
+    def side(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+        return np.stack([vectors[row.path] for row in examples]), np.array([row.class_index for row in examples])
+
+    sides, groups = (side(found.training), side(found.validation)), [row.group for row in found.training]
+    head, seconds = quality_report.timed(lambda: heads.train(*sides, groups, len(names), weights, seed))
+    return head, len(found.training), seconds
