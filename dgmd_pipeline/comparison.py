@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 NOTHING = "There is no production version to compare with."
 LEAST_IMAGES = 3  # of a class, for its loss to count
-DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements.md
+DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements/leaks.md
 LEAST_DISCORDANT = 10  # images that only one version gets right, for their share to be used instead
 LOSS = 0.03  # of accuracy, whose detection is reported
 SURE = 0.8  # probability of detection, the usual choice for the power of a test
@@ -128,7 +128,7 @@ def power(images: int, loss: float, disagreement: float) -> float:
 
     Exact: the number of images that only one version gets right is binomial (`images`, `disagreement`), and of these
     the number of lost ones. Where the loss is larger than the disagreement, every disagreement is a loss. `is_worse`
-    also asks for the bootstrap's interval, which lowers the probability by at most 3 points: docs/measurements.md.
+    also asks for the bootstrap's interval, which lowers the probability by at most 3 points: docs/measurements/leaks.md.
     """
     from scipy.stats import binom
 

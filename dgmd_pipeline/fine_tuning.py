@@ -54,7 +54,7 @@ class Trial(NamedTuple):
         The log loss depends on the probability of every image and the accuracy only on those near the boundary between
         two classes, so it tells two models apart with fewer images; it also rules out a model that gains accuracy and
         states worse probabilities. For the same reason it chooses the number of epochs: after the best one the accuracy
-        stays and the log loss rises, docs/measurements.md.
+        stays and the log loss rises, docs/measurements/fine-tuning.md.
         """
         return self.log_loss < self.log_loss_head
 

@@ -25,7 +25,7 @@ HEADS = ("auto", "linear", "hidden")
 FOLDS = 3
 SELECTION_ROWS = 8_000  # training images that take part in the choice, at most
 HELD_OUT_ROWS = 2_000  # folds are tried until so many images were held out
-SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as helped: docs/measurements.md
+SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as helped: docs/measurements/head.md
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
 FALLBACK_STRENGTH = 0.03  # where there are too few images to hold any out
 

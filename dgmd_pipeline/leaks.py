@@ -14,7 +14,7 @@ from dgmd_pipeline import evaluation
 
 TABLE = "leaks.csv"
 NEIGHBOURS = 5  # training images near each validation image; with more copies of one image, none of them is found
-SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements.md
+SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements/leaks.md
 BLOCK = 2048  # images compared at a time, with as many others: 16 MB
 MOST_PAIRS = 2_000_000_000  # compared at most; 100,000 images, 20,000 of them for validation, make 1,600,000,000
 

@@ -90,7 +90,7 @@ def build_cnn(height: int, width: int) -> "keras.Model":
 
     Strided convolutions reduce the image to a map of at most 16 x 16. A convolution follows on that map, one on half
     of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random numbers set
-    the initial weights. docs/measurements.md has what this was chosen by.
+    the initial weights. docs/measurements/cnn.md has what this was chosen by.
     """
     import keras
     from keras import layers
@@ -191,7 +191,7 @@ def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") 
     """Resize images (uint8 [batch, any, any, 3]) as `encoding.fitted` does: float32 [batch, height, width, 3].
 
     Bilinear and antialiased, rounded to whole levels, which is what the records hold. Without the rounding one label
-    in 150 was another than that of the record: docs/measurements.md.
+    in 150 was another than that of the record: docs/measurements/records.md.
     """
     import keras
     from keras import layers

@@ -117,7 +117,7 @@ def order(rows: Iterable[Example]) -> list[Example]:
 def bytes_of(images: int, width: int, height: int) -> int:
     """Return about how many bytes so many photographs take, 1.15 for each pixel.
 
-    Measured at 256 x 192: 1.04 and 1.14 for each pixel (docs/measurements.md). Noise needs up to 3.
+    Measured at 256 x 192: 1.04 and 1.14 for each pixel (docs/measurements/records.md). Noise needs up to 3.
     """
     return round(images * width * height * 1.15)
 

@@ -244,7 +244,7 @@ def test_without_a_seed_every_training_is_another_one_that_can_be_repeated():
 
 
 def test_a_training_that_comes_to_what_is_no_number_stops_with_a_sentence():
-    with pytest.raises(PipelineError, match=r"not numbers in epoch \d.*LEARNING_RATE lower than 1e\+30"):
+    with pytest.raises(PipelineError, match=r"not numbers in epoch \d.*lower than 1e\+30: LEARNING_RATE"):
         train(RECIPE._replace(learning_rate=1e30))
 
 
