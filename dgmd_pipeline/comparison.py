@@ -128,7 +128,8 @@ def power(images: int, loss: float, disagreement: float) -> float:
 
     Exact: the number of images that only one version gets right is binomial (`images`, `disagreement`), and of these
     the number of lost ones. Where the loss is larger than the disagreement, every disagreement is a loss. `is_worse`
-    also asks for the bootstrap's interval, which lowers the probability by at most 3 points: docs/measurements/leaks.md.
+    also asks for the bootstrap's interval, which lowers the probability by at most 3 points:
+    docs/measurements/leaks.md.
     """
     from scipy.stats import binom
 

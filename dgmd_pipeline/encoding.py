@@ -2,7 +2,8 @@
 
 A record holds exactly what the served model's first layers (`model.fitting`) make of the original file. The resizing
 therefore works in floating point and rounds once: Pillow's own, on 8 bits, rounds after each of its two passes.
-docs/measurements/records.md says what other ways to decode, resize and store cost, and what they do to the model's answers.
+docs/measurements/records.md says what other ways to decode, resize and store cost, and what they do to the
+model's answers.
 """
 
 import io

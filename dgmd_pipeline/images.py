@@ -462,7 +462,8 @@ def _are_copies(one: np.ndarray, other: np.ndarray, one_size: np.ndarray, other_
 
     The tolerance follows the pictures' contrast and the smaller one's shortest side: rounding to whole pixels and the
     blocks of a JPEG move much of a picture of 32 pixels, and nearly nothing of one of 300. Measured: see
-    docs/measurements/leaks.md. Images of one industrial object differ by little more than copies do: two solar cells of 300
+    docs/measurements/leaks.md. Images of one industrial object differ by little more than copies do: two solar cells of
+    300
     pixels by 0.78 levels at least, where a tolerance of 0.5 to 0.6 applies.
     Tints by 10 %, heavy noise and crops moved by 8 of 360 pixels are other pictures.
 

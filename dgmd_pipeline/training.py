@@ -263,8 +263,8 @@ def fit(
         if not all(np.isfinite(each).all() for each in numbers):
             raise PipelineError(
                 f"Training came to weights or a loss that are not numbers in epoch {epoch + 1} (loss {row.loss:g}, "
-                f"validation {row.val_loss:g}). Try a learning rate lower than {recipe.learning_rate:g}: LEARNING_RATE, "
-                "or FINE_TUNE_LEARNING_RATE for fine-tuning."
+                f"validation {row.val_loss:g}). Try a learning rate lower than {recipe.learning_rate:g}: "
+                "LEARNING_RATE, or FINE_TUNE_LEARNING_RATE for fine-tuning."
             )
         history.append(row)
         if checkpoint:
