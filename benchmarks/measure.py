@@ -136,4 +136,4 @@ def environment(**variables: object) -> dict[str, str]:
 
 def variables(**more: Any) -> dict[str, Any]:
     """Return an environment for the pipeline in which nothing is left to chance."""
-    return {"BACKBONE_WEIGHTS": "none", "SEED": 1, **more}
+    return {"BACKBONE_WEIGHTS": "none", "BALANCE_LIMIT": 1.15, "SEED": 1, **more}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dgmd_pipeline.manifest import Example, Image
 
 
-def balance(images: Iterable[Image], indexes: Mapping[str, int], limit: float) -> list[Example]:
-    """Keep the images of the labels in `indexes`, of each at most `limit` (>= 1) times the mean class size.
+def balance(images: Iterable[Image], indexes: Mapping[str, int], limit: float | None) -> list[Example]:
+    """Keep the images of the labels in `indexes`, of each at most `limit` (>= 1) times the mean class size; None: all.
 
     Which ones stay is decided by content hash: the same images every time, and mostly the same ones when others
     arrive. Rows come by path.
@@ -18,7 +18,7 @@ def balance(images: Iterable[Image], indexes: Mapping[str, int], limit: float) -
         if image.label in indexes:
             row = Example(image.path, image.label, indexes[image.label], image.sha256, image.group)
             classes[image.label].append(row)
-    most = int(limit * sum(map(len, classes.values())) / len(classes))
+    most = int(limit * sum(map(len, classes.values())) / len(classes)) if limit else None
     kept = [row for rows in classes.values() for row in sorted(rows, key=_rank)[:most]]
     return sorted(kept)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from dgmd_pipeline import folds, linear, model, training
 from dgmd_pipeline.training import Epoch, Recipe, Trained
@@ -99,6 +100,12 @@ def train_head(
     return trained._replace(selection=about(selection))
 
 
+# BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits that take a
+# second did not end within minutes.
+_one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
+
+@_one_thread
 def select(data: Split, groups: Sequence[str], weights: np.ndarray, recipe: Recipe, kind: str) -> Selection:
     """Cross-validate heads of `kind` on at most SELECTION_ROWS training images; the lowest log loss is chosen.
 
@@ -253,6 +260,7 @@ def _fit_hidden(
     return training.fit(network, shuffled, watched, weights, recipe, progress, on_epoch, checkpoint)
 
 
+@_one_thread
 def _fit_linear(data: Split, validation: Split, weights: np.ndarray, selection: Selection) -> Trained:
     features, labels = data
     chosen = selection.chosen

@@ -75,7 +75,6 @@ def fit(
     LogisticRegression needs a copy of all of them in memory, in this basis.
     """
     from scipy.optimize import minimize
-    from threadpoolctl import threadpool_limits
 
     mean, kernel = coordinates
     rows = len(labels)
@@ -108,10 +107,7 @@ def fit(
         return loss / rows, gradient.ravel() / rows
 
     options = {"maxiter": MAX_ITERATIONS, "ftol": TOLERANCE, "gtol": 1e-6}
-    # BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits that take
-    # a second did not end within minutes.
-    with threadpool_limits(1):
-        found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+    found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
     _check_finite(np.array(found.fun))
     return found.x.reshape(start.shape)
 

@@ -61,8 +61,10 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="the run stops when more than this fraction of a label's files cannot be decoded"
     )
     min_images_per_label: int = Field(2, ge=2, description="labels with fewer usable images are left out")
-    balance_limit: float = Field(
-        1.15, ge=1, description="classes larger than this many times the mean class size are cut down to it"
+    balance_limit: float | None = Field(
+        None,
+        ge=1,
+        description="classes larger than this many times the mean class size are cut down to it; unset: none",
     )
     validation_pcnt: float = Field(0.2, gt=0, lt=1, description="fraction of each label that is kept for validation")
     num_shards: int = Field(10, ge=1, le=99_999, description="TFRecord files for each side of the split")
@@ -288,6 +290,7 @@ def _allowed(field: FieldInfo) -> str:
         int: "a whole number",
         int | None: "a whole number",
         float: "a number",
+        float | None: "a number",
         bool: "true or false",
     }
     bounds = []

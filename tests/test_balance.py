@@ -23,6 +23,11 @@ def test_only_classes_above_the_limit_are_cut_down_to_it():
     assert len(set(rows)) == len(rows)
 
 
+def test_without_a_limit_every_image_is_kept():
+    rows = balance.balance(images(anise=100, basil=10, mint=40), INDEXES, None)
+    assert Counter(row.label for row in rows) == {"anise": 100, "basil": 10, "mint": 40}
+
+
 def test_labels_without_an_index_are_left_out():
     rows = balance.balance(images(anise=4, nutmeg=4, mint=4), INDEXES, 1.15)
     assert {(row.label, row.class_index) for row in rows} == {("anise", 0), ("mint", 2)}
