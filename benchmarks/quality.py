@@ -36,6 +36,7 @@ FEATURE_RIVALS = {
     quality_report.RAW: rivals.logistic_regression_raw,
     "support vector machine": rivals.support_vector_machine,
 }
+FIT = Settings.model_fields["image_fit"].default
 BATCH = 32  # images of one size that are asked for at once
 
 Figures = dict[str, float]  # accuracy, f1, log_loss, expected_calibration_error, cpu_seconds
@@ -160,8 +161,8 @@ def of_features(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -
         rows = records.order(manifest.read(laid.folder / "split" / "training.csv", manifest.Example))
         groups = [row.group for row in rows]
         head, seconds = timed(lambda: heads.train(*sides, groups, len(laid.names), by_index, repeat + 1))
-        learned, trained = sides[0], [(OURS, model.assemble(network, head), seconds)]
-    extractor = model.assemble(network, keras.layers.Identity())
+        learned, trained = sides[0], [(OURS, model.assemble(network, head, FIT), seconds)]
+    extractor = model.assemble(network, keras.layers.Identity(), FIT)
     asked = [saved for _, saved, _ in trained] + ([] if alone else [extractor])
     given = ask(asked, laid.files)
     answers: Answers = {name: (each, cpu) for (name, _, cpu), each in zip(trained, given, strict=False)}
