@@ -31,7 +31,7 @@ def main() -> None:
         measure.run(
             sys.executable, "pipeline.py", "run", "--until", "extract",
             DATA_DIR=scratch, BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
-            BALANCE_LIMIT=1000, IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
+            BALANCE_LIMIT="", IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
         )  # fmt: skip
         sides = [features.load(Path(scratch, f"features_{side}")) for side in ("training", "validation")]
         vectors, labels = (np.concatenate([side[part] for side in sides]) for part in (0, 1))

@@ -18,7 +18,7 @@ from dgmd_pipeline.manifest import Example
 
 NAME = "imbalance"
 TAILS = (None, 10, 50)  # images of the largest label for one of the smallest; None: as they are
-CUTS = {"1.15": 1.15, "none": 1e9}  # BALANCE_LIMIT
+CUTS = {"1.15": 1.15, "unset": None}  # BALANCE_LIMIT
 VALIDATION = 0.2
 
 
@@ -58,7 +58,7 @@ def everything(
         datasets.link(rows, source, folder / "raw")
         measure.run(
             sys.executable, "pipeline.py", "run", "--until", "extract",
-            DATA_DIR=folder, BALANCE_LIMIT=CUTS["none"], IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
+            DATA_DIR=folder, BALANCE_LIMIT="", IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
             BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
         )  # fmt: skip
         vectors: dict[str, np.ndarray] = {}
@@ -90,7 +90,7 @@ def long_tail(rows: Sequence[images.Image], ratio: int | None, seed: int) -> lis
 
 
 def trained(
-    rows: Sequence[images.Image], vectors: dict[str, np.ndarray], names: list[str], limit: float, weighted: bool,
+    rows: Sequence[images.Image], vectors: dict[str, np.ndarray], names: list[str], limit: float | None, weighted: bool,
     seed: int,
 ) -> tuple[Any, int, float]:  # fmt: skip
     """Balance, split and train as the steps do; return the head, its number of training images and its CPU seconds."""
