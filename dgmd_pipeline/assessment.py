@@ -87,12 +87,17 @@ def assess(
             task,
             pictures=pictures, recorded=recorded, models=np.array(models), files=files, of_files=originals.recorded,
         )  # fmt: skip
+        said = b""
         try:
             _, said = process.communicate(os.fsencode(task.resolve()), timeout=60 * MINUTES)
         except subprocess.TimeoutExpired:
-            raise PipelineError(f"In a process of its own the model did not answer within {MINUTES} minutes.") from None
+            if not task.with_suffix(".json").exists():
+                raise PipelineError(
+                    f"In a process of its own the model did not answer within {MINUTES} minutes."
+                ) from None
+            process.kill()
         answer = task.with_suffix(".json")
-        if process.returncode or not answer.exists():
+        if not answer.exists():
             killed = " (killed, most likely for want of memory)" if process.returncode < 0 else ""
             last = (said.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:300]
             raise PipelineError(
@@ -137,7 +142,11 @@ def _measure(task: Path) -> dict[str, Any]:
             "production_bytes": other.stat().st_size,
             "size_ratio": path.stat().st_size / other.stat().st_size,
         }
-    return found | (_served(network, originals) if originals.files else {})
+    if originals.files:
+        # Originals can be large. Where the process dies of them, what it has measured is known by then.
+        task.with_suffix(".json").write_text(json.dumps(found), "utf-8")
+        found |= _served(network, originals)
+    return found
 
 
 def _served(network: "keras.Model", originals: Originals) -> dict[str, Any]:

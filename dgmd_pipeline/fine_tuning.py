@@ -23,6 +23,7 @@ DECAY_RATE = 1.0  # learning rate of epoch e, from 0: that of the recipe / (1 + 
 TOP_SHARE = (0.25, 0.75)  # of the backbone's parameters that `top` may train
 TRIAL_ROWS = 10_000  # training images that take part in the trial, at most
 TRIAL_FOLDS = 5  # one of them is held out
+LEAST_HELD_OUT = 20  # images: of fewer, the lowest of several log losses is low by chance
 CHECKPOINT = "fine_tuning"  # what the names of its files begin with
 
 Rows = np.ndarray  # int64, ascending: positions of images in the training split
@@ -116,7 +117,7 @@ def fine_tune(
         return parts, fitted.history, before
 
     fitted_rows, held_out_rows = _hold_out(data.labels, groups, int(recipe.seed or 0))
-    if not len(held_out_rows):
+    if len(held_out_rows) < LEAST_HELD_OUT:
         return Tuned(None, None, [], None)
     held_out = read(held_out_rows, None)
     _, history, before = fit(fit_head(fitted_rows), fitted_rows, held_out, "trial", recipe.epochs)
@@ -218,12 +219,12 @@ def _inputs(
 
     bottom = divide(backbone)[0]
     values = int(np.prod(bottom.output_shape[1:]))
-    needed = sum(features.bytes_of(len(split.labels), values) for split in splits)
-    folders.check_space(notes, "fine-tuning", needed)
-    stored = [
-        _stored(bottom, split, notes / f"activations_{name}", map)
-        for name, split in zip(("training", "validation"), splits, strict=True)
-    ]
+    places = [notes / f"activations_{name}" for name in ("training", "validation")]
+    missing = [split for split, place in zip(splits, places, strict=True) if not place.exists()]
+    for place in places:
+        folders.remove(place.with_name(f"{place.name}.part"))
+    folders.check_space(notes, "fine-tuning", sum(features.bytes_of(len(each.labels), values) for each in missing))
+    stored = [_stored(bottom, split, place, map) for split, place in zip(splits, places, strict=True)]
 
     def from_activations(rows: Rows, shuffle: tuple[int, int] | None) -> "tf.data.Dataset":
         return head.batches(*stored[0], batch_size, shuffle, rows)
@@ -237,7 +238,6 @@ def _stored(
     """Compute the activations of a split once; a resumed fine-tuning finds them in `folder`."""
     if not folder.exists():
         draft = folder.with_name(f"{folder.name}.part")
-        folders.remove(draft)
         draft.mkdir()
         batches = split.pictures().batch(features.BATCH).prefetch(2)
         for _ in features.extract(batches, len(split.labels), bottom, draft, map):
@@ -276,10 +276,10 @@ def about(tuned: Tuned) -> dict[str, Any]:
 def sentence(recorded: Mapping[str, Any]) -> str:
     """Return what `about` says, as a sentence."""
     if "held_out" not in recorded:
-        return "The backbone was not fine-tuned: there were too few training images to hold any out."
+        return "The backbone was not fine-tuned: there were too few training images to hold enough out."
     return (
         f"Fine-tuning was {'kept' if recorded['kept'] else 'not kept'}: on {recorded['held_out']:,} held-out training "
         f"images it changed the log loss from {recorded['log_loss_head']:.4f} to {recorded['log_loss']:.4f} and the "
-        f"accuracy from {recorded['accuracy_head']:.4f} to {recorded['accuracy']:.4f}, after the number of epochs "
-        f"with the lowest log loss, {recorded['epochs']}."
+        f"accuracy from {recorded['accuracy_head']:.4f} to {recorded['accuracy']:.4f} after {recorded['epochs']} "
+        "epochs, the number with the lowest log loss on these images."
     )

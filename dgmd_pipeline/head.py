@@ -27,6 +27,7 @@ FOLDS = 3
 SELECTION_ROWS = 8_000  # training images that take part in the choice, at most
 HELD_OUT_ROWS = 2_000  # folds are tried until so many images were held out
 SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as helped: docs/measurements/head.md
+MOST_PRODUCTS = 1_000_000_000  # images x dimensions x labels; beyond, only centred features are tried
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
 FALLBACK_STRENGTH = 0.03  # where there are too few images to hold any out
 
@@ -45,7 +46,7 @@ class Option(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What cross-validation chose, and between what."""
+    """What cross-validation chose, and between what. Where HEAD fixes the kind, it chose its settings."""
 
     chosen: Option
     options: list[Option]  # the best of each kind
@@ -125,7 +126,12 @@ def select(data: Split, groups: Sequence[str], weights: np.ndarray, recipe: Reci
         return Selection(fallback, [], 0, seed)
     options = [_best_linear(tried, components, weights)]
     if kind != "linear":
-        options.append(_best_hidden(tried, (features, labels), weights, recipe))
+        try:
+            options.append(_best_hidden(tried, (features, labels), weights, recipe))
+        except training.Diverged as error:
+            if kind == "hidden":
+                raise
+            log.warning("  The head with hidden layers cannot be used. %s", error)
     allowed = [option for option in options if kind in ("auto", option.kind)]
     return Selection(min(allowed, key=lambda option: option.log_loss), options, held_out, seed)
 
@@ -155,9 +161,11 @@ def _folds(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], seed
 
 def _best_linear(tried: Sequence[_Fold], components: linear.Components, weights: np.ndarray) -> Option:
     """Return the best logistic regression over shrinkages and strengths."""
+    features, _ = tried[0].fitted
+    shrinkages = SHRINKAGES if features.size * len(weights) <= MOST_PRODUCTS else SHRINKAGES[:1]
     options = [
         option
-        for shrinkage in SHRINKAGES
+        for shrinkage in shrinkages
         for option in _path(tried, linear.basis(components, shrinkage), shrinkage, weights)
     ]
     return min(options, key=lambda option: option.log_loss)
@@ -343,7 +351,7 @@ def _announce(selection: Selection) -> None:
             ", chosen" if option == selection.chosen else "",
         )  # fmt: skip
     if not selection.options:
-        log.warning("  too few training images to cross-validate a head; %s is taken", words(selection.chosen))
+        log.warning("  too few training images to cross-validate; using the default: %s", words(selection.chosen))
 
 
 def _write(path: Path, selection: Selection) -> None:

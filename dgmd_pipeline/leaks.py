@@ -15,6 +15,7 @@ from dgmd_pipeline import evaluation
 TABLE = "leaks.csv"
 NEIGHBOURS = 5  # training images near each validation image; with more copies of one image, none of them is found
 SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements/leaks.md
+ROUNDING = 1e-6  # of a distance in float32; features that are all the same differ by no more
 BLOCK = 2048  # images compared at a time, with as many others: 16 MB
 MOST_PAIRS = 2_000_000_000  # compared at most; 100,000 images, 20,000 of them for validation, make 1,600,000,000
 
@@ -62,9 +63,9 @@ def find(
     step = -(-len(training) * len(validation) // MOST_PAIRS)
     compared = np.arange(0, len(validation), step)
     similarities, nearest = _neighbours(training, validation, compared)
-    distances = 1 - similarities
+    distances = (1 - similarities).clip(min=0)
     limit = SHARE * np.minimum(distances[:, -1], np.quantile(distances[:, -1], 0.25))
-    chosen = np.flatnonzero(distances[:, 0] < limit)
+    chosen = np.flatnonzero((distances[:, 0] < limit) & (limit > ROUNDING))
     found = []
     for row in chosen[np.argsort(distances[chosen, 0], kind="stable")]:
         one, other = int(compared[row]), int(nearest[row])

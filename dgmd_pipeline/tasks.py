@@ -175,7 +175,7 @@ def _warn_of_rejected(rejected: list[manifest.Rejected], what: str, folder: Path
 
 def _warn_of_corrections(found: corrections.Corrected) -> None:
     for names, what in (
-        (found.unknown, f"keys in {corrections.NAME} that are no file's path below raw/"),
+        (found.unknown, f"keys in {corrections.NAME} for which there is no file below raw/"),
         (found.new, f"labels that only {corrections.NAME} has; check their spelling"),
     ):
         if names:
@@ -702,7 +702,8 @@ class TrainModel(Step):
         except training.UnusableCheckpoint as error:
             log.warning("%s Training starts again.", error)
             for path in notes.iterdir():
-                folders.remove(path)  # of fine-tuning there are folders
+                if path.name != folders.PURPOSE:
+                    folders.remove(path)  # of fine-tuning there are folders
             return train(checkpoint)
 
     def _show(self, row: Any) -> None:

@@ -116,7 +116,7 @@ def inspection(data_dir):
 def test_without_corrections_the_identity_is_what_it_was_before_there_were_any(tmp_path):
     step = inspection(tmp_path)
     assert step.others() == {}
-    assert step.made_of({"raw": "x"} | step.others()) == digest(["inspected", 1, {}, {"raw": "x"}])
+    assert step.made_of({"raw": "x"} | step.others()) == digest(["inspected", step.format, {}, {"raw": "x"}])
 
 
 def test_the_identity_depends_on_what_the_file_says_and_not_on_how(tmp_path, write):

@@ -24,7 +24,10 @@ from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 
 pytestmark = pytest.mark.slow
 CNN = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 3, "SEED": 1}
-FROZEN = {"BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32}
+FROZEN = {
+    "BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32,
+    "HEAD": "hidden",  # the kind that has epochs to be killed in
+}  # fmt: skip
 LEARNED = {"trained_model", "evaluation", "registered_model"}  # each one is another one
 KILLS = int(os.environ.get("KILLS", "2"))
 
