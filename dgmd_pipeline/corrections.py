@@ -7,14 +7,16 @@
 A key is a path below raw/, as in `label_suspects.csv` and `rejected.csv`. The bucket and raw/ stay as they are.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from dgmd_pipeline.errors import NoUsableInput
-from dgmd_pipeline.manifest import EXCLUDED, FORMULA, RawFile, Rejected
+from dgmd_pipeline.manifest import EXCLUDED, FORMULA, Image, RawFile, Rejected
 
 NAME = "corrections.csv"
 COLUMNS = ["key", "label"]
@@ -82,6 +84,28 @@ def apply(files: Iterable[RawFile], corrections: Mapping[str, str]) -> Corrected
             relabelled += label != file.label
     new = {label for key, label in corrections.items() if key in keys} - labels - {EXCLUDE}
     return found._replace(relabelled=relabelled, unknown=sorted(corrections.keys() - keys), new=sorted(new))
+
+
+def without_copies(
+    images: Iterable[Image], excluded: Iterable[Rejected], raw: Path
+) -> tuple[list[Image], list[Rejected]]:
+    """Take out the images that are the same file as an excluded one of their label; return the others and those.
+
+    The same file under another label stays: excluding one of the two solves the conflict between them.
+    """
+    hashes: dict[tuple[str, str], str] = {}
+    for row in excluded:
+        with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:  # a file that is gone has no copies
+            hashes[hashlib.file_digest(file, "sha256").hexdigest(), row.label] = row.path
+    kept, copies = [], []
+    for image in images:
+        original = hashes.get((image.sha256, image.label))
+        if original:
+            detail = f"the same file as {original}, which {NAME} excludes"
+            copies.append(Rejected(image.path, image.label, EXCLUDED, detail))
+        else:
+            kept.append(image)
+    return kept, copies
 
 
 def _parsed(path: Path, line: int, row: list[str]) -> tuple[str, str]:

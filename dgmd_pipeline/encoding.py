@@ -39,7 +39,9 @@ def fitted(image: PIL.Image.Image, width: int, height: int, fit: Fit) -> np.ndar
     # The size that has the target's aspect ratio, for the image's height and for its width. Keras divides in float32.
     wide = int(np.float32(image.height * width) / np.float32(height))
     tall = int(np.float32(image.width * height) / np.float32(width))
-    if fit == "letterbox" and wide > image.width:  # bars at the sides: the first pass is along the axis without bars
+    # The first pass is along the axis without bars; of a high and narrow image it would make too many pixels.
+    narrow = width * image.height > images.MAX_PIXELS > height * image.width
+    if wide > image.width if fit == "letterbox" else narrow:
         return fitted(image.transpose(PIL.Image.Transpose.TRANSPOSE), height, width, fit).transpose(1, 0, 2)
     bar = max(tall - image.height, 0) // 2 if fit == "letterbox" else 0
     if fit == "crop":

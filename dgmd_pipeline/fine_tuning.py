@@ -23,7 +23,7 @@ DECAY_RATE = 1.0  # learning rate of epoch e, from 0: that of the recipe / (1 + 
 TOP_SHARE = (0.25, 0.75)  # of the backbone's parameters that `top` may train
 TRIAL_ROWS = 10_000  # training images that take part in the trial, at most
 TRIAL_FOLDS = 5  # one of them is held out
-LEAST_HELD_OUT = 20  # images: of fewer, the lowest of several log losses is low by chance
+LEAST_HELD_OUT = 10  # images: of fewer, the lowest of several log losses is low by chance
 CHECKPOINT = "fine_tuning"  # what the names of its files begin with
 
 Rows = np.ndarray  # int64, ascending: positions of images in the training split

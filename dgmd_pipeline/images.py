@@ -111,6 +111,7 @@ def inspect(
     (the data ends before the picture does), "too many bytes" (more than MAX_BYTES), "too many pixels" (more than
     `max_pixels`, known before decoding), "too small" (shortest side below `min_side` pixels), "duplicate" (the same
     bytes under the same label; the first path is kept), "conflict" (the same bytes under several labels: none is kept).
+    Where one label of the same bytes is a corrected one, it holds for all of them.
     """
     files = sorted(files)
     pieces = [files[start : start + PIECE] for start in range(0, len(files), PIECE)]
@@ -131,7 +132,8 @@ def inspect(
             same[image.sha256].append(index)
         kept = []
         for indexes in same.values():
-            copies = [decoded[index] for index in indexes]
+            copies = _agreed([decoded[index] for index in indexes])
+            decoded[indexes[0]] = copies[0]
             first = copies[0]
             other = next((copy for copy in copies if copy.label != first.label), None)
             if other is None:
@@ -151,6 +153,12 @@ def inspect(
     finally:
         store.unlink(missing_ok=True)
     return images, sorted(rejected)
+
+
+def _agreed(copies: list[Image]) -> list[Image]:
+    """Return copies of one file, all with the corrected label if one of them has another label than its folder."""
+    corrected = {copy.label for copy in copies if copy.label != copy.path.split("/", 1)[0]}
+    return [copy._replace(label=label) for label in corrected for copy in copies] if len(corrected) == 1 else copies
 
 
 def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float, report: Path) -> None:

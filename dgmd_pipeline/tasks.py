@@ -221,7 +221,8 @@ class InspectImages(Step):
                 self.job.pool.map(function, pieces), "inspect", len(corrected.files), "images", count=len
             ),
         )
-        rejected = sorted(rejected + corrected.excluded)
+        usable, copies = corrections.without_copies(usable, corrected.excluded, raw.path)
+        rejected = sorted(rejected + corrected.excluded + copies)
         manifest.write(draft / "images.csv", manifest.Image, usable)
         manifest.write(draft / "rejected.csv", manifest.Rejected, [*_left_out_before(raw.path), *rejected])
         _warn_of_rejected(rejected, "files", self.path)

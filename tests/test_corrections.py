@@ -33,6 +33,26 @@ def test_a_file_that_a_spreadsheet_has_written_can_be_read(write):
     assert corrections.read(write(b"\xef\xbb\xbf" + text.encode())) == {"=a/1.jpg": "-b", "'quoted'/2.jpg": "b"}
 
 
+def inspected(raw, scratch, rows):
+    """What becomes of byte-identical files under these corrections: label by path, and reason by path."""
+    for path in ("a/1.png", "a/2.png"):
+        (raw / path).parent.mkdir(parents=True, exist_ok=True)
+        (raw / path).write_bytes(picture("a", 1))
+    files = [RawFile(path, "a") for path in ("a/1.png", "a/2.png")]
+    corrected = corrections.apply(files, rows)
+    usable, rejected = images.inspect(corrected.files, raw, scratch)
+    usable, copies = corrections.without_copies(usable, corrected.excluded, raw)
+    return {row.path: row.label for row in usable}, {row.path: row.reason for row in rejected + copies}
+
+
+def test_a_correction_holds_for_copies_of_the_file(tmp_path):
+    assert inspected(tmp_path / "raw", tmp_path, {"a/1.png": "b"}) == ({"a/1.png": "b"}, {"a/2.png": "duplicate"})
+    assert inspected(tmp_path / "raw", tmp_path, {"a/2.png": "b"}) == ({"a/1.png": "b"}, {"a/2.png": "duplicate"})
+    assert inspected(tmp_path / "raw", tmp_path, {"a/1.png": EXCLUDE}) == ({}, {"a/2.png": "excluded"})
+    both = {"a/1.png": "b", "a/2.png": "c"}
+    assert inspected(tmp_path / "raw", tmp_path, both) == ({}, {"a/1.png": "conflict", "a/2.png": "conflict"})
+
+
 @pytest.mark.parametrize(
     ("content", "line", "problem"),
     [

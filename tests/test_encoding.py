@@ -108,7 +108,14 @@ def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path):
         encoding.encode(tmp_path / "x", *SIZE, "stretch")
 
 
-@pytest.mark.parametrize("fit", ["stretch", "letterbox"])
-def test_nor_are_they_made_by_the_first_pass_of_the_resizing_or_by_bars(fit):
+def test_nor_are_they_made_by_bars():
     with pytest.raises(PIL.Image.DecompressionBombError, match="too narrow to be resized"):
-        encoding.fitted(PIL.Image.new("RGB", (1, 2_000_000)), *SIZE, fit)
+        encoding.fitted(PIL.Image.new("RGB", (1, 2_000_000)), *SIZE, "letterbox")
+
+
+def test_a_narrow_image_is_resized_along_its_long_side_first():
+    column = np.repeat(np.arange(192, dtype=np.uint8), 10_000)[:, None, None]
+    pixels = encoding.fitted(PIL.Image.fromarray(np.repeat(column, 3, axis=2)), *SIZE, "stretch")
+    expected = np.arange(192).reshape(SIZE[1], 4).mean(axis=1)
+    np.testing.assert_allclose(pixels[:, 0, 0], expected, atol=1)
+    assert (pixels == pixels[:, :1, :1]).all()

@@ -124,3 +124,18 @@ def test_features_that_are_not_finite_stop_with_a_sentence():
     features[3, 3] = np.nan
     with pytest.raises(PipelineError, match="not all finite numbers.*BACKBONE_WEIGHTS"):
         train((features, labels))
+
+
+def test_a_hidden_head_that_diverges_leaves_the_logistic_regression(caplog):
+    recipe = RECIPE._replace(epochs=1, learning_rate=1e30)
+    trained = train(clouds(60), recipe=recipe)
+    assert [option["kind"] for option in trained.selection["options"]] == ["linear"]
+    assert "The head with hidden layers cannot be used" in caplog.text
+    with pytest.raises(training.Diverged):
+        train(clouds(60), kind="hidden", recipe=recipe)
+
+
+def test_for_many_labels_only_centred_features_are_tried(monkeypatch):
+    monkeypatch.setattr(head, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(head, "SHRINKAGES", (1.0, 0.0))  # the second would divide by nothing
+    assert train(clouds(60), kind="linear").selection["chosen"]["shrinkage"] == 1

@@ -95,7 +95,8 @@ def test_of_too_few_images_nothing_is_said(training, validation):
 
 
 def test_features_that_are_all_the_same_or_zero_are_no_leaks():
-    for value in (0, 1):
+    vector = np.random.default_rng(0).normal(size=DIMENSIONS).astype(np.float32)
+    for value in (0, 1, vector):
         same = np.full((20, DIMENSIONS), value)
         assert found(same, same).leaks == []
 

@@ -278,7 +278,7 @@ def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
     ("suspects", "words"),
     [
         (None, "not looked for: with BACKBONE=cnn no features are stored"),
-        (Suspects([], 0, 6), "There are none: of each of 6 training and validation images"),
+        (Suspects([], 0, 6), "None were found: for each of the 6 training and validation images"),
         (Suspects([], 0, 0), "cannot be looked for: fewer than two labels"),
     ],
 )
