@@ -28,7 +28,12 @@ def _rank(row: Example) -> bytes:
 
 
 def class_weights(rows: Iterable[Example]) -> dict[int, float]:
-    """Return class index -> weight, such that every class weighs the same and the mean over the images is 1."""
+    """Return class index -> weight: the inverse of the square root of its images, and 1 in the mean over the images.
+
+    The inverse itself, with which every class weighs the same, costs up to .8 points of accuracy where the imbalance is
+    mild: docs/measurements/head.md. Square root: Mahajan et al., "Exploring the Limits of Weakly Supervised
+    Pretraining", 2018, section 2.2.
+    """
     counts = Counter(row.class_index for row in rows)
-    total = sum(counts.values())
-    return {index: total / (len(counts) * count) for index, count in sorted(counts.items())}
+    mean = sum(count**0.5 for count in counts.values()) / sum(counts.values())
+    return {index: 1 / (mean * count**0.5) for index, count in sorted(counts.items())}

@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     )
     fine_tune_epochs: int = Field(6, ge=1, description="times fine-tuning goes through all images, at most")
     fine_tune_learning_rate: float = Field(3e-4, gt=0, description="learning rate of fine-tuning's first epoch")
-    class_weights: bool = Field(True, description="even out what imbalance remains after balancing")
+    class_weights: bool = Field(True, description="give images of small classes more weight in training")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
     model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
     max_class_drop: float = Field(

@@ -342,6 +342,7 @@ class BalanceClasses(Step):
 
     name = "balanced"
     verb = "balance"
+    format = 2
     uses = ("balance_limit",)
 
     def requires(self) -> list[Step]:

@@ -44,8 +44,8 @@ def test_most_images_that_stayed_stay_when_others_arrive():
     assert len(before & after) >= len(before) - 2
 
 
-def test_class_weights_make_every_class_weigh_the_same():
-    rows = balance.balance(images(anise=30, basil=10, mint=20), INDEXES, 10)
+def test_class_weights_are_the_inverse_square_roots_and_1_in_the_mean():
+    rows = balance.balance(images(anise=90, basil=10, mint=40), INDEXES, 10)
     weights = balance.class_weights(rows)
-    assert {weights[index] * count for index, count in Counter(row.class_index for row in rows).items()} == {20.0}
+    assert weights[1] / weights[0] == pytest.approx(3) and weights[2] / weights[0] == pytest.approx(1.5)
     assert sum(weights[row.class_index] for row in rows) / len(rows) == pytest.approx(1)
