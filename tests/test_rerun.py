@@ -189,9 +189,10 @@ def test_stored_features_are_not_augmented_and_a_training_on_them_does_not_run_a
     assert run(variables | {"AUGMENTATION": "strong"}, data_dir) == []
 
 
-def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen):
-    from dgmd_pipeline import evaluation, model, records
+def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkeypatch):
+    from dgmd_pipeline import evaluation, fine_tuning, model, records
 
+    monkeypatch.setattr(fine_tuning, "LEAST_HELD_OUT", 1)  # there are 19 training images
     variables, data_dir = frozen
     tuned = variables | {"FINE_TUNE": "top", "FINE_TUNE_EPOCHS": 2, "FINE_TUNE_LEARNING_RATE": 0.001}
     assert run(tuned, data_dir, "--until", "evaluate") == ["trained_model", "evaluation"]
