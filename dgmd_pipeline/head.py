@@ -219,7 +219,7 @@ def _best_hidden(tried: Sequence[_Fold], data: Split, weights: np.ndarray, recip
                 raise _NoBetter
 
         with contextlib.suppress(_NoBetter):
-            _fit_hidden(network, *fold, weights, recipe, start._replace(history=[]), watch)
+            fit_hidden(*fold, weights, recipe, start._replace(history=[]), watch, network=network)
         histories.append(history)
     epochs = min(map(len, histories))
     figures = np.array([[(row.val_loss, row.val_accuracy) for row in history[:epochs]] for history in histories])
@@ -240,32 +240,26 @@ def fit_hidden(
     progress: training.Progress,
     on_epoch: Callable[[Epoch], None],
     checkpoint: Path | None = None,
+    network: "keras.Model | None" = None,
 ) -> Trained:
-    """Fit a head with hidden layers for `recipe.epochs` epochs, or from `progress` to there: see `training.fit`."""
-    training.set_seed(progress.seed)
-    return _fit_hidden(_hidden(data, weights, recipe), data, held_out, weights, recipe, progress, on_epoch, checkpoint)
+    """Fit a head with hidden layers for `recipe.epochs` epochs, or from `progress` to there: see `training.fit`.
 
+    `network` is a head that is traced already; `progress` then holds its first state. Without it, one is built.
+    """
+    if network is None:
+        training.set_seed(progress.seed)
+        network = _hidden(data, weights, recipe)
 
-def _hidden(data: Split, weights: np.ndarray, recipe: Recipe) -> "keras.Model":
-    features, _ = data
-    return model.build_head(features.shape[1], len(weights), recipe.dropout, *linear.centre(features))
-
-
-def _fit_hidden(
-    network: "keras.Model",
-    data: Split,
-    held_out: Split,
-    weights: np.ndarray,
-    recipe: Recipe,
-    progress: training.Progress,
-    on_epoch: Callable[[Epoch], None],
-    checkpoint: Path | None = None,
-) -> Trained:
     def shuffled(epoch: int) -> "tf.data.Dataset":
         return batches(*data, recipe.batch_size, (progress.seed, epoch))
 
     watched = batches(*held_out, recipe.batch_size)
     return training.fit(network, shuffled, watched, weights, recipe, progress, on_epoch, checkpoint)
+
+
+def _hidden(data: Split, weights: np.ndarray, recipe: Recipe) -> "keras.Model":
+    features, _ = data
+    return model.build_head(features.shape[1], len(weights), recipe.dropout, *linear.centre(features))
 
 
 @_one_thread
