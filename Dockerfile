@@ -25,9 +25,10 @@ RUN python -m venv --without-pip /opt/venv \
 FROM python AS weights
 ARG BACKBONE=EfficientNetV2-B1
 WORKDIR /app
-COPY dgmd_pipeline/__init__.py dgmd_pipeline/errors.py dgmd_pipeline/backbones.py dgmd_pipeline/
+COPY dgmd_pipeline/__init__.py dgmd_pipeline/errors.py dgmd_pipeline/
+COPY dgmd_pipeline/training/__init__.py dgmd_pipeline/training/backbones.py dgmd_pipeline/training/
 RUN mkdir -p /weights/models \
-    && if [ -n "$BACKBONE" ]; then python -m dgmd_pipeline.backbones "$BACKBONE" /weights; fi
+    && if [ -n "$BACKBONE" ]; then python -m dgmd_pipeline.training.backbones "$BACKBONE" /weights; fi
 
 
 FROM python AS runtime

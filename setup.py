@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()
 
@@ -10,8 +10,8 @@ setup(
     name="dgmd_pipeline",
     version="0.1.0",
     description="A bucket of labelled pictures becomes an image classifier in an MLflow model registry",
-    packages=["dgmd_pipeline"],
-    package_data={"dgmd_pipeline": ["*.jinja"]},
+    packages=find_packages(include=["dgmd_pipeline*"]),
+    package_data={"dgmd_pipeline.evaluation": ["*.jinja"]},
     python_requires=">=3.11,<3.14",  # NumPy 2.4 begins at the one, TensorFlow 2.21 ends before the other
     install_requires=[line for line in requirements if line and not line.startswith("#")],
     extras_require={

@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import measure
-from dgmd_pipeline import demo, images, split
+from dgmd_pipeline import manifest
+from dgmd_pipeline.commands import demo
+from dgmd_pipeline.data import inspection, split
 from dgmd_pipeline.manifest import Example
 
 FOLDER = measure.WORK / "quality"
@@ -149,13 +151,13 @@ def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
     return folder
 
 
-def inspected(folder: Path) -> list[images.Image]:
+def inspected(folder: Path) -> list[manifest.Image]:
     """Inspect a folder as the pipeline does: its usable images and their near-duplicate groups."""
-    rows, _ = images.inspect(images.find(folder), folder, folder.parent)
+    rows, _ = inspection.inspect(inspection.find(folder), folder, folder.parent)
     return rows
 
 
-def third_split(rows: Sequence[images.Image], repeat: int) -> tuple[list[images.Image], list[images.Image]]:
+def third_split(rows: Sequence[manifest.Image], repeat: int) -> tuple[list[manifest.Image], list[manifest.Image]]:
     """Divide images into those for the pipeline and a test part of TEST of each label, at random by `repeat`.
 
     It is the pipeline's own split under other names of the groups, so near-duplicates stay on one side here too.
@@ -167,7 +169,7 @@ def third_split(rows: Sequence[images.Image], repeat: int) -> tuple[list[images.
     return kept, test
 
 
-def link(rows: Iterable[images.Image], source: Path, raw: Path) -> None:
+def link(rows: Iterable[manifest.Image], source: Path, raw: Path) -> None:
     """Put links to images into a `raw/` folder."""
     for row in rows:
         target = raw / row.path

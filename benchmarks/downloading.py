@@ -24,13 +24,14 @@ def ours(folder: str) -> tuple[float, float]:
     """Return CPU and wall seconds of listing and downloading as the pipeline does it."""
     import s3transfer.crt  # noqa: F401
 
-    from dgmd_pipeline import bucket
+    from dgmd_pipeline.s3 import client as s3_client
+    from dgmd_pipeline.s3 import download, listing
 
-    bucket.connect()  # imports what it needs
+    s3_client.connect()  # imports what it needs
     start, cpu = time.perf_counter(), time.process_time()
-    client = bucket.connect()
-    objects, _ = bucket.list_objects(client, endpoint.BUCKET, endpoint.PREFIX)
-    assert sum(1 for _ in bucket.download(client, endpoint.BUCKET, objects, Path(folder))) == pictures.FILES
+    client = s3_client.connect()
+    objects, _ = listing.list_objects(client, endpoint.BUCKET, endpoint.PREFIX)
+    assert sum(1 for _ in download.download(client, endpoint.BUCKET, objects, Path(folder))) == pictures.FILES
     return time.process_time() - cpu, time.perf_counter() - start
 
 

@@ -17,21 +17,23 @@ def main() -> None:
     options = measure.arguments(__doc__, repeats=5, images=960)
     raw = pictures.make(measure.WORK / "spice")
     os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # as settings.load does for frozen backbones
-    from dgmd_pipeline import features, model, records, tasks, workers
+    from dgmd_pipeline import tasks
+    from dgmd_pipeline.training import dataset, features, networks
+    from dgmd_pipeline.workflow import executors
 
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), options.images)
-        backbone = model.build_backbone("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
+        backbone = networks.build_backbone("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
         forward = features.freeze(backbone)
-        batches = [x.numpy() for x, _ in records.read(source).batch(tasks.EXTRACTION_BATCH)]
+        batches = [x.numpy() for x, _ in dataset.read(source).batch(tasks.EXTRACTION_BATCH)]
 
         def ours() -> int:
             folder = Path(tempfile.mkdtemp(dir=scratch))
-            batched = records.read(source).batch(tasks.EXTRACTION_BATCH).prefetch(2)
-            return sum(features.extract(batched, options.images, backbone, folder, workers.in_threads))
+            batched = dataset.read(source).batch(tasks.EXTRACTION_BATCH).prefetch(2)
+            return sum(features.extract(batched, options.images, backbone, folder, executors.in_threads))
 
         def theirs() -> int:
-            return sum(map(len, workers.in_threads(forward, batches)))
+            return sum(map(len, executors.in_threads(forward, batches)))
 
         of = "the bare forward pass"
         measure.show(measure.images_per_second("extract", 0.9, options.images, ours, theirs, of, options.repeats))

@@ -1,4 +1,5 @@
-"""Make tests/data/clothing_features.npz: real features of 2,000 clothing photographs, small enough for the repository.
+"""Make tests/support/clothing_features.npz: real features of 2,000 clothing photographs, small enough for
+the repository.
 
     python -m benchmarks.feature_sample
 
@@ -17,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import datasets, measure
-from dgmd_pipeline import features
+from dgmd_pipeline.training import features
 
-TARGET = measure.ROOT / "tests" / "data" / "clothing_features.npz"
+TARGET = measure.ROOT / "tests" / "support" / "clothing_features.npz"
 ROWS, DIMENSIONS = 2_000, 256
 
 

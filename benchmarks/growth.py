@@ -24,7 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import endpoint, measure, pictures
-from dgmd_pipeline import cli, folders, settings, step, tasks, workers
+from dgmd_pipeline import cli, settings, tasks
+from dgmd_pipeline.workflow import executors, folders, step
 
 LEAST, FEW, MANY = 200, 2_000, 20_000
 BY_PICTURES = {
@@ -97,7 +98,7 @@ def begin(environment: dict[str, str]) -> None:
     global job
     os.environ.update(environment)
     gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
-    job = step.Job(settings.Settings(), pool=workers.Pool())
+    job = step.Job(settings.Settings(), pool=executors.Pool())
 
 
 def end() -> None:

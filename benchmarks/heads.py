@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgmd_pipeline import head, training
 from dgmd_pipeline.settings import Settings
+from dgmd_pipeline.training import config, head
 
 if TYPE_CHECKING:
     import keras
@@ -21,7 +21,7 @@ def train(
     seed: int,
 ) -> "keras.Model":
     """Train a head on pairs of features (float32 [n, d]) and labels (int64 [n]), `groups` as in `head.train_head`."""
-    defaults = {name: Settings.model_fields[name].default for name in training.Recipe._fields}
-    recipe = training.Recipe(**{**defaults, "seed": seed})
+    defaults = {name: Settings.model_fields[name].default for name in config.TrainingConfig._fields}
+    recipe = config.TrainingConfig(**{**defaults, "seed": seed})
     kind = Settings.model_fields["head"].default
     return head.train_head(learned, validation, groups, classes, class_weights, recipe, kind, lambda _: None).model

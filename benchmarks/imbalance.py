@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import datasets, heads, measure, quality_report
-from dgmd_pipeline import balance, features, images, labels, records, split
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data import balance, labels, split
 from dgmd_pipeline.manifest import Example
+from dgmd_pipeline.training import dataset, features
 
 NAME = "imbalance"
 TAILS = (None, 10, 50)  # images of the largest label for one of the smallest; None: as they are
@@ -50,7 +52,7 @@ def measured(repeats: int) -> list[dict[str, Any]]:
 
 
 def everything(
-    known: datasets.DataSet, rows: Sequence[images.Image], source: Path
+    known: datasets.DataSet, rows: Sequence[manifest.Image], source: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Let the pipeline extract the features of all images; return them by path, and the labels by index."""
     with measure.folder() as scratch:
@@ -64,11 +66,11 @@ def everything(
         vectors: dict[str, np.ndarray] = {}
         for side in ("training", "validation"):
             values, _ = features.load(folder / f"features_{side}")
-            vectors |= zip(records.keys(folder / f"tfrecord_{side}"), np.array(values), strict=True)
+            vectors |= zip(dataset.keys(folder / f"tfrecord_{side}"), np.array(values), strict=True)
         return vectors, labels.read_mapping(folder / "label_map" / "mapping.json")
 
 
-def long_tail(rows: Sequence[images.Image], ratio: int | None, seed: int) -> list[images.Image]:
+def long_tail(rows: Sequence[manifest.Image], ratio: int | None, seed: int) -> list[manifest.Image]:
     """Keep a random part of each label, so that sizes fall geometrically by `ratio` from the largest to the smallest.
 
     A label that has fewer images than that keeps all. The labels keep the order of their natural sizes.
@@ -76,13 +78,13 @@ def long_tail(rows: Sequence[images.Image], ratio: int | None, seed: int) -> lis
     """
     if ratio is None:
         return list(rows)
-    of: dict[str, list[images.Image]] = defaultdict(list)
+    of: dict[str, list[manifest.Image]] = defaultdict(list)
     for row in rows:
         of[row.label].append(row)
     order = sorted(of, key=lambda label: (-len(of[label]), label))
     largest = len(of[order[0]])
     random = np.random.default_rng(seed)
-    kept: list[images.Image] = []
+    kept: list[manifest.Image] = []
     for rank, label in enumerate(order):
         wanted = max(2, round(largest * ratio ** (-rank / (len(order) - 1))))
         kept += [of[label][position] for position in random.permutation(len(of[label]))[:wanted]]
@@ -90,9 +92,13 @@ def long_tail(rows: Sequence[images.Image], ratio: int | None, seed: int) -> lis
 
 
 def trained(
-    rows: Sequence[images.Image], vectors: dict[str, np.ndarray], names: list[str], limit: float | None, weighted: bool,
+    rows: Sequence[manifest.Image],
+    vectors: dict[str, np.ndarray],
+    names: list[str],
+    limit: float | None,
+    weighted: bool,
     seed: int,
-) -> tuple[Any, int, float]:  # fmt: skip
+) -> tuple[Any, int, float]:
     """Balance, split and train as the steps do; return the head, its number of training images and its CPU seconds."""
     balanced = balance.balance(rows, {name: index for index, name in enumerate(names)}, limit)
     weights = balance.class_weights(balanced) if weighted else {}

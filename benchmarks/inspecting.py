@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import measure, pictures
-from dgmd_pipeline import images, workers
+from dgmd_pipeline.data import inspection
+from dgmd_pipeline.workflow import executors
 
 WAYS = (("jpeg", "SHA-256 and simplejpeg's decode", 0.8), ("png", "SHA-256 and Pillow's decode", None))
 
@@ -31,15 +32,15 @@ def bare(paths: list[Path]) -> int:
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = pictures.make(measure.WORK / "spice")
-    pool = workers.Pool()
+    pool = executors.Pool()
     claims = []
     with measure.folder() as scratch:
         for suffix, of, goal in WAYS:
-            files = [file for file in images.find(raw) if file.path.endswith(suffix)]
-            pieces = pictures.pieces(raw, files, images.PIECE)
+            files = [file for file in inspection.find(raw) if file.path.endswith(suffix)]
+            pieces = pictures.pieces(raw, files, inspection.PIECE)
 
             def ours(files: list = files) -> int:
-                usable, _ = images.inspect(files, raw, Path(scratch), pool.map)
+                usable, _ = inspection.inspect(files, raw, Path(scratch), pool.map)
                 return len(usable)
 
             def theirs(pieces: list = pieces) -> int:

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import measure
-from dgmd_pipeline import manifest, step
+from dgmd_pipeline import manifest
+from dgmd_pipeline.workflow import provenance
 
 PIPELINE = Path(__file__).parent.parent / "pipeline.py"
 NOTHING = "Nothing to do: dgmd_model version 1 is registered."
@@ -64,7 +65,7 @@ def put_by_hand(data_dir: Path, files: int) -> None:
     for path in (raw / source(number).path for number in range(files)):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    identity = step.walk(raw).identity
+    identity = provenance.walk(raw).identity
     for path in data_dir.glob("*/_SUCCESS"):
         record = json.loads(path.read_text())
         if "raw" in record["inputs"]:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dgmd_pipeline import images, workers
+from dgmd_pipeline.data import inspection
 from dgmd_pipeline.manifest import RawFile
+from dgmd_pipeline.workflow import executors
 
 LABELS = 24
 FILES = 2_251  # in the first deployment's bucket
@@ -100,10 +101,10 @@ def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
     if (folder / MADE).exists():
         return folder
     print(f"making {files:,} pictures in {folder} ...", flush=True)
-    pool = workers.Pool()
+    pool = executors.Pool()
     numbers = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
     assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), numbers)) == files
-    usable, rejected = images.inspect(images.find(folder), folder, folder, pool.map)
+    usable, rejected = inspection.inspect(inspection.find(folder), folder, folder, pool.map)
     pool.close()
     by_group = sorted(usable, key=lambda image: image.group)
     alike = [[row.path for row in rows] for _, rows in groupby(by_group, lambda image: image.group)]

@@ -24,9 +24,11 @@ import numpy as np
 
 from benchmarks import datasets, heads, imbalance, lite0, measure, quality_report, rivals
 from benchmarks.quality_report import OURS, timed
-from dgmd_pipeline import features, images, labels, manifest, model, records
-from dgmd_pipeline.backbones import is_frozen
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data import decoding, labels, shards
 from dgmd_pipeline.settings import Settings
+from dgmd_pipeline.training import dataset, features, networks, runtime
+from dgmd_pipeline.training.backbones import is_frozen
 
 if TYPE_CHECKING:
     import keras
@@ -49,7 +51,7 @@ class Laid(NamedTuple):
     known: datasets.DataSet
     folder: Path  # DATA_DIR
     source: Path  # of the original files
-    test: list[images.Image]
+    test: list[manifest.Image]
     names: list[str]  # labels in the order of their indexes
     settings: dict[str, Any]  # variables of the pipeline
 
@@ -70,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     found = quality_report.Found(repeats=options.repeats)
     begun = time.monotonic()
-    model.start_tensorflow()
+    runtime.start_tensorflow()
     for name in options.sets.split(","):
         print(f"{name} ...", flush=True)
         try:
@@ -114,7 +116,7 @@ def measured(name: str, repeats: int, alone: bool) -> tuple[dict[str, Any], list
 
 
 def prepared(
-    known: datasets.DataSet, weights: str, rows: Sequence[images.Image], source: Path, folder: Path, repeat: int
+    known: datasets.DataSet, weights: str, rows: Sequence[manifest.Image], source: Path, folder: Path, repeat: int
 ) -> Laid:
     """Lay a repeat out and run the pipeline up to what its training reads."""
     kept, test = datasets.third_split(rows, repeat)
@@ -140,7 +142,7 @@ def trainings(laid: Laid, variants: Sequence[str]) -> Iterator[tuple[str, "keras
         shutil.rmtree(laid.folder / "trained_model", ignore_errors=True)
         name, _, value = variant.partition("=")
         seconds = pipeline(laid.settings | ({name: value} if name else {}), "train")
-        yield variant or OURS, model.load(laid.folder / "trained_model" / "model.keras"), seconds
+        yield variant or OURS, networks.load(laid.folder / "trained_model" / "model.keras"), seconds
 
 
 def of_features(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -> Answers:
@@ -150,7 +152,7 @@ def of_features(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -
     size = (laid.known.height, laid.known.width)
     weights = laid.known.weights()
     if is_frozen(laid.known.backbone):
-        network = model.build_backbone(laid.known.backbone, weights, *size, Path("unused"))
+        network = networks.build_backbone(laid.known.backbone, weights, *size, Path("unused"))
         learned, _ = (features.load(laid.folder / f"features_{side}") for side in ("training", "validation"))
         trained = list(trainings(laid, variants))
     else:
@@ -158,11 +160,11 @@ def of_features(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -
         sides = extracted(laid.folder, "training", network), extracted(laid.folder, "validation", network)
         class_weights = manifest.read_json(laid.folder / "balanced" / "class_weights.json")
         by_index = {int(index): weight for index, weight in class_weights.items()}
-        rows = records.order(manifest.read(laid.folder / "split" / "training.csv", manifest.Example))
+        rows = shards.record_order(manifest.read(laid.folder / "split" / "training.csv", manifest.Example))
         groups = [row.group for row in rows]
         head, seconds = timed(lambda: heads.train(*sides, groups, len(laid.names), by_index, repeat + 1))
-        learned, trained = sides[0], [(OURS, model.assemble(network, head, FIT), seconds)]
-    extractor = model.assemble(network, keras.layers.Identity(), FIT)
+        learned, trained = sides[0], [(OURS, networks.assemble(network, head, FIT), seconds)]
+    extractor = networks.assemble(network, keras.layers.Identity(), FIT)
     asked = [saved for _, saved, _ in trained] + ([] if alone else [extractor])
     given = ask(asked, laid.files)
     answers: Answers = {name: (each, cpu) for (name, _, cpu), each in zip(trained, given, strict=False)}
@@ -181,7 +183,7 @@ def extracted(folder: Path, side: str, network: "keras.Model") -> tuple[np.ndarr
     """Return the features of a split's records by a network that the package does not know."""
     target = folder / f"features_{side}"
     target.mkdir()
-    pictures = records.read(folder / f"tfrecord_{side}")
+    pictures = dataset.read(folder / f"tfrecord_{side}")
     for _ in features.extract(pictures.batch(16).prefetch(2), len(pictures), network, target):
         pass
     return features.load(target)
@@ -210,7 +212,7 @@ def of_images(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -> 
 
 
 def resized(path: Path, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(images.open_rgb(path).resize(size))
+    return np.asarray(decoding.open_rgb(path).resize(size))
 
 
 def ask(models: Sequence["keras.Model"], files: Sequence[Path]) -> list[np.ndarray]:
@@ -228,7 +230,7 @@ def ask(models: Sequence["keras.Model"], files: Sequence[Path]) -> list[np.ndarr
                 rows[position] = row
 
     for position, path in enumerate(files):
-        picture = np.asarray(images.open_rgb(path))
+        picture = np.asarray(decoding.open_rgb(path))
         held = waiting.setdefault(picture.shape, [])
         held.append((position, picture))
         if len(held) == BATCH:

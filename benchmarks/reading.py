@@ -43,14 +43,15 @@ def main() -> None:
     raw = pictures.make(measure.WORK / "spice")
     import tensorflow as tf
 
-    from dgmd_pipeline import records, workers
+    from dgmd_pipeline.training import dataset
+    from dgmd_pipeline.workflow import executors
 
-    threads = ThreadPoolExecutor(workers.cores())
+    threads = ThreadPoolExecutor(executors.cores())
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), pictures.FILES)
 
         def ours() -> int:
-            epochs = (records.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE) for epoch in range(ROUNDS))
+            epochs = (dataset.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE) for epoch in range(ROUNDS))
             return sum(len(x) for epoch in epochs for x, _ in epoch)
 
         def theirs() -> int:

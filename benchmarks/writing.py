@@ -16,8 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import measure, pictures
-from dgmd_pipeline import images, records, workers
+from dgmd_pipeline.data import inspection, shards
 from dgmd_pipeline.manifest import Example, RawFile
+from dgmd_pipeline.workflow import executors
 
 WIDTH, HEIGHT = 256, 192
 WAYS = (("jpeg", "simplejpeg's decode", None), ("png", "Pillow's decode", None))
@@ -43,9 +44,9 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
     """Write the first `count` pictures as records, and return where they are."""
     folder = scratch / "records"
     folder.mkdir()
-    pool = workers.Pool()
-    records.write(
-        rows_of(islice(images.find(raw), count)), raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map
+    pool = executors.Pool()
+    shards.write(
+        rows_of(islice(inspection.find(raw), count)), raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map
     )
     pool.close()
     return folder
@@ -54,16 +55,16 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=11).repeats
     raw = pictures.make(measure.WORK / "spice")
-    pool = workers.Pool()
+    pool = executors.Pool()
     claims = []
     with measure.folder() as scratch:
         for suffix, of, goal in WAYS:
-            files = [file for file in images.find(raw) if file.path.endswith(suffix)]
-            rows, pieces = rows_of(files), pictures.pieces(raw, files, records.PIECE_IMAGES)
+            files = [file for file in inspection.find(raw) if file.path.endswith(suffix)]
+            rows, pieces = rows_of(files), pictures.pieces(raw, files, shards.PIECE_IMAGES)
 
             def ours(rows: list = rows) -> int:
                 folder = Path(tempfile.mkdtemp(dir=scratch))
-                return records.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map)["images"]
+                return shards.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map)["images"]
 
             def theirs(pieces: list = pieces) -> int:
                 return sum(pool.map(bare, pieces))

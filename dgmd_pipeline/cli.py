@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from dgmd_pipeline import signals
 from dgmd_pipeline.errors import PipelineError, SettingsError
+from dgmd_pipeline.workflow import signals
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.commands.status import Status
     from dgmd_pipeline.settings import Settings
-    from dgmd_pipeline.status import Status
 
 log = logging.getLogger("dgmd_pipeline")
 # Millions of rows are tuples, which hold no cycles: looking at them after every 700 new ones takes a tenth of the time
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.time and options.command is not _start:
         _parser().error("--time stands alone: it is of no command")
     try:
-        with signals.caught():
+        with signals.handle_signals():
             _log(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
             sys.excepthook = _show_fault
             try:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log.error("%s", error)
                 return error.exit_code
     except KeyboardInterrupt:
-        log.error("%s", signals.farewell(signals.received[0]))
+        log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
 
 
@@ -150,11 +150,13 @@ def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
         added.add_argument("--yes", action="store_true", help="do not ask")
         added.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
 
-    add("models", "show the registered versions", lambda do, values, given: do.models(values, given.json))
+    add("models", "show the registered versions", lambda do, values, given: do.models.models(values, given.json))
     promote = add(
         "promote",
         "make a version production, after a look at its assessment",
-        lambda do, values, given: do.promote(values, given.version, given.yes, given.anyway, given.reason, given.json),
+        lambda do, values, given: do.promotion.promote(
+            values, given.version, given.yes, given.anyway, given.reason, given.json
+        ),
     )
     promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
     promote.add_argument("--force", action="store_true", dest="anyway", help="even if a condition does not hold")
@@ -163,25 +165,25 @@ def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
         add(
             "rollback",
             "make the version production that was it before",
-            lambda do, values, given: do.rollback(values, given.yes, given.reason, given.json),
+            lambda do, values, given: do.promotion.rollback(values, given.yes, given.reason, given.json),
         )
     )
     add(
         "history",
         "show who made which version production, and why",
-        lambda do, values, given: do.history(values, given.json),
+        lambda do, values, given: do.models.history(values, given.json),
     )
     compare = add(
         "compare",
         "compare two versions on the validation pictures in DATA_DIR",
-        lambda do, values, given: do.compare(values, given.one, given.other, given.json),
+        lambda do, values, given: do.compare.compare(values, given.one, given.other, given.json),
     )
     compare.add_argument("one", help="version: number or @alias")
     compare.add_argument("other", help="the version to compare it with")
     predict = add(
         "predict",
         "print label and probability of picture files, by a registered version",
-        lambda do, values, given: do.predict(
+        lambda do, values, given: do.predict.predict(
             values,
             given.files,
             given.version or f"@{given.alias}",
@@ -197,9 +199,10 @@ def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _operate(options: argparse.Namespace) -> int:
     values = _settings(options)
-    from dgmd_pipeline import operations
+    from dgmd_pipeline import commands
+    from dgmd_pipeline.commands import compare, models, predict, promotion  # noqa: F401
 
-    options.operation(operations, values, options)
+    options.operation(commands, values, options)
     return 0
 
 
@@ -217,7 +220,7 @@ def _start(options: argparse.Namespace) -> int:
         return _run(options)
     if values.schedule and options.time:
         raise SettingsError(f"SCHEDULE={values.schedule} and --time {options.time:g}: expected one of the two.")
-    from dgmd_pipeline import schedule
+    from dgmd_pipeline.commands import schedule
 
     times = schedule.at(values.schedule, schedule.zone(values.tz)) if values.schedule else schedule.every(options.time)
     command = [sys.executable, sys.argv[0], "run", "--refresh", *(["--verbose"] if options.verbose else [])]
@@ -232,12 +235,12 @@ def _start(options: argparse.Namespace) -> int:
         _ended(values, code, seconds, has_told=_told(values) != known)
         known = _told(values)
 
-    schedule.keep(command, times, ended)
+    schedule.run_on_schedule(command, times, ended)
     return 0
 
 
 def _told(values: "Settings") -> "Status | None":
-    from dgmd_pipeline import status
+    from dgmd_pipeline.commands import status
 
     with contextlib.suppress(OSError):  # a folder that cannot be read holds nothing that was told
         return status.read(values.data_dir)
@@ -246,7 +249,7 @@ def _told(values: "Settings") -> "Status | None":
 
 def _ended(values: "Settings", code: int, seconds: float, has_told: bool) -> None:
     """Say what became of a scheduled run; where it was killed or could not begin, it has not told so itself."""
-    from dgmd_pipeline import run
+    from dgmd_pipeline.commands import run
 
     if code:
         log.error("The run ended with exit code %d; the next one comes all the same.", code)
@@ -255,20 +258,20 @@ def _ended(values: "Settings", code: int, seconds: float, has_told: bool) -> Non
     if not has_told:
         killed = f"killed by signal {-code}, as when memory runs out"
         message = killed if code < 0 else "the run could not begin; the log says why"
-        run.tell(values, None, 128 - code if code < 0 else code, message, seconds)
+        run.publish_status(values, None, 128 - code if code < 0 else code, message, seconds)
 
 
 def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     values = _settings(options)
-    from dgmd_pipeline import run  # after the settings: mistakes are answered at once
+    from dgmd_pipeline.commands import run  # after the settings: mistakes are answered at once
 
     return run.run(values, options.force, options.until, options.verbose, start)
 
 
 def _plan(options: argparse.Namespace) -> int:
     values = _settings(options)
-    from dgmd_pipeline import run
+    from dgmd_pipeline.commands import run
 
     outlooks = run.plan(values, options.force, options.until)
     if options.json:
@@ -281,9 +284,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _health(options: argparse.Namespace) -> int:
     values = _settings(options)
-    from dgmd_pipeline import folders, status
+    from dgmd_pipeline.commands import status
+    from dgmd_pipeline.workflow import disk
 
-    with folders.disk_errors_explained(values.data_dir):
+    with disk.disk_errors_explained(values.data_dir):
         last = status.read(values.data_dir)
         if not values.data_dir.is_dir():
             log.error("%s: there is no such folder, so no run has ended there.", values.data_dir)
@@ -301,7 +305,7 @@ def _health(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from dgmd_pipeline import demo
+    from dgmd_pipeline.commands import demo
 
     if options.force or options.until or options.refresh:
         raise SettingsError(
@@ -327,7 +331,7 @@ class _Lines(logging.Formatter):
     """Lines without secrets; warnings and errors say that they are."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from dgmd_pipeline.settings import redact
+        from dgmd_pipeline.formatting import redact
 
         return redact(super().format(record))
 

@@ -1,10 +1,10 @@
-"""Rows: what the steps hand each other about images, as named tuples here and as CSV files on disk."""
+"""What steps tell each other about images: row types and their CSV files, and the index of TFRecord shards."""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dgmd_pipeline.errors import PipelineError
 
@@ -59,6 +59,31 @@ class Rejected(NamedTuple):
 EXCLUDED = "excluded"  # the reason of a file that corrections.csv leaves out
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # cells that begin so are formulas to a spreadsheet
 
+Fit = Literal["stretch", "letterbox", "crop"]  # how an image comes to the size of the model's input
+INDEX = "index.json"  # of a folder of TFRecord shards
+INDEX_SCHEMA = 2  # raised when the records or their index change
+
+
+class Shard(NamedTuple):
+    """A TFRecord file."""
+
+    file: str  # its name
+    records: int
+    bytes: int
+    sha256: str  # 64 hexadecimal digits
+
+
+class ShardIndex(NamedTuple):
+    """What a folder of TFRecord shards contains."""
+
+    width: int  # pixels, of every image
+    height: int
+    fit: Fit  # how the images came to this size
+    images: int
+    bytes: int  # of all shards
+    shards: list[Shard]  # in the order of the records
+
+
 Row = TypeVar("Row", bound=NamedTuple)
 
 
@@ -103,6 +128,24 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise changed(path, error) from error
+
+
+def read_shard_index(folder: Path) -> ShardIndex:
+    """Read the index of a folder of TFRecord shards. Raises PipelineError where there is none that can be read."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if (schema := index["schema"]) != INDEX_SCHEMA:
+            raise PipelineError(
+                f"{path} has schema {schema}, this version reads {INDEX_SCHEMA}. Delete the folder {folder} and run "
+                "again."
+            )
+        shards = [Shard(**entry) for entry in index["files"]]
+        return ShardIndex(**{name: index[name] for name in ShardIndex._fields if name != "shards"}, shards=shards)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        raise PipelineError(
+            f"{path} is missing or is not an index of records. Delete the folder {folder} and run again."
+        ) from None
 
 
 def changed(path: Path, error: Exception) -> PipelineError:

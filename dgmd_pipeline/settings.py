@@ -21,6 +21,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
 
 LIBRARY_DEFAULTS = {
@@ -184,7 +185,7 @@ class Settings(BaseSettings):
     @field_validator("backbone")
     @classmethod
     def _is_known(cls, value: str, info: ValidationInfo) -> str:
-        from dgmd_pipeline.backbones import BACKBONES, FROZEN
+        from dgmd_pipeline.training.backbones import BACKBONES, FROZEN
 
         names = {name.casefold(): name for name in BACKBONES}
         if value.casefold() not in names:
@@ -201,7 +202,10 @@ class Settings(BaseSettings):
     def public(self, names: Iterable[str] | None = None) -> dict[str, object]:
         """Return settings, all or those named, as JSON values fit to be recorded and shown: no secret in a URI."""
         values = self.model_dump(mode="json", include=None if names is None else set(names))
-        return {name: redact(value) if isinstance(value, str) else value for name, value in sorted(values.items())}
+        return {
+            name: formatting.redact(value) if isinstance(value, str) else value
+            for name, value in sorted(values.items())
+        }
 
 
 def mlflow_login() -> str | None:
@@ -224,13 +228,6 @@ def variable(name: str) -> str:
     return name.upper()
 
 
-def redact(text: str) -> str:
-    """Take user, password and query out of every URI in a text: they may be secrets."""
-    # Up to the last @: a password may hold / and quotes. An S3 address has no user, but its keys may have an @.
-    text = re.sub(r"\b(?!s3:)([a-zA-Z][\w+.-]*://)\S*@", r"\1", text)
-    return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-
-
 def load(env_file: str | Path | None = None) -> Settings:
     """Read `env_file` (default: `.env` where there is one) and the environment, which wins.
 
@@ -251,7 +248,7 @@ def load(env_file: str | Path | None = None) -> Settings:
     except ValidationError as error:
         mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
         raise SettingsError("\n".join(mistakes)) from None
-    from dgmd_pipeline.backbones import is_frozen
+    from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # which trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
@@ -259,7 +256,7 @@ def load(env_file: str | Path | None = None) -> Settings:
     return settings
 
 
-def environment_of_others() -> dict[str, str]:
+def serving_environment() -> dict[str, str]:
     """Return the environment for a process that uses a model as a service would: without what speeds up a training."""
     return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
 
@@ -267,7 +264,7 @@ def environment_of_others() -> dict[str, str]:
 def _mistake(name: str, value: object, message: str) -> str:
     field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
     allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else _allowed(field)
-    shown = "***" if field.annotation == SecretStr | None else redact(str(value))
+    shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
     if name.endswith("_URI"):
         shown = shown.rpartition("@")[2]  # a login without a scheme before it
     line = f"{name}={shown}: expected {allowed}."

@@ -13,18 +13,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import luigi
 
-from dgmd_pipeline import corrections, folders, manifest, timing
+from dgmd_pipeline import formatting, manifest
+from dgmd_pipeline.data import corrections
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.progress import progress
-from dgmd_pipeline.step import Job, News, Outlook, Record, Step, digest, line_of, read_record, reasons
+from dgmd_pipeline.workflow import disk, folders, timing
+from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
+from dgmd_pipeline.workflow.progress import progress
+from dgmd_pipeline.workflow.provenance import StepRecord, digest, read_record
+from dgmd_pipeline.workflow.step import Job, Step, UpstreamChange, reasons
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.review import Contender, Review
+    from dgmd_pipeline.evaluation.review import CandidateModel, Review
 
 log = logging.getLogger(__name__)
 SIDES = ("training", "validation")
@@ -49,23 +54,25 @@ class DownloadImages(Step):
     _fetched: Sequence[manifest.SourceObject] = ()  # by this run; the others were there
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import bucket, listing
+        from dgmd_pipeline.s3 import client as s3_client
+        from dgmd_pipeline.s3 import download, sync
+        from dgmd_pipeline.s3 import listing as s3_listing
 
-        client = bucket.connect()
+        client = s3_client.connect()
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
         self._check_for_strangers()
-        objects, rejected = self.job.listing or bucket.list_objects(client, name, prefix)
+        objects, rejected = self.job.listing or s3_listing.list_objects(client, name, prefix)
         self.job.listing = None
         if not objects:
             raise self._nothing_usable(rejected)
-        with folders.disk_errors_explained(self.path.parent, self.folder, _on_disk(objects)):
+        with disk.disk_errors_explained(self.path.parent, self.folder, _on_disk(objects)):
             notes = draft / folders.RESUME / LISTING
-            arrived, missing = listing.keep(objects, draft, notes, self.path, self._known())
+            arrived, missing = sync.reuse(objects, draft, notes, self.path, self._known())
             if arrived:
                 log.info("  %s of %s objects are there already", f"{len(arrived):,}", f"{len(objects):,}")
-            folders.check_space(draft, self.folder, _on_disk(missing))
+            disk.check_space(draft, self.folder, _on_disk(missing))
             kept = len(arrived)
-            with closing(bucket.download(client, name, missing, draft)) as items:
+            with closing(download.download(client, name, missing, draft)) as items:
                 for item in progress(items, "download", len(missing), "objects", size=_size):
                     if isinstance(item, manifest.SourceObject):
                         arrived.append(item)
@@ -88,11 +95,11 @@ class DownloadImages(Step):
 
     def _check_for_strangers(self) -> None:
         """Refuse to replace a folder that somebody has put pictures of their own into."""
-        from dgmd_pipeline import listing
+        from dgmd_pipeline.s3 import sync
 
         if read_record(self.path) is None:
             return
-        found = listing.strangers(self.path, manifest.read(self.path / LISTING, manifest.SourceObject))
+        found = sync.untracked_files(self.path, manifest.read(self.path / LISTING, manifest.SourceObject))
         if found:
             raise NoUsableInput(
                 f"{self.path} holds {len(found):,} files that were not downloaded and would be lost, the first one is "
@@ -105,9 +112,11 @@ class DownloadImages(Step):
         if self.settings.refresh and record and not reasons(self, record, {}):
             yield from manifest.read(self.path / LISTING, manifest.SourceObject)
 
-    def news(self, record: Record | None) -> News | None:
+    def news(self, record: StepRecord | None) -> UpstreamChange | None:
         """List the bucket, if that is wanted, and compare."""
-        from dgmd_pipeline import bucket, listing
+        from dgmd_pipeline.s3 import client as s3_client
+        from dgmd_pipeline.s3 import listing as s3_listing
+        from dgmd_pipeline.s3 import sync
 
         if record is None and (self.settings.refresh or self.name in self.job.forced):
             raise NoUsableInput(
@@ -116,24 +125,24 @@ class DownloadImages(Step):
             )
         if record is None or not self.settings.refresh:
             return None
-        path = folders.standing(self.path)
+        path = folders.current_path(self.path)
         known = list(manifest.read(path / LISTING, manifest.SourceObject))
         left_out = {row.path for row in manifest.read(path / "rejected.csv", manifest.Rejected)}
         name, prefix = self.settings.aws_data_bucket, self.settings.aws_data_path
-        objects, rejected = bucket.list_objects(bucket.connect(), name, prefix)
+        objects, rejected = s3_listing.list_objects(s3_client.connect(), name, prefix)
         usable = [item for item in objects if item.key not in left_out]
-        words = [f"{count:,} {word}" for word, count in listing.changes(known, usable)._asdict().items() if count]
-        identity = listing.identity(usable) if words else None
+        words = [f"{count:,} {word}" for word, count in sync.changes(known, usable)._asdict().items() if count]
+        identity = sync.fingerprint(usable) if words else None
         for count, word in (
             (len(objects) - len(usable), "left out before"),  # archived ones may have been restored
-            (listing.lost(path, known), "lost in the folder"),
+            (sync.missing_files(path, known), "lost in the folder"),
         ):
             if count:
                 words.append(f"{count:,} {word}")
         if not words:
             return None
         self.job.listing = objects, rejected
-        return News(", ".join(words), identity, len(objects), sum(item.size for item in objects))
+        return UpstreamChange(", ".join(words), identity, len(objects), sum(item.size for item in objects))
 
     def images(self, counts: dict[str, Any]) -> int | None:
         return counts["objects"]
@@ -146,20 +155,20 @@ class DownloadImages(Step):
 
     def summary(self, counts: dict[str, Any]) -> str:
         left_out = f", {counts['left out']:,} left out" if counts["left out"] else ""
-        return f"{counts['objects']:,} objects, {folders.human(counts['bytes'])}{left_out}"
+        return f"{counts['objects']:,} objects, {formatting.format_bytes(counts['bytes'])}{left_out}"
 
     def expected(self, _: dict[str, str]) -> str | None:
         return None
 
     def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the listing's identity."""
-        from dgmd_pipeline import listing
+        from dgmd_pipeline.s3 import sync
 
-        return listing.identity(manifest.read(folder / LISTING, manifest.SourceObject))
+        return sync.fingerprint(manifest.read(folder / LISTING, manifest.SourceObject))
 
 
 def _on_disk(objects: list[manifest.SourceObject]) -> int:
-    return sum(folders.on_disk(item.size) for item in objects)
+    return sum(disk.allocated_bytes(item.size) for item in objects)
 
 
 def _size(item: manifest.SourceObject | manifest.Rejected) -> int:
@@ -202,7 +211,7 @@ class InspectImages(Step):
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import images
+        from dgmd_pipeline.data import inspection
 
         raw: Step = self.requires()
         files = list(_raw_files(raw.path))
@@ -213,7 +222,7 @@ class InspectImages(Step):
             )
         corrected = corrections.apply(files, self._corrections)
         _warn_of_corrections(corrected)
-        usable, rejected = images.inspect(
+        usable, rejected = inspection.inspect(
             corrected.files,
             raw.path,
             draft,
@@ -256,10 +265,10 @@ class InspectImages(Step):
 
 def _raw_files(raw: Path) -> Iterator[manifest.RawFile]:
     """Yield what was downloaded; of a folder put there by hand what is found in it."""
-    from dgmd_pipeline import images
+    from dgmd_pipeline.data import inspection
 
     if read_record(raw) is None:
-        yield from images.find(raw)
+        yield from inspection.find(raw)
         return
     for source in manifest.read(raw / LISTING, manifest.SourceObject):
         yield manifest.RawFile(source.path, source.path.split("/", 1)[0])
@@ -286,13 +295,13 @@ class MapLabels(Step):
         return InspectImages(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import images, labels
+        from dgmd_pipeline.data import inspection, labels
 
         inspected: Step = self.requires()
         usable = list(manifest.read(inspected.path / "images.csv", manifest.Image))
         report = inspected.path / "rejected.csv"
         rejected = manifest.read(report, manifest.Rejected)
-        images.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
+        inspection.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
         rows = labels.assign(usable, self._known(), self.settings.min_images_per_label)
         names = [row.label for row in rows if row.class_index >= 0]
         labels.write_mapping(draft / "mapping.json", names)
@@ -303,7 +312,7 @@ class MapLabels(Step):
         ):
             if found := [row.label for row in rows if row.state == state]:
                 log.warning("labels with %s: %s", meaning, ", ".join(found))
-        for group in labels.twins(row.label for row in rows if row.state == "used"):
+        for group in labels.confusable_labels(row.label for row in rows if row.state == "used"):
             log.warning("labels that look alike: %s; are they the same?", ", ".join(map(repr, group)))
         return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}
 
@@ -318,7 +327,7 @@ class MapLabels(Step):
         return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
 
     def _known(self) -> list[str]:
-        from dgmd_pipeline import labels
+        from dgmd_pipeline.data import labels
 
         record, mapping = read_record(self.path), self.path / "mapping.json"
         now = self.declared()
@@ -331,7 +340,7 @@ class MapLabels(Step):
 
     def identify(self, folder: Path, _: dict[str, str]) -> str:
         """Return the identity of the content: which label has which index, and which ones are used."""
-        from dgmd_pipeline.labels import LabelRow
+        from dgmd_pipeline.data.labels import LabelRow
 
         rows = manifest.read(folder / "labels.csv", LabelRow)
         return digest([[row.label, row.class_index, row.state == "used"] for row in rows if row.class_index >= 0])
@@ -349,7 +358,7 @@ class BalanceClasses(Step):
         return [InspectImages(job=self.job), MapLabels(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import balance, labels
+        from dgmd_pipeline.data import balance, labels
 
         inspected, label_map = self.requires()
         rows = manifest.read(label_map.path / "labels.csv", labels.LabelRow)
@@ -395,7 +404,7 @@ class SplitImages(Step):
         return BalanceClasses(job=self.job)
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline.split import split
+        from dgmd_pipeline.data.split import split
 
         rows = manifest.read(self.requires().path / "images.csv", manifest.Example)
         sides = split(rows, self.settings.validation_pcnt)
@@ -443,11 +452,11 @@ class WriteTFRecords(OneSide):
         return [SplitImages(job=self.job), InspectImages(job=self.job), DownloadImages(job=self.job)]
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import records
+        from dgmd_pipeline.data import shards
 
         split, _, raw = self.requires()
         rows = list(manifest.read(split.path / f"{self.side}.csv", manifest.Example))
-        counts = records.write(
+        counts = shards.write(
             rows,
             raw.path,
             draft,
@@ -464,15 +473,15 @@ class WriteTFRecords(OneSide):
             log.warning("%s: %d images make only %d shards", self.folder, len(rows), counts["shards"])
         return counts
 
-    def given(self, before: Sequence[Outlook]) -> int | None:
+    def given(self, before: Sequence[StepPlan]) -> int | None:
         return before[0].counts.get(self.side, before[0].images)
 
     def needs(self) -> int | None:
-        from dgmd_pipeline import records
+        from dgmd_pipeline.data import shards
 
         split = read_record(self.requires()[0].path)
         size = (self.settings.image_width, self.settings.image_height)
-        return records.bytes_of(split.counts[self.side], *size) if split else None
+        return shards.estimate_bytes(split.counts[self.side], *size) if split else None
 
     def volume(self, counts: dict[str, Any]) -> int | None:
         return counts["bytes"]
@@ -493,21 +502,22 @@ class ExtractFeatures(OneSide):
         return WriteTFRecords(job=self.job, side=self.side)
 
     def others(self) -> dict[str, str]:
-        from dgmd_pipeline import backbones
+        from dgmd_pipeline.training import backbones
 
-        return {"weights": backbones.weights_identity(self.settings.backbone_weights)}
+        return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import features, records
-        from dgmd_pipeline.workers import in_threads
+        from dgmd_pipeline.data import shards
+        from dgmd_pipeline.training import dataset, features
+        from dgmd_pipeline.workflow.executors import in_threads
 
         source = self.requires().path
-        records.check(source)
+        shards.check(source)
         network = _network(self)
         dimensions = int(network.output_shape[-1])
-        pictures = records.read(source)
+        pictures = dataset.read(source)
         count = len(pictures)
-        folders.check_space(draft, self.folder, features.bytes_of(count, dimensions))
+        disk.check_space(draft, self.folder, features.estimate_bytes(count, dimensions))
         batches = pictures.batch(features.BATCH).prefetch(2)
         extracted = features.extract(batches, count, network, draft, in_threads)
         for _ in progress(extracted, self.folder, count, "images", count=int):
@@ -532,23 +542,24 @@ def start_early(job: Job) -> None:
 
 
 def _start_network(job: Job, extracted: bool) -> None:
-    from dgmd_pipeline import backbones, model, workers
+    from dgmd_pipeline.training import backbones, networks, runtime
+    from dgmd_pipeline.workflow import executors
 
     settings: Any = job.settings
     if not backbones.is_frozen(settings.backbone):
         return
 
     def build() -> Any:
-        from dgmd_pipeline import features
+        from dgmd_pipeline.training import features
 
-        model.start_tensorflow()
+        runtime.start_tensorflow()
         size = (settings.image_height, settings.image_width)
-        network = model.build_backbone(settings.backbone, settings.backbone_weights, *size, settings.keras_home)
+        network = networks.build_backbone(settings.backbone, settings.backbone_weights, *size, settings.keras_home)
         if extracted:
             features.freeze(network)
         return network
 
-    job.network = workers.ahead(build)
+    job.network = executors.submit_in_background(build)
 
 
 def _network(step: Step) -> Any:
@@ -590,13 +601,13 @@ class TrainModel(Step):
         return [*learned_from(self), MapLabels(job=job), BalanceClasses(job=job), SplitImages(job=job), *written]
 
     def _fine_tunes(self) -> bool:
-        from dgmd_pipeline import backbones
+        from dgmd_pipeline.training import backbones
 
         return self.settings.fine_tune != "none" and backbones.is_frozen(self.settings.backbone)
 
     def declared(self) -> dict[str, Any]:
         """Return the settings that this kind of training uses."""
-        from dgmd_pipeline import backbones
+        from dgmd_pipeline.training import backbones
 
         # Stored features are those of the images as they are; `cnn` has one head.
         unused = {"augmentation" if backbones.is_frozen(self.settings.backbone) else "head"}
@@ -605,26 +616,35 @@ class TrainModel(Step):
         return {name: value for name, value in super().declared().items() if name not in unused}
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import features, fine_tuning, head, labels, model, records, training
+        from dgmd_pipeline.data import labels, shards
+        from dgmd_pipeline.training import config, dataset, features, fine_tuning, from_scratch, head, networks, runtime
 
         backbone = _network(self)
-        model.start_tensorflow()
+        runtime.start_tensorflow()
         *sides, label_map, balanced, split = self.requires()[:5]
         classes = len(labels.read_mapping(label_map.path / "mapping.json"))
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
-        recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
+        recipe = config.TrainingConfig(**{name: getattr(self.settings, name) for name in config.TrainingConfig._fields})
         size, fit = (self.settings.image_height, self.settings.image_width), self.settings.image_fit
         if backbone:
             learned, rest = (features.load(side.path) for side in sides)
-            rows = records.order(manifest.read(split.path / "training.csv", manifest.Example))
+            rows = shards.record_order(manifest.read(split.path / "training.csv", manifest.Example))
             groups, kind = [row.group for row in rows], self.settings.head
             train: Any = partial(head.train_head, learned, rest, groups, classes, weights, recipe, kind, self._show)
         else:
             for side in sides:
-                records.check(side.path)
-            shuffled, ordered = (partial(records.read, side.path) for side in sides)
+                shards.check(side.path)
+            shuffled, ordered = (partial(dataset.read, side.path) for side in sides)
             train = partial(
-                training.train_whole, shuffled, ordered(), size, classes, weights, recipe, self._show, image_fit=fit
+                from_scratch.train_from_scratch,
+                shuffled,
+                ordered(),
+                size,
+                classes,
+                weights,
+                recipe,
+                self._show,
+                image_fit=fit,
             )
         trained = self._go_on(train, draft / folders.RESUME)
         history, parts = trained.history, (backbone, trained.model)
@@ -636,10 +656,10 @@ class TrainModel(Step):
             if tuned.backbone:
                 parts = tuned.backbone, tuned.head
                 history = [*history, *(row._replace(epoch=len(history) + row.epoch) for row in tuned.history)]
-        whole = model.assemble(*parts, fit) if backbone else trained.model
-        folders.check_space(draft, self.folder, model.bytes_of(whole))
+        whole = networks.assemble(*parts, fit) if backbone else trained.model
+        disk.check_space(draft, self.folder, networks.estimate_bytes(whole))
         whole.save(draft / "model.keras")
-        manifest.write(draft / "history.csv", training.Epoch, history)
+        manifest.write(draft / "history.csv", config.Epoch, history)
         last = history[-1]
         about = {"id": uuid.uuid4().hex, "kept": last.epoch, "seed": trained.seed, "metrics": last._asdict()} | recorded
         if trained.selection:
@@ -657,18 +677,20 @@ class TrainModel(Step):
 
     def _fine_tune(self, backbone: Any, trained: Any, sides: Sequence[Any], groups: list[str], notes: Path) -> Any:
         """Fine-tune the backbone with its trained head; from the start where the notes cannot be used."""
-        from dgmd_pipeline import fine_tuning, head, records, training
-        from dgmd_pipeline.workers import in_threads
+        from dgmd_pipeline.data import shards
+        from dgmd_pipeline.training import checkpoint as training_checkpoint
+        from dgmd_pipeline.training import config, dataset, fine_tuning, head
+        from dgmd_pipeline.workflow.executors import in_threads
 
         *_, balanced, _, training_records, validation_records = self.requires()
         weights = _class_weights(balanced.path / "class_weights.json") if self.settings.class_weights else {}
-        by_class = training.weights_by_class(trained.model.output_shape[-1], weights)
-        recipe = training.Recipe(**{name: getattr(self.settings, name) for name in training.Recipe._fields})
+        by_class = config.weights_by_class(trained.model.output_shape[-1], weights)
+        recipe = config.TrainingConfig(**{name: getattr(self.settings, name) for name in config.TrainingConfig._fields})
         recipe = recipe._replace(seed=trained.seed)
         for step in (training_records, validation_records):
-            records.check(step.path)
+            shards.check(step.path)
         data, validation = (
-            fine_tuning.Split(indexes, partial(records.read, step.path))
+            fine_tuning.Split(indexes, partial(dataset.read, step.path))
             for (_, indexes), step in zip(sides, (training_records, validation_records), strict=True)
         )
 
@@ -686,7 +708,7 @@ class TrainModel(Step):
         )  # fmt: skip
         try:
             return tune()
-        except training.UnusableCheckpoint as error:
+        except training_checkpoint.UnusableCheckpoint as error:
             log.warning("%s Fine-tuning starts again.", error)
             for path in notes.glob(f"{fine_tuning.CHECKPOINT}*"):
                 path.unlink()
@@ -694,18 +716,18 @@ class TrainModel(Step):
 
     def _go_on(self, train: Callable[[Path], Any], notes: Path) -> Any:
         """Train, from the checkpoint of a run that was stopped; from the start where it cannot be used."""
-        from dgmd_pipeline import training
+        from dgmd_pipeline.training import checkpoint as training_checkpoint
 
         checkpoint = notes / "training.npz"
         if checkpoint.exists():
             log.info("  Resuming training from the checkpoint")
         try:
             return train(checkpoint)
-        except training.UnusableCheckpoint as error:
+        except training_checkpoint.UnusableCheckpoint as error:
             log.warning("%s Training starts again.", error)
             for path in notes.iterdir():
-                if path.name != folders.PURPOSE:
-                    folders.remove(path)  # of fine-tuning there are folders
+                if path.name != folders.FINGERPRINT:
+                    disk.remove(path)  # of fine-tuning there are folders
             return train(checkpoint)
 
     def _show(self, row: Any) -> None:
@@ -734,7 +756,7 @@ class TrainModel(Step):
 
 def learned_from(step: Step) -> list[Step]:
     """Return the two tasks, one a side, whose folders hold what is learned from and measured on."""
-    from dgmd_pipeline import backbones
+    from dgmd_pipeline.training import backbones
 
     kind = ExtractFeatures if backbones.is_frozen(step.settings.backbone) else WriteTFRecords
     return [kind(job=step.job, side=side) for side in SIDES]
@@ -742,12 +764,12 @@ def learned_from(step: Step) -> list[Step]:
 
 def _trained(step: Step, path: Path) -> Any:
     """Return the trained model in the folder `path`: from memory where this run has made it, loading takes 3 to 5 s."""
-    from dgmd_pipeline import model
+    from dgmd_pipeline.training import networks, runtime
 
     if step.job.trained and step.job.trained[0] == step.job.finished[TrainModel.name]:
         return step.job.trained[1]
-    model.start_tensorflow()
-    return model.load(path / "model.keras")
+    runtime.start_tensorflow()
+    return networks.load(path / "model.keras")
 
 
 def _class_weights(path: Path) -> dict[int, float]:
@@ -768,11 +790,13 @@ class EvaluateModel(Step):
         records = WriteTFRecords(job=job, side="validation")
         return [TrainModel(job=job), *learned_from(self), records, SplitImages(job=job), MapLabels(job=job)]
 
-    def given(self, before: Sequence[Outlook]) -> int | None:
+    def given(self, before: Sequence[StepPlan]) -> int | None:
         return before[2].images
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import backbones, comparison, evaluation, features, labels, leaks, records, report, review
+        from dgmd_pipeline.data import labels
+        from dgmd_pipeline.evaluation import gates, leaks, metrics, predictions, report, review
+        from dgmd_pipeline.training import backbones, dataset, features
 
         trained, _, learned, written, split, label_map = self.requires()
         names = labels.read_mapping(label_map.path / "mapping.json")
@@ -780,36 +804,38 @@ class EvaluateModel(Step):
         tuned = manifest.read_json(trained.path / "training.json").get("fine_tuned", False)
         if backbones.is_frozen(self.settings.backbone) and not tuned:  # or its features are those of another network
             vectors, truth = features.load(learned.path)
-            probabilities = evaluation.predict_head(network, vectors)
+            probabilities = predictions.predict_head(network, vectors)
         else:
-            probabilities, truth = evaluation.predict(network, records.read(written.path))
+            probabilities, truth = predictions.predict(network, dataset.read(written.path))
         sides = [list(manifest.read(split.path / f"{side}.csv", manifest.Example)) for side in SIDES]
-        pictures = review.pictures(written.path, sides[1], DownloadImages(job=self.job).path)
+        pictures = review.validation_images(written.path, sides[1], DownloadImages(job=self.job).path)
         keys = [row.path for row in pictures.examples]
         leaked = self._leaks(sides[0], pictures.examples)
         if leaked:
             leaks.write(draft, leaked.leaks)
         positions = [leak.position for leak in leaked.leaks] if leaked else None
-        measured = evaluation.evaluate(probabilities, truth, names, keys, draft, positions)
+        measured = metrics.evaluate(probabilities, truth, names, keys, draft, positions)
         trained_on = frozenset(row.sha256 for row in sides[0])
-        candidate = review.Contender(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
+        candidate = review.CandidateModel(trained.path / "model.keras", names, trained_on, probabilities=probabilities)
         suspects = self._suspects(sides, names, draft)
         counts = [Counter(row.label for row in rows) for rows in sides]
         content = self._content(measured, suspects, leaked, names, counts)
 
         found = self._reviewed(candidate, pictures, draft, partial(report.draw, draft, content))
         review.write(found, draft)
-        limits = comparison.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
-        report.write(draft, content, report.Outcome(comparison.gates(*found, limits), *found))
+        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
+        report.write(draft, content, report.Outcome(gates.gates(*found, limits), *found))
         return measured.overall | ({"difference": found.comparison["difference"]} if found.comparison else {})
 
     def _suspects(self, sides: Sequence[Sequence[manifest.Example]], names: Sequence[str], draft: Path) -> Any:
         """Judge the labels by the stored features (`label_suspects.Found`); None with a backbone that stores none."""
-        from dgmd_pipeline import backbones, features, label_suspects, records
+        from dgmd_pipeline.data import shards
+        from dgmd_pipeline.evaluation import label_suspects
+        from dgmd_pipeline.training import backbones, features
 
         if not backbones.is_frozen(self.settings.backbone):
             return None
-        rows = [row for side in sides for row in records.order(side)]
+        rows = [row for side in sides for row in shards.record_order(side)]
         parts = [features.load(step.path)[0] for step in learned_from(self)]
         given, groups, keys = zip(*((row.class_index, row.group, row.path) for row in rows), strict=True)
         found = label_suspects.find(parts, given, groups, keys, names)
@@ -818,11 +844,13 @@ class EvaluateModel(Step):
 
     def _leaks(self, training: Sequence[manifest.Example], validation: Sequence[manifest.Example]) -> Any:
         """Look for validation images with a near-duplicate in training; None where no features are stored."""
-        from dgmd_pipeline import backbones, features, leaks, records
+        from dgmd_pipeline.data import shards
+        from dgmd_pipeline.evaluation import leaks
+        from dgmd_pipeline.training import backbones, features
 
         if not backbones.is_frozen(self.settings.backbone):
             return None
-        sides = [records.order(training), validation]
+        sides = [shards.record_order(training), validation]
         ours, theirs = (features.load(step.path)[0] for step in learned_from(self))
         keys = [[row.path for row in rows] for rows in sides]
         labels = [[row.label for row in rows] for rows in sides]
@@ -838,20 +866,22 @@ class EvaluateModel(Step):
         self, measured: Any, suspects: Any, leaked: Any, names: Sequence[str], sides: list[Counter[str]]
     ) -> Any:
         """Gather what the report says from the folders before."""
-        from dgmd_pipeline import fine_tuning, images, label_suspects, report, training
+        from dgmd_pipeline.data import decoding
+        from dgmd_pipeline.evaluation import label_suspects, report
+        from dgmd_pipeline.training import config, fine_tuning
 
-        *before, _ = line_of(self)
+        *before, _ = upstream_steps(self)
         path = {step.folder: step.path for step in before}
         records = {step.folder: record for step in before if (record := read_record(step.path))}
         trained = path[TrainModel.name]
         about = manifest.read_json(trained / "training.json")
 
         def pictures(rows: Sequence[Any]) -> Any:
-            return images.thumbnails(path[DownloadImages.name], {row.position: row.key for row in rows}, report.CARD)
+            return decoding.thumbnails(path[DownloadImages.name], {row.position: row.key for row in rows}, report.CARD)
 
         return report.Content(
             model_name=self.settings.model_name,
-            created=folders.now(),
+            created=formatting.utc_now(),
             source=_source(self.settings, path[DownloadImages.name]),
             settings=_params(records, {}),
             labels=names,
@@ -860,8 +890,8 @@ class EvaluateModel(Step):
             suspects=suspects,
             suspect_thumbnails=pictures(suspects.suspects[: label_suspects.SHOWN]) if suspects else {},
             leaks=leaked,
-            leak_thumbnails=images.thumbnails(path[DownloadImages.name], report.pairs(leaked), report.CARD),
-            history=list(manifest.read(trained / "history.csv", training.Epoch)),
+            leak_thumbnails=decoding.thumbnails(path[DownloadImages.name], report.pairs(leaked), report.CARD),
+            history=list(manifest.read(trained / "history.csv", config.Epoch)),
             head=about.get("head"),
             counts=_counts(records[BalanceClasses.name], sides),
             rejected=list(manifest.read(path[InspectImages.name] / "rejected.csv", manifest.Rejected)),
@@ -873,17 +903,19 @@ class EvaluateModel(Step):
         self, candidate: Any, pictures: Any, draft: Path, meanwhile: Callable[[dict[str, Any] | None], None]
     ) -> "Review":
         """Compare with production, if there is one that can be had."""
-        from dgmd_pipeline import registry, review
+        from dgmd_pipeline.evaluation import review
+        from dgmd_pipeline.registry import versions
+        from dgmd_pipeline.settings import serving_environment
 
         with tempfile.TemporaryDirectory(dir=draft) as folder:
             there, missing = None, ""
             try:
-                if (place := store(self.settings)) and (now := registry.production(place, self.settings.model_name)):
+                if (place := store(self.settings)) and (now := versions.production(place, self.settings.model_name)):
                     log.info("  version %d is production: fetching it to compare ...", now.version)
                     there = contender(place, self.settings.model_name, now, Path(folder))
             except PipelineError as error:
                 missing = str(error)
-            found = review.review(candidate, there, pictures, draft, meanwhile)
+            found = review.review(candidate, there, pictures, draft, serving_environment(), meanwhile)
         found = found._replace(missing=missing or found.missing)
         for problem in filter(None, (found.missing, found.untried)):
             log.warning("%s The model is registered all the same; `promote` will ask for what is missing.", problem)
@@ -893,13 +925,14 @@ class EvaluateModel(Step):
         return f"accuracy {counts['accuracy']:.4f}, F1 {counts['f1']:.4f} on {counts['images']:,} validation images"
 
 
-def _counts(balanced: Record, sides: list[Counter[str]]) -> list[Any]:
+def _counts(balanced: StepRecord, sides: list[Counter[str]]) -> list[Any]:
     """Return how many images each label has: found, kept, on each side."""
-    from dgmd_pipeline import plots
+    from dgmd_pipeline.evaluation import plots
 
     before, after = balanced.counts["before"], balanced.counts["after"]
     return [
-        plots.Count(label, before[label], after.get(label, 0), *(side[label] for side in sides)) for label in before
+        plots.ClassCounts(label, before[label], after.get(label, 0), *(side[label] for side in sides))
+        for label in before
     ]
 
 
@@ -920,31 +953,32 @@ def registered(job: Job) -> dict[str, Any]:
 
 def store(settings: Any) -> Any:
     """Return the registry: the server that is set, or the embedded store, or None where that is not there yet."""
-    from dgmd_pipeline import registry
+    from dgmd_pipeline.registry import store as registry_store
 
     if settings.mlflow_tracking_uri:
-        return registry.Store(settings.mlflow_tracking_uri, None)
-    return registry.embedded(settings.data_dir / STORE) if (settings.data_dir / STORE).exists() else None
+        return registry_store.Store(settings.mlflow_tracking_uri, None)
+    return registry_store.embedded(settings.data_dir / STORE) if (settings.data_dir / STORE).exists() else None
 
 
-def contender(store: Any, name: str, entry: Any, folder: Path) -> "Contender":
+def contender(store: Any, name: str, entry: Any, folder: Path) -> "CandidateModel":
     """Fetch a version of the registry (`registry.Entry`) into `folder`, to be compared."""
-    from dgmd_pipeline import registry, review
+    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.registry import versions
 
-    fetched = registry.fetch(store, name, entry, folder)
-    return review.Contender(fetched.path, fetched.labels, fetched.trained_on, entry.version, run=entry.run_id)
+    fetched = versions.fetch(store, name, entry, folder)
+    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, entry.version, run=entry.run_id)
 
 
 def validation(settings: Any) -> Any:
     """Return the validation pictures (`review.Pictures`) that lie in DATA_DIR, or None."""
-    from dgmd_pipeline import review
+    from dgmd_pipeline.evaluation import review
 
     records = settings.data_dir / f"{WriteTFRecords.name}_validation"
     split = settings.data_dir / SplitImages.name
     made, cut = read_record(records), read_record(split)
     if made is None or cut is None or made.inputs.get(SplitImages.name) != cut.identity:
         return None  # the records of another split, while a run is on its way
-    return review.pictures(records, manifest.read(split / "validation.csv", manifest.Example))
+    return review.validation_images(records, manifest.read(split / "validation.csv", manifest.Example))
 
 
 class RegisterModel(Step):
@@ -966,25 +1000,27 @@ class RegisterModel(Step):
             EvaluateModel(job=self.job),
         ]
 
-    def given(self, before: Sequence[Outlook]) -> int | None:
+    def given(self, before: Sequence[StepPlan]) -> int | None:
         return None
 
-    def news(self, record: Record | None) -> News | None:
+    def news(self, record: StepRecord | None) -> UpstreamChange | None:
         if self.settings.mlflow_tracking_uri or (self.settings.data_dir / STORE).exists():
             return None
-        return News(f"{STORE}/ is missing", None, None, None)
+        return UpstreamChange(f"{STORE}/ is missing", None, None, None)
 
     def work(self, draft: Path) -> dict[str, Any]:
-        from dgmd_pipeline import labels, registry, training
+        from dgmd_pipeline.data import labels
+        from dgmd_pipeline.registry import registration
+        from dgmd_pipeline.training import config
 
         start = time.monotonic()
         raw, inspected, label_map, balanced, split, trained, evaluation = self.requires()
         about = manifest.read_json(trained.path / "training.json")
-        before = line_of(self)[:-1]
+        before = upstream_steps(self)[:-1]
         records = {step.folder: record for step in before if (record := read_record(step.path))}
-        history = manifest.read(trained.path / "history.csv", training.Epoch)
+        history = manifest.read(trained.path / "history.csv", config.Epoch)
         metrics = manifest.read_json(evaluation.path / "metrics.json")
-        candidate = registry.Candidate(
+        candidate = registration.Candidate(
             training_id=about["id"],
             model=partial(_trained, self, trained.path),
             labels=labels.read_mapping(label_map.path / "mapping.json"),
@@ -1007,12 +1043,12 @@ class RegisterModel(Step):
                 balanced.path / "class_weights.json": "balanced",
             },
         )
-        place = self._store(draft, folders.volume(trained.path) + folders.volume(evaluation.path))
+        place = self._store(draft, disk.folder_bytes(trained.path) + disk.folder_bytes(evaluation.path))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
-        version = registry.register(place, experiment, self.settings.model_name, candidate)
+        version = registration.register(place, experiment, self.settings.model_name, candidate)
         if version.new:
             try:
-                registry.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
+                registration.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
             except PipelineError as error:  # the version is there; a number is no reason to fail
                 log.warning("how long the registration took is not noted in MLflow: %s", error)
         (draft / "version.json").write_text(json.dumps(version._asdict(), indent=1) + "\n", "utf-8")
@@ -1020,25 +1056,26 @@ class RegisterModel(Step):
 
     def _store(self, draft: Path, needed: int) -> Any:
         """Return where to register: the server that is set, or the embedded store, which needs room here."""
-        from dgmd_pipeline import registry
+        from dgmd_pipeline.registry import store as registry_store
 
         if not self.settings.mlflow_tracking_uri:
-            folders.check_space(draft, "the MLflow store", needed + registry.EMBEDDED_BYTES)
+            disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
             folder = self.settings.data_dir / STORE
             if not folder.exists():  # a database that is cut off while its tables are made is lost
                 with folders.draft(folder) as new:
-                    registry.create(new)
+                    registry_store.create(new)
         return store(self.settings)
 
     def _served(self, evaluation: Path) -> dict[str, float]:
         """Return how the answers to original files differ from those to their records, where that was measured."""
-        from dgmd_pipeline import review
+        from dgmd_pipeline.evaluation import review
 
         tried = review.read(evaluation).assessment or {}
         return {f"evaluation_{name}": value for name, value in tried.items() if name.startswith("served_")}
 
     def _tags(self, metrics: dict[str, float], evaluation: Path) -> dict[str, str]:
-        from dgmd_pipeline import registry, review
+        from dgmd_pipeline.evaluation import review
+        from dgmd_pipeline.registry import registration
 
         found = review.read(evaluation)
         return {
@@ -1046,8 +1083,8 @@ class RegisterModel(Step):
             **({"dgmd.predictions_equal": str(found.assessment["predictions_equal"])} if found.assessment else {}),
             **({"dgmd.difference": f"{found.comparison['difference']:.4f}"} if found.comparison else {}),
             **({"dgmd.compared_with": str(found.comparison["version"])} if found.comparison else {}),
-            "dgmd.version": registry.installed("dgmd_pipeline"),
-            "dgmd.git_revision": self.settings.git_revision or registry.git_revision(Path(__file__)) or "unknown",
+            "dgmd.version": installed_version("dgmd_pipeline"),
+            "dgmd.git_revision": self.settings.git_revision or registration.git_revision(Path(__file__)) or "unknown",
             "dgmd.validation_accuracy": f"{metrics['accuracy']:.4f}",
         }
 

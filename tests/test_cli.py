@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dgmd_pipeline import cli, signals
+from dgmd_pipeline import cli
+from dgmd_pipeline.workflow import signals
 
 pytestmark = pytest.mark.usefixtures("_own_process")
 

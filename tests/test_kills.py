@@ -162,7 +162,7 @@ def check_after_kill(before, data_dir, reference=None):
 def kill_at(moment, variables, reference=None):
     data_dir = variables["DATA_DIR"]
     before = whole_folders(data_dir)
-    command = [sys.executable, ROOT / "tests" / "kill_at.py", moment]
+    command = [sys.executable, ROOT / "tests" / "support" / "kill_at.py", moment]
     environment = environment_with(variables)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # Workers hold the same output, whose end this waits for: none may outlive the run.

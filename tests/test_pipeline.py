@@ -1,11 +1,9 @@
 """The real command in processes, against a real S3 endpoint and a real MLflow server."""
 
-import contextlib
 import http.server
 import io
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -14,27 +12,18 @@ import sys
 import threading
 import time
 
-import mlflow
 import numpy as np
 import pytest
-from conftest import COMMAND, CREDENTIALS, ROOT, environment_with, picture, run_in_own_mounts, run_pipeline
+from conftest import COMMAND, CREDENTIALS, environment_with, picture, run_in_own_mounts, run_pipeline
 from PIL import Image
+from support.pipeline import LABELS, TINY, client_of, fill, on_a_terminal
 
 from dgmd_pipeline.settings import Settings, variable
 
-TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
 STEPS = [
     "raw", "inspected", "label_map", "balanced", "split", "tfrecord_training", "tfrecord_validation",
     "trained_model", "evaluation", "registered_model",
 ]  # fmt: skip
-LABELS = ["allspice", "black pepper", "cloves"]
-
-
-def fill(client, bucket, labels=LABELS, images=10):
-    for label in labels:
-        for number in range(images):
-            key = f"train/images/{label}/{label} shop_{number}.jpeg"
-            client.put_object(Bucket=bucket, Key=key, Body=picture(label, number))
 
 
 def folders(data_dir):
@@ -84,10 +73,6 @@ def data(finished, tmp_path):
     original, variables, _ = finished
     shutil.copytree(original, tmp_path / "data")
     return tmp_path / "data", {**variables, "DATA_DIR": tmp_path / "data"}
-
-
-def client_of(variables):
-    return mlflow.MlflowClient(variables["MLFLOW_TRACKING_URI"].replace("me:pa55word@", ""))
 
 
 def test_a_bucket_becomes_a_registered_model(finished):
@@ -522,22 +507,6 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
     rows = "\n".join(lines)
     assert re.search(r"^  inspected +done +31 +\d+\.\d kB$", rows, re.MULTILINE), rows
     assert re.search(r"^  registered_model +maybe +\d+ B  only if split changes$", rows, re.MULTILINE), rows
-
-
-def on_a_terminal(folder, *arguments, **variables):
-    """Run the command on a terminal of 80 columns and return the lines that are shown."""
-    ours, its = pty.openpty()
-    environment = environment_with({"COLUMNS": "80", **variables})
-    command = [sys.executable, ROOT / "pipeline.py", *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
-    os.close(its)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
-        while more := os.read(ours, 4096):
-            shown += more
-    os.close(ours)
-    assert process.wait() == 0
-    return shown.decode().replace("\r\n", "\n").splitlines()
 
 
 @pytest.mark.parametrize("command", [["--force"], ["plan", "--until"], ["run", "--force"]])

@@ -190,7 +190,8 @@ def test_stored_features_are_not_augmented_and_a_training_on_them_does_not_run_a
 
 
 def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkeypatch):
-    from dgmd_pipeline import evaluation, fine_tuning, model, records
+    from dgmd_pipeline.evaluation import predictions
+    from dgmd_pipeline.training import dataset, fine_tuning, networks
 
     monkeypatch.setattr(fine_tuning, "LEAST_HELD_OUT", 1)  # there are 19 training images
     variables, data_dir = frozen
@@ -199,18 +200,18 @@ def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkey
     assert run(tuned, data_dir, "--until", "evaluate") == []
     about = json.loads((data_dir / "trained_model" / "training.json").read_text())
     assert about["fine_tuned"] == about["fine_tuning"]["kept"] is True
-    whole = model.load(data_dir / "trained_model" / "model.keras")
-    expected, _ = evaluation.predict(whole, records.read(data_dir / "tfrecord_validation"))
-    np.testing.assert_allclose(evaluation.load(data_dir / "evaluation")[0], expected, atol=1e-5)
+    whole = networks.load(data_dir / "trained_model" / "model.keras")
+    expected, _ = predictions.predict(whole, dataset.read(data_dir / "tfrecord_validation"))
+    np.testing.assert_allclose(predictions.load(data_dir / "evaluation")[0], expected, atol=1e-5)
     assert "Fine-tuning was kept" in (data_dir / "evaluation" / "report.html").read_text()
 
 
 def test_other_weights_of_the_backbone_redo_the_features_wherever_their_file_lies(frozen, tmp_path):
-    from dgmd_pipeline import model
+    from dgmd_pipeline.training import networks
 
     variables, data_dir = frozen
     weights = tmp_path / "one.weights.h5"
-    model.build_backbone("MobileNetV3-Small", "none", 32, 32, tmp_path).save_weights(weights)
+    networks.build_backbone("MobileNetV3-Small", "none", 32, 32, tmp_path).save_weights(weights)
     until = ["--until", "train"]
     assert run(variables | {"BACKBONE_WEIGHTS": weights}, data_dir, *until) == [*FEATURES, "trained_model"]
     elsewhere = weights.rename(tmp_path / "other.weights.h5")

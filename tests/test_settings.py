@@ -3,7 +3,8 @@ import os
 import pytest
 
 from dgmd_pipeline.errors import SettingsError
-from dgmd_pipeline.settings import Settings, load, redact, variable
+from dgmd_pipeline.formatting import redact
+from dgmd_pipeline.settings import Settings, load, variable
 
 DEFAULTS = {
     "DATA_DIR": "data",

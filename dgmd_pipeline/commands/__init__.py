@@ -1,0 +1,1 @@
+"""One file for each command; the only place that prints."""

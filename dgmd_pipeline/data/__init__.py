@@ -1,0 +1,1 @@
+"""Rows, paths and pixels; NumPy and Pillow, without TensorFlow."""

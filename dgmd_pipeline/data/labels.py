@@ -1,0 +1,82 @@
+"""Rows -> label map: which class index stands for which label, and which labels there are enough pictures of."""
+
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dgmd_pipeline.errors import NoUsableInput, PipelineError
+from dgmd_pipeline.manifest import Image, changed
+
+
+class LabelRow(NamedTuple):
+    """A label that has an index, or would have one if there were enough pictures of it."""
+
+    label: str
+    class_index: int  # -1: too few images and never seen before, so it has no output
+    images: int  # usable ones
+    state: str  # "used", "too few" or "gone"
+
+
+def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[LabelRow]:
+    """Give every label an index: those in `known` keep theirs, new ones follow in alphabetical order.
+
+    A label with fewer than `minimum` usable images is not used: it keeps its index where it has one and gets none
+    otherwise. Rows come by index, those without one last.
+
+    Raises NoUsableInput where fewer than two labels can be used.
+    """
+    counts = Counter(image.label for image in images)
+    used = {label for label, count in counts.items() if count >= minimum}
+    if len(used) < 2:
+        found = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
+        raise NoUsableInput(
+            f"A classifier needs at least two labels with {minimum} usable images each (MIN_IMAGES_PER_LABEL); "
+            f"usable ones found: {found}. Add labelled pictures; those left out are in DATA_DIR/inspected/rejected.csv."
+        )
+    names = [*known, *sorted(used - set(known))]
+    rows = [LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)]
+    rows += [LabelRow(label, -1, counts[label], "too few") for label in sorted(counts.keys() - set(names))]
+    return rows
+
+
+def _state(count: int, minimum: int) -> str:
+    if count >= minimum:
+        return "used"
+    return "too few" if count else "gone"
+
+
+def confusable_labels(labels: Iterable[str]) -> list[list[str]]:
+    """Return the groups of labels that differ only in case, outer or repeated spaces or Unicode form."""
+    alike = defaultdict(list)
+    for label in labels:
+        alike[" ".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    return [sorted(group) for group in alike.values() if len(group) > 1]
+
+
+def write_mapping(path: Path, labels: Sequence[str]) -> None:
+    """Write `{"0": "allspice", "1": "anise", ...}`, the file that consumers of the model read."""
+    mapping = {str(index): label for index, label in enumerate(labels)}
+    path.write_text(json.dumps(mapping, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_mapping(path: Path) -> list[str]:
+    """Return the labels in the order of their indexes.
+
+    Raises PipelineError where the file is not an unbroken map from "0" upwards to different labels.
+    """
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+        labels = [mapping[str(index)] for index in range(len(mapping))]
+        if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+            raise ValueError("a label is not a text, or stands there twice")
+    except FileNotFoundError as error:
+        raise changed(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineError(
+            f'{path}: expected {{"0": "<label>", "1": "<label>", ...}} without gaps, found something else ({error}). '
+            "Mend the file, or delete its folder to number the labels anew."
+        ) from None
+    return labels

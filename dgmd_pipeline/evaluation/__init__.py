@@ -1,0 +1,1 @@
+"""A trained model -> measurements, a comparison with production, and a report."""

@@ -1,0 +1,1 @@
+"""The model registry; the only users of MLflow."""

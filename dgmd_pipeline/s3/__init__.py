@@ -1,0 +1,1 @@
+"""The bucket; the only users of boto3, botocore and awscrt."""

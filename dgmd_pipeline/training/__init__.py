@@ -1,0 +1,1 @@
+"""Networks and their training; the only users of Keras layers and `tf.data`."""

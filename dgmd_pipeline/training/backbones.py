@@ -1,0 +1,168 @@
+"""A backbone's name -> its network in `keras.applications` and the file of its weights, without importing Keras.
+
+`python -m dgmd_pipeline.training.backbones NAME FOLDER` downloads the ImageNet weights of one into a folder. The
+build of the container image uses it.
+"""
+
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from dgmd_pipeline.errors import PipelineError
+
+FETCH_TIMEOUT = 20  # seconds without a byte
+INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # weights that came with the container image
+_MINUS_ONE_TO_ONE = (1 / 127.5, -1.0)
+# Scaled to 0..1, then ImageNet's mean and standard deviation for each channel: what Keras calls "torch" mode.
+_TORCH = (
+    (1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225),
+    (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
+)
+
+
+class Backbone(NamedTuple):
+    """A network of `keras.applications`, and where its ImageNet weights without the top layers are."""
+
+    function: str  # its name in `keras.applications`
+    url: str  # below WEIGHTS_URL
+    md5: str | None  # as Keras states it; it states none for MobileNetV2
+    scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network has its own layers for it
+    min_size: int = 32  # the smallest width and height in pixels that Keras takes
+
+
+WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
+_KERNELS = "weights_tf_dim_ordering_tf_kernels"
+# Files and checksums as in the sources of Keras 3 (keras/src/applications). They are loaded here and not by Keras,
+# whose MobileNetV2 would pick another file for each picture size.
+FROZEN = {
+    "EfficientNetV2-B0": Backbone(
+        "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
+    ),
+    "EfficientNetV2-B1": Backbone(
+        "EfficientNetV2B1", "efficientnet_v2/efficientnetv2-b1_notop.h5", "0e80663031ca32d657f9caa404b6ec37"
+    ),
+    "EfficientNetV2-B2": Backbone(
+        "EfficientNetV2B2", "efficientnet_v2/efficientnetv2-b2_notop.h5", "1dfe2e7a5d45b6632553a8961ea609eb"
+    ),
+    "EfficientNetV2-B3": Backbone(
+        "EfficientNetV2B3", "efficientnet_v2/efficientnetv2-b3_notop.h5", "f6abf7b5849ac99a89b50dd3fd532856"
+    ),
+    "EfficientNetV2-S": Backbone(
+        "EfficientNetV2S", "efficientnet_v2/efficientnetv2-s_notop.h5", "af0682fb74e8c54910f2d4393339c070"
+    ),
+    "MobileNetV2": Backbone(
+        "MobileNetV2", f"mobilenet_v2/mobilenet_v2_{_KERNELS}_1.0_224_no_top.h5", None, _MINUS_ONE_TO_ONE
+    ),
+    "MobileNetV3-Small": Backbone(
+        "MobileNetV3Small",
+        "mobilenet_v3/weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
+        "d3e8ec802a04aa4fc771ee12a9a9b836",
+    ),
+    "MobileNetV3-Large": Backbone(
+        "MobileNetV3Large",
+        "mobilenet_v3/weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5",
+        "07fb09a5933dd0c8eaafa16978110389",
+    ),
+    "DenseNet121": Backbone(
+        "DenseNet121", f"densenet/densenet121_{_KERNELS}_notop.h5", "30ee3e1110167f948a6b9946edeeb738", _TORCH
+    ),
+    "ResNet50V2": Backbone(
+        "ResNet50V2", f"resnet/resnet50v2_{_KERNELS}_notop.h5", "fac2f116257151a9d068a22e544a4917", _MINUS_ONE_TO_ONE
+    ),
+    "Xception": Backbone(
+        "Xception", f"xception/xception_{_KERNELS}_notop.h5", "b0042744bf5b25fce3cb969f33bebb97", _MINUS_ONE_TO_ONE, 71
+    ),
+    "InceptionV3": Backbone(
+        "InceptionV3",
+        f"inception_v3/inception_v3_{_KERNELS}_notop.h5",
+        "bcbd6486424b2319ff4ef7d526e38f63",
+        _MINUS_ONE_TO_ONE,
+        75,
+    ),
+}
+BACKBONES = (*FROZEN, "cnn")  # what BACKBONE may be; `cnn` is small, trained from scratch, and has no weights to load
+
+
+def is_frozen(backbone: str) -> bool:
+    """Whether its output for a picture never changes, so that it can be stored: all but `cnn`."""
+    return backbone in FROZEN
+
+
+def weights_fingerprint(weights: str) -> str:
+    """Return what tells these weights from others: the word itself, or a file's SHA-256 (its name does not matter)."""
+    if weights in ("imagenet", "none"):
+        return weights
+    with _readable(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
+    """Return the file of weights (HDF5) for a backbone, or None where none is loaded: for `cnn` and `none`.
+
+    `weights` is `imagenet`, `none` or a file, `keras_home` the folder where Keras keeps what it downloads
+    (`KERAS_HOME`, `~/.keras`). ImageNet weights that are neither there nor in INSTALLED are fetched.
+    Raises PipelineError where there is no such file, or where it cannot be fetched.
+    """
+    if not is_frozen(name) or weights == "none":
+        return None
+    return _imagenet(name, FROZEN[name], keras_home) if weights == "imagenet" else _readable(weights)
+
+
+def _readable(weights: str) -> Path:
+    path = Path(weights)
+    if path.suffix != ".h5":  # what else Keras loads can hold code
+        raise PipelineError(
+            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights: *.weights.h5 as Keras's "
+            "save_weights writes it, or *_notop.h5 of keras.applications."
+        )
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise PipelineError(
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Give the path of one, "
+            "or imagenet, or none."
+        )
+    return path
+
+
+def _imagenet(name: str, backbone: Backbone, keras_home: Path) -> Path:
+    url = WEIGHTS_URL + backbone.url
+    places = [folder / "models" / Path(backbone.url).name for folder in (keras_home, INSTALLED)]
+    for path in places:
+        if path.is_file() and backbone.md5 in (None, _md5(path)):
+            return path
+    path = places[0]
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as answer, draft.open("wb") as file:  # noqa: S310
+            shutil.copyfileobj(answer, file)
+        if backbone.md5 not in (None, _md5(draft)):
+            raise OSError("what came has another checksum than Keras states")
+        draft.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise PipelineError(
+            f"The ImageNet weights of {name} are not in {path} and cannot be fetched from {url} ({error}). "
+            "On a machine that has a route, download that file and copy it to that path; "
+            "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs none."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] not in FROZEN:
+        sys.exit(f"{sys.argv[1]}: expected one of {', '.join(FROZEN)}.")
+    try:
+        print(weights_file(sys.argv[1], "imagenet", Path(sys.argv[2])))  # noqa: T201
+    except PipelineError as error:
+        print(error, "The image is built without them.", sep="\n")  # noqa: T201

@@ -1,0 +1,196 @@
+"""Layers: the frozen backbone, the head, the servable whole."""
+
+import math
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import changed
+from dgmd_pipeline.training import backbones
+
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
+
+    from dgmd_pipeline.manifest import Fit
+
+HEAD_UNITS = (124, 64)
+CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
+CNN_FILTERS = (24, 96, 192)  # of its first convolution, doubled up to the second number, and of its last at most
+BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to arrive than a small data set has
+SEED_OF_NONE = 20_230_917  # `weights="none"` gives the same numbers in every process
+
+
+def build_backbone(backbone: str, weights: str, height: int, width: int, keras_home: Path) -> "keras.Model":
+    """Build a frozen network that turns pictures [batch, height, width, 3] of 0..255 into vectors (float32 [batch, d]).
+
+    Scaling is inside, batch normalisation uses the statistics that came with the weights. `weights="none"` sets Keras's
+    random seed, so that two processes build the same network.
+    Raises PipelineError for weights that are missing or another network's, and for pictures too small for the network.
+    """
+    import keras
+
+    known = backbones.FROZEN[backbone]
+    if min(height, width) < known.min_size:
+        raise PipelineError(
+            f"{backbone} needs pictures of at least {known.min_size} x {known.min_size} pixels, "
+            f"IMAGE_WIDTH={width} and IMAGE_HEIGHT={height} are smaller; raise them or choose BACKBONE=cnn."
+        )
+    path = backbones.weights_file(backbone, weights, keras_home)
+    if path is None:
+        keras.utils.set_random_seed(SEED_OF_NONE)
+    pixels = keras.Input((height, width, 3), name="pixels")
+    scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
+    build = getattr(keras.applications, known.function)
+    vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
+    network = keras.Model(pixels, vector, name="backbone")  # EfficientNetV2 looks up its layers by the name given to it
+    if path is not None:
+        _load_weights(network, path, backbone)
+    network.trainable = False
+    return network
+
+
+def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
+    import numpy as np
+
+    # Keras warns about a layer that the file does not have and leaves it as it was: so it must not be a number before.
+    network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            network.load_weights(path)
+        missing = sum(bool(np.isnan(values).any()) for values in network.get_weights())
+        if missing:
+            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or hold no numbers")
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise PipelineError(
+            f"The weights in {path} are not those of {name} without its top layers ({reason}). "
+            "Choose the BACKBONE that they were saved from, or another BACKBONE_WEIGHTS."
+        ) from error
+
+
+def build_cnn(height: int, width: int) -> "keras.Model":
+    """Build a small trainable network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
+
+    Strided convolutions reduce the image to a map of at most 16 x 16. A convolution follows on that map, one on half
+    of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random numbers set
+    the initial weights. docs/measurements/cnn.md has what this was chosen by.
+    """
+    import keras
+    from keras import layers
+
+    pixels = keras.Input((height, width, 3), name="pixels")
+    x = layers.Rescaling(1 / 255, name="scaling")(pixels)
+    halvings = max(0, math.ceil(math.log2(max(height, width) / CNN_MAP)))
+    first, most, most_at_the_end = CNN_FILTERS
+    for number in range(halvings + 3):
+        if number > halvings:
+            x = layers.MaxPooling2D(padding="same")(x)
+        filters = min(first << number, most if number < halvings + 2 else most_at_the_end)
+        strides = 2 if number < halvings else 1
+        x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
+        x = layers.ReLU()(x)
+    return keras.Model(pixels, layers.GlobalMaxPooling2D()(x), name="backbone")
+
+
+def build_head(
+    features: int, classes: int, dropout: float, mean: "np.ndarray | None" = None, deviation: float = 1.0
+) -> "keras.Model":
+    """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
+
+    Two hidden layers. `mean` (float [features]) is first subtracted from the vectors, which are divided by `deviation`.
+    """
+    import keras
+    from keras import layers
+
+    vector = keras.Input((features,), name="features")
+    x = vector
+    if mean is not None:
+        x = layers.Rescaling(1 / deviation, (-mean / deviation).tolist(), name="centring")(vector)
+    for units in HEAD_UNITS:
+        x = layers.Dense(units, use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
+        x = layers.ReLU()(x)
+        x = layers.Dropout(dropout)(x)
+    x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
+    return keras.Model(vector, x, name="head")
+
+
+def build_linear_head(kernel: "np.ndarray", bias: "np.ndarray") -> "keras.Model":
+    """Build a logistic regression from its kernel (float32 [features, classes]) and bias (float32 [classes])."""
+    import keras
+    from keras import layers
+
+    vector = keras.Input((len(kernel),), name="features")
+    layer = layers.Dense(len(bias), activation="softmax", dtype="float32", name="probabilities")
+    head = keras.Model(vector, layer(vector), name="head")
+    layer.set_weights([kernel, bias])
+    return head
+
+
+def load(path: Path) -> "keras.Model":
+    """Load a saved network. Raises PipelineError where the file is gone or was changed."""
+    import keras
+
+    try:
+        return keras.models.load_model(path, compile=False)
+    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # another Keras's: TypeError
+        raise changed(path, error) from error
+
+
+def input_size(network: "keras.Model") -> tuple[int, int]:
+    """Return the height and width in pixels that a whole model fits images to."""
+    layer = network.get_layer("resizing")
+    return layer.height, layer.width
+
+
+def input_fit(network: "keras.Model") -> "Fit":
+    """Return how a whole model fits images to its size."""
+    layer = network.get_layer("resizing")
+    if layer.crop_to_aspect_ratio:
+        return "crop"
+    return "letterbox" if layer.pad_to_aspect_ratio else "stretch"
+
+
+def estimate_bytes(network: "keras.Model") -> int:
+    """Return about how many bytes a saved network takes: its float32 weights, and a little for the rest."""
+    return 4 * network.count_params() + 200_000
+
+
+def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras.Model":
+    """Make the servable whole: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
+
+    Images of any size are fitted to the backbone's. The weights are shared, not copied.
+    There is only what Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    """
+    import keras
+
+    _, height, width, _ = backbone.input_shape
+    pictures = keras.Input((None, None, 3), dtype="uint8", name="pictures")
+    return keras.Model(pictures, head(backbone(fitting(pictures, height, width, fit))), name="classifier")
+
+
+def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
+    """Resize images (uint8 [batch, any, any, 3]) as `encoding.fitted` does: float32 [batch, height, width, 3].
+
+    Bilinear and antialiased, rounded to whole levels, which is what the records hold. Without the rounding one label
+    in 150 was another than that of the record: docs/measurements/records.md.
+    """
+    import keras
+    from keras import layers
+
+    x = layers.Rescaling(1.0, name="float")(pictures)  # of uint8, Resizing cuts the fractions off
+    x = layers.Resizing(
+        height,
+        width,
+        interpolation="bilinear",
+        antialias=True,
+        crop_to_aspect_ratio=fit == "crop",
+        pad_to_aspect_ratio=fit == "letterbox",
+        name="resizing",
+    )(x)
+    return keras.ops.round(x)

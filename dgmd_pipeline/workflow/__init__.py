@@ -1,0 +1,1 @@
+"""Luigi and the step contract; knows nothing of images, TensorFlow, S3 or MLflow."""

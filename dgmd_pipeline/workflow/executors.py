@@ -1,0 +1,109 @@
+"""Self-contained pieces of work -> their results, in processes or threads on all cores."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from dgmd_pipeline.errors import PipelineError
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pool:
+    """Processes that start with the first piece of work and are there for the whole run."""
+
+    def __init__(self, processes: int | None = None) -> None:
+        self._processes = processes or cores()
+        self._executor: ProcessPoolExecutor | None = None
+
+    def map(self, function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+        """Yield `function(piece)` in the order of the pieces, which are taken as they are needed.
+
+        Raises what `function` raises, and PipelineError where a process was killed.
+        """
+        if self._executor is None:
+            # Never fork: TensorFlow may be imported by now, and its threads do not survive a fork.
+            self._executor = ProcessPoolExecutor(
+                self._processes, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
+            )
+        try:
+            yield from _in_order(self._executor, function, pieces, 2 * self._processes)
+        except BrokenProcessPool:
+            raise PipelineError(
+                "A worker process was killed, most likely by the system for lack of memory. "
+                "Give the run more memory or fewer cores, and run it again: finished steps are kept."
+            ) from None
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        if self._executor is None:
+            return
+        processes: dict[int, Any] = dict(self._executor._processes or {})
+        for process in processes.values():
+            process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor = None
+
+
+def in_threads(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+    """Yield `function(piece)` in the order of the pieces, one thread a core; for work that releases the GIL."""
+    with ThreadPoolExecutor(cores()) as executor:
+        yield from _in_order(executor, function, pieces, 2 * cores())
+
+
+def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Call `function` in a thread now; what is returned waits for its end and returns or raises what came of it."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result
+
+
+def _in_order(
+    executor: Executor, function: Callable[[Piece], Result], pieces: Iterable[Piece], at_once: int
+) -> Iterator[Result]:
+    source = iter(pieces)
+    waiting = deque(executor.submit(function, piece) for piece in islice(source, at_once))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(executor.submit(function, piece) for piece in islice(source, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _initialize_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,79 @@
+"""Records of the steps that ran -> where the time went, as a table for people and as metrics."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from dgmd_pipeline import formatting
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.workflow.provenance import StepRecord
+
+REST = "the rest"  # of a run: start, planning, waiting
+SECONDS = "step_seconds/"  # MLflow's page groups metrics by what is before the slash
+
+
+class Row(NamedTuple):
+    """What a step took of a run."""
+
+    name: str  # of the step's folder
+    seconds: float
+    images: float | None  # a second; None where that says nothing
+    megabytes: float | None  # a second
+    share: int  # of the run, percent
+
+
+def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
+    """Return a row for each step and one for the rest of a run that took `total` seconds; shares sum to 100."""
+    rest = max(0.0, total - sum(record.seconds for record in records))
+    *shares, rest_share = formatting.whole_percentages([*(record.seconds for record in records), rest])
+    found = [
+        Row(record.step, record.seconds, *_rates(record), share) for record, share in zip(records, shares, strict=True)
+    ]
+    return [*found, Row(REST, rest, None, None, rest_share)]
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the table, at most 60 columns wide, and below it a line that names the slowest step."""
+    table = [f"  {'step':19} {'seconds':>9} {'images/s':>10} {'MB/s':>8} {'share':>6}"]
+    for row in rows:
+        megabytes = "" if row.megabytes is None else f"{row.megabytes:,.1f}"
+        share = f"{row.share} %"
+        table.append(f"  {row.name:19} {row.seconds:>9,.1f} {_images(row):>10} {megabytes:>8} {share:>6}")
+    slowest = max((row for row in rows if row.name != REST), key=lambda row: row.seconds)
+    total = sum(row.seconds for row in rows)
+    speed = f", {_images(slowest)} images/s" if slowest.images else ""
+    took = f"{slowest.seconds:,.1f} s of {total:,.1f} s ({slowest.share} %)"
+    return [*table, f"Slowest: {slowest.name}, {took}{speed}"]
+
+
+def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
+    """Return what each step took, how fast it was and its share (a fraction) of all steps, by metric name."""
+    records = list(records)
+    total = sum(record.seconds for record in records)
+    found: dict[str, float] = {}
+    for record in records:
+        images, megabytes = _rates(record)
+        values = {
+            f"{SECONDS}{record.step}": record.seconds,
+            f"step_images_per_second/{record.step}": images,
+            f"step_megabytes_per_second/{record.step}": megabytes,
+            f"step_share/{record.step}": record.seconds / total if total else None,
+        }
+        found |= {name: value for name, value in values.items() if value is not None}
+    return found
+
+
+def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
+    """Return images and megabytes a second; None for what the step had nothing of, or that took no time."""
+
+    def rate(amount: int | None) -> float | None:
+        return amount / record.seconds if amount and record.seconds else None
+
+    megabytes = rate(record.volume)
+    return rate(record.worked), megabytes and megabytes / 1e6
+
+
+def _images(row: Row) -> str:
+    if row.images is None:
+        return ""
+    return f"{row.images:,.0f}" if row.images >= 9.95 else f"{row.images:.1f}"

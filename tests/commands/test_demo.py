@@ -1,0 +1,154 @@
+"""`python pipeline.py demo` and what it promises."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import run_pipeline, wait_for
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.training import dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_pipeline(folder, "demo")
+
+
+def test_the_demo_registers_a_model_that_knows_its_digits(demo):
+    folder, result = demo
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((folder / "demo-data" / "evaluation" / "metrics.json").read_text())
+    assert metrics["accuracy"] >= 0.98
+    assert "dgmd_model version 1 is registered, non-production, with a validation accuracy of 9" in result.stdout
+    for reason in ("duplicate", "conflict", "unreadable", "truncated", "empty", "no label", "unsafe name"):
+        assert reason in result.stdout
+
+
+def test_it_makes_at_most_three_more_errors_than_a_support_vector_machine_on_the_same_split(demo):
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    folder, _ = demo
+    digits = load_digits()
+    values, truth = {}, {}
+    for side in ("training", "validation"):
+        rows = manifest.read(folder / "demo-data" / "split" / f"{side}.csv", manifest.Example)
+        named = [original(row.path) for row in rows]
+        truth[side] = [digit for digit, _ in named]
+        values[side] = [digits.data[np.flatnonzero(digits.target == digit)[number]] for digit, number in named]
+    machine = SVC(gamma=0.001).fit(values["training"], truth["training"])
+    errors = int((machine.predict(values["validation"]) != truth["validation"]).sum())
+    with np.load(folder / "demo-data" / "evaluation" / "predictions.npz") as kept:
+        ours = int((kept["probabilities"].argmax(1) != kept["truth"]).sum())
+    assert ours <= errors + 3
+
+
+def original(path):
+    """Digit and number of the picture that a demo object shows."""
+    label, name = path.split("/")
+    return int(label), int(name.split("_")[1].split(".")[0].split(",")[0]) if "_" in name else -1
+
+
+def test_run_again_with_its_variables_it_does_nothing(demo):
+    folder, _ = demo
+    code = """
+import sys
+from dgmd_pipeline.cli import main
+assert main(["--env-file", "demo.env"]) == 0
+assert not {"tensorflow", "mlflow"} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Nothing to do: dgmd_model version 1 is registered." in result.stdout
+
+
+def test_a_consumer_that_knows_nothing_of_this_package_reads_the_original_pictures(demo):
+    """What the records hold is what the model makes of the originals: the same digit for at least 99.5 %."""
+    folder, _ = demo
+    code = """
+import json, pathlib, sys
+import mlflow, numpy as np
+from PIL import Image
+mlflow.set_tracking_uri("sqlite:///demo-data/mlflow/mlflow.db")
+model = mlflow.pyfunc.load_model("models:/dgmd_model/1")
+run = mlflow.MlflowClient().get_model_version("dgmd_model", "1").run_id
+mapping = json.load(open(mlflow.artifacts.download_artifacts(run_id=run, artifact_path="mapping.json")))
+batches = {}
+for path in json.load(open("paths.json")):
+    pixels = np.asarray(Image.open(pathlib.Path("demo-data/raw", path)).convert("RGB"))  # 24 to 64 pixels square
+    batches.setdefault(pixels.shape, []).append((path, pixels))
+read = {}
+for batch in batches.values():
+    for (path, _), probabilities in zip(batch, model.predict(np.stack([pixels for _, pixels in batch]))):
+        read[path] = mapping[str(probabilities.argmax())]
+assert "dgmd_pipeline" not in sys.modules
+json.dump(read, open("read.json", "w"))
+"""
+    paths = dataset.keys(folder / "demo-data" / "tfrecord_validation")
+    (folder / "paths.json").write_text(json.dumps(paths))
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    read = json.loads((folder / "read.json").read_text())
+    right = [label == path.split("/")[0] for path, label in read.items()]
+    assert sum(right) >= 0.98 * len(right)
+    labels = labels_of(folder)
+    with np.load(folder / "demo-data" / "evaluation" / "predictions.npz") as kept:
+        evaluated = [labels[index] for index in kept["probabilities"].argmax(1)]
+    same = [read[path] == label for path, label in zip(paths, evaluated, strict=True)]
+    assert sum(same) >= 0.995 * len(same)
+
+
+def labels_of(folder):
+    return list(json.loads((folder / "demo-data" / "label_map" / "mapping.json").read_text()).values())
+
+
+def test_the_next_commands_work_as_printed(demo):
+    folder, result = demo
+    after = result.stdout.partition("What next?")[2].splitlines()
+    commands = [line.strip() for line in after if line.startswith("  ") and "#" not in line]
+    promote, predict, server, plan, remove, again = commands
+    assert (folder / "demo-data" / "evaluation" / "report.html").stat().st_size > 100_000
+    promoted = subprocess.run(f"{promote} --yes", shell=True, cwd=folder, capture_output=True, text=True)
+    assert "dgmd_model version 1 is production." in promoted.stdout, promoted.stdout
+    predicted = subprocess.run(predict, shell=True, cwd=folder, capture_output=True, text=True)
+    assert predicted.returncode == 0, predicted.stdout + predicted.stderr
+    sixes = [line.split()[0] for line in predicted.stdout.splitlines() if "digit 6" in line]
+    assert len(sixes) > 100 and sixes.count("6") > 0.97 * len(sixes)
+    page = subprocess.Popen(["/bin/sh", "-c", f"exec {server}"], cwd=folder, start_new_session=True)
+    try:
+        wait_for("http://127.0.0.1:5050/health", page)
+        experiments = urllib.request.urlopen(
+            "http://127.0.0.1:5050/ajax-api/2.0/mlflow/registered-models/search"
+        ).read()
+        assert b'"dgmd_model"' in experiments
+    finally:
+        os.killpg(page.pid, signal.SIGKILL)
+        page.wait()
+    plan = subprocess.run(plan, shell=True, cwd=folder, check=True, capture_output=True, text=True)
+    assert " run " not in plan.stdout
+    kept = (folder / "demo-data" / "tfrecord_training").stat().st_ino
+    result = subprocess.run(f"{remove} && {again}", shell=True, cwd=folder, check=True, capture_output=True, text=True)
+    assert "version 1 is production: fetching it to compare" in result.stdout
+    assert "dgmd_model version 2, non-production" in result.stdout
+    assert (folder / "demo-data" / "tfrecord_training").stat().st_ino == kept
+    code = """
+from dgmd_pipeline.cli import main
+for words in ("promote 2 --yes --force --reason tried", "compare 1 2", "rollback --yes", "history", "models"):
+    assert main([*words.split(), "--env-file", "demo.env"]) == 0, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "version 2 is production; version 1 was." in done.stdout
+    assert "version 1 is production again; version 2 was." in done.stdout
+    events = [line.split()[1:4] for line in done.stdout.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
+    assert [event[0] for event in events] == ["promote", "promote", "rollback"]

@@ -1,0 +1,153 @@
+"""What a run leaves behind for a health check, and what it sends."""
+
+import json
+import os
+
+import pytest
+from conftest import COMMAND, CREDENTIALS, picture, run_in_own_mounts, run_pipeline
+
+from dgmd_pipeline.commands import notify
+
+
+@pytest.fixture
+def variables(bucket, s3_endpoint, tmp_path):
+    name, client = bucket
+    for label in ("anise", "cumin"):
+        for number in range(3):
+            client.put_object(Bucket=name, Key=f"p/{label}/{number}.png", Body=picture(label, number))
+    place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name, "AWS_DATA_PATH": "p"}
+    return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "spices"}
+
+
+def health(folder, variables, *arguments):
+    done = run_pipeline(folder, "health", *arguments, **variables)
+    return done.returncode, done.stdout
+
+
+def test_a_run_that_succeeds_one_that_has_nothing_to_do_and_one_that_fails_are_told(variables, listener, tmp_path):
+    url, bodies = listener
+    variables |= {"NOTIFY_URL": f"{url}/hook"}
+    assert health(tmp_path, variables)[0] == 1  # a name that was mistyped must not look well
+    (tmp_path / "data").mkdir()
+    assert health(tmp_path, variables)[0] == 0  # before the first run there is nothing to complain about
+    assert "No run has ended yet" in health(tmp_path, variables)[1]
+
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    code, text = health(tmp_path, variables)
+    assert code == 0
+    assert "succeeded after" in text
+    assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
+    assert "unchanged after" in health(tmp_path, variables)[1]
+
+    elsewhere = variables | {"AWS_DATA_PATH": "gone"}
+    assert run_pipeline(tmp_path, "--until", "label", **elsewhere).returncode == 20
+    code, text = health(tmp_path, variables)
+    assert code == 1
+    assert "failed after" in text
+    assert "/gone" in text
+
+    assert [body["outcome"] for body in bodies] == ["succeeded", "unchanged", "failed"]
+    assert all(body["model"] == "spices" for body in bodies)
+    assert bodies[0]["text"].startswith("spices: succeeded. label_map: ")
+    assert bodies[2]["exit_code"] == 20
+    told = json.loads(health(tmp_path, variables, "--json")[1])
+    assert told == {name: value for name, value in bodies[2].items() if name != "text"}
+
+
+def test_a_step_that_fails_is_named(variables, tmp_path):
+    variables |= {"MIN_IMAGES_PER_LABEL": 50}
+    assert run_pipeline(tmp_path, **variables, BACKBONE="cnn").returncode == 20
+    told = json.loads(health(tmp_path, variables, "--json")[1])
+    assert (told["step"], told["exit_code"], told["version"]) == ("label_map", 20, None)
+    assert "MIN_IMAGES_PER_LABEL" in told["message"]
+
+
+def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_of_the_first(variables, tmp_path):
+    from dgmd_pipeline.workflow import folders
+
+    (tmp_path / "data").mkdir()
+    with folders.lock(tmp_path / "data"):
+        assert run_pipeline(tmp_path, **variables).returncode == 10
+    assert not (tmp_path / "data" / "status.json").exists()
+
+
+def test_on_a_full_disk_an_old_success_does_not_stay(variables, tmp_path):
+    script = f"""
+mkdir data && mount -t tmpfs -o size=300k tmpfs data || exit 77
+{COMMAND} --until label && {COMMAND} health || exit 1
+cat /dev/zero > data/full
+AWS_DATA_PATH=gone {COMMAND} --until label
+{COMMAND} health; echo "health $?"
+"""
+    done = run_in_own_mounts(tmp_path, script, **variables)
+    assert "succeeded after" in done.stdout
+    assert done.stdout.endswith("health 1\n"), done.stdout + done.stderr
+
+
+def test_in_a_folder_that_became_read_only_an_old_success_says_nothing(variables, tmp_path):
+    script = f"""
+mkdir data && mount -t tmpfs tmpfs data || exit 77
+{COMMAND} --until label && mount -o remount,ro data || exit 1
+{COMMAND} health; echo "health $?"
+"""
+    done = run_in_own_mounts(tmp_path, script, **variables)
+    assert "data: Read-only file system. DATA_DIR has to be writable" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("health 30\n")
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path, listener):
+    url, bodies = listener
+    for label in ("anise", os.fsdecode(b"caf\xe9")):
+        folder = tmp_path / "data" / "raw" / label
+        folder.mkdir(parents=True)
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(picture("a", number) if label == "anise" else b"<html>")
+    done = run_pipeline(tmp_path, "--until", "label", NOTIFY_URL=url, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 20, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "caf\\udce9 (3 of 3 files)" in done.stdout
+    assert health(tmp_path, {})[0] == 1
+    assert "caf\udce9 (3 of 3 files)" in bodies[0]["message"]
+
+
+@pytest.mark.parametrize("status", ["{", '{"outcome": "succeeded"}'])
+def test_a_status_that_cannot_be_read_is_none(status, variables, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "status.json").write_text(status)
+    code, text = health(tmp_path, variables)
+    assert code == 0
+    assert "No run has ended yet" in text
+
+
+def test_a_listener_that_fails_is_a_warning_without_its_path(listener, caplog):
+    url, bodies = listener
+    notify.post(f"{url}/broken", {"outcome": "succeeded"})
+    assert bodies == [{"outcome": "succeeded"}]
+    notify.post("http://127.0.0.1:9/s3cr3t", {})
+    notify.post(f"{url}/moved", {})
+    assert [message.split(": ")[0] for message in caplog.messages] == ["NOTIFY_URL"] * 3
+    assert "302" in caplog.messages[2]
+    assert "500" in caplog.messages[0]
+    assert "127.0.0.1" in caplog.messages[1]
+    assert "s3cr3t" not in caplog.text
+    assert "broken" not in caplog.text
+
+
+def test_a_listener_that_does_not_answer_holds_up_nothing(monkeypatch, caplog):
+    import socket
+
+    monkeypatch.setattr(notify, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        notify.post(f"http://127.0.0.1:{silent.getsockname()[1]}/", {})
+    assert "127.0.0.1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///s3cr3t", "http://me:s3cr3t@host/", "http://[::1/s3cr3t", "http://host:x/s3cr3t", "http://host/s3cr3tü"],
+)
+def test_what_cannot_be_a_listener_is_refused_without_showing_it(url, tmp_path):
+    done = run_pipeline(tmp_path, "plan", NOTIFY_URL=url)
+    assert done.returncode == 2
+    assert "NOTIFY_URL=***: expected http://... or https://..." in done.stdout
+    assert "s3cr3t" not in done.stdout + done.stderr

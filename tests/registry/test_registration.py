@@ -1,0 +1,253 @@
+"""Against the embedded store and a real MLflow server over HTTP."""
+
+import base64
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import mlflow
+import numpy as np
+import pytest
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.registry import registration, versions
+from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.training.networks import load
+
+
+@pytest.fixture
+def answering():
+    """A server that answers every GET as told and remembers what it was asked: `answering(status, body)`."""
+    servers = []
+
+    def start(status, body=b""):
+        asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append((self.path, self.headers.get("Authorization")))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"127.0.0.1:{server.server_port}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_of_version_3_is_fine(mlflow_server):
+    assert registry_store.check_server(mlflow_server) is None
+
+
+def test_an_older_server_has_to_be_upgraded(answering):
+    host, _ = answering(200, b"2.22.1")
+    with pytest.raises(PipelineError, match="is version 2.22.1, .* upgrade the server"):
+        registry_store.check_server(f"http://{host}")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b"", "MLFLOW_TRACKING_USERNAME"),
+        (403, b"Invalid Host header", "MLFLOW_SERVER_ALLOWED_HOSTS"),
+        (502, b"", "answers 502"),
+        (200, b"<html>welcome</html>", "does not say that it is an MLflow server"),
+    ],
+)
+def test_a_server_that_does_not_say_its_version_is_a_warning(answering, status, body, said):
+    host, _ = answering(status, body)
+    warning = registry_store.check_server(f"http://me:s3cr3t@{host}/")
+    assert said in warning
+    assert "the registration at its end tries again" in warning
+    assert "s3cr3t" not in warning
+
+
+def test_a_server_that_is_not_there_is_a_warning():
+    assert "cannot be reached" in registry_store.check_server("http://127.0.0.1:9/")
+    assert "cannot be reached" in registry_store.check_server("http://no such host/")
+
+
+@pytest.mark.parametrize(("uri", "login"), [("http://me:p%40ss@{}", None), ("http://{}/", "me:p@ss")])
+def test_a_login_is_sent_as_a_header(answering, uri, login):
+    host, asked = answering(200, b"3.17.2")
+    assert registry_store.check_server(uri.format(host), login) is None
+    assert asked == [("/version", "Basic " + base64.b64encode(b"me:p@ss").decode())]
+
+
+def test_a_store_that_is_no_server_is_not_asked():
+    assert registry_store.check_server("sqlite:////data/mlflow.db") is None
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    import keras
+
+    pictures = keras.Input((None, None, 3), dtype="uint8")
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(pictures))
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    keras.Model(pictures, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
+    return path
+
+
+def candidate(folder, model, training_id="one", **changes):
+    (folder / "evaluation").mkdir(exist_ok=True)
+    (folder / "evaluation" / "metrics.json").write_text("{}")
+    (folder / "mapping.json").write_text(json.dumps({"0": "anise", "1": "mint"}))
+    history = [
+        {"accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.6, "val_loss": 0.9},
+        {"accuracy": 0.7, "loss": 0.8, "val_accuracy": 0.8, "val_loss": 0.7},
+        {"accuracy": 0.9, "loss": 0.6, "val_accuracy": 0.7, "val_loss": 0.8},
+    ]
+    values = {
+        "training_id": training_id,
+        "model": lambda: load(model),
+        "labels": ["anise", "mint"],
+        "params": {"EPOCHS": 3},
+        "history": history,
+        "metrics": {"evaluation_accuracy": 0.8},
+        "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
+        "tags": {"dgmd.version": "0.1.0"},
+        "source": "s3://bucket/train/images",
+        "source_digest": "a" * 64,
+        "files": {folder / "mapping.json": "", folder / "evaluation": "evaluation"},
+    }
+    return registration.Candidate(**{**values, **changes})
+
+
+@pytest.fixture(params=["embedded", "server"])
+def store(request, tmp_path):
+    if request.param == "embedded":
+        return registry_store.embedded(tmp_path / "mlflow")
+    return registry_store.Store(request.getfixturevalue("mlflow_server"), None)
+
+
+def test_a_training_becomes_one_version_however_often_it_is_registered(store, saved_model, tmp_path, request):
+    name = f"often-{request.node.callspec.id}"
+    first = registration.register(store, name, name, candidate(tmp_path, saved_model))
+    again = registration.register(store, name, name, candidate(tmp_path, saved_model))
+    assert (first.version, first.new) == (1, True)
+    assert again == first._replace(new=False)
+    other = registration.register(store, name, name, candidate(tmp_path, saved_model, "two"))
+    assert (other.version, other.new) == (2, True)
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    assert int(client.get_model_version_by_alias(name, "candidate").version) == 2
+    assert len(client.search_runs([client.get_experiment_by_name(name).experiment_id])) == 2
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_each_epoch_is_a_step_of_the_metrics(store, saved_model, tmp_path, request):
+    name = f"epochs-{request.node.callspec.id}"
+    version = registration.register(store, name, name, candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    points = client.get_metric_history(version.run_id, "val_accuracy")
+    assert [point.value for point in sorted(points, key=lambda point: point.step)] == [0.6, 0.8, 0.7]
+    assert client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.7
+
+
+def test_a_long_history_is_logged_whole(store, saved_model, tmp_path, request):
+    name = f"long-{request.node.callspec.id}"
+    history = [dict.fromkeys(("accuracy", "loss", "val_accuracy", "val_loss"), float(epoch)) for epoch in range(400)]
+    version = registration.register(store, name, name, candidate(tmp_path, saved_model, history=history))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    for metric in history[0]:
+        points = client.get_metric_history(version.run_id, metric)
+        values = {point.step: point.value for point in points}
+        assert len(points) == 400
+        assert values == {epoch + 1: float(epoch) for epoch in range(400)}
+
+
+def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, saved_model, tmp_path, request):
+    name = f"times-{request.node.callspec.id}"
+    version = registration.register(store, name, name, candidate(tmp_path, saved_model))
+    registration.add_metrics(store, version, {"step_seconds/registered_model": 2.5})
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    run = client.get_run(version.run_id)
+    times = {name: value for name, value in run.data.metrics.items() if name.startswith("step_")}
+    assert times == {"step_seconds/raw": 12.5, "step_share/raw": 1.0, "step_seconds/registered_model": 2.5}
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
+
+
+def test_a_consumer_without_this_package_gets_the_same_answers_and_nothing_is_printed(saved_model, tmp_path):
+    store = registry_store.embedded(tmp_path / "mlflow")
+    registration.register(store, "quiet", "quiet", candidate(tmp_path, saved_model))
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)
+    np.save(tmp_path / "pictures.npy", pictures)
+    code = f"""
+import sys, mlflow, numpy as np
+mlflow.set_tracking_uri({store.uri!r})
+model = mlflow.pyfunc.load_model("models:/quiet/1")
+pictures = np.load("pictures.npy")
+for stream in (sys.stdout, sys.stderr):
+    print("from here on", file=stream, flush=True)
+np.save("answers.npy", model.predict(pictures))
+assert "dgmd_pipeline" not in sys.modules
+assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [stream.partition("from here on\n")[2] for stream in (done.stdout, done.stderr)] == ["", ""]
+    assert np.array_equal(np.load(tmp_path / "answers.npy"), load(saved_model).predict(pictures, verbose=0))
+
+
+def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):
+    store = registry_store.embedded(tmp_path / "mlflow")
+    lost = candidate(tmp_path, saved_model, files={tmp_path / "nowhere": ""})  # found missing after the run was begun
+    with pytest.raises(PipelineError, match=r"did not take the model: .*nowhere"):
+        registration.register(store, "cut", "cut", lost)
+    version = registration.register(store, "cut", "cut", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    runs = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
+    assert [run.info.run_id for run in runs] == [version.run_id]
+
+
+def test_a_run_that_was_complete_before_its_version_was_created_is_used(saved_model, tmp_path):
+    store = registry_store.embedded(tmp_path / "mlflow")
+    first = registration.register(store, "shared", "first", candidate(tmp_path, saved_model))
+    second = registration.register(store, "shared", "second", candidate(tmp_path, saved_model))
+    assert second.new
+    assert second.run_id == first.run_id
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    assert client.get_run(first.run_id).info.lifecycle_stage == "active"
+    assert mlflow.pyfunc.load_model("models:/second/1").metadata.metadata["labels"] == ["anise", "mint"]
+
+
+def test_a_version_that_was_promoted_meanwhile_does_not_become_candidate_again(saved_model, tmp_path):
+    store = registry_store.embedded(tmp_path / "mlflow")
+    registration.register(store, "promoted", "promoted", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    client.delete_registered_model_alias("promoted", "candidate")
+    client.set_model_version_tag("promoted", "1", "environment", "production")
+    registration.register(store, "promoted", "promoted", candidate(tmp_path, saved_model))
+    assert client.get_model_version("promoted", "1").aliases == []
+
+
+def test_a_deleted_experiment_is_explained(saved_model, tmp_path):
+    store = registry_store.embedded(tmp_path / "mlflow")
+    registration.register(store, "deleted", "deleted", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    client.delete_experiment(client.get_experiment_by_name("deleted").experiment_id)
+    with pytest.raises(PipelineError, match="has been deleted. Restore it"):
+        registration.register(store, "deleted", "deleted", candidate(tmp_path, saved_model, "two"))
+
+
+def test_no_login_in_what_is_said_of_a_server_that_does_not_answer(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(PipelineError, match="did not answer as expected") as caught:
+        versions.entries(registry_store.Store("http://me:pa55word@127.0.0.1:9", None), "jars")
+    assert "pa55word" not in str(caught.value)

@@ -1,0 +1,210 @@
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training import backbones, fine_tuning, networks
+
+SMALL = "MobileNetV3-Small"
+NETWORK_OF_NONE = f"""
+import hashlib
+from dgmd_pipeline import backbones, model
+network = model.build_backbone({SMALL!r}, "none", 32, 32, None)
+print(hashlib.sha256(b"".join(w.tobytes() for w in network.get_weights())).hexdigest())
+"""
+LOAD_AND_PREDICT = """
+import sys
+sys.modules["dgmd_pipeline"] = None  # importing it is an error from here on
+import keras, numpy
+pictures = numpy.load("pictures.npy")
+numpy.save("probabilities.npy", keras.models.load_model("model.keras").predict(pictures, verbose=0))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("keras-home")
+
+
+@pytest.fixture(scope="module")
+def small(home):
+    return networks.build_backbone(SMALL, "none", 32, 32, home)
+
+
+@pytest.fixture(scope="module")
+def classifier(small):
+    return networks.assemble(small, networks.build_head(small.output_shape[-1], 5, 0.2), "stretch")
+
+
+def pictures(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write_as_keras_applications_do(network, path):
+    import h5py
+    from keras.src.legacy.saving import legacy_h5_format
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, network)
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_model_takes_uint8_pictures_of_any_size(classifier):
+    assert classifier.input_shape == (None, None, None, 3)
+    assert classifier.inputs[0].dtype == "uint8"
+    for shape in ((3, 32, 32, 3), (1, 50, 20, 3), (2, 8, 100, 3)):
+        probabilities = classifier.predict(pictures(*shape), verbose=0)
+        assert probabilities.shape == (shape[0], 5)
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_the_assembled_model_is_the_head_on_the_backbone_for_pictures_of_the_target_size(classifier, small):
+    batch = pictures(4, 32, 32, 3)
+    expected = classifier.get_layer("head").predict(small.predict(batch, verbose=0), verbose=0)
+    np.testing.assert_allclose(classifier.predict(batch, verbose=0), expected, atol=1e-6)
+
+
+def test_pictures_of_the_target_size_are_not_changed_by_resizing(classifier):
+    import keras
+
+    resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
+    batch = pictures(2, 32, 32, 3)
+    np.testing.assert_array_equal(resizing.predict(batch, verbose=0), batch)
+
+
+def test_resizing_is_bilinear_and_antialiased_as_pillow_does_it(classifier):
+    import keras
+
+    resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
+    picture = Image.effect_mandelbrot((200, 90), (-2, -1, 1, 1), 50).convert("RGB")
+    ours = resizing.predict(np.asarray(picture)[None], verbose=0)[0]
+    pillow = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    assert np.abs(ours - pillow).max() < 1.5  # Pillow rounds twice
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+def test_a_saved_model_knows_its_size_and_fit(fit, small, tmp_path):
+    networks.assemble(small, networks.build_head(small.output_shape[-1], 5, 0.2), fit).save(tmp_path / "model.keras")
+    loaded = networks.load(tmp_path / "model.keras")
+    assert (networks.input_size(loaded), networks.input_fit(loaded)) == ((32, 32), fit)
+
+
+def test_the_saved_model_loads_and_predicts_where_this_package_is_unknown(classifier, tmp_path):
+    batch = pictures(2, 40, 60, 3)
+    classifier.save(tmp_path / "model.keras")
+    np.save(tmp_path / "pictures.npy", batch)
+    subprocess.run([sys.executable, "-c", LOAD_AND_PREDICT], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), classifier.predict(batch, verbose=0), atol=1e-6)
+
+
+def test_random_weights_are_the_same_in_every_process(small):
+    here = hashlib.sha256(b"".join(weights.tobytes() for weights in small.get_weights())).hexdigest()
+    there = subprocess.run([sys.executable, "-c", NETWORK_OF_NONE], check=True, capture_output=True, text=True)
+    assert there.stdout.strip() == here
+
+
+def test_a_backbone_is_frozen(small):
+    assert not small.trainable_weights
+    batch = pictures(2, 32, 32, 3)
+    np.testing.assert_array_equal(small(batch, training=True), small(batch, training=False))
+
+
+def test_a_weights_file_is_loaded(small, tmp_path, home):
+    rng = np.random.default_rng(1)
+    ours = [rng.random(weights.shape, np.float32) for weights in small.get_weights()]
+    path = tmp_path / "mine.weights.h5"
+    before = small.get_weights()
+    try:
+        small.set_weights(ours)
+        small.save_weights(path)
+        assert_same_weights(networks.build_backbone(SMALL, str(path), 48, 64, home), small)
+    finally:
+        small.set_weights(before)
+
+
+@pytest.mark.parametrize("name", [name for name in backbones.BACKBONES if name.startswith("MobileNet")])
+def test_weights_of_a_plain_keras_network_are_loaded(name, tmp_path, home):
+    import keras
+
+    plain = getattr(keras.applications, backbones.FROZEN[name].function)(
+        include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg"
+    )
+    path = tmp_path / "plain_notop.h5"
+    write_as_keras_applications_do(plain, path)
+    assert_same_weights(networks.build_backbone(name, str(path), 64, 32, home), plain)
+
+
+def test_imagenet_weights_are_taken_from_the_cache_of_keras(tmp_path):
+    made = networks.build_backbone("MobileNetV2", "none", 32, 32, tmp_path)
+    made.set_weights([weights + 1 for weights in made.get_weights()])
+    name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+    write_as_keras_applications_do(made, tmp_path / "models" / name)
+    assert backbones.weights_file("MobileNetV2", "imagenet", tmp_path)
+    assert_same_weights(networks.build_backbone("MobileNetV2", "imagenet", 32, 32, tmp_path), made)
+
+
+def test_weights_of_another_network_are_refused_with_a_sentence(small, tmp_path, home):
+    path = tmp_path / "small.weights.h5"
+    small.save_weights(path)
+    with pytest.raises(PipelineError, match=r"small\.weights\.h5 are not those of MobileNetV3-Large"):
+        networks.build_backbone("MobileNetV3-Large", str(path), 32, 32, home)
+    legacy = tmp_path / "small_notop.h5"
+    write_as_keras_applications_do(small, legacy)
+    with pytest.raises(PipelineError, match=r"small_notop\.h5 are not those of MobileNetV2"):
+        networks.build_backbone("MobileNetV2", str(legacy), 32, 32, home)
+
+
+def test_a_file_that_holds_no_weights_is_refused_with_a_sentence(tmp_path, home):
+    path = tmp_path / "no.weights.h5"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(PipelineError, match=r"no\.weights\.h5 are not those of"):
+        networks.build_backbone(SMALL, str(path), 32, 32, home)
+
+
+def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
+    with pytest.raises(PipelineError, match="Xception needs pictures of at least 71 x 71"):
+        networks.build_backbone("Xception", "none", 70, 200, home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(backbones.FROZEN) - {f"EfficientNetV2-B{size}" for size in (0, 2, 3)}))
+def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
+    """Compares with the preprocessing function that Keras keeps beside each network; B1 stands for B0 to B3.
+
+    The same networks are divided as for fine-tuning: building them takes most of the time.
+    """
+    import importlib
+
+    import keras
+
+    size = max(backbones.FROZEN[name].min_size, 33)
+    ours = networks.build_backbone(name, "none", size, size + 1, home)
+    function = getattr(keras.applications, backbones.FROZEN[name].function)
+    plain = function(include_top=False, weights=None, input_shape=(size, size + 1, 3), pooling="avg")
+    plain.set_weights(ours.get_weights())
+    folder = backbones.FROZEN[name].url.split("/")[0]
+    module = importlib.import_module(f"keras.applications.{'resnet_v2' if folder == 'resnet' else folder}")
+    batch = pictures(2, size, size + 1, 3)
+    expected = plain.predict(module.preprocess_input(batch.astype(np.float32)), verbose=0)
+    np.testing.assert_allclose(ours.predict(batch, verbose=0), expected, rtol=1e-3, atol=1e-4)
+    bottom, top = fine_tuning.divide(ours)
+    inputs = batch.astype(np.float32)
+    np.testing.assert_allclose(top(bottom(inputs)), ours(inputs), rtol=1e-4, atol=1e-4)
+    assert 0.25 <= top.count_params() / ours.count_params() <= 0.75
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (192, 256), (300, 9)])
+def test_the_small_network_takes_any_size(height, width):
+    network = networks.build_cnn(height, width)
+    assert network(pictures(1, height, width, 3)).shape == (1, network.output_shape[-1])
+    assert network.count_params() < 600_000
