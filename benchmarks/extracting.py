@@ -17,7 +17,6 @@ def main() -> None:
     options = measure.arguments(__doc__, repeats=5, images=960)
     raw = pictures.make(measure.WORK / "spice")
     os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # as settings.load does for frozen backbones
-    from dgmd_pipeline import tasks
     from dgmd_pipeline.training import dataset, features, networks
     from dgmd_pipeline.workflow import executors
 
@@ -25,11 +24,11 @@ def main() -> None:
         source = write(raw, Path(scratch), options.images)
         backbone = networks.build_backbone("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
         forward = features.freeze(backbone)
-        batches = [x.numpy() for x, _ in dataset.read(source).batch(tasks.EXTRACTION_BATCH)]
+        batches = [x.numpy() for x, _ in dataset.read(source).batch(features.BATCH)]
 
         def ours() -> int:
             folder = Path(tempfile.mkdtemp(dir=scratch))
-            batched = dataset.read(source).batch(tasks.EXTRACTION_BATCH).prefetch(2)
+            batched = dataset.read(source).batch(features.BATCH).prefetch(2)
             return sum(features.extract(batched, options.images, backbone, folder, executors.in_threads))
 
         def theirs() -> int:

@@ -24,16 +24,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import endpoint, measure, pictures
-from dgmd_pipeline import cli, settings, tasks
-from dgmd_pipeline.workflow import executors, folders, step
+from dgmd_pipeline import cli, settings
+from dgmd_pipeline.tasks import data
+from dgmd_pipeline.workflow import folders, run_context
 
 LEAST, FEW, MANY = 200, 2_000, 20_000
 BY_PICTURES = {
-    "raw": tasks.DownloadImages,
-    "inspected": tasks.InspectImages,
-    "tfrecord_training": partial(tasks.WriteTFRecords, side="training"),
+    "raw": data.DownloadImages,
+    "inspected": data.InspectImages,
+    "tfrecord_training": partial(data.WriteTFRecords, split="training"),
 }
-BY_ROWS = {"label_map": tasks.MapLabels, "balanced": tasks.BalanceClasses, "split": tasks.SplitImages}
+BY_ROWS = {"label_map": data.MapLabels, "balanced": data.BalanceClasses, "split": data.SplitImages}
 AROUND = MANY // FEW // 2
 
 
@@ -95,28 +96,30 @@ def process(environment: dict[str, str]):
 
 
 def begin(environment: dict[str, str]) -> None:
-    global job
+    global context
     os.environ.update(environment)
     gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
-    job = step.Job(settings.Settings(), pool=executors.Pool())
+    context = run_context.RunContext(settings.Settings())
 
 
 def end() -> None:
-    job.pool.close()
+    context.executor.close()
 
 
 def seconds_of(stage: str) -> float:
     """Do the work of a stage once more, beside what is there."""
-    data = job.settings.data_dir
-    with tempfile.TemporaryDirectory(dir=data.parent) as folder:
+    data_dir = context.settings.data_dir
+    with tempfile.TemporaryDirectory(dir=data_dir.parent) as folder:
         draft = Path(folder, "draft")
         (draft / folders.RESUME).mkdir(parents=True)
-        of = job
+        of = context
         if stage == "raw":  # where it is, nothing would be downloaded
-            of = step.Job(job.settings.model_copy(update={"data_dir": Path(folder, "data")}), pool=job.pool)
-        start = time.perf_counter()
-        (BY_PICTURES | BY_ROWS)[stage](job=of).work(draft)
-        return time.perf_counter() - start
+            elsewhere = context.settings.model_copy(update={"data_dir": Path(folder, "data")})
+            of = run_context.RunContext(elsewhere, context.executor)
+        with run_context.activate(of):
+            start = time.perf_counter()
+            (BY_PICTURES | BY_ROWS)[stage]().work(draft)
+            return time.perf_counter() - start
 
 
 def peak_of(environment: dict[str, str], *words: str) -> float:

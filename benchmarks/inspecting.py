@@ -32,7 +32,7 @@ def bare(paths: list[Path]) -> int:
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = pictures.make(measure.WORK / "spice")
-    pool = executors.Pool()
+    pool = executors.ProcessExecutor()
     claims = []
     with measure.folder() as scratch:
         for suffix, of, goal in WAYS:

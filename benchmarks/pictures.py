@@ -101,7 +101,7 @@ def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
     if (folder / MADE).exists():
         return folder
     print(f"making {files:,} pictures in {folder} ...", flush=True)
-    pool = executors.Pool()
+    pool = executors.ProcessExecutor()
     numbers = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
     assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), numbers)) == files
     usable, rejected = inspection.inspect(inspection.find(folder), folder, folder, pool.map)

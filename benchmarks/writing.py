@@ -44,7 +44,7 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
     """Write the first `count` pictures as records, and return where they are."""
     folder = scratch / "records"
     folder.mkdir()
-    pool = executors.Pool()
+    pool = executors.ProcessExecutor()
     shards.write(
         rows_of(islice(inspection.find(raw), count)), raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map
     )
@@ -55,7 +55,7 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=11).repeats
     raw = pictures.make(measure.WORK / "spice")
-    pool = executors.Pool()
+    pool = executors.ProcessExecutor()
     claims = []
     with measure.folder() as scratch:
         for suffix, of, goal in WAYS:

@@ -199,6 +199,7 @@ def _add_operations(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _operate(options: argparse.Namespace) -> int:
     values = _settings(options)
+    _load_luigi(values)
     from dgmd_pipeline import commands
     from dgmd_pipeline.commands import compare, models, predict, promotion  # noqa: F401
 
@@ -211,6 +212,14 @@ def _settings(options: argparse.Namespace) -> "Settings":
 
     values = settings.load(options.env_file)
     return values.model_copy(update={"refresh": True}) if options.refresh else values
+
+
+def _load_luigi(values: "Settings") -> str | None:
+    """Read Luigi's configuration before anything imports Luigi; return the address of the scheduler to report to."""
+    from dgmd_pipeline.workflow import luigi_config
+
+    found = luigi_config.load(values.luigi_config_path)
+    return values.luigi_scheduler_url or found
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -264,18 +273,20 @@ def _ended(values: "Settings", code: int, seconds: float, has_told: bool) -> Non
 def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     values = _settings(options)
+    scheduler_url = _load_luigi(values)
     from dgmd_pipeline.commands import run  # after the settings: mistakes are answered at once
 
-    return run.run(values, options.force, options.until, options.verbose, start)
+    return run.run(values, options.force, options.until, options.verbose, start, scheduler_url)
 
 
 def _plan(options: argparse.Namespace) -> int:
     values = _settings(options)
+    _load_luigi(values)
     from dgmd_pipeline.commands import run
 
     outlooks = run.plan(values, options.force, options.until)
     if options.json:
-        steps = [dataclasses.asdict(outlook) for outlook in outlooks]
+        steps = [plan.as_json() for plan in outlooks]
         print(json.dumps({"data_dir": str(values.data_dir), "steps": steps}, indent=1))  # noqa: T201
     else:
         run.show_plan(outlooks, values.data_dir)

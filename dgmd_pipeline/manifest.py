@@ -56,6 +56,7 @@ class Rejected(NamedTuple):
     detail: str  # for the reader
 
 
+LISTING, REJECTED = "listing.csv", "rejected.csv"  # files of the step folders
 EXCLUDED = "excluded"  # the reason of a file that corrections.csv leaves out
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # cells that begin so are formulas to a spreadsheet
 
@@ -128,6 +129,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise changed(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file of a step."""
+    path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def read_shard_index(folder: Path) -> ShardIndex:

@@ -115,6 +115,12 @@ class Settings(BaseSettings):
 
     schedule: str | None = Field(None, description="cron expression: when to run, with REFRESH; unset: once, now")
     tz: str | None = Field(None, description="time zone of SCHEDULE, like Europe/Berlin; unset: the system's")
+    luigi_scheduler_url: str | None = Field(
+        None, description="a Luigi scheduler (luigid) whose page shows the run, like http://luigid:8082"
+    )
+    luigi_config_path: Path | None = Field(
+        None, description="a Luigi configuration; of it, only the address of the scheduler is used"
+    )
     notify_url: SecretStr | None = Field(None, description="gets a short JSON by POST after each run")
 
     keras_home: Path = Field(Path.home() / ".keras", description="where Keras keeps downloaded weights")

@@ -18,7 +18,7 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "tasks": {"evaluation", "registry", "s3", "data", "training", "workflow", "settings", "manifest"} | BASE,
     "evaluation": {"training", "data", "manifest"} | BASE,
     "registry": {"manifest"} | BASE,
-    "s3": {"manifest"} | BASE,
+    "s3": {"manifest", "workflow.disk"} | BASE,  # whether the disk has room
     "data": {"manifest"} | BASE,
     "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
     "workflow": BASE,
@@ -68,7 +68,7 @@ def test_a_module_imports_only_what_the_table_allows(module):
 def test_each_library_for_an_outside_world_has_one_adapter(module):
     for name in imports(module):
         adapter = ADAPTERS.get(name.split(".")[0])
-        assert adapter in (None, package_of(module)) or (adapter == "workflow" and module == "tasks.py"), name
+        assert adapter in (None, package_of(module)) or (adapter == "workflow" and package_of(module) == "tasks"), name
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in ("settings.py", "commands/demo.py")])
@@ -77,7 +77,7 @@ def test_only_settings_reads_the_environment(module):
     assert not [name for name in ("os.environ", "os.getenv", "import environ", "import getenv") if name in text]
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "tasks.py"])
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) != "tasks"])
 def test_only_tasks_names_step_folders(module):
     folders = {"inspected", "label_map", "balanced", "tfrecord_training", "features_training"}
     constants = {node.value for node in ast.walk(tree(module)) if isinstance(node, ast.Constant)}

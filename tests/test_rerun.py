@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import CREDENTIALS, picture
 
-from dgmd_pipeline import cli, tasks
+from dgmd_pipeline import cli
 from dgmd_pipeline.settings import Settings, variable
+from dgmd_pipeline.tasks import data, model
 
 pytestmark = [pytest.mark.usefixtures("_own_process"), pytest.mark.slow]
 
@@ -268,24 +269,24 @@ def test_going_back_to_an_earlier_name_notes_the_version_that_is_there(cnn):
 @pytest.mark.parametrize(
     ("task", "steps"),
     [
-        (tasks.DownloadImages, ["raw"]),  # the same pictures come
-        (tasks.InspectImages, [*DATA[1:], *RECORDS, *LEARNED]),
-        (tasks.MapLabels, ["label_map"]),
-        (tasks.BalanceClasses, ["balanced", "split", *RECORDS, *LEARNED]),
-        (tasks.SplitImages, ["split", *RECORDS, *LEARNED]),
-        (tasks.WriteTFRecords, [*RECORDS, *LEARNED]),
-        (tasks.TrainModel, LEARNED),
-        (tasks.EvaluateModel, ["evaluation", "registered_model"]),
-        (tasks.RegisterModel, ["registered_model"]),
+        (data.DownloadImages, ["raw"]),  # the same pictures come
+        (data.InspectImages, [*DATA[1:], *RECORDS, *LEARNED]),
+        (data.MapLabels, ["label_map"]),
+        (data.BalanceClasses, ["balanced", "split", *RECORDS, *LEARNED]),
+        (data.SplitImages, ["split", *RECORDS, *LEARNED]),
+        (data.WriteTFRecords, [*RECORDS, *LEARNED]),
+        (model.TrainModel, LEARNED),
+        (model.EvaluateModel, ["evaluation", "registered_model"]),
+        (model.RegisterModel, ["registered_model"]),
     ],
 )
 def test_a_raised_format_redoes_its_step(task, steps, cnn, monkeypatch):
     variables, data_dir = cnn
-    monkeypatch.setattr(task, "format", task.format + 1)
+    monkeypatch.setattr(task, "format_version", task.format_version + 1)
     assert run(variables, data_dir, *up_to_training(steps)) == before_evaluation(steps)
 
 
 def test_a_raised_format_of_the_features_redoes_them_and_what_follows(frozen, monkeypatch):
     variables, data_dir = frozen
-    monkeypatch.setattr(tasks.ExtractFeatures, "format", 2)
+    monkeypatch.setattr(model.ExtractFeatures, "format_version", 2)
     assert run(variables, data_dir, "--until", "train") == [*FEATURES, "trained_model"]

@@ -3,11 +3,12 @@
 import logging
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline import settings, tasks
+from dgmd_pipeline import settings
 from dgmd_pipeline.commands import models as commands_models
 from dgmd_pipeline.commands import output
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
+from dgmd_pipeline.tasks import outputs
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -22,7 +23,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 
     store, found = commands_models.registered_versions(values)
     entries = [commands_models.select_version(found, word, values.model_name) for word in (one, other)]
-    pictures = tasks.validation(values)
+    pictures = outputs.validation_images(values)
     if pictures is None:
         raise NoUsableInput(
             f"There are no validation records in {values.data_dir}: give the command where the pipeline runs."
@@ -31,7 +32,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         runtime.start_tensorflow()
         here, there = (
-            tasks.contender(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
+            outputs.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
         here = here._replace(probabilities=review.predictions(here, pictures))
         known = review.review(here, there, pictures, folder, settings.serving_environment())
@@ -42,5 +43,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
             {"version": entries[0].version, "comparison": known.comparison, "assessment": known.assessment}
         )
         return
-    gates = evaluation_gates.gates(*known, evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio))
+    gates = evaluation_gates.check_gates(
+        *known, evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
+    )
     output.print_review(values.model_name, entries[0], entries[1].version, known, gates)

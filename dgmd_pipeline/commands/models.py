@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dgmd_pipeline import formatting, tasks
+from dgmd_pipeline import formatting
 from dgmd_pipeline.commands import output
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.formatting import format_bytes
 from dgmd_pipeline.registry import promotion, versions
 from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.tasks import outputs
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -95,7 +96,7 @@ def history(values: "Settings", as_json: bool) -> None:
 
 def registered_versions(values: "Settings", repair: bool = True) -> tuple[registry_store.Store, list[versions.Entry]]:
     """Return the registry and the model's versions, after mending what a command that was cut off has left."""
-    store = tasks.store(values)
+    store = outputs.store(values)
     if store is None:
         raise NoUsableInput(
             f"There is no registry: MLFLOW_TRACKING_URI is not set, and {values.data_dir} holds no embedded one. Set "

@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline import settings, tasks
+from dgmd_pipeline import settings
 from dgmd_pipeline.commands import models as commands_models
 from dgmd_pipeline.commands import output
 from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
 from dgmd_pipeline.registry import promotion, store, versions
+from dgmd_pipeline.tasks import names, outputs
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import CandidateModel, Review
@@ -45,7 +46,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         former = next((each for each in found if each.version == now), None)
         known = _reviewed(values, store, entry, candidate, former, folder)
     limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    gates = evaluation_gates.gates(*known, limits)
+    gates = evaluation_gates.check_gates(*known, limits)
     if not as_json:
         output.print_review(values.model_name, entry, now, known, gates)
     closed = [gate for gate in gates if gate.passed is False]
@@ -107,7 +108,7 @@ def _load_and_check(store: store.Store, name: str, entry: versions.Entry, folder
     from dgmd_pipeline.training import runtime
 
     log.info("Loading version %d from the registry ...", entry.version)
-    contender = tasks.contender(store, name, entry, folder / str(entry.version))
+    contender = outputs.candidate_model(store, name, entry, folder / str(entry.version))
     runtime.start_tensorflow()
     network = output.load_network(contender.path, name, entry)
     found = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
@@ -130,7 +131,7 @@ def _reviewed(
     """Return what the version's run found out; anew where production is another by now, or something is missing."""
     from dgmd_pipeline.evaluation import review
 
-    name = tasks.EvaluateModel.name
+    name = names.EVALUATION
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
         if versions.artifact(store, entry, f"{name}/{file}", folder) is None:
             return review.Review(None, "", None, f"The run of version {entry.version} holds no {name}/{file}.")
@@ -144,12 +145,12 @@ def _reviewed(
             f"no validation records in {values.data_dir} to compare them on."
         )
         known = review.Review(None, missing or "", alone, known.untried)
-    pictures = None if known.assessment and not known.missing else tasks.validation(values)
+    pictures = None if known.assessment and not known.missing else outputs.validation_images(values)
     if pictures is None:
         return known
     log.info("%s ...", f"Production is version {now.version}: comparing" if now else "Trying the model in a process")
     try:
-        there = tasks.contender(store, values.model_name, now, folder / str(now.version)) if now else None
+        there = outputs.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
         found = review.review(candidate, there, pictures, folder, settings.serving_environment())
     except PipelineError as error:  # production is an older pipeline's, say; --force replaces it
         return known._replace(missing=str(error))

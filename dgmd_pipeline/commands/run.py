@@ -1,4 +1,4 @@
-"""Settings -> one run: the plan, the graph, what is shown meanwhile and what is told afterwards."""
+"""The commands `run` and `plan`: settings -> the plan, the graph, what is shown meanwhile and published afterwards."""
 
 import dataclasses
 import logging
@@ -11,27 +11,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgmd_pipeline import formatting, tasks
 from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
-from dgmd_pipeline.formatting import redact
+from dgmd_pipeline.formatting import format_bytes, redact, utc_now
 from dgmd_pipeline.settings import Settings, mlflow_login
-from dgmd_pipeline.workflow import disk, executors, folders, planning, provenance, signals, step, timing
+from dgmd_pipeline.tasks import LAST, names, outputs, resources
+from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
+from dgmd_pipeline.workflow.planning import StepPlan
+from dgmd_pipeline.workflow.provenance import read_record
+from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
+from dgmd_pipeline.workflow.step import Step
 
 log = logging.getLogger(__name__)
 
 
-def run(values: Settings, force: Sequence[str], until: str | None, verbose: bool, start: float) -> int:
-    """Do what is not done yet, tell what it came to, and return the exit code.
+def run(
+    values: Settings,
+    force: Sequence[str],
+    until: str | None,
+    verbose: bool,
+    start: float,
+    scheduler_url: str | None = None,
+) -> int:
+    """Do what is not done yet, publish the outcome, and return the exit code.
 
     `force` names steps that are done again in any case, `until` the last one; `start` is when the command began, by
-    `time.monotonic`. Raises PipelineError where it is left undone for a reason that its reader can do something about.
+    `time.monotonic`. The run is shown on the page of the Luigi scheduler at `scheduler_url`. Raises PipelineError where
+    it ends early for a reason that an operator can do something about.
     """
-    job = step.Job(values, executors.Pool(), signals.check_stopped)
-    code, message = 1, "a fault of the pipeline's own; the log has the traceback"
+    result = RunResult()
+    code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
         with disk.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
-            code, message = _finish(values, job, force, until, verbose)
+            code, message = _finish(values, result, force, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
         raise
@@ -39,58 +51,81 @@ def run(values: Settings, force: Sequence[str], until: str | None, verbose: bool
         code, message = 128 + signals.received[0], signals.stop_message(signals.received[0])
         raise
     finally:
-        if code != Busy.exit_code:  # what is known there is of the run that goes on
-            publish_status(values, job, code, message, time.monotonic() - start)
+        if code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
+            publish_status(values, result, code, message, time.monotonic() - start)
     if not code:
-        _show_times(job, time.monotonic() - start)
+        _show_times(result, time.monotonic() - start)
     return code
 
 
-def plan(values: Settings, force: Sequence[str], until: str | None) -> list[planning.StepPlan]:
+def plan(values: Settings, force: Sequence[str], until: str | None) -> list[StepPlan]:
     """Return what `run` would do."""
-    with disk.disk_errors_explained(values.data_dir):
-        return planning.plan(*_final_steps(step.Job(values), force, until))
+    last, forced = _select(values, force, until)
+    with disk.disk_errors_explained(values.data_dir), activate(RunContext(values, forced=forced)):
+        return planning.plan(*last)
 
 
-def _finish(values: Settings, job: step.Job, force: Sequence[str], until: str | None, verbose: bool) -> tuple[int, str]:
-    """Do what is not done yet; return the exit code and what there is to say."""
-    folders.recover(values.data_dir, tasks.FOLDERS)
-    last = _final_steps(job, force, until)
-    outlooks = planning.plan(*last)
-    folders.sweep(values.data_dir, [outlook.step for outlook in outlooks if outlook.state == "done"])
-    raw = values.data_dir / tasks.DownloadImages.name
-    before, pictures = provenance.read_record(last[-1].path), _fingerprint(raw)
-    idle = all(each.complete() for each in last)
-    if not idle:
-        show_plan(outlooks, values.data_dir)
-        _check_registry_and_weights(values, job)
-        tasks.start_early(job)
-        try:
-            code = _build(last, verbose)
-        finally:
-            job.pool.close()
-        if code:
-            return code, f"{job.failed} failed by a fault of the pipeline's own; the log has the traceback"
-    record = provenance.read_record(last[-1].path)
-    message = f"{last[-1].folder}: {last[-1].summary(record.counts)}" if record else ""
-    if record == before:
-        message = _unchanged_message(
-            values, last[-1].folder, record.counts if record else {}, idle, _fingerprint(raw) == pictures
-        )
+def _select(values: Settings, force: Sequence[str], until: str | None) -> tuple[list[Step], dict[str, str]]:
+    """Return the steps that the run ends with, and why those are done again that are forced."""
+    with activate(RunContext(values)):
+        last: list[Step] = [LAST()]
+        if until:
+            last = planning.select_steps(planning.upstream_steps(*last), until)
+        steps = planning.upstream_steps(*last)
+        forced = {each.folder: f"--force {word}" for word in force for each in planning.select_steps(steps, word)}
+        return last, forced
+
+
+def _finish(
+    values: Settings, result: RunResult, force: Sequence[str], until: str | None, url: str | None, verbose: bool
+) -> tuple[int, str]:
+    """Do what is not done yet; return the exit code and a message."""
+    folders.recover(values.data_dir, names.ALL)
+    last, forced = _select(values, force, until)
+    context = RunContext(values, check_stopped=signals.check_stopped, forced=forced, result=result)
+    with activate(context):
+        plans = planning.plan(*last)
+        folders.sweep(values.data_dir, [plan.step for plan in plans if plan.state == "done"])
+        raw, name = values.data_dir / names.RAW, last[-1].folder
+        before, images = read_record(last[-1].path), _fingerprint(raw)
+        idle = all(step.complete() for step in last)
+        if not idle:
+            show_plan(plans, values.data_dir)
+            _check_what_is_needed_later(values, plans)
+            resources.start_early(context, plans)
+            try:
+                runner.run_steps(last, url, verbose)
+            finally:
+                context.executor.close()
+        if result.failure is not None:
+            return PipelineError.exit_code, _explain_failure(result)
+        record = read_record(last[-1].path)
+        if record and record != before:
+            return 0, f"{name}: {result.summaries[name]}"
+        message = _unchanged_message(values, name, record.counts if record else {}, idle, _fingerprint(raw) == images)
         log.info("%s", message)
-    return 0, message
+        return 0, message
 
 
-def publish_status(values: Settings, job: step.Job | None, code: int, message: str, seconds: float) -> None:
-    """Leave what a run came to for the health check, and send it to NOTIFY_URL."""
-    changed = job is None or bool(job.records)
+def _explain_failure(result: RunResult) -> str:
+    """Raise what ended the run where an operator can do something about it; else log it and return a message."""
+    assert result.failure is not None  # noqa: S101
+    signals.check_stopped()
+    if isinstance(result.failure, PipelineError):
+        raise result.failure
+    log.error("%s", "".join(traceback.format_exception(result.failure)))
+    log.error("A step failed because of a bug of the pipeline; please report the lines above.")
+    return f"{result.failed_step} failed because of a bug of the pipeline; the log has the traceback"
+
+
+def publish_status(values: Settings, result: RunResult | None, code: int, message: str, seconds: float) -> None:
+    """Write the outcome of a run to `status.json`, for the health check, and send it to NOTIFY_URL."""
+    changed = result is None or bool(result.records)
     outcome = status.outcome(code, changed)
-    known = tasks.registered(job) if job and code == 0 else {}
-    failed = job.failed if job and outcome == status.FAILED else None
+    known = outputs.registered(values.data_dir, result) if result and code == 0 else {}
+    failed = result.failed_step if result and outcome == status.FAILED else None
     text = redact(message)
-    told = status.Status(
-        outcome, code, text, formatting.utc_now(), round(seconds, 1), values.model_name, **known, step=failed
-    )
+    told = status.Status(outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed)
     try:
         status.write(told, values.data_dir)
     except OSError as error:
@@ -100,29 +135,18 @@ def publish_status(values: Settings, job: step.Job | None, code: int, message: s
         notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(told)})
 
 
-def _final_steps(job: step.Job, force: Sequence[str], until: str | None) -> list[step.Step]:
-    """Return the steps that the run ends with, and note in `job` those that are done again in any case."""
-    last: list[step.Step] = [tasks.RegisterModel(job=job)]
-    if until:
-        last = planning.select_steps(planning.upstream_steps(*last), until)
-    for word in force:
-        for each in planning.select_steps(planning.upstream_steps(*last), word):
-            job.forced[each.folder] = f"--force {word}"
-    return last
-
-
 def _fingerprint(folder: Path) -> str | None:
-    record = provenance.read_record(folder)
+    record = read_record(folder)
     return record.identity if record else None
 
 
-def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, no_news: bool) -> str:
-    """Say that the outcome of the step `last` is what it was, by its counts.
+def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, same_images: bool) -> str:
+    """Return what to say of a run that left the step `last` as it was, by its counts.
 
-    `idle`: nothing was done; `no_news`: the pictures are the same.
+    `idle`: no step was run; `same_images`: the bucket had nothing new.
     """
     nothing = "Nothing to do" if idle else "As before"
-    if values.refresh and no_news:
+    if values.refresh and same_images:
         nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
         return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
     if "version" in counts:
@@ -130,58 +154,36 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
     return f"{nothing}: {last} is done."
 
 
-def _check_registry_and_weights(values: Settings, job: step.Job) -> None:
-    """Look for what would only fail at the end, before the first step."""
-    from dgmd_pipeline import tasks
-    from dgmd_pipeline.registry import store
+def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:
+    """Look before the first step for what would only fail at the end: weights and the MLflow server."""
+    from dgmd_pipeline.registry import store as registry_store
     from dgmd_pipeline.training import backbones
 
-    learning = {tasks.TrainModel.name, *(f"{tasks.ExtractFeatures.name}_{side}" for side in tasks.SIDES)}
-    if any(job.outlooks[name].state != "done" for name in learning & job.outlooks.keys()):
+    learning = {names.TRAINED_MODEL, *(f"{names.FEATURES}_{split}" for split in names.SPLITS)}
+    if any(plan.state != "done" for plan in plans if plan.step in learning):
         backbones.weights_file(values.backbone, values.backbone_weights, values.keras_home)
-    if values.mlflow_tracking_uri and tasks.RegisterModel.name in job.outlooks:
-        warning = store.check_server(values.mlflow_tracking_uri, mlflow_login())
+    if values.mlflow_tracking_uri and any(plan.step == names.REGISTERED_MODEL for plan in plans):
+        warning = registry_store.check_server(values.mlflow_tracking_uri, mlflow_login())
         if warning:
             log.warning("%s", warning)
 
 
-def _build(last: list[step.Step], verbose: bool) -> int:
-    """Let Luigi run what is not complete. Its own verdict is not the truth: the last task knows."""
-    import luigi
-
-    for name in ("luigi", "luigi-interface"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
-    luigi.configuration.get_config().set("core", "no_configure_logging", "true")
-    luigi.build(last, local_scheduler=True)
-    signals.check_stopped()
-    failure = last[0].job.failure
-    if isinstance(failure, PipelineError):
-        raise failure
-    if failure is not None:
-        log.error("%s", "".join(traceback.format_exception(failure)))
-        log.error("A step failed by a fault of the pipeline's own; please report the lines above.")
-        return PipelineError.exit_code
-    if missing := [each.folder for each in last if not each.complete()]:
-        raise PipelineError(f"Luigi ended without an error and without {missing[0]}; --verbose shows its log.")
-    return 0
-
-
-def show_plan(outlooks: Sequence[planning.StepPlan], data_dir: Path) -> None:
+def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     """Print a table: what will become of each step, and why."""
     log.info("Plan for %s", data_dir)
     # A log's lines stay whole, for those who search it; on a terminal what does not fit stays in its column.
     width = shutil.get_terminal_size().columns - 48 if sys.stdout.isatty() else 10_000
     log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
-    for each in outlooks:
+    for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
-        size = "" if each.bytes is None else formatting.format_bytes(each.bytes)
+        size = "" if each.bytes is None else format_bytes(each.bytes)
         why = textwrap.wrap(each.reason, max(20, width)) or [""]
         row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
         log.info("%s", row.rstrip())
 
 
-def _show_times(job: step.Job, seconds: float) -> None:
-    if job.records:
+def _show_times(result: RunResult, seconds: float) -> None:
+    if result.records:
         log.info("Where the time went")
-        for line in timing.table_lines(timing.table_rows(job.records, seconds)):
+        for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line)

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,10 @@ from typing import NamedTuple
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import EXCLUDED, FORMULA, Image, RawFile, Rejected
 
+log = logging.getLogger(__name__)
 NAME = "corrections.csv"
 COLUMNS = ["key", "label"]
+MOST_NAMED = 10  # in a warning
 EXCLUDE = "exclude"  # in place of a label
 
 
@@ -129,3 +132,14 @@ def _parsed(path: Path, line: int, row: list[str]) -> tuple[str, str]:
 
 def _malformed(path: Path, line: int, problem: str) -> NoUsableInput:
     return NoUsableInput(f"{path}, line {line}: {problem}.")
+
+
+def warn(found: Corrected) -> None:
+    """Warn of keys without a file and of labels that no folder has."""
+    for names, what in (
+        (found.unknown, f"keys in {NAME} for which there is no file below raw/"),
+        (found.new, f"labels that only {NAME} has; check their spelling"),
+    ):
+        if names:
+            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            log.warning("%s: %s%s", what, ", ".join(map(repr, names[:MOST_NAMED])), more)

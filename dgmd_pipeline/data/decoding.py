@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+
+# Pillow registers these two readers on import; otherwise it would import every reader it has on the first file that
+# is neither JPEG, PNG, GIF nor BMP.
 import PIL.Image
 import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin

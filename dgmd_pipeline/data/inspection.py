@@ -4,17 +4,17 @@ import hashlib
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.TiffImagePlugin
-import PIL.WebPImagePlugin
 
-from dgmd_pipeline.data import decoding, near_duplicates
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data import corrections, decoding, near_duplicates
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
 
@@ -213,3 +213,67 @@ def _announced_size(data: bytes) -> int:
 
 
 _DRAFT = (128, 128)  # at least eight pixels of a JPEG to one of its thumbnail
+
+
+def inspect_folder(
+    raw: Path,
+    downloaded: bool,
+    corrected_labels: Mapping[str, str],
+    folder: Path,
+    map: Callable[[Callable, Iterable], Iterable] = map,
+) -> dict[str, Any]:
+    """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
+
+    A `downloaded` folder has a listing; of any other every file in a subfolder is inspected. `corrected_labels` is what
+    `corrections.read` returns, `map` is as in `inspect`. Raises NoUsableInput where there are no files.
+    """
+    files = list(_raw_files(raw, downloaded))
+    if not files:
+        raise NoUsableInput(
+            f"{raw} holds no label folders with images: put them there as <label>/<file>, or delete the folder to have "
+            "it downloaded."
+        )
+    corrected = corrections.apply(files, corrected_labels)
+    corrections.warn(corrected)
+    usable, rejected = inspect(corrected.files, raw, folder, map)
+    usable, copies = corrections.without_copies(usable, corrected.excluded, raw)
+    rejected = sorted(rejected + corrected.excluded + copies)
+    manifest.write(folder / "images.csv", Image, usable)
+    manifest.write(folder / manifest.REJECTED, Rejected, [*_rejected_before(raw, downloaded), *rejected])
+    reasons = Counter(row.reason for row in rejected)
+    groups = Counter(row.group for row in usable)
+    return {
+        "files": len(files),
+        "images": len(usable),
+        "rejected": dict(reasons),
+        "near-duplicates": sum(count for count in groups.values() if count > 1),
+        "relabelled": corrected.relabelled,
+    }
+
+
+def _raw_files(raw: Path, downloaded: bool) -> Iterator[RawFile]:
+    if not downloaded:
+        yield from find(raw)
+        return
+    for source in manifest.read(raw / manifest.LISTING, manifest.SourceObject):
+        yield RawFile(source.path, source.path.split("/", 1)[0])
+
+
+def _rejected_before(raw: Path, downloaded: bool) -> Iterator[Rejected]:
+    """Yield the objects that were not downloaded; of a folder put there by hand the files that have no label."""
+    if downloaded:
+        yield from manifest.read(raw / manifest.REJECTED, Rejected)
+        return
+    for path in sorted(raw.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            yield Rejected(path.name, "", "no label", "it lies directly in raw/, in no label's folder")
+
+
+def summary(counts: Mapping[str, Any]) -> str:
+    """Return what `inspect_folder` counted, for the log."""
+    left_out = sum(counts["rejected"].values())
+    alike = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
+    corrected = [(counts["relabelled"], "relabelled"), (counts["rejected"].get(EXCLUDED, 0), "excluded")]
+    listed = ", ".join(f"{count:,} {word}" for count, word in corrected if count)
+    by_operator = f"; {corrections.NAME}: {listed}" if listed else ""
+    return f"{counts['files']:,} files -> {counts['images']:,} images{alike}; {left_out:,} left out{by_operator}"

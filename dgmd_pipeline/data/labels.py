@@ -1,14 +1,18 @@
 """Rows -> label map: which class index stands for which label, and which labels there are enough pictures of."""
 
 import json
+import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import Image, changed
+
+log = logging.getLogger(__name__)
 
 
 class LabelRow(NamedTuple):
@@ -80,3 +84,23 @@ def read_mapping(path: Path) -> list[str]:
             "Mend the file, or delete its folder to number the labels anew."
         ) from None
     return labels
+
+
+def map_labels(images: Iterable[Image], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
+    """Write the label map of usable images (see `assign`) into `folder`, warn of unused labels, and return the counts.
+
+    `mapping.json` is for consumers of the model, `labels.csv` also says how many images each label has.
+    """
+    rows = assign(images, known, minimum)
+    names = [row.label for row in rows if row.class_index >= 0]
+    write_mapping(folder / "mapping.json", names)
+    manifest.write(folder / "labels.csv", LabelRow, rows)
+    for state, meaning in (
+        ("too few", f"fewer than {minimum} usable images, left out"),
+        ("gone", "no images any more, kept as an output"),
+    ):
+        if found := [row.label for row in rows if row.state == state]:
+            log.warning("labels with %s: %s", meaning, ", ".join(found))
+    for group in confusable_labels(row.label for row in rows if row.state == "used"):
+        log.warning("Possible duplicate labels (case or spacing differs): %s", ", ".join(map(repr, group)))
+    return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}

@@ -1,12 +1,18 @@
 """Row -> its side, training or validation, by content alone: the same images give the same split on every machine."""
 
 import hashlib
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
+from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Example
+
+log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
@@ -71,3 +77,29 @@ def _choose(sizes: Sequence[int], wanted: int, most: int) -> list[int]:
             chosen.append(position)
             rest -= size
     return chosen
+
+
+def split_images(rows: Iterable[Example], fraction: float, folder: Path) -> dict[str, int]:
+    """Write the two splits into `folder`, as `training.csv` and `validation.csv`, and return the counts.
+
+    Raises NoUsableInput where no label has images that can be kept for validation.
+    """
+    splits = split(rows, fraction)
+    manifest.write(folder / "training.csv", Example, splits.training)
+    manifest.write(folder / "validation.csv", Example, splits.validation)
+    if not splits.validation:
+        raise NoUsableInput(
+            "No label has images that can be kept for validation: each is a single group of near-duplicates. "
+            "Add images that differ."
+        )
+    if splits.unvalidated:
+        log.warning("labels without validation images (near-duplicates only): %s", ", ".join(splits.unvalidated))
+    return {"training": len(splits.training), "validation": len(splits.validation), "across labels": splits.across}
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """Return what `split_images` counted, for the log."""
+    across = counts["across labels"]
+    return f"{counts['training']:,} training, {counts['validation']:,} validation" + (
+        f"; near-duplicate groups across labels, all in training: {across:,}" if across else ""
+    )

@@ -24,7 +24,7 @@ class Limits(NamedTuple):
     max_latency_ratio: float  # of the median time for one picture
 
 
-def gates(
+def check_gates(
     comparison: Mapping[str, Any] | None,
     missing: str,
     assessment: Mapping[str, Any] | None,

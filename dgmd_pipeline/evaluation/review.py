@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import manifest
+from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import comparison, serving_benchmark
 from dgmd_pipeline.evaluation import predictions as evaluation_predictions
@@ -53,8 +54,7 @@ def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = 
 
     With `raw`, the folder of the original files, a model that is tried is also given a sample of these.
     """
-    by_path = {row.path: row for row in rows}
-    return ValidationImages(folder, [by_path[key] for key in dataset.keys(folder)], raw)
+    return ValidationImages(folder, shards.record_order(rows), raw)
 
 
 def compare(here: CandidateModel, there: CandidateModel, known: ValidationImages) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.formatting import redact
 from dgmd_pipeline.registry import store as registry_store
 from dgmd_pipeline.registry import versions
 from dgmd_pipeline.registry.store import Store
@@ -76,6 +77,22 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
             found = _create(client, name, model_uri, run_id, candidate)
         _mark_as_candidate(client, found)
         return found
+
+
+def run_url(store: Store, version: Version) -> str:
+    """Return the address of a version's run: its page on a server, else the URI of the store and the run's id."""
+    from mlflow import MlflowClient
+
+    with registry_store.explained(store):
+        experiment = MlflowClient(store.uri).get_run(version.run_id).info.experiment_id
+    shown = redact(store.uri).rstrip("/")
+    return f"{shown}/#/experiments/{experiment}/runs/{version.run_id}" if shown.startswith("http") else shown
+
+
+def code_tags(revision: str | None) -> dict[str, str]:
+    """Return the tags of a version that name the code it was made by."""
+    revision = revision or git_revision(Path(__file__)) or "unknown"
+    return {"dgmd.version": installed("dgmd_pipeline"), "dgmd.git_revision": revision}
 
 
 def add_metrics(store: Store, version: Version, metrics: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import loop
+from dgmd_pipeline.training import runtime
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 
 
@@ -28,7 +28,7 @@ def begin(recipe: TrainingConfig, checkpoint: Path | None) -> TrainingState:
         progress = _read(checkpoint)
     else:
         progress = TrainingState(secrets.randbits(31) if recipe.seed is None else recipe.seed, [], [])
-    loop.set_seed(progress.seed)
+    runtime.set_seed(progress.seed)
     return progress
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dgmd_pipeline.training import checkpoint as training_checkpoint
-from dgmd_pipeline.training import features, folds, head, loop
+from dgmd_pipeline.training import features, folds, head, loop, runtime
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 from dgmd_pipeline.workflow import disk
 
@@ -105,7 +105,7 @@ def fine_tune(
     def fit(start: "keras.Model", rows: Rows, measured: "tf.data.Dataset", name: str, epochs: int) -> Any:
         checkpoint = notes / f"{CHECKPOINT}_{name}.npz"
         progress = training_checkpoint.begin(recipe, checkpoint)
-        loop.set_seed(progress.seed)  # the copies draw the seeds of their dropout from it
+        runtime.set_seed(progress.seed)  # the copies draw the seeds of their dropout from it
         parts = _trainable(kind, backbone, start)
         before = _measure(parts.trained, measured) if name == "trial" else None
 

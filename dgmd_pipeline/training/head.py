@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dgmd_pipeline.training import checkpoint as training_checkpoint
-from dgmd_pipeline.training import config, folds, linear, loop, networks
+from dgmd_pipeline.training import config, folds, linear, loop, networks, runtime
 from dgmd_pipeline.training.config import Epoch, TrainedModel, TrainingConfig
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def fit_hidden(
     `network` is a head that is traced already; `progress` then holds its first state. Without it, one is built.
     """
     if network is None:
-        loop.set_seed(progress.seed)
+        runtime.set_seed(progress.seed)
         network = _hidden(data, weights, recipe)
 
     def shuffled(epoch: int) -> "tf.data.Dataset":

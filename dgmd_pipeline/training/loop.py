@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def set_seed(seed: int) -> None:
-    """Set the seed that a network's first weights come from."""
-    import keras
-
-    keras.utils.set_random_seed(seed)
-
-
 def log_epochs(on_epoch: Callable[[Epoch], None], epochs: int) -> Callable[[Epoch], None]:
     """Return a callback that logs each of so many epochs and then calls `on_epoch`."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import changed
-from dgmd_pipeline.training import backbones
+from dgmd_pipeline.training import backbones, features, runtime
 
 if TYPE_CHECKING:
     import keras
@@ -194,3 +194,14 @@ def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") 
         name="resizing",
     )(x)
     return keras.ops.round(x)
+
+
+def build_frozen(
+    backbone: str, weights: str, height: int, width: int, keras_home: Path, extracts: bool
+) -> "keras.Model":
+    """Import TensorFlow and build a frozen network; where it `extracts` features, trace its forward pass too."""
+    runtime.start_tensorflow()
+    network = build_backbone(backbone, weights, height, width, keras_home)
+    if extracts:
+        features.freeze(network)
+    return network

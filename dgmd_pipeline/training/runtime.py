@@ -13,3 +13,10 @@ def start_tensorflow() -> None:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def set_seed(seed: int) -> None:
+    """Set the seed that a network's first weights come from."""
+    import keras
+
+    keras.utils.set_random_seed(seed)

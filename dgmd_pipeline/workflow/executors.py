@@ -23,7 +23,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Pool:
+class ProcessExecutor:
     """Processes that start with the first piece of work and are there for the whole run."""
 
     def __init__(self, processes: int | None = None) -> None:

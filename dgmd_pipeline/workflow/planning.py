@@ -1,34 +1,54 @@
 """Records of finished folders -> what will run, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.workflow import folders, provenance
-from dgmd_pipeline.workflow import step as workflow_step
-from dgmd_pipeline.workflow.step import Step
+from dgmd_pipeline.workflow.provenance import Reason
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.workflow.step import Step
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What will become of a step, and why."""
 
-    step: str
-    state: str  # "done", "run" or "maybe": only if what is before it changes
-    reason: str
-    identity: str | None  # the one it has or will have, where that is known beforehand
-    images: int | None = None  # that are in it, or where it is missing in what it is made from
-    bytes: int | None = None  # of its files as they are now
+    step: str  # name of its folder
+    state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
+    reasons: Sequence[Reason]
+    fingerprint: str | None  # that it has or will have, where that is known beforehand
+    images: int | None = None  # that are in the folder; where it is missing, in its input
+    bytes: int | None = None  # of its files now
     counts: dict[str, Any] = field(default_factory=dict)
-    hangs_on: list[str] = field(default_factory=list)  # the steps that run for certain and decide about a "maybe"
+    waits_for: Sequence[str] = ()  # the steps that run for certain and decide about a "maybe"
+
+    @property
+    def reason(self) -> str:
+        """The reasons in words."""
+        return ", ".join(map(str, self.reasons))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `plan --json` prints."""
+        return {
+            "step": self.step,
+            "state": self.state,
+            "reason": self.reason,
+            "identity": self.fingerprint,
+            "images": self.images,
+            "bytes": self.bytes,
+            "counts": self.counts,
+            "hangs_on": list(self.waits_for),
+        }
 
 
-def upstream_steps(*last: Step) -> list[Step]:
-    """Return all steps that lead to `last`, and itself, each after those that it needs."""
+def upstream_steps(*last: "Step") -> list["Step"]:
+    """Return all steps that `last` depends on, and `last` itself, in running order."""
     steps: dict[str, Step] = {}
 
-    def visit(step: Step) -> None:
+    def visit(step: "Step") -> None:
         if step.folder not in steps:
             for task in step.deps():
                 visit(task)
@@ -39,8 +59,8 @@ def upstream_steps(*last: Step) -> list[Step]:
     return list(steps.values())
 
 
-def select_steps(steps: Iterable[Step], word: str) -> list[Step]:
-    """Return the steps that people call `word`, by verb or folder. Raises SettingsError, naming those there are."""
+def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
+    """Return the steps with this verb or folder name. Raises SettingsError, which lists the steps that exist."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -52,45 +72,49 @@ def select_steps(steps: Iterable[Step], word: str) -> list[Step]:
     return found
 
 
-def plan(*last: Step) -> list[StepPlan]:
-    """Read the folders' records and say for every step up to `last` what will become of it, in running order."""
-    job = last[0].job
+def plan(*last: "Step") -> list[StepPlan]:
+    """Return what will become of each step up to `last`, in running order.
+
+    What is up to date is noted in the run's result, and not looked at again.
+    """
+    plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
-        job.outlooks[step.folder] = _step_plan(step, [job.outlooks[task.folder] for task in step.deps()])
-    outlooks = list(job.outlooks.values())
-    job.finished = {each.step: each.identity for each in outlooks if each.state == "done" and each.identity}
-    return outlooks
+        plans[step.folder] = _step_plan(step, [plans[task.folder] for task in step.deps()])
+        if plans[step.folder].state == "done" and (fingerprint := plans[step.folder].fingerprint):
+            step.context.result.fingerprints[step.folder] = fingerprint
+    return list(plans.values())
 
 
-def _step_plan(step: Step, before: list[StepPlan]) -> StepPlan:
-    known = {outlook.step: outlook.identity for outlook in before if outlook.identity}
-    inputs = known | step.others()
-    unknown = [outlook.step for outlook in before if not outlook.identity]
-    expected = None if unknown else step.expected(inputs)
-    for forced in [outlook.step for outlook in before if outlook.step in step.job.forced]:
-        step.job.forced.setdefault(step.folder, step.job.forced[forced])
-    path = folders.current_path(step.path)
-    if not path.exists():
-        return StepPlan(step.folder, "run", "folder is missing", expected, step.given(before))
+def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
+    name, path = step.folder, folders.current_path(step.path)
     record = provenance.read_record(path)
+    known = step.context.result.fingerprints.get(name)
+    if known:
+        images, size = (record.images, record.bytes) if record else (None, None)
+        return StepPlan(name, "done", (), known, images, size)
+    inputs = {each.step: each.fingerprint for each in upstream if each.fingerprint} | step.extra_inputs()
+    unknown = [each.step for each in upstream if not each.fingerprint]
+    expected = None if unknown else step.expected_fingerprint(inputs)
+    images = step.input_images(upstream)
+    if not path.exists():
+        return StepPlan(name, "run", [Reason("missing")], expected, images)
     if record is None:
-        if step.data_is_welcome:
-            step.news(None)
+        if step.accepts_external_data:
+            step.check_upstream(None)
             found = provenance.walk(path)
-            reason = "put there by hand: used as it is"
-            return StepPlan(step.folder, "done", reason, found.identity, found.files, found.bytes)
-        reason = f"no readable {provenance.SUCCESS}: made by hand or by an older version"
-        return StepPlan(step.folder, "run", reason, expected, step.given(before))
-    images = step.given(before) if record.images is None else record.images
-    why = workflow_step.reasons(step, record, inputs | {name: record.inputs.get(name, "new") for name in unknown})
-    if why:
-        return StepPlan(step.folder, "run", ", ".join(why), expected, images, record.bytes, record.counts)
-    news = step.news(record)
-    if news:
-        return StepPlan(step.folder, "run", *news, record.counts)
-    pending = {
-        name: None for outlook in before if outlook.state != "done" for name in outlook.hangs_on or [outlook.step]
-    }
-    state, reason = ("maybe", f"only if {' or '.join(pending)} changes") if pending else ("done", "")
-    identity = None if unknown else record.identity
-    return StepPlan(step.folder, state, reason, identity, images, record.bytes, record.counts, list(pending))
+            return StepPlan(name, "done", [Reason("external")], found.fingerprint, found.files, found.bytes)
+        return StepPlan(name, "run", [Reason("unreadable")], expected, images)
+    images = images if record.images is None else record.images
+    reasons = step.outdated(record, inputs | {each: record.inputs.get(each, "new") for each in unknown})
+    if reasons:
+        return StepPlan(name, "run", reasons, expected, images, record.bytes, record.counts)
+    if change := step.check_upstream(record):
+        reason = Reason("upstream", change.reason)
+        return StepPlan(name, "run", [reason], change.fingerprint, change.images, change.bytes, record.counts)
+    waits_for = list(
+        dict.fromkeys(other for each in upstream if each.state != "done" for other in each.waits_for or [each.step])
+    )
+    reasons = [Reason("waiting", " or ".join(waits_for))] if waits_for else []
+    fingerprint = None if unknown else record.identity
+    state: Literal["maybe", "done"] = "maybe" if waits_for else "done"
+    return StepPlan(name, state, reasons, fingerprint, images, record.bytes, record.counts, waits_for)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_REPORTS = 1.0
 
 
 def progress(
@@ -20,10 +21,14 @@ def progress(
     unit: str,
     count: Callable[[Item], int] = lambda _: 1,
     size: Callable[[Item], int] | None = None,
+    report: Callable[[int, str], None] | None = None,
 ) -> Iterator[Item]:
-    """Yield `items` and show how many `unit`s of `total` are done, how fast, and with `size` (bytes) also MB/s."""
+    """Yield `items` and show how many `unit`s of `total` are done, how fast, and with `size` (bytes) also MB/s.
+
+    `report` is called about once a second, with the percentage that is done and the same in words.
+    """
     done = volume = 0
-    start = last = time.monotonic()
+    start = last = reported = time.monotonic()
     # On a terminal tqdm draws; it is silent elsewhere.
     with tqdm(total=total, desc=f"  {what}", unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
         for item in items:
@@ -33,6 +38,9 @@ def progress(
             if size is not None:
                 volume += size(item)
                 bar.set_postfix_str(f"{volume / 1e6 / max(now - start, 1e-9):.1f} MB/s", refresh=False)
+            if report and total and now - reported > SECONDS_BETWEEN_REPORTS:
+                reported = now
+                report(100 * done // total, f"{done:,} of {total:,} {unit}")
             if bar.disable and now - last > SECONDS_BETWEEN_LINES:
                 last = now
                 speed = f"{done / (now - start):.0f} {unit}/s"

@@ -1,32 +1,33 @@
-"""What a finished folder was made from: `_SUCCESS` <-> StepRecord, and fingerprints."""
+"""What a finished folder was made from: `_SUCCESS` <-> StepRecord, fingerprints, and how two of them differ."""
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 SUCCESS = "_SUCCESS"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What `_SUCCESS` says of the folder it is in."""
+    """The content of `_SUCCESS`. The names of its fields are keys of that file."""
 
-    step: str  # the folder's name
-    format: int  # number of the way it writes, raised when that changes
-    identity: str  # hash, or an id of its own
-    settings: dict[str, Any]  # those it was made with
-    inputs: dict[str, str]  # name of an input -> its identity
-    counts: dict[str, Any]  # what it came to, for people
+    step: str  # name of the folder
+    format: int  # `Step.format_version` of the code that wrote the folder
+    identity: str  # fingerprint of the folder
+    settings: dict[str, Any]  # those that the content depends on
+    inputs: dict[str, str]  # name of an input -> its fingerprint
+    counts: dict[str, Any]  # for people
     started: str  # ISO 8601, UTC
     seconds: float
     version: str  # of this package
-    images: int | None = None  # that it holds or says something about
+    images: int | None = None  # that the folder contains or describes
     bytes: int | None = None  # of its files
-    worked: int | None = None  # images that it worked on in these seconds
-    volume: int | None = None  # bytes of pictures that it read or wrote in them
+    worked: int | None = None  # images that were processed in `seconds`
+    volume: int | None = None  # bytes of images that were read or written in `seconds`
 
 
 def read_record(folder: Path) -> StepRecord | None:
@@ -39,21 +40,29 @@ def read_record(folder: Path) -> StepRecord | None:
         return None
 
 
+def write_record(folder: Path, record: StepRecord) -> None:
+    """Write the record of a finished folder."""
+    (folder / SUCCESS).write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
 def digest(value: object) -> str:
-    """Return the sha256 of a JSON value, 64 hexadecimal digits."""
+    """Return the SHA-256 of a JSON value, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class FoundFiles(NamedTuple):
-    """Files that nobody recorded."""
+    """Files without a record."""
 
-    identity: str
+    fingerprint: str
     files: int
     bytes: int
 
 
 def walk(folder: Path) -> FoundFiles:
-    """Identify files that nobody recorded by paths, sizes and modification times; only those in subfolders count."""
+    """Return the fingerprint of files without a record: paths, sizes and modification times.
+
+    Only files in subfolders count. Names that begin with a dot are skipped.
+    """
     entries: list[tuple[str, int, int]] = []
     for path, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
@@ -62,3 +71,42 @@ def walk(folder: Path) -> FoundFiles:
                 status = os.lstat(f"{path}/{name}")  # a Path would take longer than the call
                 entries.append((f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns))
     return FoundFiles(digest(entries), len(entries), sum(size for _, size, _ in entries))
+
+
+class Reason(NamedTuple):
+    """Why a step is done again; `str` makes words of it."""
+
+    kind: Literal["missing", "unreadable", "external", "forced", "setting", "format", "input", "upstream", "waiting"]
+    name: str = ""  # of the setting or input; of "forced", "upstream" and "waiting" the words
+    before: str = ""
+    now: str = ""
+
+    def __str__(self) -> str:
+        return {
+            "missing": "folder is missing",
+            "unreadable": f"no readable {SUCCESS}: made by hand or by an older version",
+            "external": "put there by hand: used as it is",
+            "setting": f"{self.name.upper()} {self.before} -> {self.now}",
+            "format": f"format {self.before} -> {self.now}",
+            "input": f"{self.name} changes",
+            "waiting": f"only if {self.name} changes",
+        }.get(self.kind, self.name)
+
+
+def differences(
+    record: StepRecord, settings: Mapping[str, Any], format_version: int, inputs: Mapping[str, str]
+) -> list[Reason]:
+    """Return in what a folder with this record differs from what would be written now."""
+    found = [
+        Reason("setting", name, _shown(record.settings, name), _shown(settings, name))
+        for name in sorted({*record.settings, *settings})
+        if name not in record.settings or name not in settings or record.settings[name] != settings[name]
+    ]
+    if record.format != format_version:
+        found.append(Reason("format", "", str(record.format), str(format_version)))
+    changed = (name for name in sorted({*record.inputs, *inputs}) if record.inputs.get(name) != inputs.get(name))
+    return [*found, *(Reason("input", name) for name in changed)]
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return "(not used)" if name not in settings else "(not set)" if settings[name] is None else str(settings[name])

@@ -1,75 +1,70 @@
-"""The step contract: a folder that is there is done; where it comes from, whether it is today's, and why not.
+"""The Luigi task of this pipeline: a step writes one folder below DATA_DIR and records what it was made from.
 
-`_SUCCESS` inside a step's folder says where it comes from. `plan` reads these records once, before Luigi starts, and
-says what will run and why; `Step` is the Luigi task that keeps the contract. See docs/design.md, section 2.
+docs/architecture.md has the rules of this contract.
 """
 
-import json
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import luigi
-from luigi.parameter import ParameterVisibility
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.workflow import disk, folders, provenance
+from dgmd_pipeline.workflow import disk, folders, planning, progress, run_context
 from dgmd_pipeline.workflow.planning import StepPlan
-from dgmd_pipeline.workflow.provenance import StepRecord
+from dgmd_pipeline.workflow.provenance import (
+    SUCCESS,
+    Reason,
+    StepRecord,
+    differences,
+    digest,
+    read_record,
+    write_record,
+)
+from dgmd_pipeline.workflow.run_context import RunContext, Values
 
 log = logging.getLogger(__name__)
-
-
-class Values(Protocol):
-    """What a step needs of the settings object."""
-
-    @property
-    def data_dir(self) -> Path:
-        """Where the step folders are."""
-
-    def public(self, names: Iterable[str] | None = None) -> dict[str, Any]:
-        """Return settings as JSON values without secrets."""
+Counts = dict[str, Any]  # JSON values
 
 
 class UpstreamChange(NamedTuple):
     """Why a folder is out of date though neither settings nor inputs differ, and what it will be."""
 
     reason: str
-    identity: str | None
-    images: int | None
-    bytes: int | None
+    fingerprint: str | None = None
+    images: int | None = None
+    bytes: int | None = None
 
 
-@dataclass(eq=False)
-class Job:
-    """What the steps of one run share: its settings, its processes and what is known of each folder."""
+@dataclass(frozen=True)
+class StepResult:
+    """What the work of a step came to."""
 
-    settings: Values
-    pool: Any = None
-    check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
-    forced: dict[str, str] = field(default_factory=dict)  # step -> why it is done again in any case
-    listing: Any = None  # of the bucket, where planning needed it: it is made once in a run
-    network: Callable[[], Any] | None = None  # waits for the frozen network, which is built once in a run
-    trained: tuple[str, Any] | None = None  # identity and model, where this run has trained it
-    outlooks: dict[str, StepPlan] = field(default_factory=dict)
-    finished: dict[str, str] = field(default_factory=dict)  # step -> identity
-    records: list[StepRecord] = field(default_factory=list)  # of the steps that worked in this run, in their order
-    failure: BaseException | None = None
-    failed: str | None = None  # the step that did
+    counts: Counts = field(default_factory=dict)  # for the record, and for the steps that follow
+    images: int | None = None  # that the folder contains or describes
+    images_processed: int | None = None  # None: `images`
+    bytes_processed: int | None = None  # bytes of images that were read or written
+    summary: str = ""  # for the log
 
 
-class JobParameter(luigi.Parameter):
-    """A `Job` as Luigi parameter: task ids and logs show a hash of its settings, never their values."""
+class DeploymentParameter(luigi.Parameter):
+    """A hash of the run's settings: runs of other settings are other tasks to a scheduler, which sees no setting."""
 
-    def serialize(self, x: Job) -> str:
-        return provenance.digest(x.settings.public())[:10]
+    def has_task_value(self, task_name: str, param_name: str) -> bool:
+        """Whether the value is known without an argument: always."""
+        return True
+
+    def task_value(self, task_name: str, param_name: str) -> str:
+        """Return the value of the current run."""
+        return digest(run_context.current().settings.public())[:10]
 
 
-class Declared:
+class DeclaredSettings:
     """The settings that a step has declared; any other is an AttributeError."""
 
     def __init__(self, values: Values, names: Iterable[str]) -> None:
@@ -81,160 +76,193 @@ class Declared:
         return getattr(self._values, name)
 
 
-class Step(luigi.Task):
-    """A Luigi task that keeps the step contract. A subclass declares what it uses and does its work."""
+class StepTarget(luigi.Target):
+    """The folder of a step. It exists when it is complete and was made from today's settings and inputs."""
 
-    job: Job = JobParameter(visibility=ParameterVisibility.PRIVATE)
-    name: ClassVar[str]  # of its folder below DATA_DIR
-    verb: ClassVar[str] = ""  # what people call it on the command line
-    format: ClassVar[int] = 1  # raised by hand when what the step writes changes
-    uses: ClassVar[tuple[str, ...]] = ()  # settings that what it writes depends on
-    reads: ClassVar[tuple[str, ...]] = ()  # settings that it needs, but that change nothing in what it writes
-    data_is_welcome: ClassVar[bool] = False  # a folder without a record is the operator's own and used as it is
-    resumes: ClassVar[bool] = False  # goes on with the draft of a run that was stopped
+    def __init__(self, step: "Step") -> None:
+        self._step = step
+        self.path = step.path
+
+    def exists(self) -> bool:
+        """Whether nothing is left to do for the step, nor for any step before it."""
+        return self.fingerprint() is not None
+
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the folder where it exists in this sense, else None."""
+        known = self._step.context.result.fingerprints
+        if self._step.folder not in known:
+            planning.plan(self._step)
+        return known.get(self._step.folder)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class Step(luigi.Task):
+    """A Luigi task that writes one folder. A subclass declares what the content depends on, and does the work."""
+
+    deployment: str = DeploymentParameter()
+    name: ClassVar[str]  # of the folder below DATA_DIR
+    verb: ClassVar[str] = ""  # name of the step on the command line
+    format_version: ClassVar[int] = 1  # raised when what the step writes changes
+    params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
+    runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that the step reads and the content does not depend on
+    accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's own and is used as is
+    resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
+
+    # Luigi's scheduler runs one task at a time of those that need the same resource.
+    resources = {"data_dir": 1}
 
     @property
     def folder(self) -> str:
         """The name of the step's folder below DATA_DIR."""
         return self.name
 
-    def work(self, draft: Path) -> dict[str, Any]:
-        """Write into `draft` and return what it came to, for the record and the line of the step."""
-        raise NotImplementedError
+    @property
+    def label(self) -> str:
+        """The name of the step in progress lines."""
+        return self.verb
 
-    def summary(self, counts: dict[str, Any]) -> str:
-        """Return what the step came to, in words."""
-        return ", ".join(f"{value:,} {name}" for name, value in counts.items())
-
-    def made_of(self, inputs: dict[str, str]) -> str:
-        """Return the identity of everything that decides what the step writes."""
-        return provenance.digest([self.folder, self.format, self.declared(), inputs])
-
-    def expected(self, inputs: dict[str, str]) -> str | None:
-        """Return the identity of what the step will write, or None where only the work can tell."""
-        return self.made_of(inputs)
-
-    def identify(self, folder: Path, inputs: dict[str, str]) -> str:
-        """Return the identity of what `folder` holds."""
-        del folder
-        return self.made_of(inputs)
-
-    def news(self, record: StepRecord | None) -> UpstreamChange | None:
-        """Look whether the world outside has changed since the folder was made; None where it has not."""
-
-    def images(self, counts: dict[str, Any]) -> int | None:
-        """Return how many images the folder holds or says something about."""
-        return counts.get("images")
-
-    def worked(self, counts: dict[str, Any]) -> int | None:
-        """Return how many images the step has worked on just now."""
-        return self.images(counts)
-
-    def volume(self, counts: dict[str, Any]) -> int | None:
-        """Return how many bytes of pictures have just gone through the step."""
-
-    def given(self, before: Sequence[StepPlan]) -> int | None:
-        """Return how many images the step gets from those before it, as far as is known."""
-        return next((outlook.images for outlook in before if outlook.images is not None), None)
-
-    def needs(self) -> int | None:
-        """Return about how many bytes the step will write, where that can be told."""
-        record = provenance.read_record(self.path)
-        return record.bytes if record else None
-
-    def others(self) -> dict[str, str]:
-        """Return the identities of inputs that are not steps."""
-        return {}
+    @property
+    def context(self) -> RunContext:
+        """The run that the step belongs to."""
+        return run_context.current()
 
     @property
     def path(self) -> Path:
         """The step's folder."""
-        return self.job.settings.data_dir / self.folder
+        return self.context.settings.data_dir / self.folder
 
     @property
     def settings(self) -> Any:
         """The settings that the step has declared."""
-        return Declared(self.job.settings, self.uses + self.reads)
+        return DeclaredSettings(self.context.settings, self.params + self.runtime_params)
 
-    def declared(self) -> dict[str, Any]:
-        """Return the settings that what the step writes depends on, as they are recorded."""
-        return self.job.settings.public(self.uses)
+    def requires(self) -> dict[str, "Step"]:
+        """Return the steps that this one needs, by the name that `work` uses for them."""
+        return {}
 
-    def complete(self) -> bool:
-        """Tell from what is known whether the step has nothing left to do. Luigi asks again and again."""
-        return self.folder in self.job.finished
+    def output(self) -> StepTarget:
+        """Return the step's folder as a Luigi target."""
+        return StepTarget(self)
+
+    def work(self, draft: Path) -> StepResult:
+        """Write into the folder `draft`, which becomes the step's folder, and return what it came to."""
+        raise NotImplementedError
+
+    # What a subclass may override
+
+    def declared_settings(self) -> dict[str, Any]:
+        """Return the settings that the content depends on, as they are recorded."""
+        return self.context.settings.public(self.params)
+
+    def extra_inputs(self) -> dict[str, str]:
+        """Return the fingerprints of inputs that are not steps."""
+        return {}
+
+    def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
+        """Return whether the outside world has changed since the folder was made."""
+
+    def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        """Return the fingerprint of what the step will write, or None where only the work can tell."""
+        return digest([self.folder, self.format_version, self.declared_settings(), inputs])
+
+    def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
+        """Return the fingerprint of what was written into `folder`."""
+        del folder
+        return digest([self.folder, self.format_version, self.declared_settings(), inputs])
+
+    def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
+        """Return how many images the step will get, as far as the plans of its inputs tell."""
+        return next((plan.images for plan in upstream if plan.images is not None), None)
+
+    def estimated_bytes(self) -> int | None:
+        """Return about how many bytes the step will write, where that can be told."""
+        record = read_record(self.path)
+        return record.bytes if record else None
+
+    # The contract
+
+    def outdated(self, record: StepRecord, inputs: Mapping[str, str]) -> list[Reason]:
+        """Return why a folder with this record is made again; nothing where it is up to date."""
+        if forced := self._forced():
+            return [Reason("forced", forced)]
+        return differences(record, self.declared_settings(), self.format_version, inputs)
+
+    def _forced(self) -> str | None:
+        """Return why the step, or one before it, is done again in any case."""
+        forced = self.context.forced
+        return next((forced[step.folder] for step in planning.upstream_steps(self) if step.folder in forced), None)
 
     def run(self) -> None:
-        """Work, unless the inputs turn out to be what they were."""
-        inputs = {task.folder: self.job.finished[task.folder] for task in self.deps()} | self.others()
-        record = provenance.read_record(self.path)
-        # With nothing before it that could turn out to be what it was, a step is not asked to run without need.
-        if self.deps() and record and not reasons(self, record, inputs) and not self.news(record):
-            folders.sweep(self.path.parent, [self.folder])
-            self.job.finished[self.folder] = record.identity
-            log.info("%-20s unchanged", self.folder)
-            return
-        log.info("%-20s ...", self.folder)
+        """Do the work, or nothing where the inputs' fingerprints turn out to be unchanged."""
+        with self._locked():
+            known = self.context.result.fingerprints
+            inputs = {task.folder: str(task.output().fingerprint()) for task in self.deps()} | self.extra_inputs()
+            record = read_record(self.path)
+            # Without an input that could turn out to be unchanged, a step is not asked to run without need.
+            if self.deps() and record and not self.outdated(record, inputs) and not self.check_upstream(record):
+                folders.sweep(self.path.parent, [self.folder])
+                known[self.folder] = record.identity
+                log.info("%-20s unchanged", self.folder)
+                return
+            log.info("%-20s ...", self.folder)
+            record, summary = self._write(inputs)
+            known[self.folder] = record.identity
+            self.context.result.records.append(record)
+            self.context.result.summaries[self.folder] = summary
+            log.info("%-20s %s (%.1f s)", self.folder, summary, record.seconds)
+
+    def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
-        purpose = self.made_of(inputs) if self.resumes else None
+        to_resume = digest([self.folder, self.format_version, self.declared_settings(), inputs])
         with (
-            disk.disk_errors_explained(self.path.parent, self.folder, self.needs()),
-            folders.draft(self.path, purpose) as folder,
+            disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
+            folders.draft(self.path, to_resume if self.resumable else None) as draft,
         ):
-            (folder / provenance.SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before its last act
-            counts = self.work(folder)
-            self.job.check_stopped()
-            seconds = round(time.monotonic() - start, 3)
-            identity = self.identify(folder, inputs)
+            (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before its last act
+            result = self.work(draft)
+            self.context.check_stopped()
             record = StepRecord(
                 step=self.folder,
-                format=self.format,
-                identity=identity,
-                settings=self.declared(),
+                format=self.format_version,
+                identity=self.fingerprint_of(draft, inputs),
+                settings=self.declared_settings(),
                 inputs=inputs,
-                counts=counts,
+                counts=result.counts,
                 started=started,
-                seconds=seconds,
+                seconds=round(time.monotonic() - start, 3),
                 version=version("dgmd_pipeline"),
-                images=self.images(counts),
-                bytes=disk.folder_bytes(folder),
-                worked=self.worked(counts),
-                volume=self.volume(counts),
+                images=result.images,
+                bytes=disk.folder_bytes(draft),
+                worked=result.images if result.images_processed is None else result.images_processed,
+                volume=result.bytes_processed,
             )
-            (folder / provenance.SUCCESS).write_text(
-                json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", "utf-8"
-            )
-        self.job.finished[self.folder] = identity
-        self.job.records.append(record)
-        log.info("%-20s %s (%.1f s)", self.folder, self.summary(counts), seconds)
+            write_record(draft, record)
+        return record, result.summary
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold DATA_DIR while the step runs, where the run does not hold it already."""
+        if self.context.holds_lock:
+            yield
+            return
+        with folders.lock(self.path.parent):
+            folders.recover(self.path.parent, [self.folder])
+            yield
+
+    def progress(
+        self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
+    ) -> Iterator[progress.Item]:
+        """Yield `items` and show how far the step is, in the log and on the page of a Luigi scheduler."""
+        return progress.progress(items, self.label, total, unit, report=self._report, **options)
+
+    def _report(self, percent: int, text: str) -> None:
+        for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
+            if tell := getattr(self, name, None):  # while Luigi's worker runs the task
+                tell(value)
 
     def on_failure(self, exception: BaseException) -> str:
-        """Keep the exception for whoever started the run; Luigi would only log it."""
-        self.job.failure, self.job.failed = exception, self.folder
+        """Keep the exception for the command; Luigi would only log it."""
+        self.context.result.failure, self.context.result.failed_step = exception, self.folder
         return super().on_failure(exception)
-
-
-def differences(step: Step, record: StepRecord, inputs: Mapping[str, str]) -> list[str]:
-    """Return in what a folder with this record is not what the step would make now."""
-    now = step.declared()
-    found = [
-        f"{name.upper()} {_shown(record.settings, name)} -> {_shown(now, name)}"
-        for name in sorted({*record.settings, *now})
-        if name not in record.settings or name not in now or record.settings[name] != now[name]
-    ]
-    if record.format != step.format:
-        found.append(f"format {record.format} -> {step.format}")
-    found += [
-        f"{name} changes" for name in sorted({*record.inputs, *inputs}) if record.inputs.get(name) != inputs.get(name)
-    ]
-    return found
-
-
-def _shown(settings: dict[str, Any], name: str) -> str:
-    return "(not used)" if name not in settings else "(not set)" if settings[name] is None else str(settings[name])
-
-
-def reasons(step: Step, record: StepRecord, inputs: Mapping[str, str]) -> list[str]:
-    """Return why a folder with this record is to be made again."""
-    forced = step.job.forced.get(step.folder)
-    return [forced] if forced else differences(step, record, inputs)

@@ -3,14 +3,16 @@
 import pytest
 from conftest import picture, run_pipeline
 
-from dgmd_pipeline import manifest, tasks
+from dgmd_pipeline import manifest
 from dgmd_pipeline.data import corrections
 from dgmd_pipeline.data import inspection as data_inspection
 from dgmd_pipeline.data.corrections import EXCLUDE
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import RawFile
+from dgmd_pipeline.settings import Settings
+from dgmd_pipeline.tasks.data import InspectImages
 from dgmd_pipeline.workflow.provenance import digest, read_record
-from dgmd_pipeline.workflow.step import Job
+from dgmd_pipeline.workflow.run_context import RunContext, activate
 
 
 @pytest.fixture
@@ -130,22 +132,19 @@ def test_excluded_files_do_not_count_for_the_share_that_cannot_be_decoded(tmp_pa
         data_inspection.check_rejected(good, rejected, 0.3, tmp_path)
 
 
-def inspection(data_dir):
-    from dgmd_pipeline.settings import Settings
-
-    return tasks.InspectImages(job=Job(Settings(DATA_DIR=data_dir)))
-
-
-def test_without_corrections_the_identity_is_what_it_was_before_there_were_any(tmp_path):
-    step = inspection(tmp_path)
-    assert step.others() == {}
-    assert step.made_of({"raw": "x"} | step.others()) == digest(["inspected", step.format, {}, {"raw": "x"}])
+def test_without_corrections_the_fingerprint_is_what_it_was_before_there_were_any(tmp_path):
+    with activate(RunContext(Settings(DATA_DIR=tmp_path))):
+        step = InspectImages()
+        assert step.extra_inputs() == {}
+        expected = digest(["inspected", step.format_version, {}, {"raw": "x"}])
+        assert step.expected_fingerprint({"raw": "x"}) == expected
 
 
-def test_the_identity_depends_on_what_the_file_says_and_not_on_how(tmp_path, write):
+def test_the_fingerprint_depends_on_what_the_file_says_and_not_on_how(tmp_path, write):
     def identity(text):
         write(text)
-        return inspection(tmp_path).others()
+        with activate(RunContext(Settings(DATA_DIR=tmp_path))):
+            return InspectImages().extra_inputs()
 
     one = identity("key,label\na/1.jpg,b\na/2.jpg,c\n")
     assert identity('key,label\r\n"a/2.jpg",c\r\n\r\na/1.jpg,b\r\n') == one

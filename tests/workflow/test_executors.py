@@ -14,7 +14,7 @@ from dgmd_pipeline.workflow import executors
 
 @pytest.fixture
 def pool():
-    pool = executors.Pool(2)
+    pool = executors.ProcessExecutor(2)
     yield pool
     pool.close()
 
@@ -58,7 +58,7 @@ def test_a_killed_process_is_explained(pool):
 
 
 def test_closing_ends_the_processes_whatever_they_do():
-    pool = executors.Pool(2)
+    pool = executors.ProcessExecutor(2)
     results = pool.map(time.sleep, [0, 600, 600])
     next(results)
     pool.close()
@@ -67,10 +67,10 @@ def test_closing_ends_the_processes_whatever_they_do():
 
 def test_processes_end_when_their_parent_is_killed(tmp_path):
     code = """
-from dgmd_pipeline import workers
+from dgmd_pipeline.workflow import executors
 from tests_work import report
 if __name__ == "__main__":
-    list(workers.Pool(2).map(report, [0, 1]))
+    list(executors.ProcessExecutor(2).map(report, [0, 1]))
 """
     (tmp_path / "tests_work.py").write_text(
         "import os, pathlib, time\n"

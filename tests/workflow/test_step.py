@@ -7,57 +7,58 @@ import pytest
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, Stopped
 from dgmd_pipeline.settings import Settings
-from dgmd_pipeline.workflow import disk, planning, provenance, step
+from dgmd_pipeline.workflow import disk, planning, provenance
+from dgmd_pipeline.workflow.run_context import RunContext, activate
+from dgmd_pipeline.workflow.step import Step, StepResult
 
 
-class First(step.Step):
-    name = "first"
-    verb = "begin"
-    uses = ("epochs",)
+class First(Step):
+    name, verb = "first", "begin"
+    params = ("epochs",)
 
     def work(self, draft):
         (draft / "epochs").write_text(str(self.settings.epochs))
-        return {"things": 1, "images": 7}
+        return StepResult({"things": 1}, images=7)
 
 
-class Second(step.Step):
-    name = "second"
-    verb = "go on"
-    uses = ("batch_size",)
-    reads = ("seed",)
+class Second(Step):
+    name, verb = "second", "go on"
+    params = ("batch_size",)
+    runtime_params = ("seed",)
 
     def requires(self):
-        return First(job=self.job)
+        return {"first": First()}
 
     def work(self, draft):
-        (draft / "copy").write_text((self.requires().path / "epochs").read_text())
-        return {"things": 2}
+        (draft / "copy").write_text((self.input()["first"].path / "epochs").read_text())
+        return StepResult({"things": 2})
 
 
-class Third(step.Step):
+class Third(Step):
     name = "third"
 
     def requires(self):
-        return [First(job=self.job), Second(job=self.job)]
+        return {"first": First(), "second": Second()}
 
     def work(self, draft):
-        return {}
+        return StepResult()
 
 
 def go(data_dir, last=Third, forced=None, **settings):
     """Plan, run, and return the plan as {step: (state, reason)} and the steps that worked."""
-    job = step.Job(Settings(DATA_DIR=data_dir, **settings))
-    task = last(job=job)
-    if forced:
-        job.forced[forced] = f"--force {forced}"
+    context = RunContext(
+        Settings(DATA_DIR=data_dir, **settings), forced={forced: f"--force {forced}"} if forced else {}
+    )
     before = {
         name: (data_dir / name).stat().st_ino for name in ("first", "second", "third") if (data_dir / name).exists()
     }
-    plan = {outlook.step: (outlook.state, outlook.reason) for outlook in planning.plan(task)}
-    luigi.build([task], local_scheduler=True, log_level="CRITICAL")
-    if job.failure:
-        raise job.failure
-    assert task.complete()
+    with activate(context):
+        task = last()
+        plan = {each.step: (each.state, each.reason) for each in planning.plan(task)}
+        luigi.build([task], local_scheduler=True, log_level="CRITICAL")
+        if context.result.failure:
+            raise context.result.failure
+        assert task.complete()
     worked = {
         name
         for name in ("first", "second", "third")
@@ -119,7 +120,7 @@ def test_going_back_to_earlier_settings_is_a_rerun(tmp_path):
 
 def test_a_raised_format_redoes_its_step(tmp_path, monkeypatch):
     go(tmp_path)
-    monkeypatch.setattr(Second, "format", 2)
+    monkeypatch.setattr(Second, "format_version", 2)
     plan, worked = go(tmp_path)
     assert worked == {"second", "third"}
     assert plan["second"] == ("run", "format 1 -> 2")
@@ -136,18 +137,18 @@ def test_a_folder_whose_record_cannot_be_read_is_made_anew(tmp_path, content):
 
 
 def test_reading_an_undeclared_setting_is_an_error(tmp_path):
-    class Careless(step.Step):
+    class Careless(Step):
         name = "careless"
 
         def work(self, draft):
-            return {"epochs": self.settings.epochs}
+            return StepResult({"epochs": self.settings.epochs})
 
     with pytest.raises(AttributeError, match="reads the setting epochs without declaring it"):
         go(tmp_path, Careless)
 
 
 def test_a_step_that_fails_leaves_neither_draft_nor_folder(tmp_path):
-    class Failing(step.Step):
+    class Failing(Step):
         name = "failing"
 
         def work(self, draft):
@@ -172,10 +173,8 @@ def test_a_step_that_a_signal_came_into_is_not_committed(tmp_path):
     def stopped():
         raise Stopped
 
-    job = step.Job(Settings(DATA_DIR=tmp_path), check_stopped=stopped)
-    planning.plan(First(job=job))
-    with pytest.raises(Stopped):
-        First(job=job).run()
+    with activate(RunContext(Settings(DATA_DIR=tmp_path), check_stopped=stopped)), pytest.raises(Stopped):
+        First().run()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,8 +202,8 @@ def test_files_without_a_record_are_told_apart_by_path_size_and_time(tmp_path):
 
 
 def test_task_ids_show_no_setting(tmp_path):
-    job = step.Job(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))
-    text = f"{First(job=job)} {First(job=job).task_id} {First(job=job).to_str_params()}"
+    with activate(RunContext(Settings(DATA_DIR=tmp_path, MLFLOW_TRACKING_URI="http://user:s3cr3t@host/"))):
+        text = f"{First()} {First().task_id} {First().to_str_params()}"
     assert "s3cr3t" not in text
     assert str(tmp_path) not in text
 
@@ -237,7 +236,8 @@ def test_a_forced_step_and_all_after_it_are_done_again(tmp_path):
 
 
 def test_a_step_has_a_verb_and_a_folder_and_an_unknown_name_is_answered_with_both(tmp_path):
-    line = planning.upstream_steps(Third(job=step.Job(Settings(DATA_DIR=tmp_path))))
+    with activate(RunContext(Settings(DATA_DIR=tmp_path))):
+        line = planning.upstream_steps(Third())
     assert planning.select_steps(line, "begin") == planning.select_steps(line, "first") == [line[0]]
     with pytest.raises(SettingsError, match=r"'begni' is no step of this run\. .* begin \(first\), go on \(second\)"):
         planning.select_steps(line, "begni")
@@ -255,7 +255,8 @@ def test_a_record_of_an_older_or_newer_version_is_read(tmp_path):
 
 def test_a_plan_knows_images_and_bytes(tmp_path):
     def outlooks():
-        return [(each.images, each.bytes) for each in planning.plan(Third(job=step.Job(Settings(DATA_DIR=tmp_path))))]
+        with activate(RunContext(Settings(DATA_DIR=tmp_path))):
+            return [(each.images, each.bytes) for each in planning.plan(Third())]
 
     assert outlooks() == [(None, None)] * 3
     go(tmp_path, last=First)

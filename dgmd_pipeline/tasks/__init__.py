@@ -1,0 +1,23 @@
+"""The graph: which step is made from which. Only this package names step folders.
+
+    luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
+
+runs the pipeline with the settings of the environment. A task wires: it reads its inputs, calls a function or a few,
+and writes. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they are used, so that a run with
+nothing to do starts without them.
+"""
+
+from dgmd_pipeline.tasks import model
+from dgmd_pipeline.workflow import run_context, signals
+from dgmd_pipeline.workflow.run_context import RunContext
+
+LAST = model.RegisterModel
+
+
+def _context_of_environment() -> RunContext:
+    from dgmd_pipeline import settings
+
+    return RunContext(settings.load(), check_stopped=signals.check_stopped, holds_lock=False)
+
+
+run_context.provide_default(_context_of_environment)

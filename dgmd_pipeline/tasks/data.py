@@ -1,0 +1,278 @@
+"""The bucket -> TFRecords."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import luigi
+
+from dgmd_pipeline import formatting, manifest
+from dgmd_pipeline.data import corrections
+from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.tasks import names
+from dgmd_pipeline.tasks.resources import Resources
+from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow.planning import StepPlan
+from dgmd_pipeline.workflow.provenance import StepRecord, digest, read_record
+from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
+
+log = logging.getLogger(__name__)
+SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the images come from
+
+
+class DownloadImages(Step):
+    """An object in the bucket -> a file under `raw/`."""
+
+    name, verb = names.RAW, "download"
+    params = SOURCE
+    runtime_params = ("refresh",)
+    accepts_external_data = True
+    resumable = True
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.s3 import client, listing, sync
+
+        s3, source = client.connect(), self._source
+        record, resources = read_record(self.path), self.context.shared(Resources)
+        if record:
+            sync.check_untracked_files(self.path)
+        found = resources.listing or listing.list_objects(s3, *source)
+        resources.listing = None
+        up_to_date = self.settings.refresh and record and not self.outdated(record, {})
+        done = sync.download_folder(
+            s3,
+            *source,
+            found,
+            draft,
+            draft / folders.RESUME,
+            up_to_date=self.path if up_to_date else None,
+            what=self.folder,
+            show=self.progress,
+        )
+        _warn_of_rejected(Counter(row.reason for row in done.rejected), "objects", self.path)
+        size = sum(item.size for item in done.objects)
+        counts = {"objects": len(done.objects), "bytes": size, "left out": len(done.rejected)}
+        left_out = f", {counts['left out']:,} left out" if done.rejected else ""
+        return StepResult(
+            counts=counts,
+            images=len(done.objects),
+            images_processed=len(done.fetched),
+            bytes_processed=sum(item.size for item in done.fetched),
+            summary=f"{len(done.objects):,} objects, {formatting.format_bytes(size)}{left_out}",
+        )
+
+    @property
+    def _source(self) -> tuple[str, str]:
+        return self.settings.aws_data_bucket, self.settings.aws_data_path
+
+    def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
+        """Compare the folder with a new listing of the bucket, where REFRESH asks for it."""
+        from dgmd_pipeline.s3 import client, listing, sync
+
+        if record is None and (self.settings.refresh or self.name in self.context.forced):
+            raise NoUsableInput(
+                f"{self.path} was put there by hand or by an older version: it cannot be brought up to date from the "
+                "bucket. Delete it (or move it away) to download, or unset REFRESH and leave --force download out."
+            )
+        if record is None or not self.settings.refresh:
+            return None
+        resources = self.context.shared(Resources)
+        resources.listing = resources.listing or listing.list_objects(client.connect(), *self._source)
+        change = sync.compare_folder(folders.current_path(self.path), resources.listing[0])
+        return change and UpstreamChange(*change)
+
+    def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        return None
+
+    def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
+        """Return the fingerprint of the listing."""
+        from dgmd_pipeline.s3 import sync
+
+        return sync.fingerprint(manifest.read(folder / manifest.LISTING, manifest.SourceObject))
+
+
+def _warn_of_rejected(reasons: Mapping[str, int], what: str, folder: Path) -> None:
+    if reasons:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common())
+        log.warning("%s left out: %s; see %s", what, listed, folder / manifest.REJECTED)
+
+
+class InspectImages(Step):
+    """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
+
+    name, verb, format_version = names.INSPECTED, "inspect", 2
+
+    def requires(self) -> dict[str, Step]:
+        return {"raw": DownloadImages()}
+
+    @cached_property
+    def _corrections(self) -> dict[str, str]:
+        """The operator's corrections. They are read once in a run, so that what is recorded is what was applied."""
+        return corrections.read(self.path.with_name(corrections.NAME))
+
+    def extra_inputs(self) -> dict[str, str]:
+        return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import inspection
+
+        raw: Path = self.input()["raw"].path
+        record = read_record(raw)
+
+        def run(function: Callable[..., Any], pieces: Any) -> Any:
+            done = self.context.executor.map(function, pieces)
+            return self.progress(done, sum(map(len, pieces)), "images", count=len)
+
+        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run)
+        _warn_of_rejected(counts["rejected"], "files", self.path)
+        return StepResult(
+            counts=counts,
+            images=counts["images"],
+            images_processed=counts["files"] - counts["rejected"].get(manifest.EXCLUDED, 0),
+            bytes_processed=record.counts.get("bytes") if record else None,
+            summary=inspection.summary(counts),
+        )
+
+
+class MapLabels(Step):
+    """A row -> its label's class index. The map is append-only within one bucket and prefix."""
+
+    name, verb = names.LABEL_MAP, "label"
+    params = (*SOURCE, "max_rejected_pcnt", "min_images_per_label")
+
+    def requires(self) -> dict[str, Step]:
+        return {"inspected": InspectImages()}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import inspection, labels
+
+        inspected: Path = self.input()["inspected"].path
+        images = list(manifest.read(inspected / "images.csv", manifest.Image))
+        report = inspected / manifest.REJECTED
+        rejected = manifest.read(report, manifest.Rejected)
+        inspection.check_rejected(images, rejected, self.settings.max_rejected_pcnt, report)
+        counts = labels.map_labels(images, self._known(), self.settings.min_images_per_label, draft)
+        summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
+        return StepResult(counts=counts, images_processed=len(images), summary=summary)
+
+    def declared_settings(self) -> dict[str, Any]:
+        """Return the settings; a `raw/` that was put there by hand comes from no bucket."""
+        declared, raw = super().declared_settings(), DownloadImages().path
+        by_hand = raw.exists() and read_record(raw) is None
+        return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
+
+    def _known(self) -> list[str]:
+        """Return the labels of the map that is there, by class index, where it is of the same source."""
+        from dgmd_pipeline.data import labels
+
+        record, mapping, now = read_record(self.path), self.path / "mapping.json", self.declared_settings()
+        if not mapping.exists() or (record and any(record.settings.get(name) != now.get(name) for name in SOURCE)):
+            return []
+        return labels.read_mapping(mapping)
+
+    def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        return None
+
+    def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
+        """Return the fingerprint of the content: which label has which index, and which ones are used."""
+        from dgmd_pipeline.data.labels import LabelRow
+
+        rows = manifest.read(folder / "labels.csv", LabelRow)
+        return digest([[row.label, row.class_index, row.state == "used"] for row in rows if row.class_index >= 0])
+
+
+class BalanceClasses(Step):
+    """A row -> fewer rows, and class weights for the imbalance that remains."""
+
+    name, verb, format_version = names.BALANCED, "balance", 2
+    params = ("balance_limit",)
+
+    def requires(self) -> dict[str, Step]:
+        return {"inspected": InspectImages(), "label_map": MapLabels()}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import balance, labels
+
+        rows = manifest.read(self.input()["label_map"].path / "labels.csv", labels.LabelRow)
+        images = manifest.read(self.input()["inspected"].path / "images.csv", manifest.Image)
+        used = {row.label: row.class_index for row in rows if row.state == "used"}
+        counts = balance.balance_classes(images, used, self.settings.balance_limit, draft)
+        return StepResult(
+            counts=counts,
+            images=sum(counts["after"].values()),
+            images_processed=sum(counts["before"].values()),
+            summary=balance.summary(counts),
+        )
+
+
+class SplitImages(Step):
+    """A row -> a row in one split."""
+
+    name, verb = names.SPLIT, "split"
+    params = ("validation_pcnt",)
+
+    def requires(self) -> dict[str, Step]:
+        return {"balanced": BalanceClasses()}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import split
+
+        rows = manifest.read(self.input()["balanced"].path / "images.csv", manifest.Example)
+        counts = split.split_images(rows, self.settings.validation_pcnt, draft)
+        images = counts["training"] + counts["validation"]
+        return StepResult(counts=counts, images=images, summary=split.summary(counts))
+
+
+class PerSplitStep(Step):
+    """A step that is done for each split, in a folder of its own."""
+
+    split: str = luigi.ChoiceParameter(choices=names.SPLITS)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}_{self.split}"
+
+    @property
+    def label(self) -> str:
+        return self.folder
+
+
+class WriteTFRecords(PerSplitStep):
+    """A row of a split -> a record in one of the split's shards."""
+
+    name, verb, format_version = names.TFRECORD, "convert", 3
+    priority = 1  # Luigi's: both splits before the first features, for which the network is still being built
+    params = ("num_shards", "image_width", "image_height", "image_fit")
+
+    def requires(self) -> dict[str, Step]:
+        return {"split": SplitImages(), "inspected": InspectImages(), "raw": DownloadImages()}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import shards
+
+        rows = list(manifest.read(self.input()["split"].path / f"{self.split}.csv", manifest.Example))
+
+        def run(function: Callable[..., Any], pieces: Any) -> Any:
+            return self.progress(self.context.executor.map(function, pieces), len(rows), "images", count=int)
+
+        given = self.settings
+        size, fit = (given.image_width, given.image_height), given.image_fit
+        counts = shards.write(rows, self.input()["raw"].path, draft, self.split, given.num_shards, *size, fit, run)
+        if counts["shards"] < given.num_shards:
+            log.warning("%s: %d images make only %d shards", self.folder, len(rows), counts["shards"])
+        images, size_mb = counts["images"], counts["bytes"] / 1e6
+        summary = f"{images:,} images in {counts['shards']:,} shards, {size_mb:,.1f} MB"
+        return StepResult(counts=counts, images=images, bytes_processed=counts["bytes"], summary=summary)
+
+    def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
+        return upstream[0].counts.get(self.split, upstream[0].images)
+
+    def estimated_bytes(self) -> int | None:
+        from dgmd_pipeline.data import shards
+
+        split = read_record(self.input()["split"].path)
+        size = (self.settings.image_width, self.settings.image_height)
+        return shards.estimate_bytes(split.counts[self.split], *size) if split else None

@@ -1,0 +1,310 @@
+"""TFRecords -> a registered model."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.tasks import names, outputs, resources
+from dgmd_pipeline.tasks.data import (
+    SOURCE,
+    BalanceClasses,
+    DownloadImages,
+    InspectImages,
+    MapLabels,
+    PerSplitStep,
+    SplitImages,
+    WriteTFRecords,
+)
+from dgmd_pipeline.tasks.resources import Resources
+from dgmd_pipeline.workflow import disk, folders, timing
+from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
+from dgmd_pipeline.workflow.provenance import StepRecord, read_record
+from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.registry.store import Store
+
+log = logging.getLogger(__name__)
+FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
+
+
+class ExtractFeatures(PerSplitStep):
+    """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
+
+    name, verb = names.FEATURES, "extract"
+    params = ("backbone", "image_width", "image_height")
+    runtime_params = ("backbone_weights", "keras_home")
+
+    def requires(self) -> dict[str, Step]:
+        return {"records": WriteTFRecords(split=self.split)}
+
+    def extra_inputs(self) -> dict[str, str]:
+        from dgmd_pipeline.training import backbones
+
+        return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import shards
+        from dgmd_pipeline.training import dataset, features
+        from dgmd_pipeline.workflow.executors import in_threads
+
+        records: Path = self.input()["records"].path
+        shards.check(records)
+        network = resources.network(self.context, extracts=True)
+        assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
+        images = dataset.read(records)
+        count, dimensions = len(images), int(network.output_shape[-1])
+        disk.check_space(draft, self.folder, features.estimate_bytes(count, dimensions))
+        extracted = features.extract(images.batch(features.BATCH).prefetch(2), count, network, draft, in_threads)
+        for _ in self.progress(extracted, count, "images", count=int):
+            pass
+        record, counts = read_record(records), {"images": count, "dimensions": dimensions}
+        summary = f"{count:,} images, {dimensions:,} dimensions"
+        volume = record.counts.get("bytes") if record else None
+        return StepResult(counts=counts, images=count, bytes_processed=volume, summary=summary)
+
+
+class TrainModel(Step):
+    """Features or records -> a trained model. Every training is a new one and has an id of its own."""
+
+    name, verb, format_version = names.TRAINED_MODEL, "train", 2
+    resumable = True
+    params = (
+        *("backbone", "head", "batch_size", "epochs", "learning_rate", "decay_rate", "patience", "optimizer"),
+        *("dropout", "weight_decay", "augmentation", "class_weights", "seed", *FINE_TUNING),
+    )
+    runtime_params = ("backbone_weights", "keras_home", "image_width", "image_height", "image_fit")
+
+    def requires(self) -> dict[str, Step]:
+        records = (
+            {f"records_{split}": WriteTFRecords(split=split) for split in names.SPLITS} if self._fine_tunes() else {}
+        )
+        needed = {"label_map": MapLabels(), "balanced": BalanceClasses(), "split": SplitImages()}
+        return {**_learned_from(self.settings.backbone), **needed, **records}
+
+    def _fine_tunes(self) -> bool:
+        from dgmd_pipeline.training import backbones
+
+        return self.settings.fine_tune != "none" and backbones.is_frozen(self.settings.backbone)
+
+    def declared_settings(self) -> dict[str, Any]:
+        """Return the settings that this kind of training uses."""
+        from dgmd_pipeline.training import backbones
+
+        # Stored features are those of the images as they are; `cnn` has one head.
+        unused = {"augmentation" if backbones.is_frozen(self.settings.backbone) else "head"}
+        if not self._fine_tunes():
+            unused |= set(FINE_TUNING)
+        return {name: value for name, value in super().declared_settings().items() if name not in unused}
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import labels, shards
+        from dgmd_pipeline.training import runtime, train
+
+        backbone = resources.network(self.context, extracts=False)
+        runtime.start_tensorflow()
+        paths: dict[str, Path] = {name: target.path for name, target in self.input().items()}
+        rows = shards.record_order(manifest.read(paths["split"] / "training.csv", manifest.Example))
+        weights = manifest.read_json(paths["balanced"] / "class_weights.json") if self.settings.class_weights else {}
+        records = [paths[name] for name in paths if name.startswith("records")] if backbone else _split_paths(paths)
+        for folder in records:
+            shards.check(folder)
+        data = train.TrainingData(
+            training=paths["training"],
+            validation=paths["validation"],
+            groups=[row.group for row in rows],
+            classes=len(labels.read_mapping(paths["label_map"] / "mapping.json")),
+            class_weights={int(index): weight for index, weight in weights.items()},
+            records=records,
+        )
+        epochs: list[Any] = []  # of this run; one that was stopped may have run the others
+        options = train.TrainingOptions.from_settings(self.settings)
+        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._ended, epochs))
+        disk.check_space(draft, self.folder, trained.estimated_bytes)
+        counts = train.write(trained, draft)
+        self.context.shared(Resources).trained = counts.pop("id"), trained.model
+        return StepResult(counts=counts, images_processed=len(rows) * len(epochs), summary=train.summary(counts))
+
+    def _ended(self, epochs: list[Any], row: Any) -> None:
+        self.context.check_stopped()
+        epochs.append(row)
+
+    def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        return "a training like no other"
+
+    def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
+        """Return the training's own id."""
+        return manifest.read_json(folder / "training.json")["id"]
+
+
+class EvaluateModel(Step):
+    """A model and the validation split -> metrics, comparison with production, and serving benchmark."""
+
+    name, verb, format_version = names.EVALUATION, "evaluate", 3
+    params = ("model_name", "mlflow_tracking_uri")  # whose production it is compared with
+    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio")
+
+    def requires(self) -> dict[str, Step]:
+        records = WriteTFRecords(split="validation")
+        needed = {"records": records, "split": SplitImages(), "label_map": MapLabels()}
+        return {"trained": TrainModel(), **_learned_from(self.settings.backbone), **needed}
+
+    def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
+        return upstream[2].images
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.data import labels
+        from dgmd_pipeline.evaluation import evaluate, gates
+        from dgmd_pipeline.settings import serving_environment
+
+        paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)}
+        records = {name: record for name, path in paths.items() if (record := read_record(path))}
+        inputs = self.input()
+        data = evaluate.EvaluationData(
+            model_name=self.settings.model_name,
+            labels=labels.read_mapping(inputs["label_map"].path / "mapping.json"),
+            trained_model=inputs["trained"].path,
+            features=_split_paths(inputs) if names.FEATURES in str(inputs["validation"]) else None,
+            records=inputs["records"].path,
+            split=inputs["split"].path,
+            raw=paths[names.RAW],
+            rejected=paths[names.INSPECTED] / manifest.REJECTED,
+            balanced=records[names.BALANCED].counts,
+            source=_source_uri(self.settings, paths[names.RAW]),
+            settings=_recorded_settings(records),
+            seconds=[(name, record.seconds) for name, record in records.items()],
+        )
+        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
+        production = partial(outputs.production, self.settings)
+        network = resources.trained_model(self.context, inputs["trained"].path)
+        counts = evaluate.evaluate(data, network, production, limits, serving_environment(), draft)
+        images, accuracy, f1 = counts["images"], counts["accuracy"], counts["f1"]
+        summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
+        return StepResult(counts=counts, images=images, summary=summary)
+
+
+class RegisterModel(Step):
+    """Everything about a training -> a run and a version in the registry that is not production. The last task."""
+
+    name, verb = names.REGISTERED_MODEL, "register"
+    params = ("model_name", "mlflow_experiment_name", "mlflow_tracking_uri")
+    runtime_params = ("data_dir", *SOURCE, "backbone_weights", "git_revision")
+
+    def requires(self) -> dict[str, Step]:
+        return {
+            "raw": DownloadImages(),
+            "inspected": InspectImages(),
+            "label_map": MapLabels(),
+            "balanced": BalanceClasses(),
+            "split": SplitImages(),
+            "trained": TrainModel(),
+            "evaluation": EvaluateModel(),
+        }
+
+    def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
+        return None
+
+    def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
+        if self.settings.mlflow_tracking_uri or (self.settings.data_dir / names.STORE).exists():
+            return None
+        return UpstreamChange(f"{names.STORE}/ is missing")
+
+    def work(self, draft: Path) -> StepResult:
+        from dgmd_pipeline.registry import registration
+
+        start = time.monotonic()
+        paths: dict[str, Path] = {name: target.path for name, target in self.input().items()}
+        place = self._store(draft, disk.folder_bytes(paths["trained"]) + disk.folder_bytes(paths["evaluation"]))
+        experiment = self.settings.mlflow_experiment_name or self.settings.model_name
+        version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
+        if version.new:
+            seconds = {timing.SECONDS + self.folder: time.monotonic() - start}
+            try:
+                registration.add_metrics(place, version, seconds)
+            except PipelineError as error:  # the version is there; a number is no reason to fail
+                log.warning("how long the registration took is not noted in MLflow: %s", error)
+        manifest.write_json(draft / "version.json", version._asdict())
+        if tell := self.set_tracking_url:
+            tell(registration.run_url(place, version))
+        state = "non-production" if version.new else "was registered already"
+        return StepResult(
+            counts={"name": version.name, "version": version.version, "run": version.run_id, "new": version.new},
+            summary=f"{version.name} version {version.version}, {state}",
+        )
+
+    def _store(self, draft: Path, needed: int) -> "Store":
+        """Return where to register: the server that is set, or the embedded store, which needs room here."""
+        from dgmd_pipeline.registry import store as registry_store
+
+        if not self.settings.mlflow_tracking_uri:
+            disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
+            folder = self.settings.data_dir / names.STORE
+            if not folder.exists():  # a database that is cut off while its tables are made is lost
+                with folders.draft(folder) as new:
+                    registry_store.create(new)
+        found = outputs.store(self.settings)
+        assert found is not None  # noqa: S101 - it has just been made
+        return found
+
+    def _candidate(self, paths: Mapping[str, Path]) -> Any:
+        """Gather what is registered from the folders of the steps before."""
+        from dgmd_pipeline.data import labels
+        from dgmd_pipeline.evaluation import evaluate
+        from dgmd_pipeline.registry import registration
+        from dgmd_pipeline.training import train
+
+        about, history = train.read(paths["trained"])
+        records = {step.folder: found for step in upstream_steps(self)[:-1] if (found := read_record(step.path))}
+        mine = self.declared_settings() | {"backbone_weights": self.settings.backbone_weights, "seed": about["seed"]}
+        split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
+        return registration.Candidate(
+            training_id=about["id"],
+            model=partial(resources.trained_model, self.context, paths["trained"]),
+            labels=labels.read_mapping(paths["label_map"] / "mapping.json"),
+            params=_recorded_settings(records, mine),
+            history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
+            metrics=evaluate.metrics_of(paths["evaluation"])
+            | {"images_inspected": sum(balanced["before"].values()), "images_balanced": sum(balanced["after"].values())}
+            | {f"images_{split_name}": split[split_name] for split_name in names.SPLITS},
+            times=timing.metrics(records.values()),
+            tags=evaluate.tags_of(paths["evaluation"]) | registration.code_tags(self.settings.git_revision),
+            source=_source_uri(self.settings, paths["raw"]),
+            source_digest=str(self.input()["raw"].fingerprint()),
+            files={
+                paths["label_map"] / "mapping.json": "",
+                paths["evaluation"]: "evaluation",
+                paths["split"] / "training.csv": "split",
+                paths["split"] / "validation.csv": "split",
+                paths["inspected"] / manifest.REJECTED: "inspected",
+                paths["balanced"] / "class_weights.json": "balanced",
+            },
+        )
+
+
+def _learned_from(backbone: str) -> dict[str, Step]:
+    """Return the tasks whose folders a model with this backbone is trained and measured on, by split."""
+    from dgmd_pipeline.training import backbones
+
+    kind = ExtractFeatures if backbones.is_frozen(backbone) else WriteTFRecords
+    return {split: kind(split=split) for split in names.SPLITS}
+
+
+def _split_paths(by_name: Mapping[str, Any]) -> list[Path]:
+    return [getattr(by_name[split], "path", by_name[split]) for split in names.SPLITS]
+
+
+def _recorded_settings(records: Mapping[str, StepRecord], others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the settings that the folders were made with, and others, by variable name."""
+    found = [record.settings for record in records.values()] + [others or {}]
+    return {name.upper(): value for each in found for name, value in each.items()}
+
+
+def _source_uri(settings: Any, raw: Path) -> str:
+    """Return where the images came from, as a URI."""
+    by_hand = read_record(raw) is None
+    return raw.resolve().as_uri() if by_hand else f"s3://{settings.aws_data_bucket}/{settings.aws_data_path}"

@@ -1,0 +1,69 @@
+"""What commands read from the step folders of a run."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.tasks import names
+from dgmd_pipeline.workflow.provenance import read_record
+from dgmd_pipeline.workflow.run_context import RunResult
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages
+    from dgmd_pipeline.registry.store import Store
+    from dgmd_pipeline.registry.versions import Entry
+    from dgmd_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def registered(data_dir: Path, result: RunResult) -> dict[str, Any]:
+    """Return version, accuracy and difference (to production's) of what this run leaves registered; {} if nothing."""
+    version, measured = (read_record(data_dir / name) for name in (names.REGISTERED_MODEL, names.EVALUATION))
+    if names.REGISTERED_MODEL not in result.fingerprints or not version or not measured:
+        return {}
+    known = version.counts | measured.counts
+    return {name: known.get(name) for name in ("version", "accuracy", "difference")}
+
+
+def store(settings: "Settings") -> "Store | None":
+    """Return the registry: the server that is set, or the embedded store, or None where that is not there yet."""
+    from dgmd_pipeline.registry import store as registry_store
+
+    if settings.mlflow_tracking_uri:
+        return registry_store.Store(settings.mlflow_tracking_uri, None)
+    return (
+        registry_store.embedded(settings.data_dir / names.STORE) if (settings.data_dir / names.STORE).exists() else None
+    )
+
+
+def candidate_model(store: "Store", name: str, entry: "Entry", folder: Path) -> "CandidateModel":
+    """Download a registered version into `folder`, to be compared."""
+    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.registry import versions
+
+    fetched = versions.fetch(store, name, entry, folder)
+    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, entry.version, run=entry.run_id)
+
+
+def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
+    """Download the production version into `folder`; None where there is none."""
+    from dgmd_pipeline.registry import versions
+
+    if (place := store(settings)) and (now := versions.production(place, settings.model_name)):
+        log.info("  version %d is production: fetching it to compare ...", now.version)
+        return candidate_model(place, settings.model_name, now, folder)
+    return None
+
+
+def validation_images(settings: "Settings") -> "ValidationImages | None":
+    """Return the validation images that lie in DATA_DIR; None where there are none."""
+    from dgmd_pipeline.evaluation import review
+
+    records = settings.data_dir / f"{names.TFRECORD}_validation"
+    split = settings.data_dir / names.SPLIT
+    made, cut = read_record(records), read_record(split)
+    if made is None or cut is None or made.inputs.get(names.SPLIT) != cut.identity:
+        return None  # the records of another split, while a run is on its way
+    return review.validation_images(records, manifest.read(split / "validation.csv", manifest.Example))

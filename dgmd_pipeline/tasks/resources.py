@@ -1,0 +1,68 @@
+"""What a run keeps in memory from one step to the next: a listing, the frozen network, the trained model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgmd_pipeline.tasks import names
+from dgmd_pipeline.workflow.planning import StepPlan
+from dgmd_pipeline.workflow.run_context import RunContext
+
+if TYPE_CHECKING:
+    import keras
+
+    from dgmd_pipeline.manifest import Rejected, SourceObject
+
+
+@dataclass
+class Resources:
+    """What a run keeps in memory from one step to the next."""
+
+    listing: "tuple[list[SourceObject], list[Rejected]] | None" = None  # of the bucket, where planning needed it
+    network: "Callable[[], keras.Model] | None" = None  # waits for the frozen network, which is built once
+    trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, where this run has trained it
+
+
+def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
+    """Build the frozen network in a thread, if this run will need one, while the steps before it do their work.
+
+    It takes some 10 s of one core: TensorFlow's import, the layers and, where features are extracted, the forward pass.
+    """
+    listed = context.shared(Resources).listing is not None  # the bucket has changed: "maybe" is nearly certain
+    due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
+    extracts = bool(due & {f"{names.FEATURES}_{split}" for split in names.SPLITS})
+    if extracts or names.TRAINED_MODEL in due:
+        _start_network(context, extracts)
+
+
+def _start_network(context: RunContext, extracts: bool) -> None:
+    from dgmd_pipeline.training import backbones, networks
+    from dgmd_pipeline.workflow import executors
+
+    settings: Any = context.settings
+    if backbones.is_frozen(settings.backbone):
+        size = (settings.image_height, settings.image_width)
+        given = (settings.backbone, settings.backbone_weights, *size, settings.keras_home)
+        build = partial(networks.build_frozen, *given, extracts=extracts)
+        context.shared(Resources).network = executors.submit_in_background(build)
+
+
+def network(context: RunContext, extracts: bool) -> "keras.Model | None":
+    """Return the frozen network of this run; None where the backbone is trained."""
+    resources = context.shared(Resources)
+    if resources.network is None:
+        _start_network(context, extracts)
+    return resources.network and resources.network()
+
+
+def trained_model(context: RunContext, folder: Path) -> "keras.Model":
+    """Return the trained model of a folder: from memory where this run has made it, loading takes 3 to 5 s."""
+    from dgmd_pipeline.training import networks, runtime
+
+    trained = context.shared(Resources).trained
+    if trained and trained[0] == context.result.fingerprints.get(names.TRAINED_MODEL):
+        return trained[1]
+    runtime.start_tensorflow()
+    return networks.load(folder / "model.keras")

@@ -1,0 +1,44 @@
+"""Steps -> done: Luigi runs them one after another in this process."""
+
+import logging
+from collections.abc import Sequence
+
+import luigi
+from luigi import scheduler, worker
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.workflow.scheduler_page import ReportingScheduler
+from dgmd_pipeline.workflow.step import Step
+
+
+class _Factory:
+    """Luigi's worker and scheduler, as this pipeline wants them."""
+
+    def __init__(self, scheduler_url: str | None) -> None:
+        self._url = scheduler_url
+
+    def create_local_scheduler(self) -> scheduler.Scheduler | ReportingScheduler:
+        local = scheduler.Scheduler(prune_on_get_work=True, record_task_history=False)
+        return ReportingScheduler(local, self._url) if self._url else local
+
+    def create_worker(
+        self, scheduler: scheduler.Scheduler, worker_processes: int, assistant: bool = False
+    ) -> worker.Worker:
+        del worker_processes, assistant
+        return worker.Worker(scheduler=scheduler, worker_processes=1, no_install_shutdown_handler=True)
+
+
+def run_steps(last: Sequence[Step], scheduler_url: str | None = None, verbose: bool = False) -> None:
+    """Run the steps that are not complete, up to `last`.
+
+    The run reports to the Luigi scheduler at `scheduler_url`, where there is one, for people to look at; it decides
+    itself what is run. What ends a step is in the run's result: Luigi's own verdict is not used.
+    Raises PipelineError where Luigi ends without an error and without the last step.
+    """
+    for name in ("luigi", "luigi-interface", "luigi.scheduler"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
+    luigi.build(list(last), worker_scheduler_factory=_Factory(scheduler_url), local_scheduler=True)
+    if last[0].context.result.failure is None:
+        last[0].context.check_stopped()
+        if missing := [step.folder for step in last if not step.complete()]:
+            raise PipelineError(f"Luigi ended without an error and without {missing[0]}; --verbose shows its log.")

@@ -1,0 +1,72 @@
+"""What a run does -> the page of a Luigi scheduler (luigid)."""
+
+import logging
+import threading
+from queue import Queue
+from typing import Any
+
+from luigi.rpc import RemoteScheduler, RPCError
+from luigi.scheduler import RUNNING, Scheduler
+
+from dgmd_pipeline.formatting import redact
+
+log = logging.getLogger(__name__)
+REPORTED = ("add_worker", "add_task", "ping", "announce_scheduling_failure", "set_task_status_message",
+    "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that tell what a run does
+FLUSH_SECONDS = 5.0  # that the end of a run waits for the page to be up to date
+
+
+class ReportingScheduler:
+    """The local scheduler of a run, whose calls are repeated to a remote one.
+
+    The local scheduler decides. A remote one that does not answer is warned of once; the run goes on without it.
+    """
+
+    def __init__(self, local: Scheduler, url: str) -> None:
+        self._local, self._url = local, url
+        self._remote = RemoteScheduler(url)
+        self._calls: Queue[tuple[str, tuple[Any, ...], dict[str, Any]] | None] = Queue()
+        self._is_away = False
+        self._thread = threading.Thread(target=self._report, daemon=True)
+        self._thread.start()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._local, name)
+        if name not in REPORTED:
+            return method
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._put(name, *arguments, **named)
+            return method(*arguments, **named)
+
+        return call
+
+    def get_work(self, **named: Any) -> Any:
+        """Return the next task of the local scheduler, and show it as running on the page."""
+        work = self._local.get_work(**named)
+        if task_id := work.get("task_id"):
+            self._put("add_task", task_id=task_id, status=RUNNING, worker=named["worker"])
+        return work
+
+    def close(self) -> None:
+        """Wait a moment until everything is reported."""
+        self._calls.put(None)
+        self._thread.join(FLUSH_SECONDS)
+
+    def _put(self, name: str, *arguments: Any, **named: Any) -> None:
+        if not self._is_away:
+            self._calls.put((name, arguments, named))
+
+    def _report(self) -> None:
+        while call := self._calls.get():
+            name, arguments, named = call
+            try:
+                getattr(self._remote, name)(*arguments, **named)
+            except (RPCError, OSError, ValueError) as error:
+                self._is_away = True
+                reason = type(getattr(error, "sub_exception", None) or error).__name__
+                log.warning(
+                    "The Luigi scheduler at %s cannot be reached (%s). The run continues without it.",
+                    redact(self._url), reason,
+                )  # fmt: skip
+                return
