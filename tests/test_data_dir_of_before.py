@@ -1,7 +1,7 @@
 """A DATA_DIR that was written before the code was divided into packages is up to date.
 
-`support/data_dirs.tar.xz` holds two of them, made from twelve small images by commit c815a26: one with `cnn`, one with a
-frozen backbone. Models, plots, the report and the content of the MLflow store are left out; no plan reads them.
+`support/data_dirs.tar.xz` holds two of them, made from twelve small images by commit c815a26: one with `cnn`, one with
+a frozen backbone. Models, plots, the report and the content of the MLflow store are left out; no plan reads them.
 """
 
 import json

@@ -82,7 +82,9 @@ def _finish(
     """Do what is not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
     last, forced = _select(values, force, until)
-    context = RunContext(values, check_stopped=signals.check_stopped, forced=forced, result=result)
+    context = RunContext(
+        values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
+    )
     with activate(context):
         plans = planning.plan(*last)
         folders.sweep(values.data_dir, [plan.step for plan in plans if plan.state == "done"])

@@ -17,7 +17,8 @@ LAST = model.RegisterModel
 def _context_of_environment() -> RunContext:
     from dgmd_pipeline import settings
 
-    return RunContext(settings.load(), check_stopped=signals.check_stopped, holds_lock=False)
+    values = settings.load()
+    return RunContext(values, check_stopped=signals.check_stopped, name=values.model_name, holds_lock=False)
 
 
 run_context.provide_default(_context_of_environment)

@@ -28,6 +28,7 @@ from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 if TYPE_CHECKING:
     from dgmd_pipeline.registry.store import Store
+    from dgmd_pipeline.training.config import Epoch
 
 log = logging.getLogger(__name__)
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
@@ -122,17 +123,19 @@ class TrainModel(Step):
             class_weights={int(index): weight for index, weight in weights.items()},
             records=records,
         )
-        epochs: list[Any] = []  # of this run; one that was stopped may have run the others
+        epochs: list[Epoch] = []  # of this run; one that was stopped may have run the others
         options = train.TrainingOptions.from_settings(self.settings)
-        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._ended, epochs))
+        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._epoch_ended, epochs))
         disk.check_space(draft, self.folder, trained.estimated_bytes)
         counts = train.write(trained, draft)
         self.context.shared(Resources).trained = counts.pop("id"), trained.model
         return StepResult(counts=counts, images_processed=len(rows) * len(epochs), summary=train.summary(counts))
 
-    def _ended(self, epochs: list[Any], row: Any) -> None:
+    def _epoch_ended(self, epochs: "list[Epoch]", row: "Epoch") -> None:
         self.context.check_stopped()
         epochs.append(row)
+        text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {row.val_accuracy:.4f}"
+        self.report(min(99, 100 * len(epochs) // self.settings.epochs), text)
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
         return "a training like no other"

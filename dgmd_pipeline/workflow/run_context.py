@@ -44,6 +44,7 @@ class RunContext:
     executor: ProcessExecutor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why it is done again in any case
+    name: str = "run"  # on the page of a Luigi scheduler
     holds_lock: bool = True  # whoever made the context holds DATA_DIR; else each step takes the lock while it works
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)

@@ -53,7 +53,10 @@ class StepResult:
 
 
 class DeploymentParameter(luigi.Parameter):
-    """A hash of the run's settings: runs of other settings are other tasks to a scheduler, which sees no setting."""
+    """Name of the run and a hash of its settings.
+
+    A scheduler that serves several deployments takes their steps for different tasks, and sees no setting.
+    """
 
     def has_task_value(self, task_name: str, param_name: str) -> bool:
         """Whether the value is known without an argument: always."""
@@ -61,7 +64,8 @@ class DeploymentParameter(luigi.Parameter):
 
     def task_value(self, task_name: str, param_name: str) -> str:
         """Return the value of the current run."""
-        return digest(run_context.current().settings.public())[:10]
+        context = run_context.current()
+        return f"{context.name}-{digest(context.settings.public())[:8]}"
 
 
 class DeclaredSettings:
@@ -243,11 +247,15 @@ class Step(luigi.Task):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold DATA_DIR while the step runs, where the run does not hold it already."""
+        """Hold DATA_DIR while the step runs, where the run does not hold it already.
+
+        Worker processes end with the step: with `--workers 2` Luigi forks a process for each step, and that process
+        would wait for its worker processes for ever.
+        """
         if self.context.holds_lock:
             yield
             return
-        with folders.lock(self.path.parent):
+        with folders.lock(self.path.parent), contextlib.closing(self.context.executor):
             folders.recover(self.path.parent, [self.folder])
             yield
 
@@ -255,9 +263,10 @@ class Step(luigi.Task):
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
         """Yield `items` and show how far the step is, in the log and on the page of a Luigi scheduler."""
-        return progress.progress(items, self.label, total, unit, report=self._report, **options)
+        return progress.progress(items, self.label, total, unit, report=self.report, **options)
 
-    def _report(self, percent: int, text: str) -> None:
+    def report(self, percent: int, text: str) -> None:
+        """Show on the page of a Luigi scheduler how far the step is."""
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
             if tell := getattr(self, name, None):  # while Luigi's worker runs the task
                 tell(value)
