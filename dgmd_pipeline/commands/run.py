@@ -60,20 +60,21 @@ def run(
 
 def plan(values: Settings, force: Sequence[str], until: str | None) -> list[StepPlan]:
     """Return what `run` would do."""
-    last, forced = _select(values, force, until)
-    with disk.disk_errors_explained(values.data_dir), activate(RunContext(values, forced=forced)):
-        return planning.plan(*last)
+    context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
+    with disk.disk_errors_explained(values.data_dir), activate(context):
+        return planning.plan(*_last_steps(until))
 
 
-def _select(values: Settings, force: Sequence[str], until: str | None) -> tuple[list[Step], dict[str, str]]:
-    """Return the steps that the run ends with, and why those are done again that are forced."""
+def _last_steps(until: str | None) -> list[Step]:
+    """Return the steps that the current run ends with."""
+    return planning.select_steps(planning.upstream_steps(LAST()), until) if until else [LAST()]
+
+
+def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[str, str]:
+    """Return why steps are done again in any case, by the name of their folder."""
     with activate(RunContext(values)):
-        last: list[Step] = [LAST()]
-        if until:
-            last = planning.select_steps(planning.upstream_steps(*last), until)
-        steps = planning.upstream_steps(*last)
-        forced = {each.folder: f"--force {word}" for word in force for each in planning.select_steps(steps, word)}
-        return last, forced
+        steps = planning.upstream_steps(*_last_steps(until))
+        return {step.folder: f"--force {word}" for word in force for step in planning.select_steps(steps, word)}
 
 
 def _finish(
@@ -81,11 +82,12 @@ def _finish(
 ) -> tuple[int, str]:
     """Do what is not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
-    last, forced = _select(values, force, until)
+    forced = _forced(values, force, until)
     context = RunContext(
         values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
     )
     with activate(context):
+        last = _last_steps(until)
         plans = planning.plan(*last)
         folders.sweep(values.data_dir, [plan.step for plan in plans if plan.state == "done"])
         raw, name = values.data_dir / names.RAW, last[-1].folder

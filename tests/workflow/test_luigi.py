@@ -144,7 +144,7 @@ def test_a_finished_run_is_on_the_page_of_the_scheduler(luigid, data_dir, tmp_pa
     assert any(message.startswith("epoch 1: loss") for message in messages)
     found = tasks_at(luigid, "finished")
     assert {task["status"] for task in found.values()} == {"DONE"}
-    assert sorted(found) == []
+    assert len(found) == 10, " ".join(map("-".join, found))
     assert found["RegisterModel", ""]["tracking_url"]
 
 
