@@ -436,7 +436,7 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
     process.send_signal(sent)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], output
-    assert "the same command goes on from there" in output
+    assert "run the same command again to resume" in output
     left = [path.name for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
     assert set(left) <= ({".draft-raw"} if "raw" in after else {".draft-trained_model"} if "epoch" in after else set())
     result = run_pipeline(tmp_path, "--until", "train", **variables)
@@ -708,10 +708,10 @@ mount -o remount,size=$2k '{mounted}'
         return first, second
 
     said, after = run(60, 4000)
-    assert re.search(r"the disk is full: raw needs 1\d\d\.\d kB, \d\d\.\d kB are free\. Make room and run again", said)
+    assert re.search(r"the disk is full: raw needs 1\d\d\.\d kB, \d\d\.\d kB are free\. Free space and run again", said)
     assert after.startswith((".lock\n", ".draft-raw\n.lock\n"))
     said, after = run(200, 4000)
-    assert re.search(r"the disk is full: \w+ needs (about|more than) .* free\. Make room and run again", said)
+    assert re.search(r"the disk is full: \w+ needs (about|more than) .* free\. Free space and run again", said)
     kept = [name for name in after.partition("Plan for")[0].split() if name in STEPS]
     assert "raw" in kept
     assert all(re.search(rf"  {step} +done ", after) for step in kept)
@@ -724,7 +724,7 @@ mkdir data && mount -t tmpfs -o ro tmpfs data || exit 77
 """
     result = run_in_own_mounts(tmp_path, script)
     assert result.stdout.endswith("exit 30\n")
-    assert "data/.lock: Read-only file system. DATA_DIR has to be writable: mend its mount" in result.stdout
+    assert "data/.lock: Read-only file system. DATA_DIR must be writable: correct its mount" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 

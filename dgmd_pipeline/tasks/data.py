@@ -16,7 +16,7 @@ from dgmd_pipeline.tasks import names
 from dgmd_pipeline.tasks.resources import Resources
 from dgmd_pipeline.workflow import folders
 from dgmd_pipeline.workflow.planning import StepPlan
-from dgmd_pipeline.workflow.provenance import StepRecord, digest, read_record
+from dgmd_pipeline.workflow.provenance import Json, StepRecord, digest, read_record
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class MapLabels(Step):
         summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
         return StepResult(counts=counts, images_processed=len(images), summary=summary)
 
-    def declared_settings(self) -> dict[str, Any]:
+    def declared_settings(self) -> Json:
         """Return the settings; a `raw/` that was put there by hand comes from no bucket."""
         declared, raw = super().declared_settings(), DownloadImages().path
         by_hand = raw.exists() and read_record(raw) is None

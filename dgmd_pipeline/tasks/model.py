@@ -23,10 +23,11 @@ from dgmd_pipeline.tasks.data import (
 from dgmd_pipeline.tasks.resources import Resources
 from dgmd_pipeline.workflow import disk, folders, timing
 from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
-from dgmd_pipeline.workflow.provenance import StepRecord, read_record
+from dgmd_pipeline.workflow.provenance import Json, StepRecord, read_record
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.registry.registration import Candidate
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.training.config import Epoch
 
@@ -93,7 +94,7 @@ class TrainModel(Step):
 
         return self.settings.fine_tune != "none" and backbones.is_frozen(self.settings.backbone)
 
-    def declared_settings(self) -> dict[str, Any]:
+    def declared_settings(self) -> Json:
         """Return the settings that this kind of training uses."""
         from dgmd_pipeline.training import backbones
 
@@ -222,7 +223,7 @@ class RegisterModel(Step):
 
         start = time.monotonic()
         paths: dict[str, Path] = {name: target.path for name, target in self.input().items()}
-        place = self._store(draft, disk.folder_bytes(paths["trained"]) + disk.folder_bytes(paths["evaluation"]))
+        place = self._store(draft, folders.folder_bytes(paths["trained"]) + folders.folder_bytes(paths["evaluation"]))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
         if version.new:
@@ -254,7 +255,7 @@ class RegisterModel(Step):
         assert found is not None  # noqa: S101 - it has just been made
         return found
 
-    def _candidate(self, paths: Mapping[str, Path]) -> Any:
+    def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
         """Gather what is registered from the folders of the steps before."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate
@@ -301,7 +302,7 @@ def _split_paths(by_name: Mapping[str, Any]) -> list[Path]:
     return [getattr(by_name[split], "path", by_name[split]) for split in names.SPLITS]
 
 
-def _recorded_settings(records: Mapping[str, StepRecord], others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:
     """Return the settings that the folders were made with, and others, by variable name."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}

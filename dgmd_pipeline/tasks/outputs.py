@@ -2,11 +2,11 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.tasks import names
-from dgmd_pipeline.workflow.provenance import read_record
+from dgmd_pipeline.workflow.provenance import Json, read_record
 from dgmd_pipeline.workflow.run_context import RunResult
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def registered(data_dir: Path, result: RunResult) -> dict[str, Any]:
+def registered(data_dir: Path, result: RunResult) -> Json:
     """Return version, accuracy and difference (to production's) of what this run leaves registered; {} if nothing."""
     version, measured = (read_record(data_dir / name) for name in (names.REGISTERED_MODEL, names.EVALUATION))
     if names.REGISTERED_MODEL not in result.fingerprints or not version or not measured:

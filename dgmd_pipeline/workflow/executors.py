@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dgmd_pipeline.errors import PipelineError
 
@@ -24,14 +24,14 @@ def cores() -> int:
 
 
 class ProcessExecutor:
-    """Processes that start with the first piece of work and are there for the whole run."""
+    """Worker processes that start with the first piece of work and stay for the whole run."""
 
     def __init__(self, processes: int | None = None) -> None:
         self._processes = processes or cores()
         self._executor: ProcessPoolExecutor | None = None
 
     def map(self, function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-        """Yield `function(piece)` in the order of the pieces, which are taken as they are needed.
+        """Yield `function(piece)` in the order of the pieces, which are read as they are needed.
 
         Raises what `function` raises, and PipelineError where a process was killed.
         """
@@ -44,35 +44,34 @@ class ProcessExecutor:
             yield from _in_order(self._executor, function, pieces, 2 * self._processes)
         except BrokenProcessPool:
             raise PipelineError(
-                "A worker process was killed, most likely by the system for lack of memory. "
+                "A worker process was killed, most likely by the system because memory ran out. "
                 "Give the run more memory or fewer cores, and run it again: finished steps are kept."
             ) from None
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Terminate the processes, whatever they are doing."""
         if self._executor is None:
             return
-        processes: dict[int, Any] = dict(self._executor._processes or {})
-        for process in processes.values():
+        for process in list((self._executor._processes or {}).values()):
             process.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._executor = None
 
 
 def in_threads(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-    """Yield `function(piece)` in the order of the pieces, one thread a core; for work that releases the GIL."""
+    """Yield `function(piece)` in the order of the pieces, with one thread per core; for work that releases the GIL."""
     with ThreadPoolExecutor(cores()) as executor:
         yield from _in_order(executor, function, pieces, 2 * cores())
 
 
 def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Call `function` in a thread now; what is returned waits for its end and returns or raises what came of it."""
+    """Call `function` in a thread now; return a function that waits for its result, and returns or raises it."""
     future: Future[Result] = Future()
 
     def work() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - raised where the result is used
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -95,14 +94,14 @@ def _in_order(
 
 
 def _initialize_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
+    # Ctrl-C reaches the whole process group. The parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent has ended; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

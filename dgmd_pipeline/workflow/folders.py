@@ -1,7 +1,7 @@
-"""A draft -> a folder that is whole: commit, recovery after a kill, the lock, and what the disk refuses.
+"""A draft -> a complete folder: commit, recovery after a kill, and the lock.
 
-A step writes into a draft folder beside its target and renames it in place as its last act, so that a folder that
-exists is complete. See docs/design.md, section 2.
+A step writes into a draft folder beside its target. Its last act renames the draft, so a folder that exists is
+complete.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy
 from dgmd_pipeline.workflow import disk
 
-RESUME = ".resume"  # in a draft: what it takes to go on with it; never in a finished folder
-FINGERPRINT = "purpose"  # in RESUME: what the draft is to become
+RESUME = ".resume"  # folder in a draft, with what is needed to resume it; never in a finished folder
+FINGERPRINT = "purpose"  # file in RESUME: the fingerprint of what the draft becomes
 
 
 @contextlib.contextmanager
-def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
-    """Give a folder beside `target` to write in; it takes its place when the block ends, or is removed.
+def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
+    """Provide a folder beside `target`, which replaces `target` when the block ends, and is removed when it fails.
 
-    With a `purpose` the draft has a folder RESUME for what it takes to go on with it. Once something is in there, the
-    draft stays when the block fails or the process is killed, and is given again to who comes with the same purpose.
+    With a `fingerprint` the draft can be resumed: it has a folder RESUME. Once that holds a file, the draft stays when
+    the block fails or the process is killed, and the next call with the same fingerprint gets it.
     """
     folder, old = _beside(target)
     try:
-        if purpose is None or _fingerprint(folder) != purpose:
+        if fingerprint is None or _fingerprint(folder) != fingerprint:
             disk.remove(folder)
             folder.mkdir()
-            if purpose:
+            if fingerprint:
                 (folder / RESUME).mkdir()
-                (folder / RESUME / FINGERPRINT).write_text(purpose, "utf-8")
+                (folder / RESUME / FINGERPRINT).write_text(fingerprint, "utf-8")
         yield folder
-        # Two renames, because one onto a folder that is not empty fails; `recover` mends a crash between them.
+        # Two renames, because a rename onto a folder that is not empty fails. `recover` repairs a kill between them.
         if target.exists():
             target.rename(old)
         folder.rename(target)
@@ -52,7 +52,7 @@ def draft(target: Path, purpose: str | None = None) -> Iterator[Path]:
 
 
 def _discard(old: Path, folder: Path) -> None:
-    """Remove a folder that was replaced, as a draft: one that is only partly removed must never be put back."""
+    """Remove a replaced folder under the name of a draft: a folder that is removed in part must never be put back."""
     disk.remove(folder)
     old.rename(folder)
     disk.remove(folder)
@@ -66,12 +66,15 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _can_resume(folder: Path) -> bool:
-    notes = folder / RESUME
-    return notes.is_dir() and any(path.name != FINGERPRINT for path in notes.iterdir())
+    resume_dir = folder / RESUME
+    return resume_dir.is_dir() and any(path.name != FINGERPRINT for path in resume_dir.iterdir())
 
 
 def recover(data_dir: Path, names: Iterable[str]) -> None:
-    """Put back or sweep away what a killed run left of the folders `names`; a draft that can be gone on with stays."""
+    """Repair what a killed run left of the folders `names`: put a folder back, or remove a draft.
+
+    A draft that can be resumed stays.
+    """
     for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
         if old.exists():
             if target.exists():
@@ -84,7 +87,7 @@ def recover(data_dir: Path, names: Iterable[str]) -> None:
 
 
 def current_path(target: Path) -> Path:
-    """Return where a folder is: in its place, or where a killed run left it and `recover` will find it."""
+    """Return where a folder is: at its path, or where a killed run left it until `recover` puts it back."""
     old = _beside(target)[1]
     return old if old.exists() and not target.exists() else target
 
@@ -95,16 +98,25 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 
 def sweep(data_dir: Path, done: Iterable[str]) -> None:
-    """Remove the drafts of steps that are `done`: nobody will go on with them."""
+    """Remove the drafts of steps that are `done`: nothing will resume them."""
     for name in done:
         disk.remove(_beside(data_dir / name)[0])
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return how many bytes the files in a folder have, at any depth, without those in RESUME."""
+    total = 0
+    for path, below, names in os.walk(folder):
+        below[:] = [name for name in below if name != RESUME]
+        total += sum(os.lstat(f"{path}/{name}").st_size for name in names)  # a Path would take longer than the call
+    return total
+
+
 @contextlib.contextmanager
 def lock(data_dir: Path) -> Iterator[None]:
-    """Hold `data_dir` for one run. The lock is the kernel's and dies with its process.
+    """Lock `data_dir` for one run. The kernel releases the lock when the process ends.
 
-    Raises Busy, naming the process that holds it.
+    Raises Busy, naming the process that has the lock.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / ".lock").open("a+b", buffering=0) as file:
@@ -122,15 +134,15 @@ def _write_holder(file: FileIO, text: str) -> None:
     try:
         file.write(text.encode())
     except OSError as error:
-        if error.errno not in disk.FULL:  # the lock holds without its holder's name
+        if error.errno not in disk.FULL:  # the lock works without the name of its holder
             raise
 
 
 def _read_holder(file: FileIO) -> str:
-    """Return what the holder wrote; one that was started at the same time may need a moment for it."""
+    """Return what the holder wrote. A holder that started at the same moment may not have written it yet."""
     for _ in range(20):
         file.seek(0)
         if text := file.read():
             return text.decode()
         time.sleep(0.01)
-    return "a process that has only just started or is about to end"
+    return "a process that has just started or is about to end"

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.workflow import folders, provenance
-from dgmd_pipeline.workflow.provenance import Reason
+from dgmd_pipeline.workflow.provenance import Json, Reason
 
 if TYPE_CHECKING:
     from dgmd_pipeline.workflow.step import Step
@@ -22,7 +22,7 @@ class StepPlan:
     fingerprint: str | None  # that it has or will have, where that is known beforehand
     images: int | None = None  # that are in the folder; where it is missing, in its input
     bytes: int | None = None  # of its files now
-    counts: dict[str, Any] = field(default_factory=dict)
+    counts: Json = field(default_factory=dict)
     waits_for: Sequence[str] = ()  # the steps that run for certain and decide about a "maybe"
 
     @property
@@ -30,7 +30,7 @@ class StepPlan:
         """The reasons in words."""
         return ", ".join(map(str, self.reasons))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         """Return what `plan --json` prints."""
         return {
             "step": self.step,

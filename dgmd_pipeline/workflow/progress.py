@@ -1,4 +1,4 @@
-"""Finished pieces of long work -> a bar on a terminal, a line now and then in a log."""
+"""Finished pieces of long work -> a progress bar on a terminal, or lines in a log."""
 
 import logging
 import sys

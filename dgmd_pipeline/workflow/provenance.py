@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+Json = dict[str, Any]  # a JSON object
 SUCCESS = "_SUCCESS"
 
 
@@ -18,9 +19,9 @@ class StepRecord:
     step: str  # name of the folder
     format: int  # `Step.format_version` of the code that wrote the folder
     identity: str  # fingerprint of the folder
-    settings: dict[str, Any]  # those that the content depends on
+    settings: Json  # those that the content depends on
     inputs: dict[str, str]  # name of an input -> its fingerprint
-    counts: dict[str, Any]  # for people
+    counts: Json  # for people and for later steps
     started: str  # ISO 8601, UTC
     seconds: float
     version: str  # of this package
@@ -93,9 +94,7 @@ class Reason(NamedTuple):
         }.get(self.kind, self.name)
 
 
-def differences(
-    record: StepRecord, settings: Mapping[str, Any], format_version: int, inputs: Mapping[str, str]
-) -> list[Reason]:
+def differences(record: StepRecord, settings: Json, format_version: int, inputs: Mapping[str, str]) -> list[Reason]:
     """Return in what a folder with this record differs from what would be written now."""
     found = [
         Reason("setting", name, _shown(record.settings, name), _shown(settings, name))
@@ -108,5 +107,5 @@ def differences(
     return [*found, *(Reason("input", name) for name in changed)]
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
+def _shown(settings: Json, name: str) -> str:
     return "(not used)" if name not in settings else "(not set)" if settings[name] is None else str(settings[name])

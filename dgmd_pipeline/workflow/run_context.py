@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from luigi.task_register import Register
 
 from dgmd_pipeline.workflow.executors import ProcessExecutor
-from dgmd_pipeline.workflow.provenance import StepRecord
+from dgmd_pipeline.workflow.provenance import Json, StepRecord
 
 Shared = TypeVar("Shared")
 
@@ -21,7 +21,7 @@ class Values(Protocol):
     def data_dir(self) -> Path:
         """The folder of the step folders."""
 
-    def public(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+    def public(self, names: Iterable[str] | None = None) -> Json:
         """Return settings as JSON values without secrets."""
 
 

@@ -1,7 +1,9 @@
-"""What a run does -> the page of a Luigi scheduler (luigid)."""
+"""The events of a run -> the page of a Luigi scheduler (luigid)."""
 
 import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 from queue import Queue
 from typing import Any
 
@@ -25,27 +27,28 @@ class ReportingScheduler:
     def __init__(self, local: Scheduler, url: str) -> None:
         self._local, self._url = local, url
         self._remote = RemoteScheduler(url)
-        self._calls: Queue[tuple[str, tuple[Any, ...], dict[str, Any]] | None] = Queue()
+        self._calls: Queue[Callable[[], object] | None] = Queue()
         self._is_away = False
-        self._thread = threading.Thread(target=self._report, daemon=True)
+        self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._local, name)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self._local, name)
         if name not in REPORTED:
             return method
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            self._put(name, *arguments, **named)
+        def call(*arguments: object, **named: object) -> object:
+            self._report(partial(getattr(self._remote, name), *arguments, **named))
             return method(*arguments, **named)
 
         return call
 
-    def get_work(self, **named: Any) -> Any:
+    def get_work(self, **named: object) -> dict[str, object]:
         """Return the next task of the local scheduler, and show it as running on the page."""
         work = self._local.get_work(**named)
         if task_id := work.get("task_id"):
-            self._put("add_task", task_id=task_id, status=RUNNING, worker=named["worker"])
+            add_task = getattr(self._remote, "add_task")  # noqa: B009 - Luigi makes the method at run time
+            self._report(partial(add_task, task_id=task_id, status=RUNNING, worker=named["worker"]))
         return work
 
     def close(self) -> None:
@@ -53,15 +56,14 @@ class ReportingScheduler:
         self._calls.put(None)
         self._thread.join(FLUSH_SECONDS)
 
-    def _put(self, name: str, *arguments: Any, **named: Any) -> None:
+    def _report(self, call: Callable[[], object]) -> None:
         if not self._is_away:
-            self._calls.put((name, arguments, named))
+            self._calls.put(call)
 
-    def _report(self) -> None:
+    def _send(self) -> None:
         while call := self._calls.get():
-            name, arguments, named = call
             try:
-                getattr(self._remote, name)(*arguments, **named)
+                call()
             except (RPCError, OSError, ValueError) as error:
                 self._is_away = True
                 reason = type(getattr(error, "sub_exception", None) or error).__name__

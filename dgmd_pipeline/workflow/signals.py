@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM -> Stopped where Python runs, and the end of the process where it does not listen.
+"""SIGINT and SIGTERM -> Stopped in the main thread, and the end of the process where that is not raised in time.
 
-Python calls a signal's handler between two of its instructions, and what the handler raises can be lost in a library:
-TensorFlow swallows it while it is imported or traces a function, and a long call of native code delays it. So a signal
-is remembered as well as raised, and a thread that hears of it at once ends the process when it is still there after
-GRACE seconds. What it was writing is a draft, which the next run sweeps away or goes on with.
+Python calls a signal handler between two instructions, and a library can lose the exception that the handler raises:
+TensorFlow swallows it while it is imported or traces a function. A long call of native code delays it. So a signal is
+remembered as well as raised, and a thread that notices it at once ends the process when it still runs GRACE seconds
+later. What the process was writing is a draft, which the next run removes or resumes.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from dgmd_pipeline.errors import Stopped
 
 GRACE = 3.0  # seconds; `docker stop` kills after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-received: list[int] = []  # since `caught` began
+received: list[int] = []  # since `handle_signals` began
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Raise Stopped inside the block when a signal comes; end the process when that does not end the block."""
+    """Raise Stopped in the block when a signal arrives; end the process when that does not end the block."""
     received.clear()
     reader, writer = os.pipe()
-    screen = os.dup(2)  # the process's own leads nowhere while TensorFlow is imported
+    screen = os.dup(2)  # file descriptor 2 is /dev/null while TensorFlow is imported
     os.set_blocking(writer, False)
     former = {number: signal.signal(number, _remember) for number in WORDS}
-    # Written by Python's C code the moment the signal comes, whatever the main thread is doing.
+    # Python's C code writes to it the moment a signal arrives, whatever the main thread does.
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader, screen), daemon=True).start()
     try:
@@ -41,14 +41,14 @@ def handle_signals() -> Iterator[None]:
 
 
 def check_stopped() -> None:
-    """Raise Stopped if a signal came, as the handler did: that may have been swallowed."""
+    """Raise Stopped if a signal has arrived: the exception of the handler may have been lost."""
     if received:
         raise Stopped
 
 
 def stop_message(number: int) -> str:
-    """Return what is said of a run that a signal ended."""
-    return f"{WORDS[signal.Signals(number)]}; the same command goes on from there"
+    """Return the message of a run that a signal ended."""
+    return f"{WORDS[signal.Signals(number)]}; run the same command again to resume"
 
 
 def _remember(number: int, _: object) -> None:
@@ -62,8 +62,8 @@ def _watch(reader: int, screen: int) -> None:
             again, _, _ = select.select([reader], [], [], GRACE)
             if again and not os.read(reader, 1):
                 break  # the block has ended
-            _, writable, _ = select.select([], [screen], [], 0)  # a pipe that nobody empties would block
-            with contextlib.suppress(OSError):  # nobody reads any more
+            _, writable, _ = select.select([], [screen], [], 0)  # a full pipe would block
+            with contextlib.suppress(OSError):  # the reader has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
             os._exit(128 + heard[0])
     os.close(reader)

@@ -19,6 +19,7 @@ from dgmd_pipeline.workflow import disk, folders, planning, progress, run_contex
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.provenance import (
     SUCCESS,
+    Json,
     Reason,
     StepRecord,
     differences,
@@ -29,7 +30,6 @@ from dgmd_pipeline.workflow.provenance import (
 from dgmd_pipeline.workflow.run_context import RunContext, Values
 
 log = logging.getLogger(__name__)
-Counts = dict[str, Any]  # JSON values
 
 
 class UpstreamChange(NamedTuple):
@@ -45,7 +45,7 @@ class UpstreamChange(NamedTuple):
 class StepResult:
     """What the work of a step came to."""
 
-    counts: Counts = field(default_factory=dict)  # for the record, and for the steps that follow
+    counts: Json = field(default_factory=dict)  # for the record, and for the steps that follow
     images: int | None = None  # that the folder contains or describes
     images_processed: int | None = None  # None: `images`
     bytes_processed: int | None = None  # bytes of images that were read or written
@@ -156,7 +156,7 @@ class Step(luigi.Task):
 
     # What a subclass may override
 
-    def declared_settings(self) -> dict[str, Any]:
+    def declared_settings(self) -> Json:
         """Return the settings that the content depends on, as they are recorded."""
         return self.context.settings.public(self.params)
 
@@ -238,7 +238,7 @@ class Step(luigi.Task):
                 seconds=round(time.monotonic() - start, 3),
                 version=version("dgmd_pipeline"),
                 images=result.images,
-                bytes=disk.folder_bytes(draft),
+                bytes=folders.folder_bytes(draft),
                 worked=result.images if result.images_processed is None else result.images_processed,
                 volume=result.bytes_processed,
             )

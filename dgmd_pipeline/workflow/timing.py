@@ -1,4 +1,4 @@
-"""Records of the steps that ran -> where the time went, as a table for people and as metrics."""
+"""Records of the steps that ran -> a table of their times, and metrics."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,12 +13,12 @@ SECONDS = "step_seconds/"  # MLflow's page groups metrics by what is before the 
 
 
 class Row(NamedTuple):
-    """What a step took of a run."""
+    """The time of a step."""
 
     name: str  # of the step's folder
     seconds: float
-    images: float | None  # a second; None where that says nothing
-    megabytes: float | None  # a second
+    images: float | None  # per second; None where it is not defined
+    megabytes: float | None  # per second
     share: int  # of the run, percent
 
 
@@ -47,7 +47,7 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
-    """Return what each step took, how fast it was and its share (a fraction) of all steps, by metric name."""
+    """Return the seconds, speed and share (0 to 1) of each step, by metric name."""
     records = list(records)
     total = sum(record.seconds for record in records)
     found: dict[str, float] = {}
@@ -64,7 +64,7 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
 
 
 def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
-    """Return images and megabytes a second; None for what the step had nothing of, or that took no time."""
+    """Return images and megabytes per second; None where the step processed none, or took no time."""
 
     def rate(amount: int | None) -> float | None:
         return amount / record.seconds if amount and record.seconds else None

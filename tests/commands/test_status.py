@@ -91,7 +91,7 @@ mkdir data && mount -t tmpfs tmpfs data || exit 77
 {COMMAND} health; echo "health $?"
 """
     done = run_in_own_mounts(tmp_path, script, **variables)
-    assert "data: Read-only file system. DATA_DIR has to be writable" in done.stdout, done.stdout + done.stderr
+    assert "data: Read-only file system. DATA_DIR must be writable" in done.stdout, done.stdout + done.stderr
     assert done.stdout.endswith("health 30\n")
 
 

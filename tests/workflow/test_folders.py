@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
     (tmp_path / "a file").write_text("")
     data_dir = tmp_path / place
     with (
-        pytest.raises(PipelineError, match=r"DATA_DIR has to be (a folder|readable and writable|writable)"),
+        pytest.raises(PipelineError, match=r"DATA_DIR must be (a folder|readable and writable|writable)"),
         disk.disk_errors_explained(data_dir),
         folders.lock(data_dir),
     ):
@@ -117,7 +117,7 @@ def test_the_volume_of_a_folder_is_that_of_its_files_without_notes(tmp_path):
     (tmp_path / "b").write_bytes(b"45")
     (tmp_path / folders.RESUME).mkdir()
     (tmp_path / folders.RESUME / "c").write_bytes(b"6789")
-    assert disk.folder_bytes(tmp_path) == 5
+    assert folders.folder_bytes(tmp_path) == 5
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,8 @@ def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
     draft.mkdir()
     disk.check_space(draft, "raw", 1)
     with pytest.raises(
-        PipelineError, match=rf"{tmp_path}: the disk is full: raw needs 1000000.0 TB, .* are free. Make room and run"
+        PipelineError,
+        match=rf"{tmp_path}: the disk is full: raw needs 1000000.0 TB, .* are free. Free space and run",
     ):
         disk.check_space(draft, "raw", 10**18)
 
@@ -182,7 +183,7 @@ def test_a_folder_is_found_where_a_killed_run_left_it(tmp_path):
 
 def test_a_refusal_elsewhere_is_not_blamed_on_data_dir(tmp_path):
     with (
-        pytest.raises(PipelineError, match=r"^/somewhere/else: Permission denied. It has to be readable"),
+        pytest.raises(PipelineError, match=r"^/somewhere/else: Permission denied. It must be readable"),
         disk.disk_errors_explained(tmp_path),
     ):
         raise PermissionError(13, "Permission denied", "/somewhere/else")

@@ -40,7 +40,7 @@ def test_a_process_that_does_not_listen_ends_all_the_same(busy, number, code, wo
     said = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert f"error: {word}" in said
-    assert "the same command goes on from there" in said
+    assert "run the same command again to resume" in said
 
 
 def test_a_second_signal_ends_it_too():

@@ -215,7 +215,7 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(First, "work", work)
     with pytest.raises(
-        PipelineError, match=r"the disk is full: first needs more than the .* that were free. Make room"
+        PipelineError, match=r"the disk is full: first needs more than the .* that were free. Free space"
     ):
         go(tmp_path)
     assert list(tmp_path.iterdir()) == []
