@@ -294,8 +294,8 @@ def test_a_frozen_backbone_goes_through_stored_features(data, tmp_path):
     data_dir, variables = data
     code = """
 import pathlib, sys
-from dgmd_pipeline import model
-model.build_backbone("MobileNetV3-Small", "none", 32, 32, pathlib.Path()).save_weights(sys.argv[1])
+from dgmd_pipeline.training import networks
+networks.build_backbone("MobileNetV3-Small", "none", 32, 32, pathlib.Path()).save_weights(sys.argv[1])
 """
     weights = tmp_path / "mobile.weights.h5"
     subprocess.run([sys.executable, "-c", code, weights], check=True, capture_output=True)
@@ -374,7 +374,7 @@ assert not heavy, heavy
 
 def test_a_second_run_at_the_same_time_exits_with_its_own_code(tmp_path):
     (tmp_path / "data").mkdir()
-    code = "import sys, pathlib; from dgmd_pipeline import folders\n" \
+    code = "import sys, pathlib; from dgmd_pipeline.workflow import folders\n" \
         "with folders.lock(pathlib.Path('data')): print(flush=True); sys.stdin.read()"  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()

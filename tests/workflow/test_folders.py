@@ -26,7 +26,7 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     code = f"""
 import sys, pathlib
-from dgmd_pipeline import folders
+from dgmd_pipeline.workflow import folders
 with folders.lock(pathlib.Path({str(tmp_path)!r})):
     print("held", flush=True)
     sys.stdin.read()

@@ -8,8 +8,8 @@ from dgmd_pipeline.workflow import signals
 
 SWALLOWING = """
 import hashlib, os, time
-from dgmd_pipeline import signals
-with signals.caught():
+from dgmd_pipeline.workflow import signals
+with signals.handle_signals():
     while True:
         try:
             print("there", flush=True)
