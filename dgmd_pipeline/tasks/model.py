@@ -27,9 +27,11 @@ from dgmd_pipeline.workflow.provenance import Json, StepRecord, read_record
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.registry.registration import Candidate
+    from dgmd_pipeline.evaluation.evaluate import EvaluationData
+    from dgmd_pipeline.registry.registration import Candidate, Version
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.training.config import Epoch
+    from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
@@ -105,32 +107,40 @@ class TrainModel(Step):
         return {name: value for name, value in super().declared_settings().items() if name not in unused}
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import labels, shards
         from dgmd_pipeline.training import runtime, train
+        from dgmd_pipeline.workflow.executors import in_threads
 
         backbone = resources.network(self.context, extracts=False)
         runtime.start_tensorflow()
+        data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
+        epochs: list[Epoch] = []  # of this run; one that was stopped may have run the others
+        ended = partial(self._epoch_ended, epochs)
+        trained = train.train(data, options, backbone, draft / folders.RESUME, ended, in_threads)
+        disk.check_space(draft, self.folder, trained.estimated_bytes)
+        counts = train.write(trained, draft)
+        self.context.shared(Resources).trained = counts.pop("id"), trained.model
+        processed = len(data.groups) * len(epochs)
+        return StepResult(counts=counts, images_processed=processed, summary=train.summary(counts))
+
+    def _data(self) -> "TrainingData":
+        """Read what a model is trained on, and check the records that training reads."""
+        from dgmd_pipeline.data import labels, shards
+        from dgmd_pipeline.training.train import TrainingData
+
         paths: dict[str, Path] = {name: target.path for name, target in self.input().items()}
+        folders_of_records = [task.path for task in self.deps() if isinstance(task, WriteTFRecords)]
+        for folder in folders_of_records:
+            shards.check(folder)
         rows = shards.record_order(manifest.read(paths["split"] / "training.csv", manifest.Example))
         weights = manifest.read_json(paths["balanced"] / "class_weights.json") if self.settings.class_weights else {}
-        records = [paths[name] for name in paths if name.startswith("records")] if backbone else _split_paths(paths)
-        for folder in records:
-            shards.check(folder)
-        data = train.TrainingData(
+        return TrainingData(
             training=paths["training"],
             validation=paths["validation"],
             groups=[row.group for row in rows],
             classes=len(labels.read_mapping(paths["label_map"] / "mapping.json")),
             class_weights={int(index): weight for index, weight in weights.items()},
-            records=records,
+            records=folders_of_records,
         )
-        epochs: list[Epoch] = []  # of this run; one that was stopped may have run the others
-        options = train.TrainingOptions.from_settings(self.settings)
-        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._epoch_ended, epochs))
-        disk.check_space(draft, self.folder, trained.estimated_bytes)
-        counts = train.write(trained, draft)
-        self.context.shared(Resources).trained = counts.pop("id"), trained.model
-        return StepResult(counts=counts, images_processed=len(rows) * len(epochs), summary=train.summary(counts))
 
     def _epoch_ended(self, epochs: "list[Epoch]", row: "Epoch") -> None:
         self.context.check_stopped()
@@ -162,18 +172,31 @@ class EvaluateModel(Step):
         return upstream[2].images
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate, gates
         from dgmd_pipeline.settings import serving_environment
 
+        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
+        production = partial(outputs.production, self.settings)
+        network = resources.trained_model(self.context, self.input()["trained"].path)
+        counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
+        images, accuracy, f1 = counts["images"], counts["accuracy"], counts["f1"]
+        summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
+        return StepResult(counts=counts, images=images, summary=summary)
+
+    def _data(self) -> "EvaluationData":
+        """Gather what a model is evaluated with, and what the report says of the run."""
+        from dgmd_pipeline.data import labels
+        from dgmd_pipeline.evaluation.evaluate import EvaluationData
+
         paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)}
         records = {name: record for name, path in paths.items() if (record := read_record(path))}
+        features = [task.path for task in self.deps() if isinstance(task, ExtractFeatures)]
         inputs = self.input()
-        data = evaluate.EvaluationData(
+        return EvaluationData(
             model_name=self.settings.model_name,
             labels=labels.read_mapping(inputs["label_map"].path / "mapping.json"),
             trained_model=inputs["trained"].path,
-            features=_split_paths(inputs) if names.FEATURES in str(inputs["validation"]) else None,
+            features=features or None,
             records=inputs["records"].path,
             split=inputs["split"].path,
             raw=paths[names.RAW],
@@ -183,13 +206,6 @@ class EvaluateModel(Step):
             settings=_recorded_settings(records),
             seconds=[(name, record.seconds) for name, record in records.items()],
         )
-        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
-        production = partial(outputs.production, self.settings)
-        network = resources.trained_model(self.context, inputs["trained"].path)
-        counts = evaluate.evaluate(data, network, production, limits, serving_environment(), draft)
-        images, accuracy, f1 = counts["images"], counts["accuracy"], counts["f1"]
-        summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
-        return StepResult(counts=counts, images=images, summary=summary)
 
 
 class RegisterModel(Step):
@@ -226,20 +242,25 @@ class RegisterModel(Step):
         place = self._store(draft, folders.folder_bytes(paths["trained"]) + folders.folder_bytes(paths["evaluation"]))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
-        if version.new:
-            seconds = {timing.SECONDS + self.folder: time.monotonic() - start}
-            try:
-                registration.add_metrics(place, version, seconds)
-            except PipelineError as error:  # the version is there; a number is no reason to fail
-                log.warning("how long the registration took is not noted in MLflow: %s", error)
+        self._finish_run(place, version, start)
         manifest.write_json(draft / "version.json", version._asdict())
-        if tell := self.set_tracking_url:
-            tell(registration.run_url(place, version))
         state = "non-production" if version.new else "was registered already"
         return StepResult(
             counts={"name": version.name, "version": version.version, "run": version.run_id, "new": version.new},
             summary=f"{version.name} version {version.version}, {state}",
         )
+
+    def _finish_run(self, place: "Store", version: "Version", start: float) -> None:
+        """Log how long the registration took, and link the run on the page of a Luigi scheduler."""
+        from dgmd_pipeline.registry import registration
+
+        try:
+            if version.new:
+                registration.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
+            if tell := self.set_tracking_url:  # while Luigi's worker runs the task
+                tell(registration.run_url(place, version))
+        except PipelineError as error:  # the version is registered; these are no reason to fail
+            log.warning("The duration of the registration is missing in MLflow: %s", error)
 
     def _store(self, draft: Path, needed: int) -> "Store":
         """Return where to register: the server that is set, or the embedded store, which needs room here."""
@@ -296,10 +317,6 @@ def _learned_from(backbone: str) -> dict[str, Step]:
 
     kind = ExtractFeatures if backbones.is_frozen(backbone) else WriteTFRecords
     return {split: kind(split=split) for split in names.SPLITS}
-
-
-def _split_paths(by_name: Mapping[str, Any]) -> list[Path]:
-    return [getattr(by_name[split], "path", by_name[split]) for split in names.SPLITS]
 
 
 def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:
