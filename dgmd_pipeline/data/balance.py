@@ -10,9 +10,8 @@ from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Example, Image
 
 MAX_LISTED = 5  # labels in the log line
-BalanceCounts = TypedDict(
-    "BalanceCounts", {"before": dict[str, int], "after": dict[str, int], "largest weight": float}
-)  # images by label
+# "before" and "after" are the numbers of images by label.
+BalanceCounts = TypedDict("BalanceCounts", {"before": dict[str, int], "after": dict[str, int], "largest weight": float})
 
 
 def write_balanced(

@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, str]:
 
 def apply(files: Iterable[RawFile], corrections: Mapping[str, str]) -> Corrected:
     """Correct the labels of the files, and separate the excluded files."""
-    kept, excluded = [], []
+    remaining, excluded = [], []
     relabelled, labels, keys = 0, set(), set()
     for file in files:
         labels.add(file.label)
@@ -74,10 +74,10 @@ def apply(files: Iterable[RawFile], corrections: Mapping[str, str]) -> Corrected
         if label == EXCLUDE and file.path in corrections:
             excluded.append(Rejected(*file, EXCLUDED, f"by {NAME}"))
         else:
-            kept.append(file._replace(label=label))
+            remaining.append(file._replace(label=label))
             relabelled += label != file.label
     new_labels = {label for key, label in corrections.items() if key in keys} - labels - {EXCLUDE}
-    return Corrected(kept, excluded, relabelled, sorted(corrections.keys() - keys), sorted(new_labels))
+    return Corrected(remaining, excluded, relabelled, sorted(corrections.keys() - keys), sorted(new_labels))
 
 
 def warn_of_mismatches(corrected: Corrected) -> None:

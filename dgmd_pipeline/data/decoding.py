@@ -56,7 +56,7 @@ _SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
 def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Read an image file as RGB (see `to_rgb`). The content determines the format, not the name.
 
-    Not safe for several threads of a process, because `guard` is not.
+    Call it from one thread at a time: `guard` changes settings of the process.
     Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels`, and one of `DAMAGED`.
     """
     data = path.read_bytes()
@@ -147,7 +147,7 @@ def guard(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[list[warnings.W
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
     number, so it is set to half of `max_pixels`. libtiff writes to stderr by itself, so stderr is redirected for files
-    that begin like a TIFF. Both settings apply to the whole process: use one guard at a time.
+    that begin like a TIFF. Both are settings of the process: use one guard at a time.
     """
     previous = PIL.Image.MAX_IMAGE_PIXELS
     PIL.Image.MAX_IMAGE_PIXELS = max_pixels // 2

@@ -22,9 +22,9 @@ from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
 PIECE = 64  # files that a worker inspects in one call
 UNDECODABLE = ("unreadable", "truncated", "empty", "too many pixels", "too many bytes")
-_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # the least that a JPEG is decoded at for its thumbnail
+_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
 
-_Outcome = Rejected | tuple[Image, bytes]  # the bytes are a thumbnail's
+_Outcome = Rejected | tuple[Image, bytes]  # a usable image and its thumbnail
 MapPieces = Callable[[Callable[[list[RawFile]], list[_Outcome]], Iterable[list[RawFile]]], Iterable[list[_Outcome]]]
 InspectionCounts = TypedDict(
     "InspectionCounts",
@@ -113,8 +113,8 @@ def find(raw: Path) -> Iterator[RawFile]:
 
     The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are files
     and folders whose name begins with a dot. Links to files count as files. Links to folders are not followed, because
-    they can form a cycle and changes behind them go unnoticed. They are yielded like files, so that `inspect` rejects
-    them, and so are broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
+    they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect` rejects
+    them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:

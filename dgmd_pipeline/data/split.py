@@ -58,8 +58,8 @@ def summary(counts: Mapping[str, int]) -> str:
 def split(rows: Iterable[Example], fraction: float) -> Split:
     """Put `round(fraction * n)` of each label's n images, at least 1 and at most n - 1, into the validation split.
 
-    A near-duplicate group is never divided. The number of validation images is the nearest that the label's groups
-    allow, and a label that is a single group is all in the training split. So are groups with several labels.
+    A near-duplicate group is never divided, so the number is the nearest one that the groups of the label allow. A
+    label that is a single group goes into the training split, and so does a group with images of several labels.
     """
     rows = sorted(rows, key=attrgetter("path"))  # paths are unique; comparing whole rows takes twice as long
     counts = Counter(row.label for row in rows)
