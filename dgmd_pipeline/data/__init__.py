@@ -1,1 +1,1 @@
-"""Rows, paths and pixels; NumPy and Pillow, without TensorFlow."""
+"""Image files -> rows, splits and TFRecord shards, with NumPy and Pillow and without TensorFlow."""

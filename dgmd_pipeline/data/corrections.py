@@ -1,10 +1,10 @@
-"""`corrections.csv`, which an operator writes -> files with the right label, and files that are left out.
+"""`corrections.csv`, which an operator writes -> files with corrected labels, and excluded files.
 
     key,label
     shirt/0017.jpg,blouse
     shirt/0031.jpg,exclude
 
-A key is a path below raw/, as in `label_suspects.csv` and `rejected.csv`. The bucket and raw/ stay as they are.
+A key is a path below raw/, as in `label_suspects.csv` and `rejected.csv`. The bucket and raw/ remain unchanged.
 """
 
 import contextlib
@@ -22,97 +22,115 @@ from dgmd_pipeline.manifest import EXCLUDED, FORMULA, Image, RawFile, Rejected
 log = logging.getLogger(__name__)
 NAME = "corrections.csv"
 COLUMNS = ["key", "label"]
-MOST_NAMED = 10  # in a warning
 EXCLUDE = "exclude"  # in place of a label
+MAX_LISTED = 10  # names in a warning
 
 
 class Corrected(NamedTuple):
-    """What the corrections make of the files under raw/."""
+    """The files under raw/ after the corrections, and the corrections that match no file or folder."""
 
-    files: list[RawFile]  # those to inspect, with their right labels
+    files: list[RawFile]  # to inspect, with their corrected labels
     excluded: list[Rejected]
-    relabelled: int  # files whose label is another now
-    unknown: list[str]  # keys that are no file's, sorted
-    new: list[str]  # labels that no folder under raw/ has, sorted
+    relabelled: int  # files with another label than before
+    unknown_keys: list[str]  # keys without a file, sorted
+    new_labels: list[str]  # labels without a folder under raw/, sorted
 
 
 def read(path: Path) -> dict[str, str]:
-    """Return the label, or EXCLUDE, of each key in the file; nothing where there is no file.
+    """Return the label, or EXCLUDE, of each key in the file; {} if there is no file.
 
-    The file is UTF-8, with or without a byte order mark. The apostrophe that our tables put before what a spreadsheet
-    takes for a formula is removed. Raises NoUsableInput, naming the line, where the file is not as expected.
+    The file is UTF-8, with or without a byte order mark. The pipeline's own tables put an apostrophe before text that
+    a spreadsheet takes for a formula; it is removed here. Raises NoUsableInput with the line of the first mistake.
     """
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    text = _read_text(path)
+    if text is None:
         return {}
-    except OSError as error:
-        raise NoUsableInput(
-            f"{path} cannot be read ({error.strerror}). Make it a readable file, or remove it."
-        ) from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise _malformed(path, line, "expected UTF-8, found other bytes; save the file as CSV in UTF-8") from None
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    found: dict[str, tuple[str, int]] = {}
+    labels: dict[str, str] = {}
+    lines: dict[str, int] = {}
     try:
         header = next(rows, [])
         if header != COLUMNS:
             raise _malformed(path, 1, f"expected the columns key,label, found {','.join(header)[:100]!r}")
         for row in filter(None, rows):
-            key, label = _parsed(path, rows.line_num, row)
-            before, line = found.setdefault(key, (label, rows.line_num))
-            if before != label:
-                problem = f"{key!r} has the label {label!r} here and {before!r} in line {line}; keep one of them"
+            key, label = _parse(path, rows.line_num, row)
+            previous, line = labels.setdefault(key, label), lines.setdefault(key, rows.line_num)
+            if previous != label:
+                problem = f"{key!r} has the label {label!r} here and {previous!r} in line {line}; keep one of them"
                 raise _malformed(path, rows.line_num, problem)
     except csv.Error as error:
         raise _malformed(path, rows.line_num, f"expected comma-separated values ({error})") from None
-    return {key: label for key, (label, _) in found.items()}
+    return labels
 
 
 def apply(files: Iterable[RawFile], corrections: Mapping[str, str]) -> Corrected:
-    """Give the files their right labels and take out those that are excluded."""
-    found = Corrected([], [], 0, [], [])
+    """Correct the labels of the files, and separate the excluded files."""
+    remaining, excluded = [], []
     relabelled, labels, keys = 0, set(), set()
     for file in files:
         labels.add(file.label)
         keys.add(file.path)
         label = corrections.get(file.path, file.label)
         if label == EXCLUDE and file.path in corrections:
-            found.excluded.append(Rejected(*file, EXCLUDED, f"by {NAME}"))
+            excluded.append(Rejected(*file, EXCLUDED, f"by {NAME}"))
         else:
-            found.files.append(file._replace(label=label))
+            remaining.append(file._replace(label=label))
             relabelled += label != file.label
-    new = {label for key, label in corrections.items() if key in keys} - labels - {EXCLUDE}
-    return found._replace(relabelled=relabelled, unknown=sorted(corrections.keys() - keys), new=sorted(new))
+    new_labels = {label for key, label in corrections.items() if key in keys} - labels - {EXCLUDE}
+    return Corrected(remaining, excluded, relabelled, sorted(corrections.keys() - keys), sorted(new_labels))
 
 
-def without_copies(
+def warn_of_mismatches(corrected: Corrected) -> None:
+    """Log a warning for keys without a file and one for labels without a folder."""
+    for names, problem in (
+        (corrected.unknown_keys, f"keys in {NAME} without a file below raw/"),
+        (corrected.new_labels, f"labels in {NAME} without a folder below raw/; check their spelling"),
+    ):
+        if names:
+            more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+            log.warning("%s: %s%s", problem, ", ".join(map(repr, names[:MAX_LISTED])), more)
+
+
+def exclude_copies(
     images: Iterable[Image], excluded: Iterable[Rejected], raw: Path
 ) -> tuple[list[Image], list[Rejected]]:
-    """Take out the images that are the same file as an excluded one of their label; return the others and those.
+    """Return the other images, and the images that have the same bytes and the same label as an excluded file.
 
-    The same file under another label stays: excluding one of the two solves the conflict between them.
+    Copies under another label remain: excluding one of two copies resolves the conflict between their labels.
     """
-    hashes: dict[tuple[str, str], str] = {}
+    originals: dict[tuple[str, str], str] = {}
     for row in excluded:
-        with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:  # a file that is gone has no copies
-            hashes[hashlib.file_digest(file, "sha256").hexdigest(), row.label] = row.path
-    kept, copies = [], []
+        with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:  # a missing file has no copies
+            originals[hashlib.file_digest(file, "sha256").hexdigest(), row.label] = row.path
+    others, copies = [], []
     for image in images:
-        original = hashes.get((image.sha256, image.label))
+        original = originals.get((image.sha256, image.label))
         if original:
             detail = f"the same file as {original}, which {NAME} excludes"
             copies.append(Rejected(image.path, image.label, EXCLUDED, detail))
         else:
-            kept.append(image)
-    return kept, copies
+            others.append(image)
+    return others, copies
 
 
-def _parsed(path: Path, line: int, row: list[str]) -> tuple[str, str]:
-    """Return key and label of a row."""
+def _read_text(path: Path) -> str | None:
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise NoUsableInput(
+            f"{path} cannot be read ({error.strerror}). Make it a readable file, or remove it."
+        ) from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _malformed(path, line, "expected UTF-8, found other bytes; save the file as CSV in UTF-8") from None
+
+
+def _parse(path: Path, line: int, row: list[str]) -> tuple[str, str]:
+    """Return the key and the label of a row."""
     if len(row) != len(COLUMNS):
         raise _malformed(path, line, f"expected a key and a label, found {len(row)} values")
     key, label = (cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell for cell in row)
@@ -122,7 +140,7 @@ def _parsed(path: Path, line: int, row: list[str]) -> tuple[str, str]:
     elif not label:
         problem = "the label is empty"
     elif label != label.strip() or not label.isprintable():
-        problem = f"the label {label!r} has a space at an end or a character that cannot be printed"
+        problem = f"the label {label!r} begins or ends with a space, or has a character that cannot be printed"
     elif "/" in label or label.startswith("."):
         problem = f"the label {label!r} contains a slash or begins with a dot"
     if problem:
@@ -132,14 +150,3 @@ def _parsed(path: Path, line: int, row: list[str]) -> tuple[str, str]:
 
 def _malformed(path: Path, line: int, problem: str) -> NoUsableInput:
     return NoUsableInput(f"{path}, line {line}: {problem}.")
-
-
-def warn(found: Corrected) -> None:
-    """Warn of keys without a file and of labels that no folder has."""
-    for names, what in (
-        (found.unknown, f"keys in {NAME} for which there is no file below raw/"),
-        (found.new, f"labels that only {NAME} has; check their spelling"),
-    ):
-        if names:
-            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            log.warning("%s: %s%s", what, ", ".join(map(repr, names[:MOST_NAMED])), more)

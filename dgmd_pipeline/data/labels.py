@@ -1,4 +1,4 @@
-"""Rows -> label map: which class index stands for which label, and which labels there are enough pictures of."""
+"""Rows -> label map: the class index of each label, and the labels with enough images to be used."""
 
 import json
 import logging
@@ -16,29 +16,50 @@ log = logging.getLogger(__name__)
 
 
 class LabelRow(NamedTuple):
-    """A label that has an index, or would have one if there were enough pictures of it."""
+    """A label of the images or of an earlier label map."""
 
     label: str
-    class_index: int  # -1: too few images and never seen before, so it has no output
+    class_index: int  # -1: no output, because the label never had enough images
     images: int  # usable ones
     state: str  # "used", "too few" or "gone"
 
 
+def write_label_map(images: Iterable[Image], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
+    """Write the label map of the usable images (see `assign`) into `folder`, and return the counts.
+
+    `mapping.json` is for users of the model; `labels.csv` also contains the number of images of each label. Warns of
+    unused and of confusable labels.
+    """
+    rows = assign(images, known, minimum)
+    outputs = [row.label for row in rows if row.class_index >= 0]
+    write_mapping(folder / "mapping.json", outputs)
+    manifest.write(folder / "labels.csv", LabelRow, rows)
+    for state, meaning in (
+        ("too few", f"fewer than {minimum} usable images, left out"),
+        ("gone", "no images any more, kept as an output"),
+    ):
+        if unused := [row.label for row in rows if row.state == state]:
+            log.warning("labels with %s: %s", meaning, ", ".join(unused))
+    for group in confusable_labels(row.label for row in rows if row.state == "used"):
+        log.warning("Possible duplicate labels (case or spacing differs): %s", ", ".join(map(repr, group)))
+    return {"labels": sum(row.state == "used" for row in rows), "outputs": len(outputs)}
+
+
 def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[LabelRow]:
-    """Give every label an index: those in `known` keep theirs, new ones follow in alphabetical order.
+    """Assign a class index to every label: those in `known` keep theirs, new ones follow in alphabetical order.
 
-    A label with fewer than `minimum` usable images is not used: it keeps its index where it has one and gets none
-    otherwise. Rows come by index, those without one last.
-
-    Raises NoUsableInput where fewer than two labels can be used.
+    A label with fewer than `minimum` usable images is not used. It keeps its index if it is in `known`, and gets none
+    otherwise. The rows are in the order of their indexes, followed by those without one. Raises NoUsableInput where
+    fewer than two labels can be used.
     """
     counts = Counter(image.label for image in images)
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:
-        found = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
+        listed = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
         raise NoUsableInput(
             f"A classifier needs at least two labels with {minimum} usable images each (MIN_IMAGES_PER_LABEL); "
-            f"usable ones found: {found}. Add labelled pictures; those left out are in DATA_DIR/inspected/rejected.csv."
+            f"labels with usable images: {listed}. Add labelled images. DATA_DIR/inspected/rejected.csv lists those "
+            "that were left out."
         )
     names = [*known, *sorted(used - set(known))]
     rows = [LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)]
@@ -53,54 +74,34 @@ def _state(count: int, minimum: int) -> str:
 
 
 def confusable_labels(labels: Iterable[str]) -> list[list[str]]:
-    """Return the groups of labels that differ only in case, outer or repeated spaces or Unicode form."""
-    alike = defaultdict(list)
+    """Return the groups of labels that differ only in case, outer or repeated spaces, or Unicode form."""
+    groups = defaultdict(list)
     for label in labels:
-        alike[" ".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
-    return [sorted(group) for group in alike.values() if len(group) > 1]
+        groups[" ".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def write_mapping(path: Path, labels: Sequence[str]) -> None:
-    """Write `{"0": "allspice", "1": "anise", ...}`, the file that consumers of the model read."""
+    """Write `{"0": "allspice", "1": "anise", ...}`, the file that users of the model read."""
     mapping = {str(index): label for index, label in enumerate(labels)}
     path.write_text(json.dumps(mapping, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_mapping(path: Path) -> list[str]:
-    """Return the labels in the order of their indexes.
+    """Return the labels by class index.
 
-    Raises PipelineError where the file is not an unbroken map from "0" upwards to different labels.
+    Raises PipelineError unless the file maps "0", "1", ... without gaps to different labels.
     """
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
         labels = [mapping[str(index)] for index in range(len(mapping))]
         if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-            raise ValueError("a label is not a text, or stands there twice")
+            raise ValueError("a label is not a string, or occurs twice")
     except FileNotFoundError as error:
         raise changed(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(
             f'{path}: expected {{"0": "<label>", "1": "<label>", ...}} without gaps, found something else ({error}). '
-            "Mend the file, or delete its folder to number the labels anew."
+            "Correct the file, or delete its folder to number the labels again."
         ) from None
     return labels
-
-
-def map_labels(images: Iterable[Image], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
-    """Write the label map of usable images (see `assign`) into `folder`, warn of unused labels, and return the counts.
-
-    `mapping.json` is for consumers of the model, `labels.csv` also says how many images each label has.
-    """
-    rows = assign(images, known, minimum)
-    names = [row.label for row in rows if row.class_index >= 0]
-    write_mapping(folder / "mapping.json", names)
-    manifest.write(folder / "labels.csv", LabelRow, rows)
-    for state, meaning in (
-        ("too few", f"fewer than {minimum} usable images, left out"),
-        ("gone", "no images any more, kept as an output"),
-    ):
-        if found := [row.label for row in rows if row.state == state]:
-            log.warning("labels with %s: %s", meaning, ", ".join(found))
-    for group in confusable_labels(row.label for row in rows if row.state == "used"):
-        log.warning("Possible duplicate labels (case or spacing differs): %s", ", ".join(map(repr, group)))
-    return {"labels": sum(row.state == "used" for row in rows), "outputs": len(names)}

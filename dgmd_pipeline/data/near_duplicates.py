@@ -1,6 +1,6 @@
 """Thumbnails -> groups of near-duplicate images.
 
-A perceptual hash finds candidates; their thumbnails confirm them.
+A perceptual hash finds candidate pairs; a comparison of their thumbnails confirms them.
 """
 
 from collections.abc import Iterator
@@ -9,122 +9,128 @@ import numpy as np
 
 from dgmd_pipeline.manifest import Image
 
-THUMBNAIL_SIZE = 16  # of a thumbnail, pixels
-_TURNS = range(0, 64, 4)
+THUMBNAIL_SIZE = 16  # pixels, width and height
+_MAX_DISTANCE = 10  # bits that the hashes of a candidate pair differ by
+_ROTATIONS = range(0, 64, 4)  # bits
 _NEIGHBOURS = 8
-_BITS = 10
 _CHUNK = 1024  # thumbnails or pairs at a time; 0.8 MB each
-# Whole numbers: sums are exact in float64, so that the hash is the same whatever adds them up in whatever order.
+# Whole numbers: their sums are exact in float64, so the hash does not depend on the order of the additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])
-_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice what a noise of one level (of 255) leaves in a coefficient
+_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice the coefficient of noise of one level (of 255)
 
 
-def group(images: list[Image], thumbnails: np.ndarray, at: np.ndarray) -> list[Image]:
-    """Return the rows with `group` filled in; the thumbnail (uint8 RGB) of row i is thumbnails[at[i]]."""
-    size = np.array([(image.width, image.height) for image in images], np.float64)
-    root = list(range(len(images)))
+def group(images: list[Image], thumbnails: np.ndarray, positions: np.ndarray) -> list[Image]:
+    """Return the images with `group` filled in: the smallest SHA-256 among an image's near-duplicates.
+
+    `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]].
+    """
+    sizes = np.array([(image.width, image.height) for image in images], np.float64)
+    parents = list(range(len(images)))  # a forest of disjoint sets
 
     def find_root(index: int) -> int:
-        while root[index] != index:
-            root[index] = root[root[index]]
-            index = root[index]
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
         return index
 
-    for left, right in _candidates(*_hash(thumbnails, at)):
-        copies = _are_copies(thumbnails[at[left]], thumbnails[at[right]], size[left], size[right])
+    for left, right in _candidates(*_hash(thumbnails, positions)):
+        copies = _are_copies(thumbnails[positions[left]], thumbnails[positions[right]], sizes[left], sizes[right])
         for one, other in zip(left[copies].tolist(), right[copies].tolist(), strict=True):
-            root[find_root(one)] = find_root(other)
+            parents[find_root(one)] = find_root(other)
     roots = [find_root(index) for index in range(len(images))]
-    group: dict[int, str] = {}
-    for index, image in zip(roots, images, strict=True):
-        group[index] = min(image.sha256, group.get(index, image.sha256))
-    return [image._replace(group=group[index]) for index, image in zip(roots, images, strict=True)]
+    names: dict[int, str] = {}
+    for root, image in zip(roots, images, strict=True):
+        names[root] = min(image.sha256, names.get(root, image.sha256))
+    return [image._replace(group=names[root]) for root, image in zip(roots, images, strict=True)]
 
 
-def _hash(thumbnails: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pHash's 64 bits (uint64) for each thumbnail, and its brightness (int64, any unit).
+def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
 
-    The bits tell which of the 8 x 8 slowest cosines of the luminance are there (Zauner 2010, "Implementation and
-    benchmarking of perceptual image hash functions", compares with the median instead; then the bits of a flat
-    picture are those of its noise). Resized and re-encoded copies differ by at most 3 bits in 95 %, 5 in 99 %.
+    A bit is set if one of the 8 x 8 lowest DCT coefficients of the luminance exceeds the noise. Zauner 2010,
+    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead, which makes
+    the bits of a flat image those of its noise. The hashes of resized and re-encoded copies differ by at most 3 bits
+    in 95 % of the pairs, and by at most 5 in 99 %.
     """
-    hashes = np.empty(len(at), np.uint64)
-    brightness = np.empty(len(at), np.int64)
-    for start in range(0, len(at), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        luma = thumbnails[at[part]] @ _LUMA
+    hashes = np.empty(len(positions), np.uint64)
+    brightness = np.empty(len(positions), np.int64)
+    for start in range(0, len(positions), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        luma = thumbnails[positions[chunk]] @ _LUMA
         bits = (_COSINES @ luma @ _COSINES.T).reshape(-1, 64) > _NOISE
         bits[:, 0] = False  # the mean
-        hashes[part] = np.packbits(bits, axis=1).view(">u8")[:, 0]
-        brightness[part] = luma.sum((1, 2))
+        hashes[chunk] = np.packbits(bits, axis=1).view(">u8")[:, 0]
+        brightness[chunk] = luma.sum((1, 2))
     return hashes, brightness
 
 
-def _neighbours(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs (as two arrays of indexes) that stand close together when the hashes are sorted.
+def _candidates(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the neighbours whose hashes differ by at most `_MAX_DISTANCE` bits: each pair once, in chunks.
 
-    They are sorted sixteen times, each time turned by four bits more (Charikar 2002 sorts random permutations): two
-    hashes stand close where the longest stretch between bits that differ comes first. Each is paired with the next
-    eight only, so there are at most 128 pairs for each hash, even if all are the same; brightness decides among
-    equals. Found in 300,000 random hashes: all at a distance of 2, 99.9 % at 4, 93 % at 6.
+    A chunk is two int64 arrays of up to `_CHUNK` indexes; the indexes in the first are the smaller ones.
     """
-    for turn in _TURNS:
-        turned = hashes << np.uint64(turn) | hashes >> np.uint64(64 - turn)
-        order = np.lexsort((brightness, turned))
+    found = np.empty(0, np.int64)
+    pending = []
+    for count, (left, right) in enumerate(_neighbours(hashes, brightness), start=1):
+        close = np.bitwise_count(hashes[left] ^ hashes[right]) <= _MAX_DISTANCE
+        left, right = left[close], right[close]  # noqa: PLW2901
+        pending.append(np.minimum(left, right) * len(hashes) + np.maximum(left, right))
+        if count % _NEIGHBOURS == 0:
+            found, pending = np.unique(np.concatenate([found, *pending])), []
+    found = np.unique(np.concatenate([found, *pending]))
+    for start in range(0, len(found), _CHUNK):
+        yield np.divmod(found[start : start + _CHUNK], len(hashes))
+
+
+def _neighbours(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield pairs that are close together in the sorted hashes, as two arrays of indexes.
+
+    The hashes are sorted sixteen times, each time rotated by four more bits (Charikar 2002 sorts random permutations).
+    Two hashes become neighbours where their longest common run of bits comes first. Each is paired with the next eight
+    only, so a hash has at most 128 pairs, even if all hashes are equal; brightness orders equal ones. In 300,000
+    random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
+    """
+    for rotation in _ROTATIONS:
+        rotated = hashes << np.uint64(rotation) | hashes >> np.uint64(64 - rotation)
+        order = np.lexsort((brightness, rotated))
         for step in range(1, min(_NEIGHBOURS + 1, len(order))):
             yield order[:-step], order[step:]
 
 
-def _candidates(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield neighbours whose hashes differ by at most `_BITS`, every pair once, `_CHUNK` pairs at a time."""
-    known = np.empty(0, np.int64)
-    fresh = []
-    for count, (left, right) in enumerate(_neighbours(hashes, brightness), start=1):
-        close = np.bitwise_count(hashes[left] ^ hashes[right]) <= _BITS
-        left, right = left[close], right[close]  # noqa: PLW2901
-        fresh.append(np.minimum(left, right) * len(hashes) + np.maximum(left, right))
-        if count % _NEIGHBOURS == 0:
-            known, fresh = np.unique(np.concatenate([known, *fresh])), []
-    known = np.unique(np.concatenate([known, *fresh]))
-    for start in range(0, len(known), _CHUNK):
-        yield np.divmod(known[start : start + _CHUNK], len(hashes))
+def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, right_size: np.ndarray) -> np.ndarray:
+    """Return which pairs of thumbnails (uint8 [n, 16, 16, 3]) show the same image: bool [n].
 
+    The sizes are the widths and heights of the images [n, 2], in pixels.
 
-def _are_copies(one: np.ndarray, other: np.ndarray, one_size: np.ndarray, other_size: np.ndarray) -> np.ndarray:
-    """Tell which pairs of thumbnails (uint8 [n, 16, 16, 3]) of pictures (width, height [n, 2]) show the same picture.
+    The measure is the RMS difference at 8 x 8 pixels, in levels (of 255), without the part that blur explains: a copy
+    that was made smaller differs from its original by a multiple of the Laplacian, two handwritten digits do not.
 
-    Compared at 8 x 8, as differences to RMS levels (of 255) after taking out what blur explains: a copy that was
-    made smaller differs from its original by a multiple of the Laplacian, two handwritten digits do not.
-
-    The tolerance follows the pictures' contrast and the smaller one's shortest side: rounding to whole pixels and the
-    blocks of a JPEG move much of a picture of 32 pixels, and nearly nothing of one of 300. Measured: see
-    docs/measurements/leaks.md. Images of one industrial object differ by little more than copies do: two solar cells of
-    300
-    pixels by 0.78 levels at least, where a tolerance of 0.5 to 0.6 applies.
-    Tints by 10 %, heavy noise and crops moved by 8 of 360 pixels are other pictures.
-
-    Flat pictures are copies within 0.5 only, so that no two different colours are.
+    The tolerance follows the contrast of the images and the shortest side of the smaller one: rounding to whole pixels
+    and JPEG blocks change much of an image of 32 pixels, and almost nothing of one of 300. Photographs of one
+    industrial product differ by little more than copies do: two solar cells of 300 pixels by at least 0.78 levels,
+    where the tolerance is 0.5 to 0.6. See docs/measurements/leaks.md. Tints of 10 %, heavy noise, and crops that are
+    moved by 8 of 360 pixels are different images. For flat images the tolerance is 0.5, so that two colours are never
+    the same.
     """
-    side = np.minimum(one_size.min(1), other_size.min(1))
-    stretch = np.abs(np.log(one_size[:, 0] * other_size[:, 1] / (one_size[:, 1] * other_size[:, 0])))
-    # Pairs on the last axis: with the colours there, NumPy's innermost loops have three steps, and a pair takes 22 us
-    # instead of 3.
-    one, other = (
+    shortest = np.minimum(left_size.min(1), right_size.min(1))
+    stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))
+    # The pairs are on the last axis. With the colours there, NumPy's innermost loops have three steps, and a pair takes
+    # 22 us instead of 3.
+    left, right = (
         each.reshape(-1, THUMBNAIL_SIZE**2 * 3).T.astype(np.float32, order="C").reshape(8, 2, 8, 2, 3, -1).mean((1, 3))
-        for each in (one, other)
+        for each in (left, right)
     )
-    contrast = np.minimum(*(np.sqrt(each.var((0, 1)).mean(0)) for each in (one, other)))
-    noise = 0.5 + np.minimum(np.minimum(1.5, (40 / side) ** 2), 0.3 * contrast)
-    tolerance = np.hypot(noise, (0.015 + 0.5 / side) * contrast)
-    difference, total = one - other, one + other
-    framed = np.pad(total, ((1, 1), (1, 1), (0, 0), (0, 0)), mode="edge")
-    blur = framed[:-2, 1:-1] + framed[2:, 1:-1] + framed[1:-1, :-2] + framed[1:-1, 2:] - 4 * total
+    contrast = np.minimum(*(np.sqrt(each.var((0, 1)).mean(0)) for each in (left, right)))
+    noise = 0.5 + np.minimum(np.minimum(1.5, (40 / shortest) ** 2), 0.3 * contrast)
+    tolerance = np.hypot(noise, (0.015 + 0.5 / shortest) * contrast)
+    difference, total = left - right, left + right
+    padded = np.pad(total, ((1, 1), (1, 1), (0, 0), (0, 0)), mode="edge")
+    blur = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * total
     square = (difference**2).mean((0, 1, 2))
     explained = (difference * blur).mean((0, 1, 2)) ** 2 / np.maximum((blur**2).mean((0, 1, 2)), 1e-6)
-    # The last condition: of stripes and a grey plane, blur explains everything.
     return (
-        (stretch < 0.02 + 1.5 / side)  # as far as rounding to whole pixels goes, and a little
+        (stretch < 0.02 + 1.5 / shortest)  # a little more than rounding to whole pixels causes
         & (square - explained < tolerance**2)
-        & (square < (4 * tolerance) ** 2)
+        & (square < (4 * tolerance) ** 2)  # blur would explain all of the difference between stripes and a grey plane
     )

@@ -1,20 +1,20 @@
-"""A row with a side <-> a TFRecord: writing and reading stand side by side and share one schema.
+"""Rows of a split <-> TFRecord shards and their index.
 
 A record is a `tf.train.Example` with five features:
 
     image          bytes   the image, width x height pixels, as a lossless WebP (see `encoding`)
     label          int64   class index
-    width, height  int64   pixels, of the stored picture
-    key            bytes   the source's path below raw/, that is the object's key below the bucket's prefix
+    width, height  int64   pixels, of the stored image
+    key            bytes   path of the source below raw/: the object's key below the bucket's prefix
 
-TensorFlow reads them without this package: `tf.data.TFRecordDataset`, `tf.io.parse_single_example`,
-`tf.io.decode_webp(image, channels=3)[0]`. `index.json` beside them names the encoding and the fit.
+TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `tf.io.parse_single_example`,
+`tf.io.decode_webp(image, channels=3)[0]`. `index.json` in the same folder names the encoding and the fit.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -27,18 +27,18 @@ from dgmd_pipeline.data.decoding import DAMAGED
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
 
-PIECE_IMAGES = (
-    256  # smaller than a shard may be: ten shards keep more than ten cores busy, and the last ones end together
-)
+# Images that a worker writes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
+# cores and the last pieces end at about the same time.
+PIECE_IMAGES = 256
 
 
 class _Piece(NamedTuple):
-    """What a worker needs to write a part of a shard."""
+    """A part of a shard, for a worker to write."""
 
     raw: Path
-    shard: Path  # that the part will belong to
-    part: Path  # to write; the first one becomes the shard
-    rows: list[Example]
+    shard: Path
+    part: Path  # the file to write; the shard itself for the first part
+    rows: Sequence[Example]
     width: int
     height: int
     fit: Fit
@@ -48,20 +48,20 @@ def write(
     rows: Iterable[Example],
     raw: Path,
     folder: Path,
-    side: str,
+    split: str,
     shards: int,
     width: int,
     height: int,
     fit: Fit,
     map: Callable[[Callable[[_Piece], int], Iterable[_Piece]], Iterable[int]] = map,
 ) -> dict[str, int]:
-    """Write the pictures of `rows` into `folder`: `<side>-00000-of-00010.tfrecord` ... and `index.json`.
+    """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ... and `index.json`.
 
-    Images are read below `raw` and fitted to `width` x `height` pixels (`encoding.fitted`). There are `shards` shards,
-    or as many as images if those are fewer. The bytes depend on the set of rows and the images alone: not on the order
-    of `rows` or how many processes work. `map` is like the builtin one; it may call the function for its pieces in
-    other processes, and yields in order what comes back, numbers of images.
-    Returns the counts: images, shards, bytes. Raises PipelineError where a picture is gone or no longer readable,
+    The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). There are `shards`
+    shards, or as many as images if those are fewer. The bytes depend on the set of rows and on the images only, not on
+    the order of `rows` or the number of processes. `map` works like the builtin. It may call its function for the
+    pieces in other processes, and yields the results (numbers of images) in order.
+    Returns the counts: images, shards, bytes. Raises PipelineError where an image is missing or no longer readable,
     OSError where `folder` cannot be written.
     """
     ordered = record_order(rows)
@@ -69,72 +69,54 @@ def write(
     pieces = []
     for number in range(shards):
         start, stop = (len(ordered) * edge // shards for edge in (number, number + 1))
-        shard = folder / f"{side}-{number:05d}-of-{shards:05d}.tfrecord"
+        shard = folder / f"{split}-{number:05d}-of-{shards:05d}.tfrecord"
         for first in range(start, stop, PIECE_IMAGES):
-            chosen = ordered[first : min(first + PIECE_IMAGES, stop)]
             part = shard if first == start else shard.with_suffix(f".part{first - start}")
-            pieces.append(_Piece(raw, shard, part, chosen, width, height, fit))
-    written: list[Shard] = []
-    done = zip(pieces, map(_write_piece, pieces), strict=True)
-    for shard, parts in groupby(done, key=lambda each: each[0].shard):
-        images = 0
-        for piece, count in parts:
-            images += count
-            if piece.part != shard:
-                with piece.part.open("rb") as source, shard.open("ab") as file:
-                    shutil.copyfileobj(source, file)
-                piece.part.unlink()
-        written.append(Shard(shard.name, images, shard.stat().st_size, _digest(shard)))
-    counts = {"images": len(ordered), "shards": shards, "bytes": sum(each.bytes for each in written)}
-    kind = {"format": encoding.FORMAT, "lossless": True}
-    index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
-    text = json.dumps({**index, **counts, "files": [each._asdict() for each in written]}, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+            piece_rows = ordered[first : min(first + PIECE_IMAGES, stop)]
+            pieces.append(_Piece(raw, shard, part, piece_rows, width, height, fit))
+    results = zip(pieces, map(_write_piece, pieces), strict=True)
+    written = [_join(shard, parts) for shard, parts in groupby(results, key=lambda result: result[0].shard)]
+    counts = {"images": len(ordered), "shards": shards, "bytes": sum(shard.bytes for shard in written)}
+    _write_index(folder, width, height, fit, counts, written)
     return counts
 
 
 def record_order(rows: Iterable[Example]) -> list[Example]:
-    """Return the rows in the order of their records, which is that of `read` without a seed and of stored features.
+    """Return the rows in the order of their records, which is also the order of stored features.
 
-    It mixes labels: it is that of a hash that says nothing about the label, nor about the split, which another hash
-    decided.
+    A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
     """
     return sorted(rows, key=lambda row: (hashlib.sha256(f"records {row.sha256}".encode()).digest(), row.path))
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:
-    """Return about how many bytes so many photographs take, 1.15 for each pixel.
+    """Return the approximate size of the shards of so many photographs: 1.15 bytes a pixel.
 
-    Measured at 256 x 192: 1.04 and 1.14 for each pixel (docs/measurements/records.md). Noise needs up to 3.
+    Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
     """
     return round(images * width * height * 1.15)
 
 
 def check(folder: Path) -> None:
-    """Compare every shard's size and SHA-256 with the index; raise PipelineError naming the first that differs."""
+    """Compare the size and the SHA-256 of every shard with the index; raise PipelineError for the first difference."""
 
-    def problem(shard: Shard) -> str | None:
+    def find_problem(shard: Shard) -> str | None:
         path = folder / shard.file
         if not path.is_file():
             return f"{path} is missing"
         if (size := path.stat().st_size) != shard.bytes:
-            return f"{path} has {size:,} bytes where {INDEX} says {shard.bytes:,}"
+            return f"{path} has {size:,} bytes, expected {shard.bytes:,} according to {INDEX}"
         if _digest(path) != shard.sha256:
-            return f"{path} does not have the checksum (SHA-256) that {INDEX} says"
+            return f"{path} does not have the checksum (SHA-256) in {INDEX}"
         return None
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for found in pool.map(problem, read_shard_index(folder).shards):
-            if found:
+        for problem in pool.map(find_problem, read_shard_index(folder).shards):
+            if problem:
                 raise PipelineError(
-                    f"{found}: it was changed or damaged after it was written. "
+                    f"{problem}: it was changed or damaged after it was written. "
                     f"Delete the folder {folder} and run again."
                 )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_piece(piece: _Piece) -> int:
@@ -156,7 +138,33 @@ def _encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
         return encoding.encode(path, width, height, fit)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was a readable picture when it was inspected and is not any more "
-            f"({type(error).__name__}: {error}). Put it back (a downloaded one by deleting "
-            "the folder raw), or, where pictures were put there by hand, delete the folder inspected; and run again."
+            f"{path} was readable when it was inspected, and is not any more ({type(error).__name__}: {error}). "
+            "Restore the file: if it was downloaded, delete the folder raw. Or accept the change: delete the folder "
+            "inspected. Then run again."
         ) from error
+
+
+def _join(shard: Path, parts: Iterable[tuple[_Piece, int]]) -> Shard:
+    """Append the parts of a shard (pieces and their numbers of images) to the first one."""
+    images = 0
+    for piece, count in parts:
+        images += count
+        if piece.part != shard:
+            with piece.part.open("rb") as source, shard.open("ab") as file:
+                shutil.copyfileobj(source, file)
+            piece.part.unlink()
+    return Shard(shard.name, images, shard.stat().st_size, _digest(shard))
+
+
+def _write_index(
+    folder: Path, width: int, height: int, fit: Fit, counts: dict[str, int], shards: Iterable[Shard]
+) -> None:
+    kind = {"format": encoding.FORMAT, "lossless": True}
+    index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
+    text = json.dumps({**index, **counts, "files": [shard._asdict() for shard in shards]}, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The bytes of a `tf.train.Example` and of its frame in a TFRecord file."""
+"""`tf.train.Example` and the frame of a TFRecord file, as bytes."""
 
 import struct
 
@@ -8,8 +8,8 @@ import google_crc32c
 def serialize_example(features: dict[str, bytes | int]) -> bytes:
     """Serialise a `tf.train.Example`: bytes as a BytesList of one, an integer (>= 0) as an Int64List of one.
 
-    Written out because importing TensorFlow for it costs every worker 3.6 s and 700 MB, and because protobuf promises
-    no stable bytes. Source: protobuf.dev/programming-guides/encoding, tensorflow/core/example/{example,feature}.proto.
+    Importing TensorFlow for this would cost every worker 3.6 s and 700 MB, and protobuf does not guarantee stable
+    bytes. Source: protobuf.dev/programming-guides/encoding, tensorflow/core/example/{example,feature}.proto.
     """
     entries: list[bytes] = []
     for name, value in sorted(features.items()):
@@ -19,7 +19,7 @@ def serialize_example(features: dict[str, bytes | int]) -> bytes:
 
 
 def _field(number: int, *content: bytes) -> tuple[bytes, ...]:
-    """Return the parts of a field around those of its content: the picture is copied once, not at every level."""
+    """Return the parts of a field. They are joined once at the end, because an image is large."""
     return (_varint(number << 3 | 2) + _varint(sum(map(len, content))), *content)
 
 
@@ -33,7 +33,10 @@ def _varint(value: int) -> bytes:
 
 
 def frame(record: bytes) -> bytes:
-    """Length, its checksum, the record, its checksum. Source: "TFRecords format details", tensorflow.org/tutorials."""
+    """Return the record as a TFRecord file stores it: length, checksum of the length, record, checksum of the record.
+
+    Source: "TFRecords format details", tensorflow.org/tutorials.
+    """
     length = struct.pack("<Q", len(record))
     return length + _masked_crc(length) + record + _masked_crc(record)
 

@@ -129,7 +129,7 @@ class InspectImages(Step):
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
-            counts=counts,
+            counts=dict(counts),
             images=counts["images"],
             images_processed=counts["files"] - counts["rejected"].get(manifest.EXCLUDED, 0),
             bytes_processed=record.counts.get("bytes") if record else None,
@@ -154,7 +154,7 @@ class MapLabels(Step):
         report = inspected / manifest.REJECTED
         rejected = manifest.read(report, manifest.Rejected)
         inspection.check_rejected(images, rejected, self.settings.max_rejected_pcnt, report)
-        counts = labels.map_labels(images, self._known(), self.settings.min_images_per_label, draft)
+        counts = labels.write_label_map(images, self._known(), self.settings.min_images_per_label, draft)
         summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
         return StepResult(counts=counts, images_processed=len(images), summary=summary)
 
@@ -199,9 +199,9 @@ class BalanceClasses(Step):
         rows = manifest.read(self.input()["label_map"].path / "labels.csv", labels.LabelRow)
         images = manifest.read(self.input()["inspected"].path / "images.csv", manifest.Image)
         used = {row.label: row.class_index for row in rows if row.state == "used"}
-        counts = balance.balance_classes(images, used, self.settings.balance_limit, draft)
+        counts = balance.write_balanced(images, used, self.settings.balance_limit, draft)
         return StepResult(
-            counts=counts,
+            counts=dict(counts),
             images=sum(counts["after"].values()),
             images_processed=sum(counts["before"].values()),
             summary=balance.summary(counts),
@@ -221,7 +221,7 @@ class SplitImages(Step):
         from dgmd_pipeline.data import split
 
         rows = manifest.read(self.input()["balanced"].path / "images.csv", manifest.Example)
-        counts = split.split_images(rows, self.settings.validation_pcnt, draft)
+        counts = split.write_splits(rows, self.settings.validation_pcnt, draft)
         images = counts["training"] + counts["validation"]
         return StepResult(counts=counts, images=images, summary=split.summary(counts))
 

@@ -1,4 +1,4 @@
-"""A record holds what the served model's own layers make of the original file, to the level."""
+"""A record stores what the served model's own layers make of the original file, to the level."""
 
 import io
 from functools import cache
@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from support.images import encode, scene, stored_as, turned
+from support.images import encode, encode_with_orientation, exif, scene, upright
 
 from dgmd_pipeline.data import decoding, encoding
 from dgmd_pipeline.training import networks
 
-SIZE = (64, 48)  # of what is made, width and height
+SIZE = (64, 48)  # of the records, width and height
 FITS = ["stretch", "letterbox", "crop"]
 SIZES = {
     "landscape": (300, 210),
     "portrait": (171, 300),
     "large": (1027, 771),
     "square": (65, 65),
-    "of the size": SIZE,
+    "the record's size": SIZE,
     "half the size": (32, 24),
     "tiny": (8, 8),
     "wide": (3000, 8),
@@ -28,7 +28,7 @@ SIZES = {
 
 
 def photo(width: int = 300, height: int = 210) -> PIL.Image.Image:
-    """A scene with a sensor's noise."""
+    """A scene with sensor noise."""
     smooth = np.asarray(scene(0, width, height), float)
     noise = np.random.default_rng(0).normal(0, 5, smooth.shape)
     return PIL.Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
@@ -36,12 +36,12 @@ def photo(width: int = 300, height: int = 210) -> PIL.Image.Image:
 
 @cache
 def layers(fit: str, width: int = SIZE[0], height: int = SIZE[1]):
-    """The first layers of a served model: what they come to before they round, and after."""
+    """The first layers of a served model: their output before and after rounding."""
     import keras
 
-    pictures = keras.Input((None, None, 3), dtype="uint8")
-    network = keras.Model(pictures, networks.fitting(pictures, height, width, fit))
-    return keras.Model(pictures, [network.get_layer("resizing").output, network.output])
+    images = keras.Input((None, None, 3), dtype="uint8")
+    network = keras.Model(images, networks.fitting(images, height, width, fit))
+    return keras.Model(images, [network.get_layer("resizing").output, network.output])
 
 
 def stored(path: Path, fit: str, size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -51,8 +51,8 @@ def stored(path: Path, fit: str, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def assert_served(pixels: np.ndarray, original: np.ndarray, fit: str) -> None:
-    """A value that float32 cannot tell from a half may be rounded to either side."""
-    before, served = (found.numpy()[0] for found in layers(fit)(original[np.newaxis]))
+    """Compare with the layers. A value that float32 cannot distinguish from a half may be rounded up or down."""
+    before, served = (output.numpy()[0] for output in layers(fit)(original[np.newaxis]))
     assert pixels.shape == served.shape
     assert np.array_equal(served, np.rint(before))
     assert np.abs(pixels - before).max() <= 0.51
@@ -60,39 +60,40 @@ def assert_served(pixels: np.ndarray, original: np.ndarray, fit: str) -> None:
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("name", SIZES)
-def test_a_record_holds_what_the_served_model_makes_of_the_original(name, fit, tmp_path):
+def test_a_record_stores_what_the_served_model_makes_of_the_original(name, fit, tmp_path):
     (tmp_path / "x").write_bytes(encode(photo(*SIZES[name]), "PNG"))
     assert_served(stored(tmp_path / "x", fit), np.asarray(photo(*SIZES[name])), fit)
 
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("kind, orientation", [("JPEG", 1), *(("JPEG", n) for n in range(2, 9)), ("PNG", 6)])
-def test_so_does_that_of_a_rotated_file_that_predict_opens(kind, orientation, fit, tmp_path):
-    (tmp_path / "x").write_bytes(stored_as(photo(400, 240), kind, orientation))
-    opened = np.asarray(decoding.open_rgb(tmp_path / "x"))  # what `predict` gives to the model
-    assert opened.shape == (240, 400, 3)
+def test_the_same_holds_for_a_file_with_an_exif_orientation_that_predict_opens(kind, orientation, fit, tmp_path):
+    data = encode_with_orientation(photo(400, 240), kind, orientation)
+    (tmp_path / "x").write_bytes(data)
+    opened = np.asarray(decoding.open_rgb(tmp_path / "x"))  # the input that `predict` gives to the model
+    assert np.array_equal(opened, upright(data))
     assert_served(stored(tmp_path / "x", fit), opened, fit)
 
 
-def test_the_three_fits_are_three(tmp_path):
+def test_stretch_letterbox_and_crop_differ_as_documented(tmp_path):
     white = PIL.Image.new("RGB", (60, 120), "white")
     white.paste("red", (0, 0, 60, 10))
-    stretched, boxed, cropped = (encoding.fitted(white, 40, 40, fit) for fit in FITS)
-    assert stretched[0].tolist() == [[255, 0, 0]] * 40  # the red top is there, over the whole width
+    stretched, boxed, cropped = (encoding.resize(white, 40, 40, fit) for fit in FITS)
+    assert stretched[0].tolist() == [[255, 0, 0]] * 40  # the red top over the whole width
     assert boxed[0, 20].tolist() == [255, 0, 0] and not boxed[:, :9].any() and not boxed[:, -9:].any()
     assert (cropped == 255).all()  # 30 pixels above are cut off
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_the_bands_of_a_large_image_join_without_a_seam(fit, monkeypatch):
+def test_an_image_resized_in_bands_has_no_seams(fit, monkeypatch):
     image = photo()
-    whole = encoding.fitted(image, *SIZE, fit)
-    monkeypatch.setattr(encoding, "BAND", 7 * image.width)
-    assert np.array_equal(encoding.fitted(image, *SIZE, fit), whole)
+    whole = encoding.resize(image, *SIZE, fit)
+    monkeypatch.setattr(encoding, "BAND_PIXELS", 7 * image.width)
+    assert np.array_equal(encoding.resize(image, *SIZE, fit), whole)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_damaged_image_is_one_of_the_errors_that_are_named(kind, tmp_path):
+def test_a_damaged_image_raises_a_documented_error(kind, tmp_path):
     data = encode(photo(), kind)
     for name, content in {"garbage": b"nothing", "cut": data[: len(data) // 2], "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
@@ -100,8 +101,8 @@ def test_a_damaged_image_is_one_of_the_errors_that_are_named(kind, tmp_path):
             encoding.encode(tmp_path / name, *SIZE, "stretch")
 
 
-def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path):
-    data = bytearray(encode(photo(), "JPEG", exif=turned(6)))
+def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
+    data = bytearray(encode(photo(), "JPEG", exif=exif(6)))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = b"\x7f\xff\x7f\xff"  # a header of 32,767 x 32,767 pixels
     (tmp_path / "x").write_bytes(data)
@@ -109,14 +110,14 @@ def test_more_pixels_than_are_allowed_are_not_decoded(tmp_path):
         encoding.encode(tmp_path / "x", *SIZE, "stretch")
 
 
-def test_nor_are_they_made_by_bars():
+def test_bars_that_would_make_too_many_pixels_are_an_error():
     with pytest.raises(PIL.Image.DecompressionBombError, match="too narrow to be resized"):
-        encoding.fitted(PIL.Image.new("RGB", (1, 2_000_000)), *SIZE, "letterbox")
+        encoding.resize(PIL.Image.new("RGB", (1, 2_000_000)), *SIZE, "letterbox")
 
 
 def test_a_narrow_image_is_resized_along_its_long_side_first():
     column = np.repeat(np.arange(192, dtype=np.uint8), 10_000)[:, None, None]
-    pixels = encoding.fitted(PIL.Image.fromarray(np.repeat(column, 3, axis=2)), *SIZE, "stretch")
+    pixels = encoding.resize(PIL.Image.fromarray(np.repeat(column, 3, axis=2)), *SIZE, "stretch")
     expected = np.arange(192).reshape(SIZE[1], 4).mean(axis=1)
     np.testing.assert_allclose(pixels[:, 0, 0], expected, atol=1)
     assert (pixels == pixels[:, :1, :1]).all()

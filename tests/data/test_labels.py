@@ -45,12 +45,12 @@ def test_a_known_label_with_too_few_images_keeps_its_index_unused():
     assert rows[0] == labels.LabelRow("basil", 0, 1, "too few")
 
 
-def test_fewer_than_two_usable_labels_stop_the_run_with_the_counts():
+def test_fewer_than_two_usable_labels_are_an_error_with_the_counts():
     with pytest.raises(NoUsableInput, match=r"at least two labels with 2 usable images.*anise \(5\), mint \(1\)"):
         labels.assign(images(anise=5, mint=1), known=[], minimum=2)
 
 
-def test_labels_that_differ_in_case_spaces_or_unicode_form_are_twins():
+def test_labels_that_differ_in_case_spaces_or_unicode_form_are_confusable():
     found = labels.confusable_labels(
         ["Cat", "cat ", "dog", "é", "e\N{COMBINING ACUTE ACCENT}", "black  cat", "black cat"]
     )
@@ -60,7 +60,7 @@ def test_labels_that_differ_in_case_spaces_or_unicode_form_are_twins():
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), unique=True))
-def test_a_mapping_reads_back_as_it_was_written(tmp_path_factory, names):
+def test_a_mapping_is_read_as_it_was_written(tmp_path_factory, names):
     path = tmp_path_factory.mktemp("map") / "mapping.json"
     labels.write_mapping(path, names)
     assert labels.read_mapping(path) == names
@@ -68,8 +68,8 @@ def test_a_mapping_reads_back_as_it_was_written(tmp_path_factory, names):
 
 
 @pytest.mark.parametrize("text", ["", "[]x", "[1]", '{"0": "a", "2": "b"}', '{"0": "a", "1": "a"}', '{"0": 5}', "7"])
-def test_something_else_than_a_mapping_is_named_with_what_to_do(tmp_path, text):
+def test_an_invalid_mapping_is_an_error_with_a_remedy(tmp_path, text):
     path = tmp_path / "mapping.json"
     path.write_text(text)
-    with pytest.raises(PipelineError, match=r"mapping\.json: expected .* Mend the file, or delete its folder"):
+    with pytest.raises(PipelineError, match=r"mapping\.json: expected .* Correct the file, or delete its folder"):
         labels.read_mapping(path)

@@ -1,11 +1,13 @@
 """Image files for tests."""
 
 import io
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
-
-from dgmd_pipeline.data import decoding
+import PIL.ImageOps
+from PIL.ExifTags import Base as ExifTag
 
 
 def scene(seed: int = 0, width: int = 96, height: int = 64) -> PIL.Image.Image:
@@ -21,15 +23,60 @@ def encode(image: PIL.Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def turned(orientation: int) -> PIL.Image.Exif:
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    return exif
+def exif(orientation: int) -> PIL.Image.Exif:
+    tags = PIL.Image.Exif()
+    tags[ExifTag.Orientation] = orientation
+    return tags
 
 
-def stored_as(upright: PIL.Image.Image, kind: str, orientation: int) -> bytes:
-    """A file in which the picture lies turned and whose EXIF says so."""
-    back = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes it; every other one undoes itself
-    stored = upright.transpose(decoding._TRANSPOSE[back]) if back > 1 else upright
-    options = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": turned(orientation)}
-    return encode(stored, kind, **options)
+def encode_with_orientation(image: PIL.Image.Image, kind: str, orientation: int) -> bytes:
+    """A file with the pixels of the image as they are, and an EXIF orientation."""
+    if kind == "TIFF":
+        return encode(image, kind, tiffinfo={ExifTag.Orientation: orientation})
+    return encode(image, kind, exif=exif(orientation))
+
+
+def upright(data: bytes) -> PIL.Image.Image:
+    """The image of a file in mode RGB, turned upright by Pillow."""
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+
+def put(raw: Path, path: str, data: bytes) -> None:
+    (raw / path).parent.mkdir(parents=True, exist_ok=True)
+    (raw / path).write_bytes(data)
+
+
+@cache  # the colour profile in one of them contains the time
+def samples() -> dict[str, bytes]:
+    """`scene()` in each format and in its variants, by name; the first word of a name is the format."""
+    image = scene()
+    grey16 = PIL.Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    return {
+        "JPEG baseline": encode_with_orientation(image, "JPEG", 6),
+        "JPEG progressive": encode(image, "JPEG", progressive=True),
+        "JPEG grey": encode(image.convert("L"), "JPEG"),
+        "JPEG CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "JPEG of two images": encode(image, "MPO", save_all=True, append_images=[scene(1)]),
+        "PNG": encode_with_orientation(image, "PNG", 3),
+        "PNG palette": encode(image.quantize(16), "PNG", transparency=3),
+        "PNG alpha": encode(image.convert("RGBA"), "PNG"),
+        "PNG 16 bits": encode(grey16, "PNG"),
+        "PNG one bit": encode(image.convert("1"), "PNG"),
+        "PNG animated": encode(image, "PNG", save_all=True, append_images=[scene(1)]),
+        "WEBP": encode_with_orientation(image, "WEBP", 6),
+        "WEBP lossless alpha": encode(image.convert("RGBA"), "WEBP", lossless=True),
+        "WEBP animated": encode(image, "WEBP", save_all=True, append_images=[scene(1)]),
+        "GIF": encode(image, "GIF"),
+        "GIF animated": encode(image, "GIF", save_all=True, append_images=[scene(1)]),
+        "BMP": encode(image, "BMP"),
+        "BMP palette": encode(image.quantize(16), "BMP"),
+        "TIFF": encode_with_orientation(image, "TIFF", 6),
+        "TIFF LZW": encode(image, "TIFF", compression="tiff_lzw"),
+        "TIFF deflate": encode(image, "TIFF", compression="tiff_deflate"),
+        "TIFF JPEG": encode(image, "TIFF", compression="jpeg"),
+        "TIFF fax": encode(image.convert("1"), "TIFF", compression="group4"),
+        "TIFF float": encode(PIL.Image.fromarray(np.asarray(image)[..., 0] / np.float32(255)), "TIFF"),
+        "TIFF LAB": encode(image.convert("LAB"), "TIFF"),
+        "TIFF pages": encode(image, "TIFF", save_all=True, append_images=[scene(1)]),
+    }
