@@ -1,8 +1,8 @@
 """S3 objects -> files by AWS's Common Runtime (awscrt), in C: a quarter of the CPU time of botocore's `get_object`.
 
-`CrtTransfer` copies the form of a successful botocore request to other keys, so addressing, regions and redirects are
-botocore's. Every object that it cannot fetch is left to botocore, which retries longer and reports the cause. botocore
-also fetches large objects, and every object if there is a proxy.
+`CrtTransfer` repeats a successful botocore request for other keys, so addressing, regions and redirects need no code
+here. botocore fetches every object that awscrt cannot fetch; it retries longer and reports the cause. botocore also
+fetches large objects, and all objects if there is a proxy.
 """
 
 import base64

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PARTS = ".part"  # folder of unfinished files, named by number: no name is too long or conflicts with a key
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
 READ_ATTEMPTS = 4
-PROBE_TIMEOUT = 1.0  # seconds; until then, the first object is fetched alone, to learn if awscrt can be used
+PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
 SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("aws_home")
 def has_objects(fake_s3):
     """Whether a listing by a new client succeeds."""
     fake_s3(lambda request, _key, _query: send_listing(request, ["train/cat/1.png"]))
-    return bool(list_objects(connect(), "pictures", "train").objects)
+    return bool(list_objects(connect(), "images", "train").objects)
 
 
 def test_importing_the_package_does_not_import_boto3():
@@ -40,7 +40,7 @@ def test_requests_are_signed_with_credentials_and_anonymous_without(monkeypatch,
 
     fake_s3(answer)
     client = connect()
-    list_objects(client, "pictures", "train")
+    list_objects(client, "images", "train")
     assert [value is not None and "AKIDEXAMPLE" in value for value in authorizations] == [bool(keys)]
     assert client.meta.region_name == "us-east-1"
 
@@ -55,7 +55,7 @@ def test_a_configured_credentials_file_is_used(monkeypatch, tmp_path, fake_s3):
         send_listing(request, ["train/cat/1.png"] if "AKIDWORK" in request.headers["Authorization"] else [])
 
     fake_s3(answer)
-    assert list_objects(connect(), "pictures", "train").objects
+    assert list_objects(connect(), "images", "train").objects
 
 
 @pytest.mark.usefixtures("signed")

@@ -38,7 +38,7 @@ def test_with_a_proxy_botocore_fetches_all_objects(fake_s3, tmp_path, monkeypatc
     client = connect()
     requests = botocore_requests(client)
     objects = sources(*(f"a/{number}" for number in range(12)))
-    assert set(download(client, "pictures", objects, tmp_path / "raw", threads=2)) == set(objects)
+    assert set(download(client, "images", objects, tmp_path / "raw", threads=2)) == set(objects)
     assert len(requests) == 12
 
 
@@ -47,7 +47,7 @@ def test_awscrt_signs_requests_if_botocore_does(server, tmp_path, monkeypatch, k
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     objects = sources(*(f"a/{number}" for number in range(12)))
-    assert set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
+    assert set(download(connect(), "images", objects, tmp_path / "raw", threads=1)) == set(objects)
     assert [is_by_botocore(headers) for headers in server.requests] == [True] + 11 * [False]
     assert all(("Authorization" in headers) == bool(keys) for headers in server.requests)
 
@@ -56,7 +56,7 @@ def test_botocore_fetches_an_object_again_whose_checksum_differs(server, tmp_pat
     server.checksum = "NSRBwg=="  # CRC-32 of abc
     server.damaged = {"train/a/2"}
     objects = sources(*(f"a/{number}" for number in range(4)))
-    assert set(download(connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
+    assert set(download(connect(), "images", objects, tmp_path / "raw", threads=1)) == set(objects)
     assert read_files(tmp_path / "raw") == {f"a/{number}": b"abc" for number in range(4)}
     assert [is_by_botocore(headers) for headers in server.requests] == [True, False, False, True, False]
 
@@ -89,7 +89,7 @@ def test_awscrt_is_not_used_again_after_several_failures_in_a_row(s3_client, buc
 def test_a_cancelled_transfer_completes_as_a_failed_one(server, tmp_path):
     client = connect()
     transfer, completed = CrtTransfer(client), threading.Event()
-    client.get_object(Bucket="pictures", Key="first")["Body"].read()
+    client.get_object(Bucket="images", Key="first")["Body"].read()
     transfer.adopt("first")
     pending = transfer.start("silent", 3, tmp_path / "part", completed.set)
     assert server.asked_for_silent.wait(20)
@@ -100,7 +100,7 @@ def test_a_cancelled_transfer_completes_as_a_failed_one(server, tmp_path):
 
 
 def test_stopping_a_download_cancels_transfers_in_progress(server, tmp_path):
-    items = download(connect(), "pictures", sources("a/1", "a/2", "a/3", "a/silent"), tmp_path / "raw", threads=2)
+    items = download(connect(), "images", sources("a/1", "a/2", "a/3", "a/silent"), tmp_path / "raw", threads=2)
     fetched = {next(items).path for _ in range(3)}
     items.close()
     assert read_files(tmp_path / "raw") == dict.fromkeys(fetched, b"abc")

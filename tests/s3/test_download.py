@@ -29,7 +29,7 @@ def test_a_response_that_breaks_off_is_requested_again(fake_s3, tmp_path):
 
     fake_s3(answer)
     objects = sources("cat/1.png", "cat/2.png")
-    assert set(download(connect(), "pictures", objects, tmp_path / "raw")) == set(objects)
+    assert set(download(connect(), "images", objects, tmp_path / "raw")) == set(objects)
     assert read_files(tmp_path / "raw") == {"cat/1.png": b"abc", "cat/2.png": b"abc"}
     assert set(requests.values()) <= {2, 3}
 
@@ -37,8 +37,8 @@ def test_a_response_that_breaks_off_is_requested_again(fake_s3, tmp_path):
 def test_a_response_that_always_breaks_off_is_an_error_and_leaves_no_file(monkeypatch, fake_s3, tmp_path):
     monkeypatch.setattr(download_module, "READ_ATTEMPTS", 2)
     fake_s3(lambda request, _key, _query: send(request, 200, b"ab", length=3))
-    with pytest.raises(NoUsableInput, match=r"s3://pictures/train/cat/1.png .* broke off 2 times"):
-        list(download(connect(), "pictures", sources("cat/1.png"), tmp_path / "raw"))
+    with pytest.raises(NoUsableInput, match=r"s3://images/train/cat/1.png .* broke off 2 times"):
+        list(download(connect(), "images", sources("cat/1.png"), tmp_path / "raw"))
     assert list((tmp_path / "raw").rglob("*")) == []
 
 
@@ -53,7 +53,7 @@ def test_objects_that_are_gone_archived_or_changed_are_rejected_and_the_others_d
 
     fake_s3(answer)
     paths = ["cat/gone", "cat/archived", "cat/changed", *(f"dog/{i}" for i in range(20))]
-    items = list(download(connect(), "pictures", sources(*paths), tmp_path / "raw", threads=4))
+    items = list(download(connect(), "images", sources(*paths), tmp_path / "raw", threads=4))
     rejected = {row.reason: row for row in items if isinstance(row, Rejected)}
     assert rejected.keys() == {"gone", "archived", "changed"}
     assert rejected["changed"] == Rejected("train/cat/changed", "cat", "changed", "3 bytes when it was listed, now 4")
@@ -65,15 +65,15 @@ def test_objects_that_are_gone_archived_or_changed_are_rejected_and_the_others_d
 @pytest.mark.usefixtures("signed")
 def test_a_bucket_that_becomes_inaccessible_stops_the_download(fake_s3, tmp_path, code):
     fake_s3(lambda request, _key, _query: send_error(request, 404 if code == "NoSuchBucket" else 403, code))
-    with pytest.raises(NoUsableInput, match=r"s3://pictures/train/cat/1.png|bucket 'pictures' does not exist"):
-        list(download(connect(), "pictures", sources("cat/1.png"), tmp_path / "raw"))
+    with pytest.raises(NoUsableInput, match=r"s3://images/train/cat/1.png|bucket 'images' does not exist"):
+        list(download(connect(), "images", sources("cat/1.png"), tmp_path / "raw"))
 
 
 def test_a_disk_error_is_raised_unchanged(fake_s3, tmp_path):
     fake_s3(send_abc)
     (tmp_path / "cat").write_text("a file in place of a folder")
     with pytest.raises(NotADirectoryError):
-        list(download(connect(), "pictures", sources("cat/1.png"), tmp_path))
+        list(download(connect(), "images", sources("cat/1.png"), tmp_path))
 
 
 def test_unfinished_files_of_a_killed_run_are_removed_even_if_there_is_nothing_to_fetch(fake_s3, tmp_path):
@@ -82,7 +82,7 @@ def test_unfinished_files_of_a_killed_run_are_removed_even_if_there_is_nothing_t
     (tmp_path / "cat/1.png").write_bytes(b"abc")
     (tmp_path / ".part").mkdir()
     (tmp_path / ".part/7").write_bytes(b"a")
-    assert list(download(connect(), "pictures", [], tmp_path)) == []
+    assert list(download(connect(), "images", [], tmp_path)) == []
     assert [path.name for path in tmp_path.iterdir()] == ["cat"]
 
 
@@ -96,7 +96,7 @@ def test_closing_the_generator_ends_all_threads_and_leaves_only_complete_files(f
 
     fake_s3(send_abc)
     before = set(threading.enumerate())
-    items = download(connect(), "pictures", many(), tmp_path / "raw", threads=4)
+    items = download(connect(), "images", many(), tmp_path / "raw", threads=4)
     workers = {thread for _ in range(5) if next(items) for thread in set(threading.enumerate()) - before}
     workers = {thread for thread in workers if "(_work)" in thread.name}
     items.close()
@@ -119,7 +119,7 @@ def test_a_silent_server_does_not_delay_the_end_and_its_late_response_is_not_wri
         send(request, 200, b"abc")
 
     fake_s3(answer)
-    items = download(connect(), "pictures", sources("cat/silent", "cat/1"), tmp_path / "raw", threads=2)
+    items = download(connect(), "images", sources("cat/silent", "cat/1"), tmp_path / "raw", threads=2)
     assert next(items).path == "cat/1"
     items.close()
     abandoned = [thread for thread in threading.enumerate() if "(_work)" in thread.name]

@@ -16,7 +16,7 @@ def list_keys(fake_s3):
 
     def list_keys(*keys):
         fake_s3(lambda request, _key, _query: send_listing(request, keys))
-        return list_objects(connect(), "pictures", "train")
+        return list_objects(connect(), "images", "train")
 
     return list_keys
 
@@ -121,10 +121,10 @@ def test_of_objects_that_cannot_be_on_one_disk_together_the_first_is_used(list_k
 
 
 def test_the_error_about_a_prefix_without_objects_names_the_existing_folders(s3_client, bucket):
-    name = upload(bucket, {f"train/images {i}/cat/1.png": b"x" for i in range(7)} | {"train/pictures/": b""})
+    name = upload(bucket, {f"train/images {i}/cat/1.png": b"x" for i in range(7)} | {"train/photos/": b""})
     for prefix, hint in [
         ("train/images", f"s3://{name}/train/ has images 0/, images 1/, images 2/, images 3/, images 4/, ...."),
-        ("train/pictures", f"s3://{name}/train/ has images 0/"),
+        ("train/photos", f"s3://{name}/train/ has images 0/"),
         ("test/a/b", f"s3://{name}/ has train/."),
     ]:
         with pytest.raises(NoUsableInput) as caught:
