@@ -1,39 +1,39 @@
-"""What a person is told when a run cannot do what was asked, and the exit code that goes with it.
+"""The exceptions for operators, with their exit codes.
 
-The message of a `PipelineError` is complete: what was expected, what came, where, and what to do. It is printed
-without a traceback. Any other exception is a fault of ours and is shown with one.
+The message of a `PipelineError` is complete: what was expected, what was found, where, and what to do. It is printed
+without a traceback. Any other exception is a bug and is printed with one.
 """
 
 
 class PipelineError(Exception):
-    """A reason to stop that its reader can do something about. Exit code 30: a step failed."""
+    """A failure that the operator can fix. Exit code 30: a step failed."""
 
     exit_code = 30
 
 
 class SettingsError(PipelineError):
-    """The environment asks for something impossible. Exit code 2."""
+    """A setting is invalid. Exit code 2."""
 
     exit_code = 2
 
 
 class Busy(PipelineError):
-    """Another run holds `DATA_DIR`. Exit code 10."""
+    """Another run is using `DATA_DIR`. Exit code 10."""
 
     exit_code = 10
 
 
 class NoUsableInput(PipelineError):
-    """There is nothing to train on: no bucket, no access, no pictures, fewer than two labels. Exit code 20."""
+    """There is nothing to train on: no bucket, no access, no images, or fewer than two labels. Exit code 20."""
 
     exit_code = 20
 
 
 class Refused(PipelineError):
-    """A model does not meet the conditions for production, or there is nothing to go back to. Exit code 40."""
+    """A model does not meet the conditions for promotion, or there is no version to roll back to. Exit code 40."""
 
     exit_code = 40
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. A KeyboardInterrupt, because Luigi takes anything else for a failed task."""
+    """SIGINT or SIGTERM was received. A KeyboardInterrupt, because Luigi reports other exceptions as failed tasks."""

@@ -6,29 +6,29 @@ from datetime import UTC, datetime
 
 
 def utc_now() -> str:
-    """Return the time as ISO 8601 in UTC, whole seconds."""
+    """Return the current time in UTC as ISO 8601, in whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def format_bytes(size: int) -> str:
-    """Return a number of bytes as people read it: "382.7 MB"."""
+    """Return a number of bytes with a decimal unit, for example "382.7 MB"."""
     value, unit = float(size), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.95:  # what would be shown as 1000.0
+        if value < 999.95:  # larger values would be shown as 1000.0
             break
         value, unit = value / 1000, larger
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def redact(text: str) -> str:
-    """Take user, password and query out of every URI in a text: they may be secrets."""
-    # Up to the last @: a password may hold / and quotes. An S3 address has no user, but its keys may have an @.
+    """Remove user, password and query from every URI in a text: they may be secrets."""
+    # Up to the last @: a password may contain / and quotes. An S3 URI has no user, but its key may contain @.
     text = re.sub(r"\b(?!s3:)([a-zA-Z][\w+.-]*://)\S*@", r"\1", text)
     return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration for people: "under 0.1 s", "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
+    """Return a duration as text: "under 0.1 s", "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 0.05:
         return "under 0.1 s"
     if seconds < 9.95:
@@ -40,22 +40,25 @@ def format_seconds(seconds: float) -> str:
 
 
 def printable(key: str) -> str:
-    """Return `key` fit for a CSV file and a terminal."""
+    """Return `key` with unprintable characters escaped, for CSV files and terminals."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
 
 
 def whole_percentages(parts: Sequence[float]) -> list[int]:
-    """Return the shares of `parts`, not all of them 0, in whole percent: rounded so that they sum to 100."""
+    """Return the shares of `parts` in whole percent, rounded so that they sum to 100. At least one part is not 0.
+
+    Method: largest remainder.
+    """
     total = sum(parts)
     exact = [100 * part / total for part in parts]
     percents = [int(share) for share in exact]
-    nearest = sorted(range(len(parts)), key=lambda place: percents[place] - exact[place])
-    for place in nearest[: 100 - sum(percents)]:  # those that lost most when they were cut off
-        percents[place] += 1
+    by_remainder = sorted(range(len(parts)), key=lambda index: percents[index] - exact[index])
+    for index in by_remainder[: 100 - sum(percents)]:
+        percents[index] += 1
     return percents
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line of text for each row, with aligned columns."""
+    """Return one line of text for each row, with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""What steps tell each other about images: row types and their CSV files, and the index of TFRecord shards."""
+"""The files that steps exchange: row types and their CSV files, JSON files, and the index of TFRecord shards."""
 
 import csv
 import json
@@ -10,86 +10,86 @@ from dgmd_pipeline.errors import PipelineError
 
 
 class SourceObject(NamedTuple):
-    """An object of the bucket and the file it becomes."""
+    """An object in the bucket, and its path as a file."""
 
     key: str  # the whole key, prefix included
     size: int  # bytes
-    etag: str  # as S3 gives it, without the quotes
-    path: str  # below raw/, "/" between its parts: "<label>/<file>"
+    etag: str  # as S3 returns it, without quotes
+    path: str  # below raw/, separated by "/": "<label>/<file>"
 
 
 class RawFile(NamedTuple):
-    """A file under `raw/` that ought to be a picture."""
+    """A file below `raw/` that should be an image."""
 
-    path: str  # below raw/, "/" between its parts
+    path: str  # below raw/, separated by "/"
     label: str  # the first part of the path
 
 
 class Image(NamedTuple):
-    """A usable picture."""
+    """A usable image."""
 
-    path: str  # below raw/, "/" between its parts
+    path: str  # below raw/, separated by "/"
     label: str
     sha256: str  # of the file, 64 hexadecimal digits
-    format: str  # what the content is, as Pillow names it: "JPEG", "PNG", ...
+    format: str  # Pillow's name for the format of the content: "JPEG", "PNG", ...
     width: int  # pixels, after EXIF orientation
     height: int
-    group: str  # near-duplicates share it: the smallest sha256 among them; an image without any has its own
+    group: str  # the smallest sha256 in the image's group of near-duplicates; its own if it has none
 
 
 class Example(NamedTuple):
-    """A picture to learn from: what balancing keeps and the split puts on a side."""
+    """An image to train or validate on: one that balancing keeps."""
 
     path: str  # below raw/
     label: str
-    class_index: int  # what stands for the label in records and models
+    class_index: int  # the label's number in TFRecords and models
     sha256: str
     group: str  # as in Image
 
 
 class Rejected(NamedTuple):
-    """A file or object that is left out, and why."""
+    """A file or object that is left out, and the reason."""
 
-    path: str  # below raw/, or the key of an object that was not downloaded
-    label: str  # "" where there is none
-    reason: str  # one word for counting: "unreadable", "duplicate", EXCLUDED, ...
-    detail: str  # for the reader
+    path: str  # below raw/; the key of an object that was not downloaded
+    label: str  # "" if there is none
+    reason: str  # a category for counting: "unreadable", "duplicate", EXCLUDED, ...
+    detail: str  # an explanation
 
 
-LISTING, REJECTED = "listing.csv", "rejected.csv"  # files of the step folders
-EXCLUDED = "excluded"  # the reason of a file that corrections.csv leaves out
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # cells that begin so are formulas to a spreadsheet
+LISTING, REJECTED = "listing.csv", "rejected.csv"  # files in step folders
+EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet treats cells that begin with these as formulas
 
-Fit = Literal["stretch", "letterbox", "crop"]  # how an image comes to the size of the model's input
-INDEX = "index.json"  # of a folder of TFRecord shards
-INDEX_SCHEMA = 2  # raised when the records or their index change
+Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
+INDEX = "index.json"  # in a folder of TFRecord shards
+INDEX_SCHEMA = 2  # increased when the format of the records or of the index changes
 
 
 class Shard(NamedTuple):
-    """A TFRecord file."""
+    """A TFRecord file in a folder of shards."""
 
-    file: str  # its name
+    file: str  # name
     records: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
 
 
 class ShardIndex(NamedTuple):
-    """What a folder of TFRecord shards contains."""
+    """The contents of a folder of TFRecord shards."""
 
-    width: int  # pixels, of every image
+    width: int  # pixels; all images have the same size
     height: int
-    fit: Fit  # how the images came to this size
+    fit: Fit
     images: int
     bytes: int  # of all shards
-    shards: list[Shard]  # in the order of the records
+    shards: list[Shard]  # in the order of their records
 
 
 Row = TypeVar("Row", bound=NamedTuple)
 
 
 def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
-    """Write `rows` with a header to a new CSV file and return how many there were."""
+    """Write a CSV file with a header and return the number of rows."""
     count = 0
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -101,9 +101,9 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
 
 
 def read(path: Path, kind: type[Row]) -> Iterator[Row]:
-    """Yield the rows of a file that `write` made, numbers as numbers.
+    """Yield the rows of a file that `write` wrote; `int` and `float` fields are converted.
 
-    Raises PipelineError where the file is gone, another version's, or was edited.
+    Raises PipelineError if the file is missing, has other columns, or was edited.
     """
     types = [kind.__annotations__[name] for name in kind._fields]
     numbers = [(index, type_) for index, type_ in enumerate(types) if type_ in (int, float)]
@@ -120,42 +120,42 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
                     values[index] = number(values[index])
                 yield kind(*values)  # type: ignore[arg-type]
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, csv.Error) as error:
-        raise changed(path, error) from error
+        raise changed_file_error(path, error) from error
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file of a step. Raises PipelineError where the file is gone or was edited."""
+    """Return the value in a step's JSON file. Raises PipelineError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        raise changed(path, error) from error
+        raise changed_file_error(path, error) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file of a step."""
+def write_json(path: Path, value: object) -> None:
+    """Write a value to a step's JSON file."""
     path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def read_shard_index(folder: Path) -> ShardIndex:
-    """Read the index of a folder of TFRecord shards. Raises PipelineError where there is none that can be read."""
+    """Return the index of a folder of TFRecord shards. Raises PipelineError if it is missing or cannot be read."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         if (schema := index["schema"]) != INDEX_SCHEMA:
             raise PipelineError(
-                f"{path} has schema {schema}, this version reads {INDEX_SCHEMA}. Delete the folder {folder} and run "
-                "again."
+                f"{path} has schema {schema}; this version reads schema {INDEX_SCHEMA}. Delete the folder {folder} "
+                "and run again."
             )
         shards = [Shard(**entry) for entry in index["files"]]
         return ShardIndex(**{name: index[name] for name in ShardIndex._fields if name != "shards"}, shards=shards)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         raise PipelineError(
-            f"{path} is missing or is not an index of records. Delete the folder {folder} and run again."
+            f"{path} is missing or is not an index of TFRecord shards. Delete the folder {folder} and run again."
         ) from None
 
 
-def changed(path: Path, error: Exception) -> PipelineError:
-    """Return what to say of a file that is not what its step has written."""
+def changed_file_error(path: Path, error: Exception) -> PipelineError:
+    """Return the error about a file that differs from what its step wrote."""
     reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
     return PipelineError(
         f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."

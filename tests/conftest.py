@@ -1,7 +1,6 @@
 """Real parts in tiny sizes: a real S3 endpoint in a thread, a real MLflow server process, the real command."""
 
 import contextlib
-import http.server
 import io
 import json
 import logging
@@ -9,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -19,11 +17,13 @@ import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+from support.http_server import send, serve
 
 from dgmd_pipeline.settings import Settings, load, variable
 
 hypothesis.settings.register_profile("here", deadline=None)  # how long a test takes is not what it tests
 hypothesis.settings.load_profile("here")
+pytest_plugins = ["support.s3"]
 ROOT = Path(__file__).parent.parent
 COMMAND = f"'{sys.executable}' '{ROOT / 'pipeline.py'}'"  # for a shell
 CREDENTIALS = {
@@ -163,20 +163,15 @@ def listening():
     """A server that keeps what is posted to it: its URL and the bodies."""
     bodies = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response({"/broken": 500, "/moved": 302}.get(self.path, 204))
-            self.send_header("Location", "/elsewhere")
-            self.end_headers()
+    def answer(request):
+        if request.command != "POST":
+            send(request, 501)
+            return
+        bodies.append(json.loads(request.rfile.read(int(request.headers["Content-Length"]))))
+        send(request, {"/broken": 500, "/moved": 302}.get(request.path, 204), Location="/elsewhere")
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", bodies
-    server.shutdown()
+    with serve(answer) as url:
+        yield url, bodies
 
 
 @pytest.fixture

@@ -588,7 +588,7 @@ def test_a_refresh_takes_over_what_is_new_changed_or_gone_and_nothing_else(live,
     assert plan["inspected"] == ("run", "raw changes")
     result = run_pipeline(tmp_path, "--until", "label", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "26 of 39 objects are there already" in result.stdout
+    assert "26 of 39 objects already downloaded" in result.stdout
     assert json.loads((raw / "_SUCCESS").read_text())["worked"] == 13  # those that were fetched
     after = {path: path.stat().st_ino for path in raw.rglob("*.*") if path.parent != raw}
     assert len(after) == 39
@@ -674,7 +674,7 @@ def test_a_download_that_was_killed_goes_on_and_fetches_nothing_twice(live, tmp_
     assert 40 <= len(there) < 330
     result = run_pipeline(tmp_path, "--until", "download", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    said = re.search(r"([\d,]+) of 330 objects are there already", result.stdout)
+    said = re.search(r"([\d,]+) of 330 objects already downloaded", result.stdout)
     assert int(said[1]) >= len([path for path in there if path.parent.name in (*LABELS, "nutmeg")])
     raw = tmp_path / "data" / "raw"
     assert json.loads((raw / "_SUCCESS").read_text())["worked"] == 330 - int(said[1].replace(",", ""))
@@ -738,7 +738,8 @@ def test_own_pictures_in_a_downloaded_folder_are_not_lost(live, tmp_path):
         result = run_pipeline(tmp_path, "--until", "download", *how, **variables)
         assert result.returncode == 20, result.stdout + result.stderr
         assert (
-            "holds 1 files that were not downloaded and would be lost, the first one is cloves/own.png" in result.stdout
+            "contains 1 files that were not downloaded and would be lost. The first one is cloves/own.png"
+            in result.stdout
         )
         assert own.read_bytes() == picture("cloves", 77)
     own.unlink()
@@ -751,7 +752,7 @@ def test_a_refresh_fetches_what_somebody_deleted_from_the_folder(live, tmp_path)
     shutil.rmtree(tmp_path / "data" / "raw" / "cloves")
     variables["REFRESH"] = "true"
     plan = plan_of(tmp_path, "--until", "inspect", **variables)
-    assert plan == {"raw": ("run", "10 lost in the folder"), "inspected": ("maybe", "only if raw changes")}
+    assert plan == {"raw": ("run", "10 missing from the folder"), "inspected": ("maybe", "only if raw changes")}
     assert run_pipeline(tmp_path, "--until", "inspect", **variables).returncode == 0
     assert len(list((tmp_path / "data" / "raw" / "cloves").iterdir())) == 10
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.manifest import Image, changed
+from dgmd_pipeline.manifest import Image, changed_file_error
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def read_mapping(path: Path) -> list[str]:
         if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             raise ValueError("a label is not a string, or occurs twice")
     except FileNotFoundError as error:
-        raise changed(path, error) from error
+        raise changed_file_error(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(
             f'{path}: expected {{"0": "<label>", "1": "<label>", ...}} without gaps, found something else ({error}). '

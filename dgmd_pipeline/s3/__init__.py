@@ -1,1 +1,1 @@
-"""The bucket; the only users of boto3, botocore and awscrt."""
+"""Objects in a bucket -> files; the only users of boto3, botocore and awscrt."""

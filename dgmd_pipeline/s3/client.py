@@ -1,59 +1,45 @@
 """AWS settings -> one S3 client.
 
-boto3 reads where the bucket is and whose credentials are used (endpoint, region, profile, ...) from its own environment
-variables and from its files under ~/.aws.
+boto3 reads the endpoint, region, profile and credentials from its own environment variables and from the files under
+~/.aws.
 """
 
 import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import NoUsableInput
 
-Client = Any  # a boto3 S3 client: boto3 makes its methods at run time, there is nothing to check them against
+if TYPE_CHECKING:
+    from botocore.session import Session
+
+Client = Any  # a boto3 S3 client; boto3 generates its methods at run time and ships no type stubs
 
 
 def connect(threads: int = 32) -> Client:
-    """Return one S3 client for `threads` threads, anonymous where no credentials at all are configured.
+    """Return an S3 client for `threads` threads; it is anonymous if no credentials are configured.
 
-    Raises NoUsableInput for credentials that are configured but cannot be used: botocore itself passes over a file that
-    is missing, a folder or unreadable, and the request would go out anonymously or as somebody else.
+    Raises NoUsableInput for settings that boto3 rejects and for configured credentials that cannot be used. botocore
+    itself ignores a credentials file that is missing, unreadable or a folder, and then sends anonymous requests or uses
+    other credentials.
     """
     import boto3
     import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, ConfigParseError, ProfileNotFound
+    from botocore.exceptions import BotoCoreError
     from botocore.loaders import create_loader
 
     session = botocore.session.Session()
-    # botocore takes AWS_DATA_PATH, our folder in the bucket, for local folders with service descriptions to load.
+    # botocore reads AWS_DATA_PATH, our prefix in the bucket, as local folders of service descriptions.
     session.register_component("data_loader", create_loader())
-    # Nothing reads the dates of a listing, and dateutil's parsing of them was two thirds of its time.
+    # Nothing uses the dates of a listing; parsing them with dateutil took two thirds of the listing's time.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
-    try:
-        signed = _has_credentials(session)
-    except ProfileNotFound:
-        raise NoUsableInput(
-            f"The AWS profile {session.profile!r} (AWS_PROFILE or AWS_DEFAULT_PROFILE) is in none of the AWS files, "
-            f"which know: {', '.join(session.available_profiles) or 'none'}. Correct or unset it."
-        ) from None
-    except ConfigParseError as error:
-        # What configparser says quotes the line, and the line may be a secret key.
-        raise NoUsableInput(
-            f"The AWS file {error.kwargs['path']} cannot be parsed: expected are UTF-8 lines `name = value` under a "
-            "`[profile]`. Correct it."
-        ) from None
-    except (BotoCoreError, ClientError, OSError, ValueError, KeyError) as error:
-        raise NoUsableInput(
-            f"AWS credentials are configured but cannot be used ({type(error).__name__}: {_without_user(error)}). "
-            "Correct them, or remove them to read a public bucket anonymously."
-        ) from error
-
     config = Config(
-        signature_version=None if signed else UNSIGNED,
+        signature_version=None if _is_signed(session) else UNSIGNED,
         max_pool_connections=threads,
         connect_timeout=5,
         read_timeout=30,
@@ -64,85 +50,120 @@ def connect(threads: int = 32) -> Client:
         client = boto3.Session(botocore_session=session, region_name=region).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise NoUsableInput(
-            f"boto3 refuses the AWS settings ({_without_user(error)}). Correct them; AWS_ENDPOINT_URL, if set, looks "
-            "like http://minio:9000."
+            f"boto3 rejects the AWS settings ({_without_user(error)}). Correct them. AWS_ENDPOINT_URL, if set, must "
+            "look like http://minio:9000."
         ) from None
-    # After a redirect that names no region botocore asks HeadBucket for it, and so again after that one's redirect,
-    # without end, where a server redirects everything (to https, say). AWS names the region.
-    no_region: Any = SimpleNamespace(status_code=200), {"ResponseMetadata": {"HTTPHeaders": {}}}
-    client.meta.events.register("before-call.s3.HeadBucket", lambda **_: no_region)
+    # After a redirect without a region, botocore asks HeadBucket for the region. A server that redirects every request
+    # (to https, say) redirects that one too, and botocore repeats it forever. AWS always names the region.
+    no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
+    client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
 
 
+def endpoint_host(client: Client) -> str:
+    """Return host and port of the client's endpoint, without user and password."""
+    return urlsplit(client.meta.endpoint_url).netloc.rpartition("@")[2]
+
+
+def _is_signed(session: "Session") -> bool:
+    """Return whether credentials are configured. Raises NoUsableInput if they cannot be used."""
+    from botocore.exceptions import BotoCoreError, ClientError, ConfigParseError, ProfileNotFound
+
+    try:
+        return _has_credentials(session)
+    except ProfileNotFound:
+        raise NoUsableInput(
+            f"The AWS profile {session.profile!r} (AWS_PROFILE or AWS_DEFAULT_PROFILE) is not in the AWS files. They "
+            f"define: {', '.join(session.available_profiles) or 'none'}. Correct or unset it."
+        ) from None
+    except ConfigParseError as error:
+        # configparser's message quotes the line, which may be a secret key.
+        raise NoUsableInput(
+            f"The AWS file {error.kwargs['path']} cannot be parsed. Expected: UTF-8 lines `name = value` under a "
+            "`[profile]` header. Correct the file."
+        ) from None
+    except (BotoCoreError, ClientError, OSError, ValueError, KeyError) as error:
+        raise NoUsableInput(
+            f"AWS credentials are configured but cannot be used ({type(error).__name__}: {_without_user(error)}). "
+            "Correct them, or remove them to read a public bucket anonymously."
+        ) from error
+
+
 def _without_user(error: Exception) -> str:
-    """Return the error's text; a URL in it loses its user and password."""
+    """Return the error's text without user and password in URLs."""
     return re.sub("//.*@", "//", str(error))
 
 
-def _has_credentials(session: Any) -> bool:
-    """Say whether credentials are configured; raise NoUsableInput, or botocore's errors, where they are not usable."""
-    from botocore.configloader import raw_config_parse
+def _has_credentials(session: "Session") -> bool:
+    """Return whether credentials are configured. Raises NoUsableInput or botocore's errors if they cannot be used."""
     from botocore.credentials import EnvProvider
 
     environment = EnvProvider()
-    if environment.load() is None:  # keys in the environment come before all files
+    if environment.load() is None:  # keys in the environment take precedence over all files
         if environment.environ.get(EnvProvider.SECRET_KEY):
             raise NoUsableInput(
-                "AWS_SECRET_ACCESS_KEY is set but AWS_ACCESS_KEY_ID is not: set both, or none to read a public bucket "
-                "anonymously."
+                "AWS_SECRET_ACCESS_KEY is set but AWS_ACCESS_KEY_ID is not: set both, or neither to read a public "
+                "bucket anonymously."
             )
         for name in ("credentials_file", "config_file"):
             _check_file(session, name)
 
     credentials = session.get_credentials()
-    if credentials is not None and credentials.method not in ("iam-role", "container-role"):
-        key = credentials.get_frozen_credentials()  # asks STS or SSO where the profile says so
-        for value in (key.access_key, key.secret_key, key.token or "x"):
-            # A line end that was copied too would come back in an error about HTTP headers, with the key in it.
-            if not value or not value.isascii() or not value.isprintable() or " " in value:
-                raise NoUsableInput(
-                    f"The AWS credentials found by boto3 ({credentials.method}) are empty or hold blanks or characters "
-                    "that no key has: copy access key, secret key and token again."
-                )
-        return True
+    if credentials is None or credentials.method in ("iam-role", "container-role"):
+        _check_no_keys_expected(session, found_role=credentials is not None)
+        return credentials is not None
+    keys = credentials.get_frozen_credentials()  # calls STS or SSO if the profile is configured for it
+    for value in (keys.access_key, keys.secret_key, keys.token or "x"):
+        # botocore's error for a copied line end is about HTTP headers and quotes the key.
+        if not value or not value.isascii() or not value.isprintable() or " " in value:
+            raise NoUsableInput(
+                f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "
+                "invalid characters. Copy the access key, secret key and token again."
+            )
+    return True
+
+
+def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
+    """Raise NoUsableInput if the AWS files should contain keys, but contain none for the profile."""
+    from botocore.configloader import raw_config_parse
 
     path, explicit = _aws_file(session, "credentials_file")
     sections = raw_config_parse(str(path)) if path.is_file() else {}
-    stored = sections or "aws_secret_access_key" in session.get_scoped_config()
-    if explicit or (credentials is None and stored):
-        profile = session.profile or "default"
+    has_keys = sections or "aws_secret_access_key" in session.get_scoped_config()
+    if explicit or (has_keys and not found_role):
         found = ", ".join(f"[{name}]" for name in sections) or "none"
         raise NoUsableInput(
-            f"The AWS files hold no aws_access_key_id and aws_secret_access_key for the profile {profile!r}; {path} "
-            f"has the sections: {found}. Add them, name another profile in AWS_PROFILE, or set "
-            "AWS_SHARED_CREDENTIALS_FILE to nothing to do without."
+            "The AWS files contain no aws_access_key_id and aws_secret_access_key for the profile "
+            f"{session.profile or 'default'!r}. Sections of {path}: {found}. Add the keys, set AWS_PROFILE to another "
+            "profile, or set AWS_SHARED_CREDENTIALS_FILE to an empty value to use no credentials file."
         )
-    return credentials is not None
 
 
-def _aws_file(session: Any, name: str) -> tuple[Path, bool]:
-    """Return the path of botocore's `name` ("credentials_file", "config_file") and whether somebody set it."""
+def _aws_file(session: "Session", name: str) -> tuple[Path, bool]:
+    """Return the path of botocore's `name` ("credentials_file", "config_file") and whether a setting names it."""
     value, default = session.get_config_variable(name), session.session_var_map[name][2]
-    # Not Path.expanduser: it raises where there is no home, as for a container's bare user number.
+    # Path.expanduser raises if there is no home folder, as for a numeric user in a container.
     path = Path(os.path.expanduser(os.path.expandvars(value)))  # noqa: PTH111
     return path, value not in (default, "")
 
 
-def _check_file(session: Any, name: str) -> None:
-    """Raise NoUsableInput where botocore would pass over a file as if nobody had meant it."""
+def _check_file(session: "Session", name: str) -> None:
+    """Raise NoUsableInput for a configured file that botocore would ignore silently."""
     path, explicit = _aws_file(session, name)
     variable = session.session_var_map[name][1]
-    called = f"The AWS file {path} ({variable})" if explicit else f"The AWS file {path}"
+    subject = f"The AWS file {path} ({variable})" if explicit else f"The AWS file {path}"
     try:
         path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
         if explicit:
-            raise NoUsableInput(f"{called} does not exist: correct the path, mount it, or unset {variable}.") from None
-    except IsADirectoryError:
-        if path != Path():  # an empty variable: nothing is meant
             raise NoUsableInput(
-                f"{called} is a folder, not a file. Docker makes an empty one where the source of a bind mount does "
-                "not exist: remove it and mount the file itself."
+                f"{subject} does not exist: correct the path, mount the file, or unset {variable}."
+            ) from None
+    except IsADirectoryError:
+        if path != Path():  # an empty variable names no file
+            raise NoUsableInput(
+                f"{subject} is a folder, not a file. Docker creates an empty folder if the source of a bind mount does "
+                "not exist: remove the folder and mount the file itself."
             ) from None
     except OSError as error:
         user = os.geteuid()
@@ -151,7 +172,7 @@ def _check_file(session: Any, name: str) -> None:
         )
         status = closed.stat()
         raise NoUsableInput(
-            f"{called} cannot be read by this process, user {user} ({error.strerror}): {closed} belongs to user "
+            f"{subject} cannot be read by this process, user {user} ({error.strerror}): {closed} belongs to user "
             f"{status.st_uid} with mode {status.st_mode & 0o777:o}. Run `chown {user} {closed}` and `chmod u+rX "
-            f"{closed}` where it comes from, or run as its owner (docker run --user {status.st_uid})."
+            f"{closed}` on the host, or run as its owner (docker run --user {status.st_uid})."
         ) from None

@@ -1,6 +1,5 @@
 """Objects in the bucket -> files below raw/."""
 
-import logging
 import shutil
 from collections.abc import Generator, Iterable
 from contextlib import closing, suppress
@@ -9,147 +8,150 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Rejected, SourceObject
-from dgmd_pipeline.s3 import errors
-from dgmd_pipeline.s3.client import Client
-from dgmd_pipeline.s3.crt import PendingTransfer, Transfer
+from dgmd_pipeline.s3.client import Client, endpoint_host
+from dgmd_pipeline.s3.crt import CrtTransfer, PendingTransfer
+from dgmd_pipeline.s3.errors import explain
 
-log = logging.getLogger(__name__)
-PARTS = (
-    ".part"  # the folder of unfinished files: one file a thread, so no name is too long and none can clash with a key
-)
-CHUNK = 1 << 16  # bytes between two looks at whether to stop; larger ones save no measurable CPU time
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+
+PARTS = ".part"  # folder of unfinished files, named by number: no name is too long or conflicts with a key
+CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
 READ_ATTEMPTS = 4
-PROBE_TIMEOUT = (
-    1.0  # seconds that the first object may take before others begin, until it is known how they are fetched
-)
-POLL_INTERVAL = 0.5  # seconds between two looks at whether something takes too long
-SHUTDOWN_TIMEOUT = (
-    5.0  # seconds for the threads to end; one that waits for a silent server longer is left behind, as a daemon
-)
+PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
+POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
+SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
 
 
 def download(
     client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, threads: int = 32
 ) -> Generator[SourceObject | Rejected]:
-    """Write every object to `folder / path`, whole or not at all, and yield each when it is done, in any order.
+    """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
-    A Rejected stands for an object that is "gone" or "changed" (its size) since the listing, or "archived" (in a
-    storage class that has to be restored first). `threads` objects are fetched at a time. Unfinished files lie in
-    `folder/.part`, removed at the start and at the end: whatever else is in `folder`, after a kill too, is complete.
-    Whoever stops early closes the generator: what is under way is called off.
+    Yields a Rejected for an object that is "gone" or has "changed" (its size) since it was listed, or is "archived"
+    (its storage class requires that it is restored first). Fetches at most `threads` objects at a time. Unfinished
+    files are in `folder/.part`, which is removed at the start and at the end: every other file in `folder` is complete,
+    even after a kill. Closing the generator cancels the transfers in progress.
 
-    Raises NoUsableInput where S3 denies access or cannot be reached, and the disk's OSError as it is.
+    Raises NoUsableInput if S3 denies access or cannot be reached, and OSError for errors of the disk.
     """
     parts = folder / PARTS
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
     free = [parts / str(number) for number in range(threads)]
-    waiting = iter(objects)
-    begun = monotonic()
-    ways = _Downloader(client, bucket)
+    remaining = iter(objects)
+    started = monotonic()
+    downloader = _Downloader(client, bucket)
     try:
         while True:
-            at_once = threads if ways.transfer.decided or monotonic() > begun + PROBE_TIMEOUT else 1
-            while threads - len(free) < at_once and (source := next(waiting, None)):
-                ways.start(source, free.pop())
+            limit = threads if downloader.crt.decided or monotonic() > started + PROBE_TIMEOUT else 1
+            while threads - len(free) < limit and (source := next(remaining, None)):
+                downloader.start(source, free.pop())
             if len(free) == threads:
                 break
-            if landed := ways.landed():
-                source, part, result = landed
-                free.append(part)
-                yield result or _put(source, part, folder)
+            if completed := downloader.next_completed():
+                free.append(completed.part)
+                yield completed.rejected or _move(completed.source, completed.part, folder)
     finally:
-        ways.close()
+        downloader.close()
         shutil.rmtree(parts, ignore_errors=True)
 
 
+class _Completed(NamedTuple):
+    """A transfer that has ended."""
+
+    source: SourceObject
+    part: Path  # the object's whole content, unless it was rejected
+    rejected: Rejected | None
+
+
 class _Downloader:
-    """The two ways for an object to become a file: awscrt's, and botocore's in threads that begin when needed."""
+    """Fetches objects by awscrt where possible, else by botocore in threads, which start when they are needed."""
 
     def __init__(self, client: Client, bucket: str) -> None:
         self.client, self.bucket = client, bucket
-        self.transfer = Transfer(client)
-        self._flights: dict[Path, PendingTransfer] = {}
-        self._todo: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()
-        self._done: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
-        self._workers: list[Thread] = []
-        self._busy = 0  # of these
+        self.crt = CrtTransfer(client)
+        self._transfers: dict[Path, PendingTransfer] = {}  # of awscrt, by part
+        self._queue: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()  # for the threads
+        self._completed: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
+        self._threads: list[Thread] = []
+        self._queued = 0  # objects that threads fetch or will fetch
         self._stop = Event()
 
     def start(self, source: SourceObject, part: Path) -> None:
-        """Begin to write an object to the file `part`."""
-        if self.transfer.takes(source.size):
-            landed = partial(self._done.put, (source, part, None))
-            if flight := self.transfer.start(source.key, source.size, part, landed):
-                self._flights[part] = flight
+        """Start to write an object to the file `part`."""
+        if self.crt.accepts(source.size):
+            completed = partial(self._completed.put, (source, part, None))
+            if transfer := self.crt.start(source.key, source.size, part, completed):
+                self._transfers[part] = transfer
                 return
-        self._leave_to_botocore(source, part)
+        self._start_in_thread(source, part)
 
-    def _leave_to_botocore(self, source: SourceObject, part: Path) -> None:
-        self._todo.put((source, part))
-        self._busy += 1
-        if self._busy > len(self._workers):
-            # A daemon, unlike a ThreadPoolExecutor's: at exit none is waited for that reads from a silent server.
-            self._workers.append(Thread(target=self._work, daemon=True))
-            self._workers[-1].start()
+    def _start_in_thread(self, source: SourceObject, part: Path) -> None:
+        self._queue.put((source, part))
+        self._queued += 1
+        if self._queued > len(self._threads):
+            # Daemon threads: at exit, a ThreadPoolExecutor would wait for a thread that reads from a silent server.
+            self._threads.append(Thread(target=self._work, daemon=True))
+            self._threads[-1].start()
 
     def _work(self) -> None:
-        while (item := self._todo.get()) is not None and not self._stop.is_set():
+        while (item := self._queue.get()) is not None and not self._stop.is_set():
             source, part = item
             result: Rejected | Exception | None
             try:
                 result = _fetch(self.client, self.bucket, source, part, self._stop)
                 if result is None:
-                    self.transfer.learn(source.key)
-            except Exception as error:  # noqa: BLE001 - raised again where the results are read
+                    self.crt.adopt(source.key)
+            except Exception as error:  # noqa: BLE001 - `next_completed` raises it
                 result = error
-            self._done.put((source, part, result))
+            self._completed.put((source, part, result))
 
-    def landed(self) -> tuple[SourceObject, Path, Rejected | None] | None:
-        """Wait a moment and return the next that is done, with None where the object is in the file, whole."""
+    def next_completed(self) -> _Completed | None:
+        """Wait up to POLL_INTERVAL for the next object and return it; None if there is none yet."""
         try:
-            source, part, result = self._done.get(timeout=POLL_INTERVAL)
+            source, part, result = self._completed.get(timeout=POLL_INTERVAL)
         except Empty:
-            for late in self._flights.values():
-                if monotonic() > late.deadline:
-                    late.cancel()
+            for pending in self._transfers.values():
+                if monotonic() > pending.deadline:
+                    pending.cancel()
             return None
-        flight = self._flights.pop(part, None)
-        if flight is None:
-            self._busy -= 1
-        elif not self.transfer.worked(flight):
-            self._leave_to_botocore(source, part)
+        transfer = self._transfers.pop(part, None)
+        if transfer is None:
+            self._queued -= 1
+        elif not self.crt.is_complete(transfer):
+            self._start_in_thread(source, part)
             return None
         if isinstance(result, Exception):
             raise result
-        return source, part, result
+        return _Completed(source, part, result)
 
     def close(self) -> None:
-        """Call off what is under way, and wait a while until it has let go of its files."""
+        """Cancel all transfers, and wait up to SHUTDOWN_TIMEOUT until they no longer write to their files."""
         self._stop.set()
-        for flight in self._flights.values():
-            flight.cancel()
-        for _ in self._workers:
-            self._todo.put(None)
+        for transfer in self._transfers.values():
+            transfer.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
         deadline = monotonic() + SHUTDOWN_TIMEOUT
-        while self._flights and (left := deadline - monotonic()) > 0:
+        while self._transfers and (left := deadline - monotonic()) > 0:
             with suppress(Empty):
-                self._flights.pop(self._done.get(timeout=left)[1], None)
-        for worker in self._workers:
-            worker.join(max(0.0, deadline - monotonic()))
+                self._transfers.pop(self._completed.get(timeout=left)[1], None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
 
 
 def _fetch(client: Client, bucket: str, source: SourceObject, part: Path, stop: Event) -> Rejected | None:
-    """Write one object to the file `part`, whole unless `stop` was set meanwhile."""
+    """Write one object to the file `part` by botocore. The file is complete unless `stop` was set meanwhile."""
     import urllib3
     from botocore import exceptions as boto
 
-    # botocore repeats a request that fails, not a body that breaks off.
-    broken = (
+    # botocore repeats a failed request, but not a response whose body breaks off.
+    interruptions = (
         boto.HTTPClientError,
         boto.ResponseStreamingError,
         boto.IncompleteReadError,
@@ -165,27 +167,26 @@ def _fetch(client: Client, bucket: str, source: SourceObject, part: Path, stop: 
         except (boto.BotoCoreError, boto.ClientError) as error:
             code = error.response.get("Error", {}).get("Code") if isinstance(error, boto.ClientError) else None
             if code in ("NoSuchKey", "404"):
-                return Rejected(source.key, label, "gone", "deleted from the bucket since it was listed")
+                return Rejected(source.key, label, "gone", "deleted from the bucket after it was listed")
             if code == "InvalidObjectState":
-                return Rejected(
-                    source.key, label, "archived", "its storage class has to be restored before it can be read"
-                )
-            raise errors.explain(error, client, bucket, source.key) from error
+                return Rejected(source.key, label, "archived", "its storage class requires that it is restored first")
+            raise explain(error, client, bucket, source.key) from error
         try:
             with closing(response["Body"]) as body:
                 size = _copy(body, part, stop)
-        except broken:
+        except interruptions:
             continue
         if size != source.size and not stop.is_set():
             return Rejected(source.key, label, "changed", f"{source.size} bytes when it was listed, now {size}")
         return None
     raise NoUsableInput(
-        f"The transfer of s3://{bucket}/{source.key} from {errors.endpoint_host(client)} broke off {READ_ATTEMPTS} "
-        "times: see to the network and run again."
+        f"The transfer of s3://{bucket}/{source.key} from {endpoint_host(client)} broke off {READ_ATTEMPTS} times: "
+        "check the network and run again."
     )
 
 
-def _put(source: SourceObject, part: Path, folder: Path) -> SourceObject:
+def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
+    """Move a complete file to its place."""
     target = folder / source.path
     try:
         part.replace(target)
@@ -195,8 +196,8 @@ def _put(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     return source
 
 
-def _copy(body: Any, part: Path, stop: Event) -> int:
-    """Write what comes to `part`, until `stop` is set, and return how many bytes."""
+def _copy(body: "StreamingBody", part: Path, stop: Event) -> int:
+    """Write the body to `part` until `stop` is set, and return the number of bytes written."""
     size = 0
     with part.open("wb") as file:
         for chunk in body.iter_chunks(CHUNK):

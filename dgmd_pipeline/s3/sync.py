@@ -1,4 +1,4 @@
-"""A listing of the bucket <-> what lies in a folder: what is new, changed or gone, and what need not be fetched."""
+"""A listing of the bucket <-> the files in a folder: what is new, changed or gone, and what can be reused."""
 
 import errno
 import hashlib
@@ -6,103 +6,146 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from dgmd_pipeline import manifest
+from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
 from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.download import download
+from dgmd_pipeline.s3.listing import Listing
 from dgmd_pipeline.workflow import disk
 
 log = logging.getLogger(__name__)
 
 
-def fingerprint(objects: Iterable[SourceObject]) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of what the objects are, whatever their order, wherever they lie."""
-    digest = hashlib.sha256()
-    for line in sorted((source.path, source.size, source.etag) for source in objects):
-        digest.update("\0".join(map(str, line)).encode() + b"\n")
-    return digest.hexdigest()
+Item = SourceObject | Rejected
 
 
-class Changes(NamedTuple):
-    """How a listing differs from an earlier one."""
+class ShowProgress(Protocol):
+    """Shows the progress of a download."""
 
-    new: int
-    changed: int  # another size or ETag
-    gone: int
+    def __call__(self, items: Iterable[Item], total: int, unit: str, *, size: Callable[[Item], int]) -> Iterator[Item]:
+        """Yield `items`, of which there are `total`; `size` returns the bytes of one."""
 
 
-def changes(before: Iterable[SourceObject], now: Iterable[SourceObject]) -> Changes:
-    """Compare two listings by path, size and ETag."""
-    earlier = {source.path: (source.size, source.etag) for source in before}
-    new = changed = 0
-    for source in now:
-        known = earlier.pop(source.path, None)
-        new += known is None
-        changed += known is not None and known != (source.size, source.etag)
-    return Changes(new, changed, len(earlier))
+@dataclass(frozen=True)
+class DownloadResult:
+    """What a download left in a folder."""
+
+    objects: list[SourceObject]  # all that are in the folder
+    fetched: list[SourceObject]  # those that were not there before
+    rejected: list[Rejected]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number and bytes of the objects, and the number of objects that were left out."""
+        return {"objects": len(self.objects), "bytes": total_bytes(self.objects), "left out": len(self.rejected)}
+
+    @property
+    def summary(self) -> str:
+        """The counts as a line for the log."""
+        left_out = f", {len(self.rejected):,} left out" if self.rejected else ""
+        return f"{len(self.objects):,} objects, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
+
+
+def total_bytes(objects: Iterable[SourceObject]) -> int:
+    """Return the sum of the objects' sizes."""
+    return sum(source.size for source in objects)
+
+
+def download_folder(
+    client: Client,
+    listing: Listing,
+    folder: Path,
+    resume_dir: Path,
+    previous: Path | None,
+    step: str,
+    show: ShowProgress,
+) -> DownloadResult:
+    """Download the listed objects into `folder`, and write `listing.csv` and `rejected.csv`.
+
+    Reuses what an interrupted download left in `folder`, whose listing is in `resume_dir`, and the objects in the
+    folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for errors.
+
+    Raises NoUsableInput if no object can be used, and PipelineError if the disk has too little space.
+    """
+    if not listing.objects:
+        raise _nothing_usable(listing, listing.rejected)
+    available, missing = reuse(listing.objects, folder, resume_dir / LISTING, previous)
+    if available:
+        log.info("  %s of %s objects already downloaded", f"{len(available):,}", f"{len(listing.objects):,}")
+    disk.check_space(folder, step, sum(disk.allocated_bytes(source.size) for source in missing))
+    fetched: list[SourceObject] = []
+    rejected = list(listing.rejected)
+    with closing(download(client, listing.bucket, missing, folder)) as items:
+        for item in show(items, len(missing), "objects", size=lambda item: getattr(item, "size", 0)):
+            if isinstance(item, SourceObject):
+                fetched.append(item)
+            else:
+                rejected.append(item)
+    objects = available + fetched
+    if not objects:
+        raise _nothing_usable(listing, rejected)
+    manifest.write(folder / LISTING, SourceObject, sorted(objects, key=lambda source: source.path))
+    manifest.write(folder / REJECTED, Rejected, sorted(rejected))
+    return DownloadResult(objects, fetched, rejected)
+
+
+def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableInput:
+    return NoUsableInput(
+        f"None of the {len(rejected):,} objects in s3://{listing.bucket}/{listing.prefix} can be used. The first one "
+        f"is {rejected[0].path}: {rejected[0].detail}. Upload images as {listing.prefix}/<label>/<file>."
+    )
 
 
 def reuse(
-    objects: Sequence[SourceObject],
-    folder: Path,
-    notes: Path,
-    former: Path,
-    known: Iterable[SourceObject],
+    objects: Sequence[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
 ) -> tuple[list[SourceObject], list[SourceObject]]:
-    """Leave in `folder` what need not be fetched again, and return those objects and the others.
+    """Keep or link into `folder` what need not be fetched, and return those objects and the missing ones.
 
-    Kept is what an earlier download that was cut off wrote there, as far as it still is what the listing says; what the
-    listing of that time had and this one has not is removed. `notes` is a file that keeps the listing for the next
-    time. Of the objects `known` to be in the folder `former`, those that are still listed are linked, or copied where
-    the disk has no hard links.
+    Of the files that an interrupted download left in `folder`, those that have not changed are kept; those that are not
+    listed any more are removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
+    objects in `previous`, the folder of a finished download, are linked, or copied if the disk has no hard links.
     """
-    wanted = {source.path: source for source in objects}
-    try:
-        noted = list(manifest.read(notes, SourceObject)) if notes.exists() else []
-    except PipelineError as error:
-        log.warning("%s It is fetched anew.", str(error).partition(" It was")[0])
-        for path in folder.iterdir():
-            if path != notes.parent:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        noted = []
-    for source in noted:
-        if wanted.get(source.path) != source:
-            _discard(folder, source.path)
-    part = notes.with_suffix(".part")
-    manifest.write(part, SourceObject, objects)
-    part.replace(notes)
-    for source in known:
-        if wanted.get(source.path) == source and not _is_whole(folder, source) and _is_whole(former, source):
-            _link(former / source.path, folder / source.path, part)
-    there: list[SourceObject] = []
+    listed = {source.path: source for source in objects}
+    for source in _interrupted(folder, resume_listing):
+        if listed.get(source.path) != source:
+            _remove(folder, source.path)
+    temporary = resume_listing.with_suffix(".part")
+    manifest.write(temporary, SourceObject, objects)
+    temporary.replace(resume_listing)
+    if previous is not None:
+        for source in manifest.read(previous / LISTING, SourceObject):
+            unchanged = listed.get(source.path) == source and _is_complete(previous, source)
+            if unchanged and not _is_complete(folder, source):
+                _link(previous / source.path, folder / source.path, temporary)
+    available: list[SourceObject] = []
     missing: list[SourceObject] = []
     for source in objects:
-        (there if _is_whole(folder, source) else missing).append(source)
-    return there, missing
+        (available if _is_complete(folder, source) else missing).append(source)
+    return available, missing
 
 
-def missing_files(folder: Path, objects: Iterable[SourceObject]) -> int:
-    """Return how many objects that should be in a finished folder are not, or have another size."""
-    return sum(not _is_whole(folder, source) for source in objects)
+def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
+    """Return the listing of the interrupted download in `folder`. If it is unreadable, remove the downloaded files."""
+    if not resume_listing.exists():
+        return []
+    try:
+        return list(manifest.read(resume_listing, SourceObject))
+    except PipelineError as error:
+        log.warning("%s: %s. All objects are downloaded again.", resume_listing, error.__cause__)
+    for path in folder.iterdir():
+        if path != resume_listing.parent:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return []
 
 
-def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
-    """Return the paths of files in subfolders of a finished folder that are none of its objects, hidden ones aside."""
-    own = {source.path for source in objects}
-    found = []
-    for path, _, names in os.walk(folder):
-        below = os.path.relpath(path, folder)
-        found += [f"{below}/{name}" for name in names if f"{below}/{name}" not in own and name[0] != "." != below]
-    return sorted(found)
-
-
-def _is_whole(folder: Path, source: SourceObject) -> bool:
+def _is_complete(folder: Path, source: SourceObject) -> bool:
     try:
         status = os.lstat(f"{folder}/{source.path}")
     except (FileNotFoundError, NotADirectoryError):
@@ -110,18 +153,18 @@ def _is_whole(folder: Path, source: SourceObject) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size == source.size
 
 
-def _discard(folder: Path, path: str) -> None:
-    """Remove a file and the folders that are empty then: an object may need a folder's place."""
+def _remove(folder: Path, path: str) -> None:
+    """Remove a file, and then its empty parent folders: an object may need a file in a folder's place."""
     with suppress(FileNotFoundError, NotADirectoryError):
         (folder / path).unlink()
-    for above in list((folder / path).parents)[: path.count("/")]:
+    for parent in list((folder / path).parents)[: path.count("/")]:
         try:
-            above.rmdir()
-        except OSError:  # not empty, or not there
+            parent.rmdir()
+        except OSError:  # not empty, or missing
             break
 
 
-def _link(source: Path, target: Path, part: Path) -> None:
+def _link(source: Path, target: Path, temporary: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
@@ -129,95 +172,83 @@ def _link(source: Path, target: Path, part: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        shutil.copyfile(source, part)  # a disk without hard links, or files of another owner
-        part.replace(target)
+        shutil.copyfile(source, temporary)  # the disk has no hard links, or the file belongs to another user
+        temporary.replace(target)
 
 
-class Downloaded(NamedTuple):
-    """What a download has left in a folder."""
-
-    objects: list[SourceObject]  # that are in the folder
-    fetched: list[SourceObject]  # of these, by this download
-    rejected: list[Rejected]
-
-
-def download_folder(
-    client: Client,
-    bucket: str,
-    prefix: str,
-    listed: tuple[list[SourceObject], list[Rejected]],
-    folder: Path,
-    resume_dir: Path,
-    up_to_date: Path | None,
-    what: str,
-    show: Callable[..., Iterable[SourceObject | Rejected]],
-) -> Downloaded:
-    """Download what is listed and not yet in `folder`; write `listing.csv` and `rejected.csv`.
-
-    Objects in the folder `up_to_date`, an earlier download of the same bucket and prefix, are reused, and so is what a
-    download that was stopped left in `folder`; `resume_dir` is for its notes. `what` names the download in errors of
-    the disk, `show` shows progress, see `progress.progress`.
-    Raises NoUsableInput where no object can be used, PipelineError where the disk has no room.
-    """
-    objects, rejected = listed
-    if not objects:
-        raise _nothing_usable(bucket, prefix, rejected)
-    with disk.disk_errors_explained(folder.parent, what, _allocated_bytes(objects)):
-        known = manifest.read(up_to_date / LISTING, SourceObject) if up_to_date else ()
-        arrived, missing = reuse(objects, folder, resume_dir / LISTING, up_to_date or folder, known)
-        if arrived:
-            log.info("  %s of %s objects already downloaded", f"{len(arrived):,}", f"{len(objects):,}")
-        disk.check_space(folder, what, _allocated_bytes(missing))
-        fetched: list[SourceObject] = []
-        with closing(download(client, bucket, missing, folder)) as items:
-            for item in show(items, len(missing), "objects", size=lambda item: getattr(item, "size", 0)):
-                if isinstance(item, SourceObject):
-                    fetched.append(item)
-                else:
-                    rejected.append(item)
-    arrived += fetched
-    if not arrived:
-        raise _nothing_usable(bucket, prefix, rejected)
-    manifest.write(folder / LISTING, SourceObject, sorted(arrived, key=lambda item: item.path))
-    manifest.write(folder / REJECTED, Rejected, sorted(rejected))
-    return Downloaded(arrived, fetched, rejected)
+def fingerprint(objects: Iterable[SourceObject]) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of the objects' paths, sizes and ETags, in any order."""
+    digest = hashlib.sha256()
+    for line in sorted((source.path, source.size, source.etag) for source in objects):
+        digest.update("\0".join(map(str, line)).encode() + b"\n")
+    return digest.hexdigest()
 
 
-def _allocated_bytes(objects: Iterable[SourceObject]) -> int:
-    return sum(disk.allocated_bytes(item.size) for item in objects)
+class ListingChanges(NamedTuple):
+    """Numbers of objects that differ between two listings."""
+
+    new: int
+    changed: int  # another size or ETag
+    gone: int
 
 
-def _nothing_usable(bucket: str, prefix: str, rejected: Sequence[Rejected]) -> NoUsableInput:
-    return NoUsableInput(
-        f"None of the {len(rejected):,} objects in s3://{bucket}/{prefix} can be used; the first one is "
-        f"{rejected[0].path}: {rejected[0].detail}. Upload images as {prefix}/<label>/<file>."
-    )
+def compare_listings(earlier: Iterable[SourceObject], current: Iterable[SourceObject]) -> ListingChanges:
+    """Compare two listings by path, size and ETag."""
+    known = {source.path: (source.size, source.etag) for source in earlier}
+    new = changed = 0
+    for source in current:
+        before = known.pop(source.path, None)
+        new += before is None
+        changed += before is not None and before != (source.size, source.etag)
+    return ListingChanges(new, changed, len(known))
+
+
+class FolderChanges(NamedTuple):
+    """Why a downloaded folder is out of date, and what a new download will contain."""
+
+    reason: str  # for example "3 new, 1 gone"
+    fingerprint: str | None  # of the new listing; None if it does not differ
+    objects: int
+    bytes: int
+
+
+def compare_folder(folder: Path, objects: Sequence[SourceObject]) -> FolderChanges | None:
+    """Compare a downloaded folder with a new listing; None if it is up to date."""
+    downloaded = list(manifest.read(folder / LISTING, SourceObject))
+    left_out = {row.path for row in manifest.read(folder / REJECTED, Rejected)}
+    usable = [source for source in objects if source.key not in left_out]
+    changes = {name: count for name, count in compare_listings(downloaded, usable)._asdict().items() if count}
+    reasons = changes | {
+        "left out before": len(objects) - len(usable),  # an archived object may have been restored
+        "missing from the folder": missing_files(folder, downloaded),
+    }
+    reason = ", ".join(f"{count:,} {name}" for name, count in reasons.items() if count)
+    if not reason:
+        return None
+    return FolderChanges(reason, fingerprint(usable) if changes else None, len(objects), total_bytes(objects))
+
+
+def missing_files(folder: Path, objects: Iterable[SourceObject]) -> int:
+    """Return how many objects of a downloaded folder are missing from it or have another size."""
+    return sum(not _is_complete(folder, source) for source in objects)
 
 
 def check_untracked_files(folder: Path) -> None:
-    """Raise NoUsableInput where a downloaded folder, which is to be replaced, also has files that were put there."""
+    """Raise NoUsableInput if a downloaded folder, which will be replaced, contains files that were not downloaded."""
     found = untracked_files(folder, manifest.read(folder / LISTING, SourceObject))
     if found:
         raise NoUsableInput(
-            f"{folder} holds {len(found):,} files that were not downloaded and would be lost, the first one is "
+            f"{folder} contains {len(found):,} files that were not downloaded and would be lost. The first one is "
             f"{found[0]}. Upload them to the bucket or move them away, and run again."
         )
 
 
-def compare_folder(folder: Path, objects: Sequence[SourceObject]) -> tuple[str, str | None, int, int] | None:
-    """Compare a downloaded folder with a new listing; None where it is up to date.
-
-    Returns the differences in words, the fingerprint of the listing where it differs, and number and bytes of objects.
-    """
-    known = list(manifest.read(folder / LISTING, SourceObject))
-    left_out = {row.path for row in manifest.read(folder / REJECTED, Rejected)}
-    usable = [item for item in objects if item.key not in left_out]
-    words = [f"{count:,} {word}" for word, count in changes(known, usable)._asdict().items() if count]
-    new_fingerprint = fingerprint(usable) if words else None
-    for count, word in (
-        (len(objects) - len(usable), "left out before"),  # archived ones may have been restored
-        (missing_files(folder, known), "lost in the folder"),
-    ):
-        if count:
-            words.append(f"{count:,} {word}")
-    return (", ".join(words), new_fingerprint, len(objects), sum(item.size for item in objects)) if words else None
+def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
+    """Return the paths of files in the folder's subfolders that belong to none of its objects, hidden ones aside."""
+    tracked = {source.path for source in objects}
+    found = []
+    for path, _, names in os.walk(folder):
+        subfolder = os.path.relpath(path, folder)
+        if subfolder != ".":  # the folder itself contains the pipeline's own files
+            found += [f"{subfolder}/{name}" for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path not in tracked)

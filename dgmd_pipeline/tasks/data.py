@@ -9,7 +9,7 @@ from typing import Any
 
 import luigi
 
-from dgmd_pipeline import formatting, manifest
+from dgmd_pipeline import manifest
 from dgmd_pipeline.data import corrections
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.tasks import names
@@ -35,33 +35,20 @@ class DownloadImages(Step):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.s3 import client, listing, sync
 
-        s3, source = client.connect(), self._source
-        record, resources = read_record(self.path), self.context.shared(Resources)
+        s3, record, resources = client.connect(), read_record(self.path), self.context.shared(Resources)
         if record:
             sync.check_untracked_files(self.path)
-        found = resources.listing or listing.list_objects(s3, *source)
-        resources.listing = None
-        up_to_date = self.settings.refresh and record and not self.outdated(record, {})
-        done = sync.download_folder(
-            s3,
-            *source,
-            found,
-            draft,
-            draft / folders.RESUME,
-            up_to_date=self.path if up_to_date else None,
-            what=self.folder,
-            show=self.progress,
-        )
-        _warn_of_rejected(Counter(row.reason for row in done.rejected), "objects", self.path)
-        size = sum(item.size for item in done.objects)
-        counts = {"objects": len(done.objects), "bytes": size, "left out": len(done.rejected)}
-        left_out = f", {counts['left out']:,} left out" if done.rejected else ""
+        listed, resources.listing = resources.listing or listing.list_objects(s3, *self._source), None
+        previous = self.path if self.settings.refresh and record and not self.outdated(record, {}) else None
+        resume_dir = draft / folders.RESUME
+        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, self.progress)
+        _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
-            counts=counts,
-            images=len(done.objects),
-            images_processed=len(done.fetched),
-            bytes_processed=sum(item.size for item in done.fetched),
-            summary=f"{len(done.objects):,} objects, {formatting.format_bytes(size)}{left_out}",
+            counts=result.counts,
+            images=len(result.objects),
+            images_processed=len(result.fetched),
+            bytes_processed=sync.total_bytes(result.fetched),
+            summary=result.summary,
         )
 
     @property
@@ -81,8 +68,8 @@ class DownloadImages(Step):
             return None
         resources = self.context.shared(Resources)
         resources.listing = resources.listing or listing.list_objects(client.connect(), *self._source)
-        change = sync.compare_folder(folders.current_path(self.path), resources.listing[0])
-        return change and UpstreamChange(*change)
+        changes = sync.compare_folder(folders.current_path(self.path), resources.listing.objects)
+        return changes and UpstreamChange(*changes)
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
         return None

@@ -13,14 +13,14 @@ from dgmd_pipeline.workflow.run_context import RunContext
 if TYPE_CHECKING:
     import keras
 
-    from dgmd_pipeline.manifest import Rejected, SourceObject
+    from dgmd_pipeline.s3.listing import Listing
 
 
 @dataclass
 class Resources:
     """What a run keeps in memory from one step to the next."""
 
-    listing: "tuple[list[SourceObject], list[Rejected]] | None" = None  # of the bucket, where planning needed it
+    listing: "Listing | None" = None  # of the bucket, where planning needed it
     network: "Callable[[], keras.Model] | None" = None  # waits for the frozen network, which is built once
     trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, where this run has trained it
 

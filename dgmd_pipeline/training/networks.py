@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.manifest import changed
+from dgmd_pipeline.manifest import changed_file_error
 from dgmd_pipeline.training import backbones, features, runtime
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def load(path: Path) -> "keras.Model":
     try:
         return keras.models.load_model(path, compile=False)
     except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # another Keras's: TypeError
-        raise changed(path, error) from error
+        raise changed_file_error(path, error) from error
 
 
 def input_size(network: "keras.Model") -> tuple[int, int]:

@@ -1,150 +1,137 @@
-import http.server
 import threading
 
 import pytest
+from support.http_server import send
+from support.s3 import KEYS, read_files, sources, upload
 
 from dgmd_pipeline.manifest import SourceObject
-from dgmd_pipeline.s3 import client as s3_client
-from dgmd_pipeline.s3 import download
-from dgmd_pipeline.s3.crt import MAX_BYTES, MAX_FAILURES, Transfer
+from dgmd_pipeline.s3.client import connect
+from dgmd_pipeline.s3.crt import MAX_BYTES, MAX_FAILURES, CrtTransfer
+from dgmd_pipeline.s3.download import download
+
+pytestmark = pytest.mark.usefixtures("aws_home")
 
 
-@pytest.fixture
-def asked(monkeypatch, s3_endpoint):
-    """A client, and the keys that botocore has asked for."""
-    for name, value in {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "x"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    client, keys = s3_client.connect(), []
-    client.meta.events.register("before-send.s3.GetObject", lambda request, **_: keys.append(request.url))
-    return client, keys
+def botocore_requests(client):
+    """The URLs of the GetObject requests that botocore sends, in a list that grows."""
+    urls = []
+    client.meta.events.register("before-send.s3.GetObject", lambda request, **_: urls.append(request.url))
+    return urls
 
 
-def fill(bucket_and_client, contents):
-    name, client = bucket_and_client
-    for path, content in contents.items():
-        client.put_object(Bucket=name, Key=f"p/{path}", Body=content)
-    return name, [SourceObject(f"p/{path}", len(content), "", path) for path, content in contents.items()]
-
-
-def read(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_botocore_shows_the_way_and_the_others_follow_without_it(asked, bucket, tmp_path):
-    client, keys = asked
+def test_after_botocore_s_first_object_awscrt_fetches_the_others(s3_client, bucket, tmp_path):
     contents = {f"jar 1/{number} + ü~(&).png": b"%d" % number for number in range(60)}
     contents |= {"jar 1/empty": b"", "large": bytes(range(256)) * 40_000}
-    name, objects = fill(bucket, contents)
-    assert set(download.download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
-    assert read(tmp_path / "raw") == contents
-    assert 1 <= len(keys) < 10
+    name = upload(bucket, {f"p/{path}": content for path, content in contents.items()})
+    objects = [SourceObject(f"p/{path}", len(content), "", path) for path, content in contents.items()]
+    requests = botocore_requests(s3_client)
+    assert set(download(s3_client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
+    assert read_files(tmp_path / "raw") == contents
+    assert 1 <= len(requests) < 10
 
 
+@pytest.mark.usefixtures("signed")
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
-def test_where_there_is_a_proxy_all_is_left_to_botocore(asked, bucket, tmp_path, monkeypatch, s3_endpoint, variable):
-    name, objects = fill(bucket, {f"a/{number}": b"abc" for number in range(12)})
-    monkeypatch.setenv(variable, s3_endpoint)  # a server that answers absolute addresses, too
-    client, keys = s3_client.connect(), []
-    client.meta.events.register("before-send.s3.GetObject", lambda request, **_: keys.append(request.url))
-    assert set(download.download(client, name, objects, tmp_path / "raw", threads=2)) == set(objects)
-    assert len(keys) == 12
+def test_with_a_proxy_botocore_fetches_all_objects(fake_s3, tmp_path, monkeypatch, variable):
+    endpoint = fake_s3(lambda request, _key, _query: send(request, 200, b"abc"))
+    monkeypatch.setenv(variable, endpoint)
+    client = connect()
+    requests = botocore_requests(client)
+    objects = sources(*(f"a/{number}" for number in range(12)))
+    assert set(download(client, "images", objects, tmp_path / "raw", threads=2)) == set(objects)
+    assert len(requests) == 12
 
 
-@pytest.mark.parametrize("keys", [{}, {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "x"}])
-def test_requests_are_signed_only_where_botocore_signs_them(server, tmp_path, monkeypatch, keys):
+@pytest.mark.parametrize("keys", [{}, KEYS])
+def test_awscrt_signs_requests_if_botocore_does(server, tmp_path, monkeypatch, keys):
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
-    objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(12)]
-    assert set(download.download(s3_client.connect(), "pictures", objects, tmp_path / "raw", threads=1)) == set(objects)
-    own = [headers for headers in server.seen if "Boto3" not in headers["User-Agent"]]
-    assert len(own) == 11
-    assert all(("Authorization" in headers) == bool(keys) for headers in server.seen)
+    objects = sources(*(f"a/{number}" for number in range(12)))
+    assert set(download(connect(), "images", objects, tmp_path / "raw", threads=1)) == set(objects)
+    assert [is_by_botocore(headers) for headers in server.requests] == [True] + 11 * [False]
+    assert all(("Authorization" in headers) == bool(keys) for headers in server.requests)
 
 
-def test_what_is_not_what_its_checksum_says_is_left_to_botocore(server, tmp_path):
+def test_botocore_fetches_an_object_again_whose_checksum_differs(server, tmp_path):
     server.checksum = "NSRBwg=="  # CRC-32 of abc
-    objects = [SourceObject(f"a/{number}", 3, "", f"a/{number}") for number in range(4)]
-    server.damaged = {"/pictures/a/2"}
-    done = set(download.download(s3_client.connect(), "pictures", objects, tmp_path / "raw", threads=1))
-    assert done == set(objects)
-    assert read(tmp_path / "raw") == {f"a/{number}": b"abc" for number in range(4)}
-    assert ["Boto3" in headers["User-Agent"] for headers in server.seen] == [True, False, False, True, False]
+    server.damaged = {"train/a/2"}
+    objects = sources(*(f"a/{number}" for number in range(4)))
+    assert set(download(connect(), "images", objects, tmp_path / "raw", threads=1)) == set(objects)
+    assert read_files(tmp_path / "raw") == {f"a/{number}": b"abc" for number in range(4)}
+    assert [is_by_botocore(headers) for headers in server.requests] == [True, False, False, True, False]
 
 
-def fly(transfer, key, size, path):
-    """Fetch an object by awscrt and return whether that worked."""
-    over = threading.Event()
-    flight = transfer.start(key, size, path, over.set)
-    assert over.wait(20)
-    return transfer.worked(flight)
+def fetch(transfer, key, size, path):
+    """Fetch an object by awscrt and return whether that succeeded."""
+    completed = threading.Event()
+    pending = transfer.start(key, size, path, completed.set)
+    assert completed.wait(20)
+    return transfer.is_complete(pending)
 
 
-def test_what_it_cannot_fetch_is_left_to_botocore_and_after_a_while_everything(asked, bucket, tmp_path):
-    client, _ = asked
-    name, _ = fill(bucket, {"a/1": b"abc"})
-    transfer = Transfer(client)
-    assert not transfer.decided and not transfer.takes(3)  # it has not been shown yet
-    client.get_object(Bucket=name, Key="p/a/1")["Body"].read()
-    transfer.learn("p/a/1")
-    assert transfer.decided and transfer.takes(3) and not transfer.takes(0) and not transfer.takes(MAX_BYTES + 1)
+def test_awscrt_is_not_used_again_after_several_failures_in_a_row(s3_client, bucket, tmp_path):
+    name = upload(bucket, {"p/a/1": b"abc"})
+    transfer = CrtTransfer(s3_client)
+    assert not transfer.decided and not transfer.accepts(3)  # botocore has fetched nothing yet
+    s3_client.get_object(Bucket=name, Key="p/a/1")["Body"].read()
+    transfer.adopt("p/a/1")
+    assert transfer.decided and transfer.accepts(3) and not transfer.accepts(0) and not transfer.accepts(MAX_BYTES + 1)
     for _ in range(MAX_FAILURES - 1):
-        assert not fly(transfer, "p/a/gone", 3, tmp_path / "part")
-    assert fly(transfer, "p/a/1", 3, tmp_path / "part")
+        assert not fetch(transfer, "p/a/gone", 3, tmp_path / "part")
+    assert fetch(transfer, "p/a/1", 3, tmp_path / "part")
     assert (tmp_path / "part").read_bytes() == b"abc"
     for _ in range(MAX_FAILURES):
-        assert transfer.takes(3)
-        assert not fly(transfer, "p/a/gone", 3, tmp_path / "part")
-    assert transfer.decided and not transfer.takes(3)
+        assert transfer.accepts(3)
+        assert not fetch(transfer, "p/a/gone", 3, tmp_path / "part")
+    assert transfer.decided and not transfer.accepts(3)
 
 
-def test_a_flight_that_is_called_off_lands_as_one_that_did_not_work(server, tmp_path):
-    client = s3_client.connect()
-    transfer, over = Transfer(client), threading.Event()
-    client.get_object(Bucket="pictures", Key="first")["Body"].read()
-    transfer.learn("first")
-    flight = transfer.start("silent", 3, tmp_path / "part", over.set)
-    assert not over.wait(0.5)
-    flight.cancel()
-    assert over.wait(20)
-    assert not transfer.worked(flight)
+def test_a_cancelled_transfer_completes_as_a_failed_one(server, tmp_path):
+    client = connect()
+    transfer, completed = CrtTransfer(client), threading.Event()
+    client.get_object(Bucket="images", Key="first")["Body"].read()
+    transfer.adopt("first")
+    pending = transfer.start("silent", 3, tmp_path / "part", completed.set)
+    assert server.asked_for_silent.wait(20)
+    assert not completed.is_set()
+    pending.cancel()
+    assert completed.wait(20)
+    assert not transfer.is_complete(pending)
 
 
-def test_a_download_that_is_stopped_calls_off_what_is_under_way(server, tmp_path):
-    objects = [SourceObject(f"a/{name}", 3, "", f"a/{name}") for name in ("1", "2", "3", "silent")]
-    items = download.download(s3_client.connect(), "pictures", objects, tmp_path / "raw", threads=2)
-    done = {next(items).path for _ in range(3)}
+def test_stopping_a_download_cancels_transfers_in_progress(server, tmp_path):
+    items = download(connect(), "images", sources("a/1", "a/2", "a/3", "a/silent"), tmp_path / "raw", threads=2)
+    fetched = {next(items).path for _ in range(3)}
     items.close()
-    assert read(tmp_path / "raw") == dict.fromkeys(done, b"abc")
+    assert read_files(tmp_path / "raw") == dict.fromkeys(fetched, b"abc")
+
+
+def is_by_botocore(headers):
+    return "Boto3" in headers["User-Agent"]
+
+
+class Server:
+    """Every object is `abc`; the object `silent` is not sent until the end of the test."""
+
+    def __init__(self):
+        self.requests = []  # their headers
+        self.checksum = None
+        self.damaged = set()  # keys that are sent damaged once
+        self.asked_for_silent, self.finished = threading.Event(), threading.Event()
+
+    def answer(self, request, key, _query):
+        self.requests.append(request.headers)
+        if key.endswith("silent"):
+            self.asked_for_silent.set()
+            self.finished.wait(30)
+        checksum = {"x_amz_checksum_crc32": self.checksum} if self.checksum else {}
+        send(request, 200, b"abd" if key in self.damaged else b"abc", **checksum)
+        self.damaged.discard(key)
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """An endpoint where every object is `abc`, which notes the headers of requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            server.seen.append(self.headers)
-            if self.path.endswith("silent"):
-                server.silence.wait(30)
-            self.send_response(200)
-            self.send_header("Content-Length", "3")
-            if server.checksum:
-                self.send_header("x-amz-checksum-crc32", server.checksum)
-            self.end_headers()
-            self.wfile.write(b"abd" if self.path in server.damaged else b"abc")
-            server.damaged.discard(self.path)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.damaged, server.checksum, server.silence = [], set(), None, threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def server(fake_s3):
+    server = Server()
+    fake_s3(server.answer)
     yield server
-    server.silence.set()
-    server.shutdown()
+    server.finished.set()

@@ -86,9 +86,9 @@ def watch_requests() -> None:
 
 def watch_transfers() -> None:
     """Requests that are sent in C; where one does not work, botocore's own follows."""
-    from dgmd_pipeline.s3.crt import Transfer
+    from dgmd_pipeline.s3.crt import CrtTransfer
 
-    watch(Transfer, "start", lambda _, key, *__: f"GET {quote(key)}")
+    watch(CrtTransfer, "start", lambda _, key, *__: f"GET {quote(key)}")
 
 
 # Worker processes import pipeline.py again, not this file: `runpy` has put it in the place of the main module.

@@ -1,0 +1,138 @@
+import pytest
+from support.s3 import read_files, send_listing, upload
+
+from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.s3 import listing
+from dgmd_pipeline.s3.client import connect
+from dgmd_pipeline.s3.download import download
+from dgmd_pipeline.s3.listing import list_objects
+
+pytestmark = pytest.mark.usefixtures("aws_home")
+
+
+@pytest.fixture
+def list_keys(fake_s3):
+    """List a bucket with these keys."""
+
+    def list_keys(*keys):
+        fake_s3(lambda request, _key, _query: send_listing(request, keys))
+        return list_objects(connect(), "images", "train")
+
+    return list_keys
+
+
+def paths(found):
+    return [source.path for source in found.objects]
+
+
+def test_unusual_but_safe_keys_become_files_with_the_same_names(s3_client, bucket, tmp_path):
+    names = [
+        "allspice/allspice amazon_10.jpeg",
+        "allspice/a+b=c&d.png",
+        "allspice/100%25 %2F.png",
+        "anis étoilé/日本/ünï.png",
+        "deep/1/2/3/4.png",
+        "deep/.hidden",
+        "empty/0.png",
+    ]
+    contents = {f"train/images/{name}": b"" if name.startswith("empty") else name.encode() for name in names}
+    bucket_name = upload(bucket, contents)
+    found = list_objects(s3_client, bucket_name, "train/images")
+    assert (found.bucket, found.prefix) == (bucket_name, "train/images")
+    assert (set(paths(found)), found.rejected) == (set(names), [])
+    assert {source.key: source.size for source in found.objects} == {key: len(body) for key, body in contents.items()}
+    assert set(download(s3_client, bucket_name, found.objects, tmp_path / "raw", threads=3)) == set(found.objects)
+    assert read_files(tmp_path / "raw") == {name: contents[f"train/images/{name}"] for name in names}
+
+
+def test_only_the_prefix_s_own_folder_is_listed_without_folder_markers(s3_client, bucket):
+    name = upload(
+        bucket,
+        dict.fromkeys(["train/images-old/cat/1.png", "train/images/cat/1.png", "train/images/note.txt"], b"x")
+        | dict.fromkeys(["train/images/", "train/images/cat/", "train/images/dog/"], b""),
+    )
+    found = list_objects(s3_client, name, "train/images")
+    assert paths(found) == ["cat/1.png"]
+    assert [(row.path, row.label, row.reason) for row in found.rejected] == [("train/images/note.txt", "", "no label")]
+    assert paths(list_objects(s3_client, name, "")) == [
+        "train/images-old/cat/1.png",
+        "train/images/cat/1.png",
+        "train/images/note.txt",
+    ]
+
+
+def test_all_pages_of_a_listing_are_read(s3_client, bucket, monkeypatch):
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # of a page
+    name = upload(bucket, {f"train/label {i % 3}/{i}.png": b"" for i in range(7)})
+    assert s3_client.list_objects_v2(Bucket=name)["KeyCount"] == 3
+    found = list_objects(s3_client, name, "train")
+    assert (len(set(paths(found))), found.rejected) == (7, [])
+
+
+def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
+    reasons = {
+        "../outside/1.png": "unsafe name",
+        "cat/../../1.png": "unsafe name",
+        "cat/./1.png": "unsafe name",
+        "cat//1.png": "unsafe name",
+        "/etc/passwd": "unsafe name",
+        "cat/": "unsafe name",  # not a folder marker: it has content
+        "cat/..\\1.png": "unsafe name",
+        "cat/a\nb.png": "unsafe name",
+        "cat/a\x85b.png": "unsafe name",
+        "cat/" + "é" * 128: "unsafe name",
+        "_SUCCESS/1.png": "reserved name",
+        "Listing.csv/1.png": "reserved name",
+        ".part/0": "reserved name",
+        ".resume/0": "reserved name",
+        "rejected.csv/0": "reserved name",
+        "1.png": "no label",
+    }
+    safe = ["cat/1.png", "cat/" + "é" * 127, "cat/_SUCCESS", "cat/.part/0"]
+    found = list_keys(*(f"train/{path}" for path in [*reasons, *safe]))
+    assert paths(found) == safe
+    assert [row.reason for row in found.rejected] == list(reasons.values())
+    assert [row.label for row in found.rejected] == ["cat" if path.startswith("cat/") else "" for path in reasons]
+    assert all(row.path.isprintable() and row.detail for row in found.rejected)
+
+
+def test_a_key_that_is_not_unicode_is_rejected():
+    objects, rejected = listing._assign_paths([{"Key": "train/cat/\ud800.png", "Size": 1}], "train/")
+    assert (objects, [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "reasons"),
+    [
+        (["cat/1.png", "cat/1.PNG"], ["same name"]),
+        (["cat/é.png", "cat/e\u0301.png", "cat/É.png"], ["same name", "same name"]),
+        (["cat/1.png", "Cat/1.png"], ["same name"]),
+        (["cat/b", "cat/b-", "cat/b/c", "cat/b/d/e"], ["clash", "clash"]),
+        (["cat/b/c", "cat/B"], ["clash"]),
+        (["cat/x/y/z", "cat/x", "cat/X/y"], ["clash", "clash"]),
+        (["cat/1.png", "Cat/2.png", "dog/1.png"], []),
+    ],
+)
+def test_of_objects_that_cannot_be_on_one_disk_together_the_first_is_used(list_keys, keys, reasons):
+    found = list_keys(*(f"train/{key}" for key in keys))
+    assert [row.reason for row in found.rejected] == reasons
+    assert set(paths(found)) | {row.path.removeprefix("train/") for row in found.rejected} == set(keys)
+    assert paths(found)[0] == keys[0]
+
+
+def test_the_error_about_a_prefix_without_objects_names_the_existing_folders(s3_client, bucket):
+    name = upload(bucket, {f"train/images {i}/cat/1.png": b"x" for i in range(7)} | {"train/photos/": b""})
+    for prefix, hint in [
+        ("train/images", f"s3://{name}/train/ has images 0/, images 1/, images 2/, images 3/, images 4/, ...."),
+        ("train/photos", f"s3://{name}/train/ has images 0/"),
+        ("test/a/b", f"s3://{name}/ has train/."),
+    ]:
+        with pytest.raises(NoUsableInput) as caught:
+            list_objects(s3_client, name, prefix)
+        assert f"no objects in s3://{name}/{prefix}/: {hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["train", ""])
+def test_an_empty_bucket_is_an_error(s3_client, bucket, prefix):
+    with pytest.raises(NoUsableInput, match="the bucket is empty"):
+        list_objects(s3_client, bucket[0], prefix)
