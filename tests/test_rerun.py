@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from pathlib import Path
 
 import boto3
 import numpy as np
@@ -129,6 +130,8 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "MLFLOW_EXPERIMENT_NAME": ("another", ["registered_model"]),
     "MLFLOW_TRACKING_URI": ("sqlite:///another.db", ["evaluation", "registered_model"]),
     "TZ": ("Europe/Berlin", []),
+    "LUIGI_SCHEDULER_URL": ("http://127.0.0.1:9", []),
+    "LUIGI_CONFIG_PATH": ("luigi.cfg", []),
     "NOTIFY_URL": ("http://127.0.0.1:9/", []),
     "KERAS_HOME": ("elsewhere", []),
     "GIT_REVISION": ("0123abc", []),
@@ -143,6 +146,7 @@ def test_the_table_has_every_setting():
 def test_a_setting_redoes_the_steps_that_use_it_and_what_follows(setting, cnn):
     variables, data_dir = cnn
     value, steps = CHANGED[setting]
+    Path("luigi.cfg").touch()  # what LUIGI_CONFIG_PATH names
     variables = variables | {setting: value}
     assert run(variables, data_dir, *up_to_training(steps)) == before_evaluation(steps)
     assert run(variables, data_dir, *up_to_training(steps)) == []
