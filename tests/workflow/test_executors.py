@@ -53,7 +53,7 @@ def test_an_exception_of_the_work_comes_through(pool):
 
 
 def test_a_killed_process_is_explained(pool):
-    with pytest.raises(PipelineError, match="worker process was killed.*lack of memory"):
+    with pytest.raises(PipelineError, match="worker process was killed.*memory ran out"):
         list(pool.map(die, range(3)))
 
 
