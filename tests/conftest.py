@@ -23,7 +23,7 @@ from dgmd_pipeline.settings import Settings, load, variable
 
 hypothesis.settings.register_profile("here", deadline=None)  # how long a test takes is not what it tests
 hypothesis.settings.load_profile("here")
-pytest_plugins = ["support.s3"]
+pytest_plugins = ["support.pipeline", "support.s3"]
 ROOT = Path(__file__).parent.parent
 COMMAND = f"'{sys.executable}' '{ROOT / 'pipeline.py'}'"  # for a shell
 CREDENTIALS = {

@@ -32,9 +32,6 @@ def load(named: Path | None = None) -> str | None:
         for section in config.sections():
             config.remove_section(section)
     config.set("core", "no_configure_logging", "true")
-    # A scheduler that does not answer is asked once for each event, and not three times in 90 s.
-    config.set("core", "rpc_retry_attempts", "1")
-    config.set("core", "rpc_connect_timeout", "5")
     return address
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from queue import Queue
 from typing import Any
 
+import luigi
 from luigi.rpc import RemoteScheduler, RPCError
 from luigi.scheduler import RUNNING, Scheduler
 
@@ -15,7 +16,17 @@ from dgmd_pipeline.formatting import redact
 log = logging.getLogger(__name__)
 REPORTED = ("add_worker", "add_task", "ping", "announce_scheduling_failure", "set_task_status_message",
     "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that tell what a run does
+CONNECT_TIMEOUT = 5.0  # seconds
 FLUSH_SECONDS = 5.0  # that the end of a run waits for the page to be up to date
+
+
+def _remote(url: str) -> RemoteScheduler:
+    config = luigi.configuration.get_config()
+    config.set("core", "rpc_retry_attempts", "1")  # Luigi's default is three, with 30 s between them
+    try:
+        return RemoteScheduler(url, connect_timeout=CONNECT_TIMEOUT)
+    finally:
+        config.remove_option("core", "rpc_retry_attempts")  # Luigi warns of options that no task reads
 
 
 class ReportingScheduler:
@@ -26,7 +37,7 @@ class ReportingScheduler:
 
     def __init__(self, local: Scheduler, url: str) -> None:
         self._local, self._url = local, url
-        self._remote = RemoteScheduler(url)
+        self._remote = _remote(url)
         self._calls: Queue[Callable[[], object] | None] = Queue()
         self._is_away = False
         self._thread = threading.Thread(target=self._send, daemon=True)

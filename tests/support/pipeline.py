@@ -1,13 +1,17 @@
 """Small runs of the whole pipeline for tests."""
 
 import contextlib
+import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
 
 import mlflow
-from conftest import ROOT, environment_with, picture
+import pytest
+from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 
 TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
 
@@ -40,3 +44,92 @@ def on_a_terminal(folder, *arguments, **variables):
     os.close(ours)
     assert process.wait() == 0
     return shown.decode().replace("\r\n", "\n").splitlines()
+
+
+STEPS = [
+    "raw", "inspected", "label_map", "balanced", "split", "tfrecord_training", "tfrecord_validation",
+    "trained_model", "evaluation", "registered_model",
+]  # fmt: skip
+
+
+def folders(data_dir):
+    """What tells whether a step was done again."""
+    return {step: (data_dir / step / "_SUCCESS").stat().st_mtime_ns for step in STEPS}
+
+
+def redone(before, data_dir):
+    return {step for step, inode in folders(data_dir).items() if before[step] != inode}
+
+
+@pytest.fixture(scope="module")
+def finished(s3_endpoint, mlflow_server, tmp_path_factory):
+    """A finished run, not to be changed: its folder, variables and result."""
+    import boto3
+
+    folder = tmp_path_factory.mktemp("finished")
+    variables = {
+        **TINY,
+        **CREDENTIALS,
+        "DATA_DIR": folder / "data",
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_DATA_BUCKET": "finished",
+        "AWS_DATA_PATH": "train/images",
+        "MODEL_NAME": "finished",
+        "MLFLOW_TRACKING_URI": mlflow_server.replace("//", "//me:pa55word@"),
+    }
+    client = boto3.client("s3", endpoint_url=s3_endpoint, aws_access_key_id="x", aws_secret_access_key="x")
+    client.create_bucket(Bucket="finished")
+    fill(client, "finished")
+    put = {
+        "cloves/broken.jpeg": picture("cloves", 0)[:100],
+        "cloves/copy of 1.png": picture("cloves", 1),
+        "cloves/../../outside.png": picture("cloves", 99),
+        "readme.txt": b"no label",
+        "nutmeg/lonely.png": picture("nutmeg", 1),
+    }
+    for name, content in put.items():
+        client.put_object(Bucket="finished", Key=f"train/images/{name}", Body=content)
+    client.put_object(Bucket="finished", Key="train/images-old/anise/old.png", Body=picture("anise", 1))
+    return folder / "data", variables, run_pipeline(folder, **variables)
+
+
+@pytest.fixture
+def data(finished, tmp_path):
+    """A copy of the finished run's folder, to be changed."""
+    original, variables, _ = finished
+    shutil.copytree(original, tmp_path / "data")
+    return tmp_path / "data", {**variables, "DATA_DIR": tmp_path / "data"}
+
+
+@pytest.fixture
+def live(bucket, s3_endpoint, tmp_path, finished, mlflow_server):
+    """A bucket of one's own with 3 x 10 pictures, and the variables for runs on it."""
+    name, client = bucket
+    fill(client, name)
+    variables = {
+        **TINY,
+        **CREDENTIALS,
+        "DATA_DIR": tmp_path / "data",
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_DATA_BUCKET": name,
+        "AWS_DATA_PATH": "train/images",
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "MODEL_NAME": name,
+    }
+    return name, client, variables
+
+
+def plan_of(folder, *arguments, **variables):
+    """The plan as `{step: (state, why)}`."""
+    result = run_pipeline(folder, "plan", "--json", *arguments, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {step["step"]: (step["state"], step["reason"]) for step in json.loads(result.stdout)["steps"]}
+
+
+TIMES = re.compile(r"  (\w+|the rest) +([\d,.]+) +(?:([\d,.]+) +)?(?:([\d,.]+) +)?(\d+) %$")
+
+
+def times_of(lines):
+    """The rows of the table of times as `{name: (seconds, share)}`."""
+    found = [match.groups() for line in lines if (match := TIMES.search(line))]
+    return {name: (float(seconds.replace(",", "")), int(share)) for name, seconds, _, _, share in found}

@@ -1,0 +1,118 @@
+"""Files of the step folders that were deleted, edited or damaged, and runs that were stopped."""
+
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import run_pipeline
+from support.pipeline import STEPS, folders, redone
+
+
+@pytest.mark.slow
+def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(data, tmp_path):
+    data_dir, variables = data
+    before = folders(data_dir)
+    shutil.rmtree(data_dir / "trained_model")
+    away = {"MLFLOW_TRACKING_URI": "http://me:pa55word@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1}
+    result = run_pipeline(tmp_path, **{**variables, **away})
+    assert result.returncode == 30, result.stdout + result.stderr
+    assert "warning: The MLflow server at http://127.0.0.1:9 cannot be reached" in result.stdout
+    assert "The training is kept; the next run only registers." in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "pa55word" not in result.stdout + result.stderr
+    trained = (data_dir / "trained_model").stat().st_ino
+    variables["MODEL_NAME"] = "later"
+    assert run_pipeline(tmp_path, **variables).returncode == 0
+    assert redone(before, data_dir) == {"trained_model", "evaluation", "registered_model"}
+    assert (data_dir / "trained_model").stat().st_ino == trained
+
+
+@pytest.mark.parametrize(
+    ("after", "sent"),
+    [
+        (" raw                  ...", signal.SIGTERM),
+        (" inspected            ...", signal.SIGINT),
+        (" trained_model        ...", signal.SIGTERM),
+        (" epoch 1/500", signal.SIGINT),
+        (" epoch 1/500", signal.SIGTERM),
+    ],
+)
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_well(finished, tmp_path, after, sent):
+    variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": "stopped"}
+    process = run_pipeline(tmp_path, start=True, **{**variables, "EPOCHS": 500, "PATIENCE": 500})
+    for line in process.stdout:
+        if after in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], output
+    assert "run the same command again to resume" in output
+    left = [path.name for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
+    assert set(left) <= ({".draft-raw"} if "raw" in after else {".draft-trained_model"} if "epoch" in after else set())
+    result = run_pipeline(tmp_path, "--until", "train", **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted([".lock", "status.json", *STEPS[:8]])
+    for step in STEPS[:7]:
+        for path in (finished[0] / step).rglob("*"):
+            if path.is_file() and path.name != "_SUCCESS":
+                again = tmp_path / "data" / path.relative_to(finished[0])
+                assert again.read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "step"),
+    [
+        ("raw/listing.csv", None, "inspect"),
+        ("inspected/images.csv", "path,label\n", "label"),
+        ("label_map/mapping.json", None, "train"),
+        ("balanced/images.csv", None, "split"),
+        ("balanced/class_weights.json", "{", "train"),
+        ("split/training.csv", "path,label,class_index,sha256,group\na,b\n", "convert"),
+    ],
+)
+def test_a_file_that_was_deleted_or_edited_inside_a_step_folder_is_named(data, tmp_path, file, content, step):
+    data_dir, variables = data
+    (data_dir / file).unlink()
+    if content is not None:
+        (data_dir / file).write_text(content)
+    result = run_pipeline(tmp_path, "--force", step, "--until", step, **variables)
+    assert result.returncode == 30, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert f"{data_dir / file}: " in result.stdout
+    assert f"delete the folder {data_dir / file.split('/')[0]} and run again" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_model_file_that_was_damaged_is_named(data, tmp_path):
+    data_dir, variables = data
+    (data_dir / "trained_model" / "model.keras").write_bytes(b"PK no model")
+    for step in ("evaluate", "register"):
+        result = run_pipeline(tmp_path, "--force", step, **{**variables, "MODEL_NAME": "damaged"})
+        assert result.returncode == 30
+        assert "Traceback" not in result.stdout + result.stderr
+        assert f"delete the folder {data_dir / 'trained_model'} and run again" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_training_whose_notes_are_damaged_begins_anew_and_an_embedded_store_that_is_gone_is_made_anew(data, tmp_path):
+    data_dir, variables = data
+    del variables["MLFLOW_TRACKING_URI"]
+    process = run_pipeline(tmp_path, "--force", "train", start=True, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    for line in process.stdout:
+        if " epoch 1/30" in line:
+            break
+    process.kill()
+    process.communicate()
+    (data_dir / ".draft-trained_model" / ".resume" / "training.npz").write_bytes(b"PK damaged")
+    result = run_pipeline(tmp_path, "--force", "train", **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Training starts again." in result.stdout
+    assert " epoch 1/30" in result.stdout
+    shutil.rmtree(data_dir / "mlflow")
+    result = run_pipeline(tmp_path, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mlflow/ is missing" in result.stdout
+    assert "finished version 1, non-production" in result.stdout
