@@ -183,7 +183,7 @@ class EvaluateModel(Step):
         production = partial(outputs.production, self.settings)
         network = resources.trained_model(self.context, inputs["trained"].path)
         counts = evaluate.evaluate(data, network, production, limits, serving_environment(), draft)
-        images, accuracy, f1 = counts["images"], counts["accuracy"], counts["f1"]
+        images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
         summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)
 
