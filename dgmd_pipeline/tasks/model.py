@@ -162,7 +162,7 @@ class EvaluateModel(Step):
         from dgmd_pipeline.evaluation import evaluate, gates
         from dgmd_pipeline.settings import serving_environment
 
-        paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)}
+        paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)[:-1]}
         records = {name: record for name, path in paths.items() if (record := read_record(path))}
         inputs = self.input()
         data = evaluate.EvaluationData(
