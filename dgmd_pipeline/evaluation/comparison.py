@@ -95,20 +95,8 @@ def compare(
     """
     truth = candidate.true_labels
     correct, production_correct = candidate.correct, production.correct
-    gained, lost = correct & ~production_correct, production_correct & ~correct
-    low, high = _interval(int(gained.sum()), int(lost.sum()), len(truth))
-    classes = [
-        ClassComparison(
-            label=str(label),
-            images=int(chosen.sum()),
-            recall=float(correct[chosen].mean()),
-            production_recall=float(production_correct[chosen].mean()),
-            gained=int(gained[chosen].sum()),
-            lost=int(lost[chosen].sum()),
-        )
-        for label in np.unique(truth)
-        for chosen in [truth == label]
-    ]
+    gained, lost = int((correct & ~production_correct).sum()), int((production_correct & ~correct).sum())
+    low, high = _interval(gained, lost, len(truth))
     return Comparison(
         version=version,
         run=run,
@@ -119,14 +107,29 @@ def compare(
         difference=float(correct.mean() - production_correct.mean()),
         low=low,
         high=high,
-        gained=int(gained.sum()),
-        lost=int(lost.sum()),
-        p=mid_p(int(gained.sum()), int(lost.sum())),
-        detection=detection(len(truth), int(gained.sum() + lost.sum())),
-        classes=classes,
+        gained=gained,
+        lost=lost,
+        p=mid_p(gained, lost),
+        detection=detection(len(truth), gained + lost),
+        classes=_compare_classes(truth, correct, production_correct),
         labels_only_candidate=sorted(set(candidate.labels) - set(production.labels)),
         labels_only_production=sorted(set(production.labels) - set(candidate.labels)),
     )
+
+
+def _compare_classes(truth: np.ndarray, correct: np.ndarray, production_correct: np.ndarray) -> list[ClassComparison]:
+    return [
+        ClassComparison(
+            label=str(label),
+            images=int(chosen.sum()),
+            recall=float(correct[chosen].mean()),
+            production_recall=float(production_correct[chosen].mean()),
+            gained=int((correct & ~production_correct)[chosen].sum()),
+            lost=int((production_correct & ~correct)[chosen].sum()),
+        )
+        for label in np.unique(truth)
+        for chosen in [truth == label]
+    ]
 
 
 def mid_p(gained: int, lost: int) -> float:

@@ -1,8 +1,8 @@
 """Stored features and given labels -> the images whose label is probably wrong.
 
-A linear head that was trained without an image and its near-duplicates predicts its label. The images with another
-predicted label than the given one are ranked by the probability of the given label, lowest first ("self-confidence" in
-Northcutt, Jiang and Chuang, "Confident Learning", JAIR 2021).
+For each image, a linear head predicts the label. The head was trained without the image and its near-duplicates. Images
+whose predicted label is not the given one are ranked by the probability of the given label, lowest first
+("self-confidence" in Northcutt, Jiang and Chuang, "Confident Learning", JAIR 2021).
 """
 
 import copy
