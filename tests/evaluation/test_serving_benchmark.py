@@ -1,5 +1,6 @@
 """Real models, in real processes where the process matters."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -102,6 +103,25 @@ def test_other_predictions_are_noticed_and_nothing_else_is_measured_without_othe
     found = serving_benchmark.benchmark(InThisProcess(), large, IMAGES, recorded_of_small, tmp_path)
     assert not found.predictions_equal and found.largest_difference > serving_benchmark.TOLERANCE
     assert (found.production, found.served) == (None, None)
+
+
+def test_a_process_that_dies_of_the_original_files_has_answered_before(saved, tmp_path, monkeypatch):
+    def die(*_):
+        raise MemoryError
+
+    class Dying(InThisProcess):
+        returncode = -9
+
+        def communicate(self, request, timeout):
+            with contextlib.suppress(MemoryError):
+                super().communicate(request, timeout)
+            return b"", b""
+
+    monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
+    monkeypatch.setattr(serving_benchmark, "_predict_originals", die)
+    originals = Originals([tmp_path / "large.png"], np.zeros((1, 3)))
+    found = serving_benchmark.benchmark(Dying(), saved[0], IMAGES, saved[2], tmp_path, originals=originals)
+    assert found.predictions_equal and found.served is None
 
 
 def test_json_values_are_read_again_and_keep_their_keys(measured):
