@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks import __main__ as bench
 from dgmd_pipeline.evaluation import metrics
+from dgmd_pipeline.evaluation.predictions import Predictions
 
 QUALITY = Path(__file__).with_name("QUALITY.md")
 BEFORE = Path(__file__).with_name("quality_before.json")
@@ -62,7 +63,7 @@ class Found:
 
 def figures(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Measure answers (float [n, classes]) as the pipeline's evaluation does; return METRICS, 0 to 1 and nats."""
-    overall = metrics.measure(probabilities, truth, names, [""] * len(truth)).overall
+    overall = metrics.measure(Predictions(probabilities, truth, names, [""] * len(truth))).overall
     return {name: round(overall[name], 5) for name in METRICS}
 
 

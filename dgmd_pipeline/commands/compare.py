@@ -11,39 +11,58 @@ from dgmd_pipeline.evaluation import gates as evaluation_gates
 from dgmd_pipeline.tasks import outputs
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.review import Review
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
-    """Compare two versions on the validation pictures in DATA_DIR that neither was trained on."""
+    """Compare two versions on the validation images in DATA_DIR that neither was trained on."""
     from dgmd_pipeline.evaluation import review
     from dgmd_pipeline.training import runtime
 
     store, found = commands_models.registered_versions(values)
     entries = [commands_models.select_version(found, word, values.model_name) for word in (one, other)]
-    pictures = outputs.validation_images(values)
-    if pictures is None:
+    images = outputs.validation_images(values)
+    if images is None:
         raise NoUsableInput(
-            f"There are no validation records in {values.data_dir}: give the command where the pipeline runs."
+            f"There are no validation records in {values.data_dir}: run the command where the pipeline runs."
         )
     with output.temporary_folder() as folder:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         runtime.start_tensorflow()
-        here, there = (
+        first, second = (
             outputs.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
-        here = here._replace(probabilities=review.predictions(here, pictures))
-        known = review.review(here, there, pictures, folder, settings.serving_environment())
-    if known.comparison is None:
-        raise PipelineError(known.missing)
+        first = first._replace(probabilities=review.predict(first, images))
+        reviewed = review.review(first, second, images, folder, settings.serving_environment())
+    if reviewed.comparison is None:
+        raise PipelineError(reviewed.comparison_error)
     if as_json:
-        output.print_json(
-            {"version": entries[0].version, "comparison": known.comparison, "assessment": known.assessment}
-        )
+        output.print_json({"version": entries[0].version, **_as_json(reviewed)})
         return
-    gates = evaluation_gates.check_gates(
-        *known, evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    )
-    output.print_review(values.model_name, entries[0], entries[1].version, known, gates)
+    limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
+    gates = evaluation_gates.check_gates(reviewed, limits)
+    output.print_review(values.model_name, entries[0], entries[1].version, reviewed, gates)
+
+
+def _as_json(reviewed: "Review") -> dict[str, object]:
+    """Return both parts of a review as JSON values. The second version need not be production, so it is `other`."""
+    from dgmd_pipeline.evaluation import comparison, serving_benchmark
+
+    compared, benchmark = reviewed.comparison, reviewed.serving_benchmark
+    return {
+        "comparison": _neutral(comparison.to_json(compared)) if compared else None,
+        "assessment": _neutral(serving_benchmark.to_json(benchmark)) if benchmark else None,
+    }
+
+
+def _neutral(value: object) -> object:
+    """Rename the keys that begin with `production_`: `production_accuracy` becomes `other_accuracy`."""
+    if isinstance(value, dict):
+        return {
+            f"other_{name.removeprefix('production_')}" if name.startswith("production_") else name: _neutral(item)
+            for name, item in value.items()
+        }
+    return [_neutral(item) for item in value] if isinstance(value, list) else value

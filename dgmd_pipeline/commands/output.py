@@ -18,7 +18,9 @@ from dgmd_pipeline.registry import versions
 if TYPE_CHECKING:
     import keras
 
+    from dgmd_pipeline.evaluation.comparison import Comparison
     from dgmd_pipeline.evaluation.review import Review
+    from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 
 log = logging.getLogger(__name__)
 
@@ -38,46 +40,64 @@ def load_network(path: Path, name: str, entry: versions.Entry) -> "keras.Model":
 
 
 def print_review(
-    name: str, entry: versions.Entry, other: int | None, known: "Review", gates: Sequence[gates.Gate]
+    name: str, entry: versions.Entry, other: int | None, review: "Review", gates: Sequence[gates.Gate]
 ) -> None:
-    """Print what is known of a version beside another."""
-    rows: list[Sequence[str]] = [("", f"version {entry.version}", f"version {other}" if other else "", "")]
-    if found := known.comparison:
-        interval = f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
-        rows.append((
-            "accuracy", f"{found['accuracy']:.4f}", f"{found['production_accuracy']:.4f}",
-            f"{100 * found['difference']:+.1f} points ({interval})",
-        ))  # fmt: skip
-        rows.append(("images", f"{found['images']:,}", "", f"{found['gained']:,} gained, {found['lost']:,} lost"))
-    else:
-        rows.append(("accuracy", entry.tags.get("dgmd.validation_accuracy", ""), "", ""))
-    if tried := known.assessment:
-        timed = tried.get("latency_ratio")
-        rows.append((
-            "one picture", f"{tried['latency_p50_ms']:.0f} ms",
-            f"{tried['production_latency_p50_ms']:.0f} ms" if timed else "", f"{timed:.2f} times" if timed else "",
-        ))  # fmt: skip
-        rows.append((
-            "size", format_bytes(tried["bytes"]), format_bytes(tried["production_bytes"]) if timed else "",
-            f"{tried['size_ratio']:.2f} times" if timed else "",
-        ))  # fmt: skip
-        rows.append(("memory", format_bytes(tried["peak_memory_bytes"]), "", ""))
-        rows.append(("load", f"{tried['load_seconds']:.1f} s", "", ""))
+    """Print a version's comparison with another, its serving benchmark and the gates."""
+    comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")
-    print_table(rows)
-    for row in (found or {}).get("classes", ()):
-        if row["gained"] or row["lost"]:
-            print(
-                f"  {row['label']}: {row['production_recall']:.0%} -> {row['recall']:.0%} of {row['images']:,} "
-                f"({row['gained']:,} gained, {row['lost']:,} lost)"
-            )
-    for kind in ("here", "there"):
-        if labels := (found or {}).get(f"labels_only_{kind}"):
-            version = entry.version if kind == "here" else other
-            print(f"  only version {version} knows: {', '.join(labels)}")
+    print_table([
+        ("", f"version {entry.version}", f"version {other}" if other else "", ""),
+        *_accuracy_rows(comparison, entry.tags.get("dgmd.validation_accuracy", "")),
+        *_benchmark_rows(review.serving_benchmark),
+    ])  # fmt: skip
+    if comparison:
+        _print_labels(comparison, entry.version, other)
     for gate in gates:
         state = {True: "holds", False: "FAILS", None: "-"}[gate.passed]
         print(f"  {gate.name:11} {state:6} {gate.text}")
+
+
+def _accuracy_rows(comparison: "Comparison | None", accuracy: str) -> list[Sequence[str]]:
+    if comparison is None:
+        return [("accuracy", accuracy, "", "")]
+    interval = f"{100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}"
+    return [
+        (
+            "accuracy", f"{comparison.accuracy:.4f}", f"{comparison.production_accuracy:.4f}",
+            f"{100 * comparison.difference:+.1f} points ({interval})",
+        ),
+        ("images", f"{comparison.images:,}", "", f"{comparison.gained:,} gained, {comparison.lost:,} lost"),
+    ]  # fmt: skip
+
+
+def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]:
+    if benchmark is None:
+        return []
+    latency, size = ["", ""], ["", ""]
+    if other := benchmark.production:
+        latency = [f"{other.latency_p50_ms:.0f} ms", f"{other.latency_ratio:.2f} times"]
+        size = [format_bytes(other.bytes), f"{other.size_ratio:.2f} times"]
+    return [
+        ("one image", f"{benchmark.latency_p50_ms:.0f} ms", *latency),
+        ("size", format_bytes(benchmark.bytes), *size),
+        ("memory", format_bytes(benchmark.peak_memory_bytes), "", ""),
+        ("load", f"{benchmark.load_seconds:.1f} s", "", ""),
+    ]
+
+
+def _print_labels(comparison: "Comparison", version: int, other: int | None) -> None:
+    for row in comparison.classes:
+        if row.gained or row.lost:
+            print(
+                f"  {row.label}: {row.production_recall:.0%} -> {row.recall:.0%} of {row.images:,} "
+                f"({row.gained:,} gained, {row.lost:,} lost)"
+            )
+    for known_to, labels in (
+        (version, comparison.labels_only_candidate),
+        (other, comparison.labels_only_production),
+    ):
+        if labels:
+            print(f"  only version {known_to} knows: {', '.join(labels)}")
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -1,6 +1,7 @@
 """The commands `promote` and `rollback`."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         former = next((each for each in found if each.version == now), None)
         known = _reviewed(values, store, entry, candidate, former, folder)
     limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    gates = evaluation_gates.check_gates(*known, limits)
+    gates = evaluation_gates.check_gates(known, limits)
     if not as_json:
         output.print_review(values.model_name, entry, now, known, gates)
     closed = [gate for gate in gates if gate.passed is False]
@@ -128,33 +129,51 @@ def _reviewed(
     now: versions.Entry | None,
     folder: Path,
 ) -> "Review":
-    """Return what the version's run found out; anew where production is another by now, or something is missing."""
+    """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
     from dgmd_pipeline.evaluation import review
 
     name = names.EVALUATION
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
         if versions.artifact(store, entry, f"{name}/{file}", folder) is None:
-            return review.Review(None, "", None, f"The run of version {entry.version} holds no {name}/{file}.")
-    known = review.read(folder / name)
-    if now is None or (known.comparison or {}).get("run") != now.run_id:
-        of_another = ("latency_ratio", "production_latency_p50_ms", "production_bytes", "size_ratio")
-        alone = known.assessment and {key: value for key, value in known.assessment.items() if key not in of_another}
-        earlier = f"version {known.comparison['version']}" if known.comparison else "no version"
-        missing = now and (
+            return review.Review(None, "", None, f"The run of version {entry.version} has no {name}/{file}.")
+    recorded = _recorded_review(values, entry, now, folder / name)
+    complete = recorded.serving_benchmark and not recorded.comparison_error
+    images = None if complete else outputs.validation_images(values)
+    if images is None:
+        return recorded
+    log.info(
+        "%s ...",
+        f"Production is version {now.version}: comparing" if now else "Benchmarking the model in a clean process",
+    )
+    try:
+        production = outputs.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
+        found = review.review(candidate, production, images, folder, settings.serving_environment())
+    except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
+        return recorded._replace(comparison_error=str(error))
+    if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself
+        benchmark = replace(
+            found.serving_benchmark,
+            predictions_equal=recorded.serving_benchmark.predictions_equal,
+            largest_difference=recorded.serving_benchmark.largest_difference,
+        )
+        found = found._replace(serving_benchmark=benchmark)
+    return found
+
+
+def _recorded_review(values: "Settings", entry: versions.Entry, now: versions.Entry | None, folder: Path) -> "Review":
+    """Return the review in `folder`, without the comparison if that is not with today's production."""
+    from dgmd_pipeline.evaluation import review
+
+    recorded = review.read(folder)
+    compared_with = recorded.comparison.run if recorded.comparison else None
+    if now is not None and compared_with == now.run_id:
+        return recorded
+    error = ""
+    if now:
+        earlier = f"version {recorded.comparison.version}" if recorded.comparison else "no version"
+        error = (
             f"Version {entry.version} was compared with {earlier}, production is version {now.version}, and there are "
             f"no validation records in {values.data_dir} to compare them on."
         )
-        known = review.Review(None, missing or "", alone, known.untried)
-    pictures = None if known.assessment and not known.missing else outputs.validation_images(values)
-    if pictures is None:
-        return known
-    log.info("%s ...", f"Production is version {now.version}: comparing" if now else "Trying the model in a process")
-    try:
-        there = outputs.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
-        found = review.review(candidate, there, pictures, folder, settings.serving_environment())
-    except PipelineError as error:  # production is an older pipeline's, say; --force replaces it
-        return known._replace(missing=str(error))
-    if found.assessment and known.assessment:  # what was measured against the training itself stays true
-        kept = {name: known.assessment[name] for name in ("predictions_equal", "largest_difference")}
-        found = found._replace(assessment=found.assessment | kept)
-    return found
+    benchmark = recorded.serving_benchmark and replace(recorded.serving_benchmark, production=None)
+    return review.Review(None, error, benchmark, recorded.benchmark_error)

@@ -1,117 +1,177 @@
-"""Two models' probabilities for the same pictures -> which is better, and how sure that is; and what stands in the way.
+"""Two models' predictions for the same images -> which one is better, how certain that is, and what could be detected.
 
-Models are compared by the names of their labels: indexes may differ.
+Labels are compared by name: the class indexes of the two models may differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from dgmd_pipeline.evaluation.predictions import Predictions
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements/leaks.md
-LEAST_DISCORDANT = 10  # images that only one version gets right, for their share to be used instead
-LOSS = 0.03  # of accuracy, whose detection is reported
-SURE = 0.8  # probability of detection, the usual choice for the power of a test
+MIN_DISCORDANT = 10  # images that only one version gets right; with fewer, DISAGREEMENT replaces their share
+LOSS = 0.03  # of accuracy; the report gives the probability of detecting it
+POWER = 0.8  # probability of detection, the usual choice for the power of a test
+# Field of `Comparison` -> its key in comparison.json.
+JSON_KEYS = {"labels_only_candidate": "labels_only_here", "labels_only_production": "labels_only_there"}
+
+
+@dataclass(frozen=True)
+class ClassComparison:
+    """How the two models recognise the images of one true label."""
+
+    label: str
+    images: int  # at least 1
+    recall: float  # of the candidate, 0 to 1
+    production_recall: float
+    gained: int  # images that only the candidate gets right
+    lost: int  # images that only production gets right
+
+    @property
+    def change(self) -> float:
+        """Return the candidate's recall minus production's."""
+        return self.recall - self.production_recall
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What loss of accuracy a comparison on these images can detect."""
+
+    disagreement: float  # share of images that only one of the two models gets right, 0 to 1
+    assumed: bool  # whether `disagreement` is DISAGREEMENT, and not observed
+    loss: float  # LOSS
+    probability: float  # that a true loss of `loss` is found to be significant
+    detectable_loss: float | None  # the true loss that is found with probability POWER; None if there is none
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate compared with production on the same images. Shares are 0 to 1."""
+
+    version: int | None  # of production
+    run: str  # that made it
+    left_out: int  # images that one of the two models was trained on
+    images: int
+    accuracy: float
+    production_accuracy: float
+    difference: float  # accuracy - production_accuracy
+    low: float  # of the difference's 95 % interval
+    high: float
+    gained: int  # images that only the candidate gets right
+    lost: int  # images that only production gets right
+    p: float  # p-value of the difference, see `mid_p`
+    detection: Detection
+    classes: list[ClassComparison]  # for each true label, by name
+    labels_only_candidate: list[str]  # labels that only the candidate knows
+    labels_only_production: list[str]
+
+    @property
+    def is_worse(self) -> bool:
+        """Return whether the candidate's accuracy is significantly lower than production's."""
+        # With few images the bootstrap alone is overconfident: four lost and none gained would be enough.
+        return self.high < 0 and self.p < 1 - CONFIDENCE
+
+    @property
+    def is_better(self) -> bool:
+        """Return whether the candidate's accuracy is significantly higher than production's."""
+        return self.low > 0 and self.p < 1 - CONFIDENCE
 
 
 def compare(
-    here: np.ndarray,
-    there: np.ndarray,
-    truth: Sequence[str],
-    labels_here: Sequence[str],
-    labels_there: Sequence[str],
-) -> dict[str, Any]:
-    """Compare a candidate (`here`) with production (`there`) on the same n pictures.
+    candidate: Predictions, production: Predictions, version: int | None = None, run: str = "", left_out: int = 0
+) -> Comparison:
+    """Compare a candidate's and production's predictions for the same images, in the same order.
 
-    `here` is float [n, len(labels_here)], `there` float [n, len(labels_there)], `truth` the n true labels, all of them
-    among both models' labels. A model that names a label which only it knows is wrong.
+    Both know all true labels. A model that predicts a label which only it knows is wrong. `version` and `run` identify
+    production, and `left_out` counts the images that were not compared; they are passed on.
 
-    Returns plain values for JSON: images; accuracy and production_accuracy; difference (candidate - production) with
-    low and high, its 95 % interval by the paired bootstrap (Efron and Tibshirani 1993, chapter 13: 10,000 resamples of
-    the pictures); gained and lost, the pictures that only the one or only the other gets right, and p, of `mid_p`;
-    `detection`, what `detection` returns; `classes`, a row for each true label with images, recall, production_recall,
-    gained and lost; labels_only_here and labels_only_there.
+    The interval of the difference is a paired bootstrap with 10,000 resamples of the images (Efron and Tibshirani, "An
+    Introduction to the Bootstrap", 1993, chapter 13).
     """
-    actual = np.array(truth)
-    right = np.array(labels_here)[here.argmax(axis=1)] == actual
-    production_right = np.array(labels_there)[there.argmax(axis=1)] == actual
-    won, lost = right & ~production_right, production_right & ~right
-    low, high = _interval(int(won.sum()), int(lost.sum()), len(actual))
-    classes = [
-        {
-            "label": str(label),
-            "images": int(chosen.sum()),
-            "recall": float(right[chosen].mean()),
-            "production_recall": float(production_right[chosen].mean()),
-            "gained": int(won[chosen].sum()),
-            "lost": int(lost[chosen].sum()),
-        }
-        for label in np.unique(actual)
-        for chosen in [actual == label]
+    truth = candidate.true_labels
+    correct, production_correct = candidate.correct, production.correct
+    gained, lost = int((correct & ~production_correct).sum()), int((production_correct & ~correct).sum())
+    low, high = _interval(gained, lost, len(truth))
+    return Comparison(
+        version=version,
+        run=run,
+        left_out=left_out,
+        images=len(truth),
+        accuracy=float(correct.mean()),
+        production_accuracy=float(production_correct.mean()),
+        difference=float(correct.mean() - production_correct.mean()),
+        low=low,
+        high=high,
+        gained=gained,
+        lost=lost,
+        p=mid_p(gained, lost),
+        detection=detection(len(truth), gained + lost),
+        classes=_compare_classes(truth, correct, production_correct),
+        labels_only_candidate=sorted(set(candidate.labels) - set(production.labels)),
+        labels_only_production=sorted(set(production.labels) - set(candidate.labels)),
+    )
+
+
+def _compare_classes(truth: np.ndarray, correct: np.ndarray, production_correct: np.ndarray) -> list[ClassComparison]:
+    return [
+        ClassComparison(
+            label=str(label),
+            images=int(chosen.sum()),
+            recall=float(correct[chosen].mean()),
+            production_recall=float(production_correct[chosen].mean()),
+            gained=int((correct & ~production_correct)[chosen].sum()),
+            lost=int((production_correct & ~correct)[chosen].sum()),
+        )
+        for label in np.unique(truth)
+        for chosen in [truth == label]
     ]
-    return {
-        "images": len(actual),
-        "accuracy": float(right.mean()),
-        "production_accuracy": float(production_right.mean()),
-        "difference": float(right.mean() - production_right.mean()),
-        "low": low,
-        "high": high,
-        "gained": int(won.sum()),
-        "lost": int(lost.sum()),
-        "p": mid_p(int(won.sum()), int(lost.sum())),
-        "detection": detection(len(actual), int(won.sum() + lost.sum())),
-        "classes": classes,
-        "labels_only_here": sorted(set(labels_here) - set(labels_there)),
-        "labels_only_there": sorted(set(labels_there) - set(labels_here)),
-    }
 
 
 def mid_p(gained: int, lost: int) -> float:
-    """Return the p-value (0 to 1) of McNemar's mid-p test of whether gains and losses differ by more than chance.
+    """Return the p-value (0 to 1) of McNemar's mid-p test for gains and losses that differ by more than chance.
 
     Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
-    Methodology 13:91, 2013. The exact test rejects much less often than its level says, and so misses real losses.
+    Methodology 13:91, 2013. The exact test rejects much less often than its level allows, so it misses real losses.
     """
     from scipy.stats import binom
 
-    images, most = gained + lost, max(gained, lost)
+    images, larger = gained + lost, max(gained, lost)
     if gained == lost:
-        return 1.0  # the formula below gives less than 1 here; the source says 1 - P(gained) / 2, which decides nothing
-    return float(2 * binom.sf(most, images, 0.5) + binom.pmf(most, images, 0.5))
+        return 1.0  # the formula below gives less than 1; the source has 1 - P(gained) / 2: neither is significant
+    return float(2 * binom.sf(larger, images, 0.5) + binom.pmf(larger, images, 0.5))
 
 
-def detection(images: int, discordant: int | None = None) -> dict[str, Any]:
-    """Return what loss of accuracy the validation images can show at all.
+def detection(images: int, discordant: int | None = None) -> Detection:
+    """Return what loss of accuracy a comparison on `images` images can detect.
 
-    `discordant` is how many of the n `images` only one of two versions gets right; None where nothing was compared.
-
-    Returns plain values for JSON: `disagreement`, the share of such images that is reckoned with, and whether it is
-    `assumed` (DISAGREEMENT) or observed (from LEAST_DISCORDANT images on); `probability`, that a true `loss` (LOSS) is
-    found to be significant; `detectable_loss`, the true loss for which that probability is SURE; None where none is.
+    `discordant` is the number of images that only one of the two models gets right; None if nothing was compared.
     """
-    assumed = discordant is None or discordant < LEAST_DISCORDANT
+    assumed = discordant is None or discordant < MIN_DISCORDANT
     share = DISAGREEMENT if discordant is None or assumed else discordant / images
     low, high = 0.0, 1.0
     while high - low > 0.0005:
         middle = (low + high) / 2
-        low, high = (low, middle) if power(images, middle, share) >= SURE else (middle, high)
-    return {
-        "disagreement": share,
-        "assumed": assumed,
-        "loss": LOSS,
-        "probability": power(images, LOSS, share),
-        "detectable_loss": high if power(images, high, share) >= SURE else None,
-    }
+        low, high = (low, middle) if power(images, middle, share) >= POWER else (middle, high)
+    return Detection(
+        disagreement=share,
+        assumed=assumed,
+        loss=LOSS,
+        probability=power(images, LOSS, share),
+        detectable_loss=high if power(images, high, share) >= POWER else None,
+    )
 
 
 def power(images: int, loss: float, disagreement: float) -> float:
-    """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant on so many images.
+    """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
-    Exact: the number of images that only one version gets right is binomial (`images`, `disagreement`), and of these
-    the number of lost ones. Where the loss is larger than the disagreement, every disagreement is a loss. `is_worse`
-    also asks for the bootstrap's interval, which lowers the probability by at most 3 points:
+    The value is exact: the number of images that only one version gets right is binomial (`images`, `disagreement`),
+    and so is the number of lost ones among them. If `loss` exceeds `disagreement`, every disagreement is a loss.
+    `Comparison.is_worse` also needs the bootstrap interval, which lowers the probability by at most 3 points:
     docs/measurements/leaks.md.
     """
     from scipy.stats import binom
@@ -119,38 +179,47 @@ def power(images: int, loss: float, disagreement: float) -> float:
     disagreement = max(disagreement, loss)
     if not disagreement:
         return 0.0
-    least, most = binom.interval(1 - 1e-9, images, disagreement)
-    discordant = np.arange(max(least, 1), most + 1)
+    first, last = binom.interval(1 - 1e-9, images, disagreement)
+    discordant = np.arange(max(first, 1), last + 1)
     start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses is this or a neighbour
-    needed = np.select([_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1])
+    needed = np.select(
+        [_is_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1]
+    )
     found = binom.sf(needed - 1, discordant, 0.5 + loss / (2 * disagreement)) * (needed > 0)
     return float((binom.pmf(discordant, images, disagreement) * found).sum())
 
 
-def _significant(lost: np.ndarray, discordant: np.ndarray) -> np.ndarray:
+def _is_significant(lost: np.ndarray, discordant: np.ndarray) -> np.ndarray:
     from scipy.stats import binom
 
     tail = 2 * binom.sf(lost, discordant, 0.5) + binom.pmf(lost, discordant, 0.5)
     return (tail < 1 - CONFIDENCE) & (2 * lost > discordant) & (lost <= discordant)
 
 
-def _interval(won: int, lost: int, images: int) -> tuple[float, float]:
-    """Return the percentile interval of (won - lost) / images.
+def _interval(gained: int, lost: int, images: int) -> tuple[float, float]:
+    """Return the percentile interval of (gained - lost) / images.
 
-    A picture counts 1, -1 or 0, so resampling pictures is drawing from a multinomial distribution.
+    An image counts 1, -1 or 0, so a resample of the images is a draw from a multinomial distribution.
     """
-    random = np.random.default_rng(0)  # the same figures give the same interval
-    draws = random.multinomial(images, np.array([won, lost, images - won - lost]) / images, size=RESAMPLES)
+    random = np.random.default_rng(0)  # the same counts give the same interval
+    draws = random.multinomial(images, np.array([gained, lost, images - gained - lost]) / images, size=RESAMPLES)
     edges = np.quantile((draws[:, 0] - draws[:, 1]) / images, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(edges[0]), float(edges[1])
 
 
-def is_worse(comparison: Mapping[str, Any]) -> bool:
-    """Whether the candidate's accuracy is lower than production's by more than chance, by what `compare` returns."""
-    # Of few pictures the bootstrap alone is too sure of itself: four that are lost and none gained would do.
-    return comparison["high"] < 0 and comparison["p"] < 1 - CONFIDENCE
+def to_json(comparison: Comparison) -> dict[str, object]:
+    """Return a comparison as the values of comparison.json."""
+    return {JSON_KEYS.get(name, name): value for name, value in asdict(comparison).items()}
 
 
-def is_better(comparison: Mapping[str, Any]) -> bool:
-    """Whether it is higher by more than chance."""
-    return comparison["low"] > 0 and comparison["p"] < 1 - CONFIDENCE
+def from_json(values: Mapping[str, Any]) -> Comparison:
+    """Return the comparison in the values of comparison.json. Raises KeyError or TypeError if they hold none.
+
+    A version in the registry may come from an older pipeline, which recorded neither `run` nor `detection`.
+    """
+    recorded = {"run": "", "detection": None, **values}
+    found = {field.name: recorded[JSON_KEYS.get(field.name, field.name)] for field in fields(Comparison)}
+    known = found["detection"]
+    found["detection"] = Detection(**known) if known else detection(found["images"], found["gained"] + found["lost"])
+    found["classes"] = [ClassComparison(**row) for row in found["classes"]]
+    return Comparison(**found)

@@ -1,92 +1,87 @@
-"""A comparison and a serving benchmark -> the conditions for production."""
+"""A review of a candidate -> whether it may be promoted: the gates and their results."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dgmd_pipeline.evaluation import comparison as evaluation_comparison
+if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.comparison import Comparison
+    from dgmd_pipeline.evaluation.review import Review
 
-NOTHING = "There is no production version to compare with."
-MIN_CLASS_IMAGES = 3  # of a class, for its loss to count
+NO_PRODUCTION = "There is no production version to compare with."
+MIN_CLASS_IMAGES = 3  # the recall of a class with fewer images is not checked
 
 
 class Gate(NamedTuple):
-    """A condition for production."""
+    """A condition for promotion and its result."""
 
     name: str
     passed: bool | None  # None: it does not apply
-    text: str  # the figures, in words
+    text: str  # the figures, as a sentence
 
 
 class Limits(NamedTuple):
-    """What a candidate may lose against production."""
+    """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # of a class's recall, 0 to 1
-    max_latency_ratio: float  # of the median time for one picture
-
-
-def check_gates(
-    comparison: Mapping[str, Any] | None,
-    missing: str,
-    assessment: Mapping[str, Any] | None,
-    untried: str,
-    limits: Limits,
-) -> list[Gate]:
-    """Return what has to hold for production: with figures from `compare` and from `assessment.assess`.
-
-    Each is None where it could not be made, `missing` and `untried` say why; or where, with `missing` empty, there is
-    no production to compare with.
-    """
-    return [
-        _assessed(missing, assessment, untried),
-        *_as_good(comparison, missing, limits),
-        _as_fast(missing, assessment, untried, limits),
-    ]
+    max_class_drop: float  # of the recall of a class, 0 to 1
+    max_latency_ratio: float  # candidate's median latency for one image over production's
 
 
-def _assessed(missing: str, assessment: Mapping[str, Any] | None, untried: str) -> Gate:
-    if assessment is None or missing:
-        return Gate("assessment", False, " ".join(filter(None, [untried, missing])))
-    if not assessment["predictions_equal"]:
+def check_gates(review: "Review", limits: Limits) -> list[Gate]:
+    """Return the result of every gate. Gates that need production do not apply if there is none."""
+    return [_assessment(review), *_accuracy(review, limits), _latency(review, limits)]
+
+
+def _assessment(review: "Review") -> Gate:
+    benchmark = review.serving_benchmark
+    if benchmark is None or review.comparison_error:
+        return Gate("assessment", False, " ".join(filter(None, [review.benchmark_error, review.comparison_error])))
+    if not benchmark.predictions_equal:
         return Gate(
             "assessment",
             False,
-            "In a clean process the saved model predicts something else than before: probabilities differ by up to "
-            f"{assessment['largest_difference']:.2g}.",
+            "In a clean process the saved model's predictions differ from those in training: probabilities differ by "
+            f"up to {benchmark.largest_difference:.2g}.",
         )
-    return Gate("assessment", True, "The saved model loads in a clean process and predicts the same there.")
+    return Gate("assessment", True, "The saved model loads in a clean process and makes the same predictions there.")
 
 
-def _as_good(comparison: Mapping[str, Any] | None, missing: str, limits: Limits) -> list[Gate]:
+def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
+    comparison = review.comparison
     if comparison is None:
-        why = "It has not been compared with production." if missing else NOTHING
+        why = "The version was not compared with production." if review.comparison_error else NO_PRODUCTION
         return [Gate(name, None, why) for name in ("accuracy", "classes")]
-    version, images = comparison["version"], comparison["images"]
-    worse = evaluation_comparison.is_worse(comparison)
     accuracy = Gate(
         "accuracy",
-        not worse,
-        f"{'Significantly worse' if worse else 'Not significantly worse'} than version {version}: "
-        f"{100 * comparison['difference']:+.1f} points (95 % interval {100 * comparison['low']:+.1f} to "
-        f"{100 * comparison['high']:+.1f}, p {comparison['p']:.2g}) on {images:,} images.",
+        not comparison.is_worse,
+        f"{'Significantly worse' if comparison.is_worse else 'Not significantly worse'} than version "
+        f"{comparison.version}: {100 * comparison.difference:+.1f} points (95 % interval {100 * comparison.low:+.1f} "
+        f"to {100 * comparison.high:+.1f}, p {comparison.p:.2g}) on {comparison.images:,} images.",
     )
-    fallen = [
-        f"{row['label']} {row['production_recall']:.0%} to {row['recall']:.0%} of {row['images']:,}"
-        for row in comparison["classes"]
-        if row["images"] >= MIN_CLASS_IMAGES and row["production_recall"] - row["recall"] > limits.max_class_drop + 1e-9
+    return [accuracy, _classes(comparison, limits.max_class_drop)]
+
+
+def _classes(comparison: "Comparison", max_drop: float) -> Gate:
+    dropped = [
+        f"{row.label} {row.production_recall:.0%} to {row.recall:.0%} of {row.images:,}"
+        for row in comparison.classes
+        if row.images >= MIN_CLASS_IMAGES and -row.change > max_drop + 1e-9
     ]
-    text = f"No class loses more than {limits.max_class_drop:.0%} of its images against version {version}."
-    if fallen:
-        text = f"Classes that lose more than {limits.max_class_drop:.0%} of their images: {'; '.join(fallen)}."
-    return [accuracy, Gate("classes", not fallen, text)]
+    if dropped:
+        return Gate(
+            "classes", False, f"Classes that lose more than {max_drop:.0%} of their images: {'; '.join(dropped)}."
+        )
+    text = f"No class loses more than {max_drop:.0%} of its images compared with version {comparison.version}."
+    return Gate("classes", True, text)
 
 
-def _as_fast(missing: str, assessment: Mapping[str, Any] | None, untried: str, limits: Limits) -> Gate:
-    ratio = assessment and assessment.get("latency_ratio")
-    if not ratio:
-        return Gate("latency", None, "It has not been timed beside production." if missing or untried else NOTHING)
+def _latency(review: "Review", limits: Limits) -> Gate:
+    production = review.serving_benchmark and review.serving_benchmark.production
+    if not production:
+        missing = review.comparison_error or review.benchmark_error
+        text = "The latency was not measured beside production's." if missing else NO_PRODUCTION
+        return Gate("latency", None, text)
     return Gate(
         "latency",
-        ratio <= limits.max_latency_ratio,
-        f"One picture takes {ratio:.2f} times as long as with the other model; up to {limits.max_latency_ratio:g} is "
-        "allowed.",
+        production.latency_ratio <= limits.max_latency_ratio,
+        f"One image takes {production.latency_ratio:.2f} times as long as with the other model; the limit is "
+        f"{limits.max_latency_ratio:g}.",
     )

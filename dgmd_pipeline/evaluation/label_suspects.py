@@ -1,8 +1,8 @@
 """Stored features and given labels -> the images whose label is probably wrong.
 
-Each image is judged by a linear head that was trained without it and without its near-duplicates. The images that get
-another label are ranked by the probability of the label they have, the lowest first ("self-confidence" in Northcutt,
-Jiang and Chuang, "Confident Learning", JAIR 2021).
+For each image, a linear head predicts the label. The head was trained without the image and its near-duplicates. Images
+whose predicted label is not the given one are ranked by the probability of the given label, lowest first
+("self-confidence" in Northcutt, Jiang and Chuang, "Confident Learning", JAIR 2021).
 """
 
 import copy
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 TABLE = "label_suspects.csv"
 FOLDS = 5
-FITTED = 20_000  # rows that the heads are fitted on: bounds time and memory
-FITTED_OF_LABEL = 20  # rows of each label, where it has them, even if that makes a few more than FITTED
+MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
+MIN_FITTED_OF_LABEL = 20  # rows of each label, if it has them, even if that exceeds MAX_FITTED a little
 COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
-BLOCK = 4096  # rows judged at a time
-LISTED = 10_000  # rows of the table
-SHOWN = 48  # pictures in the report
+BLOCK = 4096  # rows predicted at a time
+MAX_LISTED = 10_000  # rows of the table
+SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
 STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression times the number of rows
 TOLERANCE = 1e-3  # of the gradient
-MOST_STEPS = 200
-LEAST = 1e-6  # probability, for the log loss
+MAX_STEPS = 200
+MIN_PROBABILITY = 1e-6  # for the log loss
 
 
-class Found(NamedTuple):
-    """The suspects, and of how many images they are."""
+class LabelSuspects(NamedTuple):
+    """The images whose label is probably wrong."""
 
-    suspects: list[Misclassification]  # of the kind SUSPECT, the least probable label first, at most LISTED
-    total: int  # suspects, those beyond LISTED included
+    suspects: list[Misclassification]  # of the kind SUSPECT, least probable given label first, at most MAX_LISTED
+    total: int  # suspects, also those beyond MAX_LISTED
     judged: int  # images
 
 
@@ -49,16 +49,18 @@ def find(
     keys: Sequence[str],
     labels: Sequence[str],
     seed: int = 0,
-) -> Found:
-    """Judge n images by their features: arrays (float32 [n1, d], [n2, d], ...), which may be mapped from disk.
+) -> LabelSuspects:
+    """Find suspects among n images, by their features: `parts` (float32 [n1, d], [n2, d], ...; may be memory-mapped).
 
-    `given` (n) holds their class indexes, `groups` and `keys` (n each) their near-duplicate groups and their paths
-    below raw/, `labels` the name of each class index. A label whose images are all in one fold, as those of a single
-    near-duplicate group are, cannot be judged: its images are left out.
+    `given` (n) holds the class indexes, `groups` and `keys` (n each) the near-duplicate groups and the paths below
+    raw/, `labels` the name of each class index. A label whose images are all in one fold, such as those of a single
+    near-duplicate group, cannot be judged: its images are left out.
 
-    Memory does not grow with n, but for a few numbers an image: the heads are fitted on a sample of about FITTED rows
-    that has every label in proportion, and the features are read in blocks. The strength of the regularisation is the
-    one with the lowest log loss on the folds left out, measured against the labels as given.
+    Memory grows with n by only a few numbers for each image: the heads are fitted on a sample of about MAX_FITTED rows
+    that has every label in proportion, and the features are read in blocks. The regularisation is the one with the
+    lowest log loss on the held-out folds, measured against the given labels.
+
+    Raises ValueError if the numbers of features and labels differ.
     """
     from threadpoolctl import threadpool_limits
 
@@ -72,8 +74,8 @@ def find(
     known = in_folds.sum(axis=1) > 1
     sample = sample[known[given[sample]]]
     if known.sum() < 2:
-        return Found([], 0, 0)
-    # BLAS threads that wait for each other cost 44 instead of 0.7 CPU seconds on a busy machine with two cores.
+        return LabelSuspects([], 0, 0)
+    # BLAS threads that wait for each other took 44 instead of 0.7 CPU seconds on a busy machine with two cores.
     with threadpool_limits(1):
         project, vectors = _principal_components(_gather(parts, sample))
         heads = _fit(vectors, given[sample], fold_of[sample])
@@ -84,12 +86,12 @@ def find(
         Misclassification(
             SUSPECT, keys[row], labels[given[row]], labels[likely[row]], float(best[row]), float(own[row]), int(row)
         )
-        for row in ranked[:LISTED]
+        for row in ranked[:MAX_LISTED]
     ]
-    return Found(rows, len(suspects), int(known[given].sum()))
+    return LabelSuspects(rows, len(suspects), int(known[given].sum()))
 
 
-def write(found: Found, folder: Path) -> None:
+def write(found: LabelSuspects, folder: Path) -> None:
     """Write `label_suspects.csv` into `folder`; its keys are those of corrections.csv."""
     columns = [
         "key",
@@ -102,19 +104,19 @@ def write(found: Found, folder: Path) -> None:
 
 
 def _sample(given: np.ndarray, seed: int) -> np.ndarray:
-    """Return the sorted rows to fit on: all, or each label's share of FITTED and at least FITTED_OF_LABEL of it."""
-    if len(given) <= FITTED:
+    """Return the sorted rows to fit on: all, or each label's share of MAX_FITTED, at least MIN_FITTED_OF_LABEL."""
+    if len(given) <= MAX_FITTED:
         return np.arange(len(given))
     order = np.random.default_rng(seed).permutation(len(given))
     order = order[np.argsort(given[order], kind="stable")]
     counts = np.bincount(given)
     place = np.arange(len(given)) - (np.cumsum(counts) - counts)[given[order]]  # within the label
-    wanted = np.maximum(counts * FITTED / len(given), FITTED_OF_LABEL)
+    wanted = np.maximum(counts * MAX_FITTED / len(given), MIN_FITTED_OF_LABEL)
     return np.sort(order[place < wanted[given[order]]])
 
 
 def _gather(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Return some rows (sorted) of the parts as if those were one array."""
+    """Return the given rows (sorted) of the concatenated parts."""
     ends = np.cumsum([len(part) for part in parts])
     pieces = np.split(rows, np.searchsorted(rows, ends[:-1]))
     return np.concatenate(
@@ -123,7 +125,7 @@ def _gather(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def _blocks(parts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of features and the number of each one's first row among all parts."""
+    """Yield the position of each block's first row among all parts, and its features."""
     done = 0
     for part in parts:
         for start in range(0, len(part), BLOCK):
@@ -134,8 +136,8 @@ def _blocks(parts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     """Return the projection on the first COMPONENTS principal components, and the projected features.
 
-    Features are centred and divided by one number, the standard deviation of all values: directions keep their weights.
-    The rotation changes nothing for a head with L2 regularisation. What is cut off is what that suppresses most.
+    Features are centred and divided by one number, the standard deviation of all values, so directions keep their
+    weights. A head with L2 regularisation is invariant to the rotation, and suppresses the dropped components most.
     """
     from scipy import linalg
 
@@ -149,15 +151,15 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
 
 
 def _fit(vectors: np.ndarray, given: np.ndarray, fold_of: np.ndarray) -> list["LogisticRegression"]:
-    """Return a head for each fold, fitted on the others, with the strength of regularisation that predicts best.
+    """Return a head for each fold, fitted on the other folds, with the regularisation that predicts best.
 
-    Strengths go from strong to weak, each fit beginning where the last one ended, until the log loss rises.
+    Regularisation goes from strong to weak until the log loss rises; each fit starts from the weights of the last one.
     """
     from sklearn.linear_model import LogisticRegression
 
     column = np.unique(given, return_inverse=True)[1]
-    heads = [LogisticRegression(tol=TOLERANCE, max_iter=MOST_STEPS, warm_start=True) for _ in range(FOLDS)]
-    kept, lowest = heads, np.inf
+    heads = [LogisticRegression(tol=TOLERANCE, max_iter=MAX_STEPS, warm_start=True) for _ in range(FOLDS)]
+    best, lowest = heads, np.inf
     own = np.empty(len(given))
     for strength in STRENGTHS:
         for fold, head in enumerate(heads):
@@ -165,11 +167,11 @@ def _fit(vectors: np.ndarray, given: np.ndarray, fold_of: np.ndarray) -> list["L
             head.set_params(C=strength / len(given)).fit(vectors[~out], given[~out])
             if out.any():
                 own[out] = head.predict_proba(vectors[out])[np.arange(out.sum()), column[out]]
-        loss = -np.log(np.maximum(own, LEAST)).mean()
+        loss = -np.log(np.maximum(own, MIN_PROBABILITY)).mean()
         if loss >= lowest:
             break
-        kept, lowest = copy.deepcopy(heads), loss
-    return kept
+        best, lowest = copy.deepcopy(heads), loss
+    return best
 
 
 def _judge(
@@ -179,15 +181,15 @@ def _judge(
     given: np.ndarray,
     fold_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return for each row, by its fold's head, the given label's probability, the likely label and its probability."""
+    """Return, by the head of each row's fold: probability of the given label, likely label and its probability."""
     classes = heads[0].classes_
     own, likely, best = np.empty(len(given)), np.empty(len(given), np.int64), np.empty(len(given))
     for start, features in _blocks(parts):
-        projected, folds_here = project(features), fold_of[start : start + len(features)]
-        for fold in np.unique(folds_here):
-            at = np.flatnonzero(folds_here == fold)
+        projected, block_folds = project(features), fold_of[start : start + len(features)]
+        for fold in np.unique(block_folds):
+            at = np.flatnonzero(block_folds == fold)
             probabilities, rows = heads[fold].predict_proba(projected[at]), start + at
-            # Of a label without a column the result means nothing; the caller leaves it out.
+            # The result for a label without a column is meaningless; the caller drops it.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]
             likely[rows], best[rows] = classes[probabilities.argmax(axis=1)], probabilities.max(axis=1)

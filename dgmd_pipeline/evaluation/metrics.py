@@ -8,17 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline.evaluation import predictions
+from dgmd_pipeline.evaluation import predictions as evaluation_predictions
+from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.manifest import FORMULA
 
 METRICS = "metrics.json"
 BINS = 15  # of confidence, equally wide
-SHOWN = 24  # mistakes of each kind
+SHOWN = 24  # misclassifications of each kind
 MOST_WRONG, MOST_CONFIDENT = "most wrong", "most confident"
 
 
 class ClassMetrics(NamedTuple):
-    """How good the model is on the images of a label, and where it names that label. Shares are 0 to 1."""
+    """How well the model recognises one label. Shares are 0 to 1."""
 
     label: str
     precision: float
@@ -28,7 +29,7 @@ class ClassMetrics(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """A label that is taken for another."""
+    """A label that the model mistakes for another."""
 
     label: str  # the true one
     predicted: str
@@ -42,123 +43,96 @@ class CalibrationBin(NamedTuple):
     low: float
     high: float
     images: int  # at least 1
-    confidence: float  # their mean highest probability
-    accuracy: float  # the share that is right
+    confidence: float  # mean of their highest probabilities
+    accuracy: float
 
 
 class Misclassification(NamedTuple):
-    """An image for which another label than its own has the highest probability."""
+    """An image whose most probable label is not its own."""
 
     kind: str  # MOST_WRONG, MOST_CONFIDENT or `label_suspects.SUSPECT`
-    key: str  # below raw/
-    label: str  # the one that the image has in the data
+    key: str  # path below raw/
+    label: str  # the image's label in the data
     predicted: str
     probability: float  # of the predicted label
     true_probability: float  # of `label`
-    position: int  # among the images that were looked at, from 0
+    position: int  # among the images, from 0
 
 
 class Measurements(NamedTuple):
-    """What there is to know of a model's answers on the validation side."""
+    """The metrics of a model on the validation split."""
 
-    overall: dict[str, float]  # what metrics.json holds
-    classes: list[ClassMetrics]  # in the order of the class indexes; none for a label without images
-    matrix: np.ndarray  # int64 [classes, classes], the true label in the row and the predicted one in the column
-    pairs: list[ConfusedPair]  # most images first
-    bins: list[CalibrationBin]  # from low to high; none that is empty
-    mistakes: list[Misclassification]  # up to SHOWN of each kind, the worst first; an image may be of both kinds
+    overall: dict[str, float]  # the content of metrics.json
+    classes: list[ClassMetrics]  # in the order of the class indexes, without labels that have no images
+    confusion_matrix: np.ndarray  # int64 [classes, classes]; rows are true labels, columns predicted ones
+    confused_pairs: list[ConfusedPair]  # most images first
+    calibration: list[CalibrationBin]  # from low to high, without empty bins
+    misclassifications: list[Misclassification]  # up to SHOWN of each kind, worst first; an image may be in both kinds
 
 
-def evaluate(
-    probabilities: np.ndarray,
-    truth: np.ndarray,
-    labels: Sequence[str],
-    keys: Sequence[str],
-    folder: Path,
-    leaked: Sequence[int] | None = None,
-) -> Measurements:
-    """Write what `measure` finds into `folder` and return it.
+def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | None = None) -> Measurements:
+    """Measure predictions and write metrics.json, the tables (CSV, for people) and predictions.npz into `folder`.
 
-    `leaked` are the positions of the images that have a near-duplicate in training, None where nobody looked. Overall
-    are then also `leaks`, their number, and `accuracy_without_leaks`, the accuracy on the others, if there are any.
-
-    `metrics.json` holds these; the CSV files are for people. `predictions.npz` holds what everything can be measured
-    from again, see `load`: probabilities (float32), truth (int64) and keys (fixed-width Unicode).
+    `leaked` holds the positions of the images that have a near-duplicate in training; None if nothing looked for them.
+    With it, `overall` also has `leaks`, their number, and `accuracy_without_leaks`, the accuracy on the other images,
+    if there are any.
     """
-    found = measure(probabilities, truth, labels, keys)
+    measured = measure(predictions)
     if leaked is not None:
-        right = np.delete(probabilities.argmax(axis=1) == truth, leaked)
-        without = {"accuracy_without_leaks": float(right.mean())} if len(right) else {}
-        found = found._replace(overall=found.overall | {"leaks": len(leaked)} | without)
-    (folder / METRICS).write_text(json.dumps(found.overall, indent=1) + "\n", encoding="utf-8")
-    write_table(folder / "per_class.csv", ClassMetrics._fields, found.classes)
-    header = ["true label", *labels]
-    write_table(folder / "confusion_matrix.csv", header, _named(labels, found.matrix))
-    write_table(folder / "confusion_matrix_normalised.csv", header, _named(labels, shares(found.matrix)))
-    write_table(folder / "confused_pairs.csv", ["true label", "predicted label", "images", "share"], found.pairs)
-    write_table(folder / "calibration.csv", CalibrationBin._fields, found.bins)
-    columns = ["kind", "key", "true label", "predicted label", "probability", "probability of the true label"]
-    write_table(folder / "mistakes.csv", [*columns, "position"], found.mistakes)
-    np.savez_compressed(
-        folder / predictions.PREDICTIONS,
-        probabilities=probabilities.astype(np.float32),
-        truth=truth.astype(np.int64),
-        keys=np.array(keys, dtype=np.str_),
-    )
-    return found
+        others = np.delete(predictions.correct, leaked)
+        without = {"accuracy_without_leaks": float(others.mean())} if len(others) else {}
+        measured = measured._replace(overall=measured.overall | {"leaks": len(leaked)} | without)
+    _write_tables(measured, predictions.labels, folder)
+    evaluation_predictions.write(predictions, folder)
+    return measured
 
 
-def measure(probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str]) -> Measurements:
-    """Measure the answers `probabilities` (float [n, classes]) to images whose class indexes are `truth` (int [n]).
+def measure(predictions: Predictions) -> Measurements:
+    """Compute all metrics of predictions for at least one image.
 
-    `labels` has the name of each index, `keys` the path below raw/ of each image. Overall are: accuracy; the unweighted
-    means of precision, recall and F1 over the classes that occur (of recall that is the balanced accuracy); the share
-    of images whose label is among the three most probable; log loss (nats); expected calibration error; images.
-    A label without images has no row of its own, and counts only where it was predicted.
+    `overall` has: accuracy; the unweighted means of precision, recall and F1 over the labels that have images (the mean
+    recall is the balanced accuracy); the share of images whose label is among the three most probable; log loss (nats);
+    expected calibration error; images. A label without images has no row of its own; predictions of it still count as
+    wrong.
     """
     from sklearn import metrics
 
-    predicted = probabilities.argmax(axis=1)
+    truth, predicted, labels = predictions.truth, predictions.predicted, predictions.labels
     occurring = np.unique(truth)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         truth, predicted, labels=occurring, zero_division=0
     )
-    matrix = metrics.confusion_matrix(truth, predicted, labels=np.arange(len(labels)))
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :3]  # of equal ones the first, as argmax does
-    bins = _bins(probabilities.max(axis=1), predicted == truth)
+    indexes = np.arange(len(labels))
+    matrix = metrics.confusion_matrix(truth, predicted, labels=indexes)
+    top_3 = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :3]  # the first of equals, as argmax
+    bins = _bins(predictions.confidence, predictions.correct)
     overall = {
-        "accuracy": float((predicted == truth).mean()),
+        "accuracy": float(predictions.correct.mean()),
         "balanced_accuracy": float(recall.mean()),
-        "top_3_accuracy": float((best == truth[:, None]).any(axis=1).mean()),
+        "top_3_accuracy": float((top_3 == truth[:, None]).any(axis=1).mean()),
         "precision": float(precision.mean()),
         "recall": float(recall.mean()),
         "f1": float(f1.mean()),
-        "log_loss": float(metrics.log_loss(truth, probabilities, labels=np.arange(len(labels)))),
+        "log_loss": float(metrics.log_loss(truth, predictions.probabilities, labels=indexes)),
         "expected_calibration_error": sum(row.images * abs(row.confidence - row.accuracy) for row in bins) / len(truth),
         "images": len(truth),
     }
     names = [labels[index] for index in occurring]
     columns = (values.tolist() for values in (precision, recall, f1, support))
-    return Measurements(
-        overall,
-        [ClassMetrics(*row) for row in zip(names, *columns, strict=True)],
-        matrix,
-        _pairs(matrix, labels),
-        bins,
-        _mistakes(probabilities, truth, labels, keys),
-    )
+    classes = [ClassMetrics(*row) for row in zip(names, *columns, strict=True)]
+    return Measurements(overall, classes, matrix, _confused_pairs(matrix, labels), bins, _worst(predictions))
 
 
 def shares(matrix: np.ndarray) -> np.ndarray:
-    """Return a confusion matrix (int [k, k]) as float64 with rows that sum to 1; a row of nothing stays 0."""
+    """Return a confusion matrix (int [k, k]) as float64 with rows that sum to 1; an empty row stays 0."""
     return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
 
-def _bins(confidence: np.ndarray, right: np.ndarray) -> list[CalibrationBin]:
+def _bins(confidence: np.ndarray, correct: np.ndarray) -> list[CalibrationBin]:
     """Sort the images by confidence into BINS of equal width, for the expected calibration error.
 
-    That is the mean distance between confidence and accuracy, weighted by images: Guo, Pleiss, Sun and Weinberger,
-    "On Calibration of Modern Neural Networks", ICML 2017, equations 2 and 3; 15 bins as there.
+    This error is the mean distance between confidence and accuracy, weighted by images: Guo, Pleiss, Sun and
+    Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equations 2 and 3, also with 15 bins.
     """
     number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     return [
@@ -166,51 +140,70 @@ def _bins(confidence: np.ndarray, right: np.ndarray) -> list[CalibrationBin]:
             index / BINS,
             (index + 1) / BINS,
             int(inside.sum()),
-            *map(float, (confidence[inside].mean(), right[inside].mean())),
+            float(confidence[inside].mean()),
+            float(correct[inside].mean()),
         )
         for index in range(BINS)
         if (inside := number == index).any()
     ]
 
 
-def _pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[ConfusedPair]:
+def _confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[ConfusedPair]:
     share = shares(matrix)
-    off = matrix - np.diag(np.diag(matrix))
-    found = [
-        ConfusedPair(labels[true], labels[predicted], int(off[true, predicted]), float(share[true, predicted]))
-        for true, predicted in np.argwhere(off)
+    off_diagonal = matrix - np.diag(np.diag(matrix))
+    pairs = [
+        ConfusedPair(labels[true], labels[predicted], int(matrix[true, predicted]), float(share[true, predicted]))
+        for true, predicted in np.argwhere(off_diagonal)
     ]
-    return sorted(found, key=lambda pair: (-pair.images, -pair.share, pair.label, pair.predicted))
+    return sorted(pairs, key=lambda pair: (-pair.images, -pair.share, pair.label, pair.predicted))
 
 
-def _mistakes(
-    probabilities: np.ndarray, truth: np.ndarray, labels: Sequence[str], keys: Sequence[str]
-) -> list[Misclassification]:
-    predicted = probabilities.argmax(axis=1)
-    of_true, highest = probabilities[np.arange(len(truth)), truth], probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != truth)
+def _worst(predictions: Predictions) -> list[Misclassification]:
+    """Return the misclassifications of each kind: lowest probability of the true label, highest of a wrong one."""
+    predicted, confidence, labels = predictions.predicted, predictions.confidence, predictions.labels
+    of_true = predictions.probabilities[np.arange(len(predictions)), predictions.truth]
+    wrong = np.flatnonzero(~predictions.correct)
     return [
         Misclassification(
-            kind, keys[at], labels[truth[at]], labels[predicted[at]], float(highest[at]), float(of_true[at]), int(at)
+            kind,
+            predictions.keys[at],
+            labels[predictions.truth[at]],
+            labels[predicted[at]],
+            float(confidence[at]),
+            float(of_true[at]),
+            int(at),
         )
-        for kind, badness in ((MOST_WRONG, of_true), (MOST_CONFIDENT, -highest))
-        for at in wrong[np.argsort(badness[wrong], kind="stable")][:SHOWN]
+        for kind, order in ((MOST_WRONG, of_true), (MOST_CONFIDENT, -confidence))
+        for at in wrong[np.argsort(order[wrong], kind="stable")][:SHOWN]
     ]
 
 
-def _named(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[object]]:
+def _write_tables(measured: Measurements, labels: Sequence[str], folder: Path) -> None:
+    (folder / METRICS).write_text(json.dumps(measured.overall, indent=1) + "\n", encoding="utf-8")
+    write_table(folder / "per_class.csv", ClassMetrics._fields, measured.classes)
+    header, matrix = ["true label", *labels], measured.confusion_matrix
+    write_table(folder / "confusion_matrix.csv", header, _with_labels(labels, matrix))
+    write_table(folder / "confusion_matrix_normalised.csv", header, _with_labels(labels, shares(matrix)))
+    columns = ["true label", "predicted label", "images", "share"]
+    write_table(folder / "confused_pairs.csv", columns, measured.confused_pairs)
+    write_table(folder / "calibration.csv", CalibrationBin._fields, measured.calibration)
+    columns = ["kind", "key", "true label", "predicted label", "probability", "probability of the true label"]
+    write_table(folder / "mistakes.csv", [*columns, "position"], measured.misclassifications)
+
+
+def _with_labels(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[object]]:
     return ([label, *row] for label, row in zip(labels, rows.tolist(), strict=True))
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file for people; a cell that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Write a CSV file for people. Cells that a spreadsheet would run as a formula get an apostrophe in front."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([_cell(value) for value in row] for row in (header, *rows))
 
 
 def _cell(value: object) -> object:
-    """Keep spreadsheets from taking a label or a file name for a formula.
+    """Disarm a label or file name that looks like a formula.
 
     Source: owasp.org/www-community/attacks/CSV_Injection.
     """

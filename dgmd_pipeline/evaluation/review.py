@@ -1,180 +1,221 @@
-"""A model, production and the validation pictures at hand -> what an operator decides from."""
+"""A candidate, production and the validation images -> a `Review`: the comparison and the serving benchmark."""
 
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.evaluation import comparison, serving_benchmark
-from dgmd_pipeline.evaluation import predictions as evaluation_predictions
+from dgmd_pipeline.evaluation import comparison, predictions, serving_benchmark
+from dgmd_pipeline.evaluation.comparison import Comparison
+from dgmd_pipeline.evaluation.predictions import Predictions
+from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
+Part = TypeVar("Part")
 
 
 class ValidationImages(NamedTuple):
-    """The pictures of the validation side."""
+    """The images of the validation split."""
 
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
-    raw: Path | None = None  # the folder of the original files, where it is at hand
+    raw: Path | None = None  # the folder of the original files, if it exists
 
 
 class CandidateModel(NamedTuple):
-    """A model."""
+    """A model to review, or production to compare it with."""
 
     path: Path  # of the Keras model
-    labels: Sequence[str]  # of its outputs, in their order
+    labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
-    version: int | None = None
-    probabilities: np.ndarray | None = None  # float32 [n, classes], of all pictures, where they are known
-    run: str = ""  # that made it
+    version: int | None = None  # None: not registered yet
+    probabilities: np.ndarray | None = None  # float32 [n, classes], of all validation images; None: not predicted yet
+    run: str = ""  # that made the model
 
 
 class Review(NamedTuple):
-    """What was found out about a model."""
+    """What an operator needs to decide on a promotion."""
 
-    comparison: dict[str, Any] | None  # `comparison.compare`, and version and left_out; None: `missing` says why
-    missing: str  # why there is no comparison
-    assessment: dict[str, Any] | None  # `assessment.assess`; None: `untried` says why
-    untried: str
+    comparison: Comparison | None
+    comparison_error: str  # why there is no comparison; "" if there is no production version
+    serving_benchmark: ServingBenchmark | None
+    benchmark_error: str  # why there is no serving benchmark
 
 
 def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
-    """Return the pictures in the folder of records, whose rows (of the split) may come in any order.
+    """Return the images in a folder of records, given the rows of the split in any order.
 
-    With `raw`, the folder of the original files, a model that is tried is also given a sample of these.
+    With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
     """
     return ValidationImages(folder, shards.record_order(rows), raw)
 
 
-def compare(here: CandidateModel, there: CandidateModel, known: ValidationImages) -> dict[str, Any]:
-    """Compare two models on the pictures that neither was trained on and whose labels both have.
+def compare(candidate: CandidateModel, production: CandidateModel, images: ValidationImages) -> Comparison:
+    """Compare two models on the images that neither was trained on and whose labels both know.
 
-    Returns what `comparison.compare` does, with `version` and `run` (there's) and `left_out`, how many pictures one of
-    them was trained on. Raises PipelineError where no picture is left.
+    Raises PipelineError if no image is left, or production cannot be used (see `predict`).
     """
-    trained_on = here.trained_on | there.trained_on
-    shared = set(here.labels) & set(there.labels)
-    seen = np.array([row.sha256 in trained_on for row in known.examples])
-    chosen = np.array([row.label in shared for row in known.examples]) & ~seen
+    trained_on = candidate.trained_on | production.trained_on
+    shared = set(candidate.labels) & set(production.labels)
+    seen = np.array([row.sha256 in trained_on for row in images.examples])
+    chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"It cannot be compared with version {there.version}: of {len(seen):,} validation images {seen.sum():,} "
-            "were trained on by one of the two, and the labels of the others are not known to both."
+            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
+            f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
         )
-    truth = [row.label for row, wanted in zip(known.examples, chosen, strict=True) if wanted]
-    one, other = (predictions(each, known)[chosen] for each in (here, there))
-    found = comparison.compare(one, other, truth, here.labels, there.labels)
-    return {"version": there.version, "run": there.run, "left_out": int(seen.sum()), **found}
+    candidate_predictions, production_predictions = (
+        _select(predict(model, images), model.labels, images.examples, chosen) for model in (candidate, production)
+    )
+    return comparison.compare(
+        candidate_predictions, production_predictions, production.version, production.run, left_out=int(seen.sum())
+    )
 
 
-def predictions(contender: CandidateModel, known: ValidationImages) -> np.ndarray:
-    """Return the probabilities (float32 [n, classes]) of all pictures.
+def _select(
+    probabilities: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
+) -> Predictions:
+    """Return the predictions for the chosen images (bool [n]); the true class indexes are those of the model."""
+    index_of = {label: index for index, label in enumerate(labels)}
+    rows = [row for row, wanted in zip(examples, chosen, strict=True) if wanted]
+    truth = np.array([index_of[row.label] for row in rows], np.int64)
+    return Predictions(probabilities[chosen], truth, labels, [row.path for row in rows])
 
-    Raises PipelineError where the model cannot be used, or where the records do not hold what it would make of the
-    original files: it would look worse than it is.
+
+def predict(model: CandidateModel, images: ValidationImages) -> np.ndarray:
+    """Return a model's probabilities (float32 [n, classes]) of all validation images.
+
+    Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
+    given the original files: its measured accuracy would be too low.
     """
-    if contender.probabilities is not None:
-        return contender.probabilities
-    log.info("  version %s on %s validation images ...", contender.version, f"{len(known.examples):,}")
-    network = networks.load(contender.path)
-    _check_comparable(networks.input_size(network), networks.input_fit(network), known.records)
-    return evaluation_predictions.predict(network, dataset.read(known.records))[0]
+    if model.probabilities is not None:
+        return model.probabilities
+    log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
+    network = networks.load(model.path)
+    _check_comparable(networks.input_size(network), networks.input_fit(network), images.records)
+    return predictions.predict(network, dataset.read(images.records))[0]
 
 
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
-    """Raise PipelineError unless a model of this size (height, width) and fit can be judged by the folder's records.
+    """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    Its own resizing gets the records' pixels. From larger ones of the same fit it makes what it would make of the
-    original, but for bars and cuts: those of another aspect ratio come on top of the records' own.
+    The model resizes the records' pixels. If the records are larger and have the same fit, the result is what it would
+    make of the original file. Padding and cropping to another aspect ratio would come on top of the records' own.
     """
     index = manifest.read_shard_index(folder)
-    there, its = (index.height, index.width), index.fit
-    same_shape = size[0] * there[1] == size[1] * there[0]
-    if size[0] > there[0] or size[1] > there[1] or fit != its or (fit != "stretch" and not same_shape):
+    same_shape = size[0] * index.width == size[1] * index.height
+    too_small = size[0] > index.height or size[1] > index.width
+    if too_small or fit != index.fit or (fit != "stretch" and not same_shape):
         raise PipelineError(
-            f"It reads images of {size[1]} x {size[0]} pixels with IMAGE_FIT={fit}, and the validation records hold "
-            f"{there[1]} x {there[0]} with IMAGE_FIT={its}: on those it would look worse than it is. Records for it "
-            f"are made with IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit} and `--until convert`."
+            f"The model reads images of {size[1]} x {size[0]} pixels with IMAGE_FIT={fit}, and the validation records "
+            f"hold {index.width} x {index.height} with IMAGE_FIT={index.fit}: its accuracy on them would be too low. "
+            f"To make records for it, set IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit} and run "
+            "`--until convert`."
         )
 
 
 def review(
     candidate: CandidateModel,
     production: CandidateModel | None,
-    known: ValidationImages,
+    images: ValidationImages,
     scratch: Path,
     environment: Mapping[str, str],
-    meanwhile: Callable[[dict[str, Any] | None], None] = lambda _: None,
+    before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Try a model and compare it with production, where there is one. `scratch` is a folder to write in,
-    `environment` that of the process which uses the model as a service does.
+    """Compare a candidate with production, if there is one, and benchmark it.
 
-    `meanwhile` is called with the comparison while the process starts in which the model is tried; what it does is done
-    before anything is timed.
-    What cannot be found out is said in the outcome: a model that is trained is worth keeping all the same.
+    `scratch` is a folder for temporary files, `environment` that of the benchmark's process. `before_timing` is called
+    with the comparison while that process starts; the benchmark waits until it returns.
+
+    If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
+    keeping anyway.
     """
     with serving_benchmark.start_process(environment) as process:
-        compared, missing = None, ""
+        compared, error = None, ""
+        if production is not None:
+            production, error = _with_predictions(production, images)
         if production is not None:
             try:
-                production = production._replace(probabilities=predictions(production, known))
-            except PipelineError as error:
-                missing = f"Version {production.version} cannot be used here: {error}"
-                production = None  # nor be timed
-        if production is not None:
-            try:
-                compared = compare(candidate, production, known)
-            except PipelineError as error:
-                missing = str(error)
-        probabilities = predictions(candidate, known)
-        some = np.stack([picture for picture, _ in islice(dataset.read(known.records), serving_benchmark.PICTURES)])
-        meanwhile(compared)
-        it = "the model" if candidate.version is None else f"version {candidate.version}"
-        beside = f", beside version {production.version}" if production else ""
-        log.info("  %s in a process of its own%s ...", it, beside)
+                compared = compare(candidate, production, images)
+            except PipelineError as failure:
+                error = str(failure)
+        candidate = candidate._replace(probabilities=predict(candidate, images))
+        sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
+        before_timing(compared)
         try:
-            other = production and production.path
-            tried = serving_benchmark.benchmark(
-                process, candidate.path, some, probabilities[: len(some)], scratch, other, _sample(known, probabilities)
-            )
-        except PipelineError as error:
-            return Review(compared, missing, None, str(error))
-        return Review(compared, missing, tried, "")
+            benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+        except PipelineError as failure:
+            return Review(compared, error, None, str(failure))
+    return Review(compared, error, benchmark, "")
 
 
-def _sample(known: ValidationImages, probabilities: np.ndarray) -> serving_benchmark.Originals:
-    """Return the first of the original files: the order of records is that of a hash, so they are a random sample."""
-    if known.raw is None:
-        return serving_benchmark.Originals()
-    files = [known.raw / row.path for row in known.examples[: serving_benchmark.ORIGINALS]]
-    return serving_benchmark.Originals(files, probabilities[: len(files)])
+def _with_predictions(production: CandidateModel, images: ValidationImages) -> tuple[CandidateModel | None, str]:
+    """Return production with its probabilities; or None, so that it is not timed either, and the reason."""
+    try:
+        return production._replace(probabilities=predict(production, images)), ""
+    except PipelineError as error:
+        return None, f"Version {production.version} cannot be used: {error}"
+
+
+def _benchmark(
+    process: serving_benchmark.Process,
+    candidate: CandidateModel,
+    production: CandidateModel | None,
+    images: ValidationImages,
+    sample: np.ndarray,
+    scratch: Path,
+) -> ServingBenchmark:
+    """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
+    assert candidate.probabilities is not None  # noqa: S101 - `review` has predicted them
+    model = "the model" if candidate.version is None else f"version {candidate.version}"
+    beside = f", beside version {production.version}" if production else ""
+    log.info("  benchmarking %s in a clean process%s ...", model, beside)
+    originals = serving_benchmark.Originals()
+    if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
+        files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
+        originals = serving_benchmark.Originals(files, candidate.probabilities[: len(files)])
+    return serving_benchmark.benchmark(
+        process,
+        candidate.path,
+        sample,
+        candidate.probabilities[: len(sample)],
+        scratch,
+        production.path if production else None,
+        originals,
+    )
 
 
 def write(found: Review, folder: Path) -> None:
     """Write `comparison.json` and `assessment.json` into `folder`."""
-    for name, part, reason in (
-        (COMPARISON, found.comparison, found.missing),
-        (SERVING_BENCHMARK, found.assessment, found.untried),
-    ):
-        value = {"missing": reason} if part is None else part
+    compared, benchmark = found.comparison, found.serving_benchmark
+    values: dict[str, dict[str, object]] = {
+        COMPARISON: comparison.to_json(compared) if compared else {"missing": found.comparison_error},
+        SERVING_BENCHMARK: serving_benchmark.to_json(benchmark) if benchmark else {"missing": found.benchmark_error},
+    }
+    for name, value in values.items():
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read(folder: Path) -> Review:
-    """Return what `write` wrote. Raises PipelineError where a file is gone or was edited."""
-    parts = [manifest.read_json(folder / name) for name in (COMPARISON, SERVING_BENCHMARK)]
-    values: list[Any] = []
-    for part in parts:
-        values += [None, part["missing"]] if "missing" in part else [part, ""]
-    return Review(*values)
+    """Return what `write` wrote. Raises PipelineError if a file is missing or was edited."""
+    compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
+    benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)
+    return Review(compared, comparison_error, benchmark, benchmark_error)
+
+
+def _read_part(path: Path, from_json: Callable[[Mapping[str, Any]], Part]) -> tuple[Part | None, str]:
+    values = manifest.read_json(path)
+    try:
+        return (None, str(values["missing"])) if "missing" in values else (from_json(values), "")
+    except (KeyError, TypeError) as error:
+        raise manifest.changed(path, error) from error

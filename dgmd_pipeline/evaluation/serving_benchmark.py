@@ -1,7 +1,7 @@
-"""A saved model in a clean process -> how it behaves in operation: answers, load time, latency, throughput, memory.
+"""A saved model in a clean process -> how it serves: predictions, load time, latency, throughput, memory.
 
-The process knows nothing of the run: it gets the path of the model, pictures, and the paths of original files. Seconds
-of different machines do not compare, so production is timed in the same process, in turns.
+The process knows nothing of the run. It gets the path of the model, images, and the paths of original files. Seconds
+measured on different machines are not comparable, so production is timed in the same process, alternately.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,28 +28,70 @@ from dgmd_pipeline.training import networks, runtime
 if TYPE_CHECKING:
     import keras
 
-PICTURES = 32  # that it is tried on, also the size of the batch
-SINGLES, SECONDS = 10, 2.0  # predictions of one picture that are timed: at least so many, and for so long
+IMAGES = 32  # given to the model, also as one batch
+MIN_SINGLES, SECONDS = 10, 2.0  # timed predictions of one image: at least this many, and for at least this long
 BATCHES = 2
-TOLERANCE = 1e-3  # of probabilities: stored features went through another graph than the whole model does
-ORIGINALS = 100  # files that are predicted at most, one by one: 3 CPU seconds with MobileNetV2
-MINUTES = 10  # after which a model that has not answered will not
+TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
+ORIGINALS = 100  # original files, predicted one by one; 3 CPU seconds with MobileNetV2
+TIMEOUT_MINUTES = 10
+Process = subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class ProductionBenchmark:
+    """Production's figures, and the ratio of the model's figures to them."""
+
+    latency_p50_ms: float  # for one image
+    latency_ratio: float
+    bytes: int  # of the file
+    size_ratio: float
+
+
+@dataclass(frozen=True)
+class ServedPredictions:
+    """Predictions for original files, compared with those for their records."""
+
+    images: int  # files that could be read
+    other_labels: int  # files with another predicted label than their record
+    largest_difference: float  # of a probability, 0 to 1
+
+
+@dataclass(frozen=True)
+class ServingBenchmark:
+    """How a saved model serves."""
+
+    load_seconds: float  # without the start of the libraries
+    latency_p50_ms: float  # for one image
+    latency_p95_ms: float
+    images_per_second: float  # in batches of `batch`
+    batch: int
+    bytes: int  # of the file
+    peak_memory_bytes: int  # of the process, with TensorFlow
+    parameters: int
+    predictions_equal: bool  # to the recorded ones, within TOLERANCE
+    largest_difference: float  # of a probability, 0 to 1
+    production: ProductionBenchmark | None = None  # None if there is no production model to time
+    served: ServedPredictions | None = None  # None if there were no original files
 
 
 class Originals(NamedTuple):
-    """Original image files, and what was measured from their records."""
+    """Original image files, and the probabilities that were computed from their records."""
 
     files: Sequence[Path] = ()
-    recorded: np.ndarray = np.empty((0, 0), np.float32)  # probabilities, float [files, classes]
+    recorded: np.ndarray = np.empty((0, 0), np.float32)  # float [files, classes]
 
 
 @contextlib.contextmanager
-def start_process(environment: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[bytes]"]:
-    """Give a process that starts TensorFlow, which takes seconds, and waits for `assess`; it ends with the block."""
+def start_process(environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+    """Start a process that imports TensorFlow, which takes seconds, and waits for `benchmark`.
+
+    The process is killed at the end of the block.
+    """
     command = [sys.executable, "-m", __spec__.name]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=root, env=environment, **pipes) as process:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603
+        command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
         try:
             yield process
         finally:
@@ -56,152 +99,175 @@ def start_process(environment: Mapping[str, str] | None = None) -> Iterator["sub
 
 
 def benchmark(
-    process: "subprocess.Popen[bytes]",
+    process: Process,
     path: Path,
-    pictures: np.ndarray,
+    images: np.ndarray,
     recorded: np.ndarray,
     scratch: Path,
     production: Path | None = None,
     originals: Originals = Originals(),  # noqa: B008  # immutable
-) -> dict[str, Any]:
-    """Try the model in the file `path` (.keras) in a `clean_process`, which ends by it; return what was measured.
+) -> ServingBenchmark:
+    """Benchmark the model in the file `path` (.keras) in a process of `start_process`, which serves only one call.
 
-    `pictures` is uint8 [n, height, width, 3], `recorded` the probabilities that are known for them, float [n, classes].
-    `scratch` is a folder that may be written in.
+    `images` is uint8 [n, height, width, 3]. `recorded` holds the probabilities that are expected for them, float
+    [n, classes]. `scratch` is an existing folder for temporary files. `production` is the file of another model, timed
+    beside this one. The model also predicts `originals`.
 
-    Returns plain values for JSON: load_seconds (the libraries' start aside); latency_p50_ms and latency_p95_ms of one
-    picture; images_per_second in a batch of `batch`; bytes of the file; peak_memory_bytes of the process (TensorFlow
-    included); parameters; predictions_equal, and the largest_difference of a probability. With `production`, the
-    file of another model, also production_latency_p50_ms, latency_ratio, production_bytes and size_ratio: this
-    model's figures over the other's.
-
-    With `originals` also served_images, how many of the files could be read; served_other_labels, for how many of them
-    the model names another label than was measured from the record; and served_largest_difference of a probability.
-
-    Raises PipelineError where the model cannot be used there.
+    Raises PipelineError if the model cannot be used in the process, or not within TIMEOUT_MINUTES.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = Path(folder, "task.npz")
-        models = [str(each.resolve()) for each in (path, production) if each]
-        files = np.array([str(each.resolve()) for each in originals.files], np.str_)
+        answer = task.with_suffix(".json")
         np.savez(
             task,
-            pictures=pictures, recorded=recorded, models=np.array(models), files=files, of_files=originals.recorded,
-        )  # fmt: skip
-        said = b""
+            images=images,
+            recorded=recorded,
+            models=np.array([str(each.resolve()) for each in (path, production) if each]),
+            files=np.array([str(each.resolve()) for each in originals.files], np.str_),
+            recorded_of_files=originals.recorded,
+        )
+        stderr = b""
         try:
-            _, said = process.communicate(os.fsencode(task.resolve()), timeout=60 * MINUTES)
+            _, stderr = process.communicate(os.fsencode(task.resolve()), timeout=60 * TIMEOUT_MINUTES)
         except subprocess.TimeoutExpired:
-            if not task.with_suffix(".json").exists():
-                raise PipelineError(
-                    f"In a process of its own the model did not answer within {MINUTES} minutes."
-                ) from None
             process.kill()
-        answer = task.with_suffix(".json")
+            if not answer.exists():
+                raise PipelineError(
+                    f"The model did not answer within {TIMEOUT_MINUTES} minutes in a clean process."
+                ) from None
         if not answer.exists():
-            killed = " (killed, most likely for want of memory)" if process.returncode < 0 else ""
-            last = (said.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:300]
-            raise PipelineError(
-                f"A process of its own could not use the model: it ended with {process.returncode}{killed}: {last}"
-            )
-        return json.loads(answer.read_text("utf-8"))
+            raise PipelineError(_explain_failure(process.returncode, stderr.decode(errors="replace")))
+        return from_json(json.loads(answer.read_text("utf-8")))
 
 
-def _measure(task: Path) -> dict[str, Any]:
-    """Do what `assess` promises, in this process."""
+def _explain_failure(code: int, stderr: str) -> str:
+    killed = ", killed, probably because memory ran out" if code < 0 else ""
+    last = (stderr.strip().splitlines() or ["no error output"])[-1][:300]
+    return f"The model could not be used in a clean process (exit code {code}{killed}): {last}"
+
+
+def to_json(found: ServingBenchmark) -> dict[str, object]:
+    """Return a benchmark as the values of assessment.json. Keys of what was not measured are missing."""
+    values = asdict(found)
+    production, served = values.pop("production"), values.pop("served")
+    if production:
+        ratios = {"latency_ratio", "size_ratio"}
+        values |= {name if name in ratios else f"production_{name}": value for name, value in production.items()}
+    if served:
+        values |= {f"served_{name}": value for name, value in served.items()}
+    return values
+
+
+def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
+    """Return the benchmark in the values of assessment.json. Raises TypeError if they hold none."""
+    own = dict(values)
+    production, served = None, None
+    if "latency_ratio" in own:
+        production = ProductionBenchmark(
+            latency_p50_ms=own.pop("production_latency_p50_ms"),
+            latency_ratio=own.pop("latency_ratio"),
+            bytes=own.pop("production_bytes"),
+            size_ratio=own.pop("size_ratio"),
+        )
+    if "served_images" in own:
+        names = ("images", "other_labels", "largest_difference")
+        served = ServedPredictions(*(own.pop(f"served_{name}") for name in names))
+    return ServingBenchmark(**own, production=production, served=served)
+
+
+def _measure(task: Path) -> ServingBenchmark:
+    """Run the benchmark that `benchmark` wrote to `task`, in this process."""
     with np.load(task, allow_pickle=False) as file:
-        pictures, recorded = file["pictures"], file["recorded"]
+        images, recorded = file["images"], file["recorded"]
         path, *others = map(Path, file["models"].tolist())
-        originals = Originals([Path(each) for each in file["files"].tolist()], file["of_files"])
+        originals = Originals([Path(each) for each in file["files"].tolist()], file["recorded_of_files"])
     start = time.perf_counter()
     network = networks.load(path)
-    loaded = time.perf_counter() - start
-    difference = float(np.abs(_predict(network, pictures) - recorded).max())
-    batch = sum(_timed(network, pictures) for _ in range(BATCHES)) / BATCHES
-    singles = [] if others else _in_turns(pictures, network)
-    memory = _peak_memory()
+    load_seconds = time.perf_counter() - start
+    difference = float(np.abs(_predict(network, images) - recorded).max())
+    batch_seconds = sum(_time(network, images) for _ in range(BATCHES)) / BATCHES
+    singles = [] if others else _time_alternately(images, network)
+    memory = _peak_memory()  # before another model is loaded
     if others:
-        singles = _in_turns(pictures, network, *map(networks.load, others))
+        singles = _time_alternately(images, network, *map(networks.load, others))
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
-    found = {
-        "load_seconds": loaded,
-        "latency_p50_ms": p50,
-        "latency_p95_ms": p95,
-        "images_per_second": len(pictures) / batch,
-        "batch": len(pictures),
-        "bytes": path.stat().st_size,
-        "peak_memory_bytes": memory,
-        "parameters": network.count_params(),
-        "predictions_equal": difference <= TOLERANCE,
-        "largest_difference": difference,
-    }
+    found = ServingBenchmark(
+        load_seconds=load_seconds,
+        latency_p50_ms=p50,
+        latency_p95_ms=p95,
+        images_per_second=len(images) / batch_seconds,
+        batch=len(images),
+        bytes=path.stat().st_size,
+        peak_memory_bytes=memory,
+        parameters=network.count_params(),
+        predictions_equal=difference <= TOLERANCE,
+        largest_difference=difference,
+    )
     for other, seconds in zip(others, singles[1:], strict=True):
-        median = 1e3 * float(np.median(seconds))
-        found |= {
-            "production_latency_p50_ms": median,
-            "latency_ratio": p50 / median,
-            "production_bytes": other.stat().st_size,
-            "size_ratio": path.stat().st_size / other.stat().st_size,
-        }
+        median, size = 1e3 * float(np.median(seconds)), other.stat().st_size
+        found = replace(found, production=ProductionBenchmark(median, p50 / median, size, found.bytes / size))
     if originals.files:
-        # Originals can be large. Where the process dies of them, what it has measured is known by then.
-        task.with_suffix(".json").write_text(json.dumps(found), "utf-8")
-        found |= _served(network, originals)
+        # Original files can be large. If the process dies of them, the parent still gets everything before.
+        _answer(task, found)
+        found = replace(found, served=_predict_originals(network, originals))
     return found
 
 
-def _served(network: "keras.Model", originals: Originals) -> dict[str, Any]:
-    """Predict the original files as a service does, and compare with what was measured from their records."""
-    read, differences, labels = 0, [0.0], 0
+def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPredictions:
+    """Predict original files one by one, as a service does, and compare with the predictions for their records."""
+    images, differences, other_labels = 0, [0.0], 0
     for path, recorded in zip(originals.files, originals.recorded, strict=True):
         try:
             pixels = np.asarray(decoding.open_rgb(path))
-        except (*decoding.DAMAGED, PIL.Image.DecompressionBombError):  # gone, or changed since: served_images says so
+        except (*decoding.DAMAGED, PIL.Image.DecompressionBombError):  # deleted or changed since; not in `images`
             continue
         found = network.predict_on_batch(pixels[np.newaxis])[0]
-        read += 1
-        labels += int(found.argmax() != recorded.argmax())
+        images += 1
+        other_labels += int(found.argmax() != recorded.argmax())
         differences.append(float(np.abs(found - recorded).max()))
-    return {"served_images": read, "served_other_labels": labels, "served_largest_difference": max(differences)}
+    return ServedPredictions(images, other_labels, max(differences))
 
 
 def _peak_memory() -> int:
-    """Return the most that this process has held, in bytes."""
-    # On Linux getrusage(2) begins with what the process held that has started this one: a whole training.
+    """Return the peak memory of this process in bytes."""
+    # On Linux getrusage(2) starts at the memory of the parent process, which holds a whole training.
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = Path("/proc/self/status").read_text("ascii")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def _in_turns(pictures: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
-    """Return for each network the seconds of predictions of one picture; the networks take turns."""
+def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
+    """Return for each network the seconds of predictions of one image; the networks alternate."""
     seconds: list[list[float]] = [[] for _ in networks]
     for network in networks:
-        _predict(network, pictures[:1])  # traces
+        _predict(network, images[:1])  # traces the network
     end = time.perf_counter() + SECONDS * len(networks)
-    for number, picture in enumerate(itertools.cycle(pictures)):
-        if number >= SINGLES and time.perf_counter() > end:
+    for number, image in enumerate(itertools.cycle(images)):
+        if number >= MIN_SINGLES and time.perf_counter() > end:
             break
-        for network, its in zip(networks, seconds, strict=True):
-            its.append(_timed(network, picture[np.newaxis]))
+        for network, of_network in zip(networks, seconds, strict=True):
+            of_network.append(_time(network, image[np.newaxis]))
     return seconds
 
 
-def _timed(network: "keras.Model", pictures: np.ndarray) -> float:
+def _time(network: "keras.Model", images: np.ndarray) -> float:
     start = time.perf_counter()
-    _predict(network, pictures)
+    _predict(network, images)
     return time.perf_counter() - start
 
 
-def _predict(network: "keras.Model", pictures: np.ndarray) -> np.ndarray:
-    return network.predict(pictures, verbose=0)  # as MLflow's Keras models do
+def _predict(network: "keras.Model", images: np.ndarray) -> np.ndarray:
+    return network.predict(images, verbose=0)  # the call that MLflow's Keras models make
+
+
+def _answer(task: Path, found: ServingBenchmark) -> None:
+    task.with_suffix(".json").write_text(json.dumps(to_json(found)), "utf-8")
 
 
 if __name__ == "__main__":
     runtime.start_tensorflow()
-    if _asked := sys.stdin.buffer.read():  # nothing: whoever would have asked has ended
-        _task = Path(os.fsdecode(_asked))
-        _answer = json.dumps(_measure(_task))
-        _task.with_suffix(".json").write_text(_answer, "utf-8")
-    os._exit(0)  # Python would take TensorFlow apart for a second
+    if _request := sys.stdin.buffer.read():  # empty: the parent has exited without a request
+        _task = Path(os.fsdecode(_request))
+        _answer(_task, _measure(_task))
+    os._exit(0)  # the teardown of TensorFlow takes a second

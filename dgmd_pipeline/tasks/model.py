@@ -179,7 +179,7 @@ class EvaluateModel(Step):
         production = partial(outputs.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
         counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
-        images, accuracy, f1 = counts["images"], counts["accuracy"], counts["f1"]
+        images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
         summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)
 
@@ -188,7 +188,7 @@ class EvaluateModel(Step):
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation.evaluate import EvaluationData
 
-        paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)}
+        paths: dict[str, Path] = {step.folder: step.path for step in upstream_steps(self)[:-1]}
         records = {name: record for name, path in paths.items() if (record := read_record(path))}
         features = [task.path for task in self.deps() if isinstance(task, ExtractFeatures)]
         inputs = self.input()

@@ -144,7 +144,7 @@ def test_the_story_of_two_versions(trained, command, asked):
 
     refused = command(folder, "promote", "--yes", **{**variables, "MAX_LATENCY_RATIO": 1e-3})
     assert refused.returncode == 40
-    assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One picture" in refused.stdout
+    assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One image" in refused.stdout
     assert command(folder, "promote", **variables).returncode == 2  # nobody can be asked
     assert command(folder, "promote", "--force", **variables).returncode == 2  # no reason
     assert environments() == {1: "production", 2: "non-production"}
@@ -220,7 +220,7 @@ def test_an_assessment_that_the_run_could_not_make_is_made_by_promote(trained, t
     assert elsewhere.returncode == 40 and "It died." in elsewhere.stdout
     promoted = command(folder, "promote", "1", "--yes", **{**variables, "MODEL_NAME": name})
     assert promoted.returncode == 0, promoted.stdout
-    assert "Trying the model in a process ..." in promoted.stdout
+    assert "Benchmarking the model in a clean process ..." in promoted.stdout
 
 
 def test_a_model_that_is_damaged_in_the_registry_is_said(trained, tmp_path, command):
@@ -256,8 +256,9 @@ def test_two_versions_are_compared(trained, asked):
     with np.load(folder / "data/evaluation/predictions.npz") as kept:  # of version 2
         right = (kept["probabilities"].argmax(1) == kept["truth"]).mean()
     assert found["comparison"]["accuracy"] == pytest.approx(right)
-    assert found["comparison"]["version"] == 1
-    assert found["assessment"]["latency_ratio"] > 0
+    assert found["comparison"]["version"] == 1 and "other_accuracy" in found["comparison"]
+    assert found["assessment"]["latency_ratio"] > 0 and "other_bytes" in found["assessment"]
+    assert "production_" not in json.dumps(found)
 
 
 def test_pictures_are_predicted_from_the_registry_alone(trained, tmp_path, command, asked):

@@ -1,4 +1,4 @@
-"""Likely wrong labels: found among real images, never by an image's own copies, in bounded memory."""
+"""Likely wrong labels of real images: found in bounded memory, and not confirmed by an image's own copies."""
 
 import csv
 
@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from dgmd_pipeline.data import corrections
 from dgmd_pipeline.evaluation import label_suspects
-from dgmd_pipeline.evaluation.label_suspects import Found
+from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -55,14 +55,14 @@ def test_flipped_labels_of_real_images_come_first(digits, seed):
     assert all(0 <= row.true_probability < row.probability <= 1 for row in found.suspects)
 
 
-def test_of_two_labels_too(digits):
+def test_flipped_labels_are_also_found_among_two_labels(digits):
     features, labels = digits
     given, wrong = flipped(labels % 2, 0, classes=2)
     found = find(features, given, ["even", "odd"])
     assert found_among(found, wrong, 20).mean() >= 0.9
 
 
-def test_a_wrong_label_is_not_supported_by_near_duplicates_of_the_image(digits):
+def test_near_duplicates_of_an_image_do_not_confirm_its_wrong_label(digits):
     features, labels = digits
     random = np.random.default_rng(0)
     copied = np.repeat(random.choice(1200, 20, replace=False), 8)
@@ -76,21 +76,21 @@ def test_a_wrong_label_is_not_supported_by_near_duplicates_of_the_image(digits):
     assert found_among(apart, wrong, 160).mean() < 0.7
 
 
-def test_labels_whose_images_are_one_group_are_not_judged(digits):
+def test_a_label_whose_images_are_one_group_is_not_judged(digits):
     features, labels = digits
     groups = [f"{row}" if label else "zeros" for row, label in enumerate(labels)]
     found = find(features, labels, groups=groups)
     assert found.judged == (labels > 0).sum()
     assert "0" not in {row.label for row in found.suspects}
-    assert find(features, np.zeros(1200, int)) == Found([], 0, 0)
-    assert find(features, labels, groups=["all"] * 1200) == Found([], 0, 0)
+    assert find(features, np.zeros(1200, int)) == LabelSuspects([], 0, 0)
+    assert find(features, labels, groups=["all"] * 1200) == LabelSuspects([], 0, 0)
 
 
-def test_of_many_images_a_sample_is_fitted_and_all_are_judged_block_by_block(digits, monkeypatch):
+def test_heads_are_fitted_on_a_sample_and_judge_all_images_in_blocks(digits, monkeypatch):
     features, labels = digits
-    monkeypatch.setattr(label_suspects, "FITTED", 800)
+    monkeypatch.setattr(label_suspects, "MAX_FITTED", 800)
     monkeypatch.setattr(label_suspects, "BLOCK", 128)
-    monkeypatch.setattr(label_suspects, "LISTED", 70)
+    monkeypatch.setattr(label_suspects, "MAX_LISTED", 70)
     given, wrong = flipped(labels, 0)
     found = find(features, given)
     assert (found.judged, len(found.suspects)) == (1200, 70)
@@ -98,8 +98,8 @@ def test_of_many_images_a_sample_is_fitted_and_all_are_judged_block_by_block(dig
     assert found_among(found, wrong, 30).mean() >= 0.9
 
 
-def test_the_sample_has_every_label_in_proportion_and_enough_of_rare_ones(monkeypatch):
-    monkeypatch.setattr(label_suspects, "FITTED", 1000)
+def test_the_sample_keeps_the_proportions_of_labels_and_enough_of_rare_ones(monkeypatch):
+    monkeypatch.setattr(label_suspects, "MAX_FITTED", 1000)
     given = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [6000, 3000, 100, 7]))
     sample = label_suspects._sample(given, 0)
     assert np.bincount(given[sample]).tolist() == [659, 330, 20, 0, 7]
@@ -107,17 +107,17 @@ def test_the_sample_has_every_label_in_proportion_and_enough_of_rare_ones(monkey
     assert len(set(sample // 3000)) > 2
 
 
-def test_features_without_any_difference_are_no_error():
+def test_identical_features_are_no_error():
     found = find(np.ones((1000, 8), np.float32), np.arange(1000) % 2)
     assert found.judged == 1000
 
 
-def test_features_of_other_images_are_refused(digits):
+def test_a_wrong_number_of_features_is_refused(digits):
     with pytest.raises(ValueError, match="1,200 rows of features for 1,100 labels"):
         find(digits[0], digits[1][:1100])
 
 
-def test_rows_of_the_table_can_be_turned_into_corrections(digits, tmp_path):
+def test_rows_of_the_table_can_be_used_as_corrections(digits, tmp_path):
     features, labels = digits
     given, _ = flipped(labels, 0)
     names = ["=1+1", *NAMES[1:]]

@@ -1,23 +1,32 @@
+import contextlib
 import json
-import os
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import picture
+from support.predictions import compare_flags
 
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.evaluation import review
+from dgmd_pipeline.evaluation import review, serving_benchmark
 from dgmd_pipeline.evaluation.review import CandidateModel, Review
+from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServedPredictions, ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
 
 LABELS = ["anise", "cloves", "mint"]
+BENCHMARK = ServingBenchmark(
+    load_seconds=1.5, latency_p50_ms=20.5, latency_p95_ms=30, images_per_second=50, batch=32, bytes=10**6,
+    peak_memory_bytes=10**9, parameters=1000, predictions_equal=True, largest_difference=1e-6,
+)  # fmt: skip
+COMPARISON = replace(compare_flags([True, False], [True, True]), run="abc", left_out=1)
 
 
 @pytest.fixture
-def known(tmp_path):
-    """The records of twelve pictures."""
+def images(tmp_path):
+    """The records of twelve images."""
     rows = []
     for index, label in enumerate(LABELS):
         (tmp_path / "raw" / label).mkdir(parents=True)
@@ -30,71 +39,124 @@ def known(tmp_path):
     return review.validation_images(tmp_path / "records", rows[::-1])
 
 
-def naming(known, labels, wrong=()):
-    """Probabilities of a model that is right but for some paths."""
-    found = np.full((len(known.examples), len(labels)), 0.01, np.float32)
-    for row, example in enumerate(known.examples):
+def probabilities(images, labels, wrong=()):
+    """Probabilities of a model that is right except for some paths."""
+    found = np.full((len(images.examples), len(labels)), 0.01, np.float32)
+    for row, example in enumerate(images.examples):
         right = labels.index(example.label) if example.label in labels else 0
         found[row, (right + (example.path in wrong)) % len(labels)] = 0.9
     return found
 
 
-def contender(known, labels=LABELS, wrong=(), trained_on=(), version=None):
-    return CandidateModel(None, labels, frozenset(trained_on), version, naming(known, labels, wrong))
+def model(images, labels=LABELS, wrong=(), trained_on=(), version=None):
+    return CandidateModel(None, labels, frozenset(trained_on), version, probabilities(images, labels, wrong))
 
 
-def test_pictures_come_in_the_order_of_the_records(known):
-    assert [row.path for row in known.examples] == dataset.keys(known.records)
-    truth = [int(index) for _, index in dataset.read(known.records).as_numpy_iterator()]
-    assert [row.class_index for row in known.examples] == truth
+def test_images_are_in_the_order_of_their_records(images):
+    assert [row.path for row in images.examples] == dataset.keys(images.records)
+    truth = [int(index) for _, index in dataset.read(images.records).as_numpy_iterator()]
+    assert [row.class_index for row in images.examples] == truth
 
 
-def test_what_one_of_the_two_was_trained_on_is_left_out(known):
+def test_images_that_one_of_the_models_was_trained_on_are_left_out(images):
     wrong = ["anise/0.png", "mint/1.png"]
-    seen = next(row.sha256 for row in known.examples if row.path == "anise/0.png")
-    found = review.compare(contender(known, wrong=wrong), contender(known, trained_on=[seen], version=3), known)
-    assert (found["version"], found["left_out"], found["images"]) == (3, 1, 11)
-    assert (found["lost"], found["gained"]) == (1, 0)
+    seen = next(row.sha256 for row in images.examples if row.path == "anise/0.png")
+    found = review.compare(model(images, wrong=wrong), model(images, trained_on=[seen], version=3), images)
+    assert (found.version, found.left_out, found.images) == (3, 1, 11)
+    assert (found.lost, found.gained) == (1, 0)
 
 
-def test_models_of_other_labels_are_compared_on_those_that_both_know(known):
-    other = contender(known, labels=["mint", "pepper", "anise"], version=1)
-    found = review.compare(contender(known), other, known)
-    assert found["images"] == 8 and found["accuracy"] == found["production_accuracy"] == 1
-    assert (found["labels_only_here"], found["labels_only_there"]) == (["cloves"], ["pepper"])
+def test_models_with_other_labels_are_compared_on_the_labels_that_both_models_have(images):
+    other = model(images, labels=["mint", "pepper", "anise"], version=1)
+    found = review.compare(model(images), other, images)
+    assert found.images == 8 and found.accuracy == found.production_accuracy == 1
+    assert (found.labels_only_candidate, found.labels_only_production) == (["cloves"], ["pepper"])
 
 
-def test_where_no_picture_is_left_it_is_said(known):
-    trained_on = [row.sha256 for row in known.examples]
-    with pytest.raises(PipelineError, match="with version 3: of 12 validation images 12 were trained on"):
-        review.compare(contender(known), contender(known, trained_on=trained_on, version=3), known)
+def test_a_comparison_without_images_is_refused(images):
+    trained_on = [row.sha256 for row in images.examples]
+    message = "with version 3: of 12 validation images, one of the two models was trained on 12"
+    with pytest.raises(PipelineError, match=message):
+        review.compare(model(images), model(images, trained_on=trained_on, version=3), images)
 
 
-def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
-    backbone = networks.build_cnn(16, 16)
-    networks.assemble(backbone, networks.build_head(backbone.output_shape[-1], 3, 0.1), "stretch").save(
-        tmp_path / "model.keras"
-    )
-    candidate = CandidateModel(tmp_path / "model.keras", LABELS, frozenset())
-    trained_on = frozenset(row.sha256 for row in known.examples)
-    production = CandidateModel(tmp_path / "model.keras", LABELS, trained_on, 4)
-    found = review.review(candidate, production, known, tmp_path, os.environ)
-    assert found.comparison is None and "with version 4" in found.missing
-    assert found.assessment["predictions_equal"] and found.assessment["latency_ratio"] > 0
-    (tmp_path / "other.keras").write_bytes(b"no model")
-    unusable = CandidateModel(tmp_path / "other.keras", LABELS, frozenset(), 5)
-    found = review.review(candidate, unusable, known, tmp_path, os.environ)
-    assert found.comparison is None and "Version 5 cannot be used here" in found.missing
-    assert found.assessment["predictions_equal"] and "latency_ratio" not in found.assessment
-    wide = networks.build_cnn(16, 17)
-    networks.assemble(wide, networks.build_head(wide.output_shape[-1], 3, 0.1), "stretch").save(tmp_path / "wide.keras")
-    larger = CandidateModel(tmp_path / "wide.keras", LABELS, frozenset(), 6)
-    found = review.review(candidate, larger, known, tmp_path, os.environ)
-    assert found.comparison is None and "Version 6 cannot be used here: It reads images of 17 x 16" in found.missing
-    (tmp_path / "model.keras").write_bytes(b"no model")
-    broken = review.review(contender(known)._replace(path=tmp_path / "model.keras"), None, known, tmp_path, os.environ)
-    assert broken.assessment is None and "could not use the model" in broken.untried
-    assert (broken.comparison, broken.missing) == (None, "")
+@pytest.fixture
+def benchmarked(monkeypatch):
+    """The arguments of `serving_benchmark.benchmark`, which starts no process."""
+    calls = []
+
+    def benchmark(process, path, images, recorded, scratch, production, originals):
+        calls.append((path, images, recorded, production, originals))
+        if path.name == "broken.keras":
+            raise PipelineError("The model could not be used.")
+        return BENCHMARK
+
+    monkeypatch.setattr(serving_benchmark, "start_process", lambda environment: contextlib.nullcontext())
+    monkeypatch.setattr(serving_benchmark, "benchmark", benchmark)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a usable model, one that reads larger images than the records hold, and one that is no model."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, width in (("model", 16), ("wide", 17)):
+        backbone = networks.build_cnn(16, width)
+        head = networks.build_head(backbone.output_shape[-1], 3, 0.1)
+        networks.assemble(backbone, head, "stretch").save(folder / f"{name}.keras")
+    (folder / "broken.keras").write_bytes(b"no model")
+    return folder
+
+
+def reviewed(candidate, production, images, tmp_path, **options):
+    return review.review(candidate, production, images, tmp_path, {}, **options)
+
+
+def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
+    candidate = model(images)._replace(path=models / "model.keras")
+    production = CandidateModel(models / "model.keras", LABELS, frozenset(), 4)
+    seen = []
+    known = images._replace(raw=tmp_path / "raw")
+    found = reviewed(candidate, production, known, tmp_path, before_timing=seen.append)
+    assert (found.comparison.version, found.comparison_error, found.comparison.accuracy) == (4, "", 1)
+    assert seen == [found.comparison]
+    assert (found.serving_benchmark, found.benchmark_error) == (BENCHMARK, "")
+    ((path, sample, recorded, other, originals),) = benchmarked
+    assert path == other == models / "model.keras"
+    assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
+    assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
+    assert (originals.recorded == candidate.probabilities).all()
+
+
+def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
+    candidate = CandidateModel(models / "model.keras", LABELS, frozenset())
+    trained_on = frozenset(row.sha256 for row in images.examples)
+    found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path)
+    assert found.comparison is None and "with version 4" in found.comparison_error
+    assert found.serving_benchmark == BENCHMARK
+    ((_, _, _, other, originals),) = benchmarked
+    assert other == models / "model.keras" and originals.files == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "Version 5 cannot be used: .*broken.keras"),
+        ("wide", "Version 5 cannot be used: The model reads images of 17 x 16"),
+    ],
+)
+def test_an_unusable_production_is_neither_compared_nor_timed(name, message, models, images, benchmarked, tmp_path):
+    candidate = model(images)._replace(path=models / "model.keras")
+    production = CandidateModel(models / f"{name}.keras", LABELS, frozenset(), 5)
+    found = reviewed(candidate, production, images, tmp_path)
+    assert found.comparison is None and re.match(message, found.comparison_error)
+    assert found.serving_benchmark == BENCHMARK
+    assert benchmarked[0][3] is None
+
+
+def test_a_candidate_that_cannot_be_used_has_a_benchmark_error(models, images, benchmarked, tmp_path):
+    found = reviewed(model(images)._replace(path=models / "broken.keras"), None, images, tmp_path)
+    assert found == Review(None, "", None, "The model could not be used.")
 
 
 @pytest.mark.parametrize(
@@ -107,18 +169,18 @@ def test_a_model_is_tried_even_where_it_cannot_be_compared(known, tmp_path):
         ((17, 16), "stretch", True),
     ],
 )
-def test_a_model_is_only_judged_by_records_that_hold_what_it_would_make_of_the_originals(size, fit, refused, known):
+def test_a_model_is_only_compared_on_records_that_hold_the_pixels_it_would_see(size, fit, refused, images):
     if refused:
         with pytest.raises(PipelineError, match=f"IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit}"):
-            review._check_comparable(size, fit, known.records)
+            review._check_comparable(size, fit, images.records)
     else:
-        review._check_comparable(size, fit, known.records)
+        review._check_comparable(size, fit, images.records)
 
 
 @pytest.mark.parametrize("size, refused", [((8, 8), False), ((8, 12), True)])
-def test_what_was_cropped_may_be_made_smaller_but_not_cropped_again(size, refused, known, tmp_path):
+def test_cropped_records_may_be_resized_but_not_cropped_again(size, refused, images, tmp_path):
     (tmp_path / "cropped").mkdir()
-    shards.write(known.examples[:2], tmp_path / "raw", tmp_path / "cropped", "validation", 1, 16, 16, "crop")
+    shards.write(images.examples[:2], tmp_path / "raw", tmp_path / "cropped", "validation", 1, 16, 16, "crop")
     if refused:
         with pytest.raises(PipelineError, match="hold 16 x 16 with IMAGE_FIT=crop"):
             review._check_comparable(size, "crop", tmp_path / "cropped")
@@ -129,12 +191,20 @@ def test_what_was_cropped_may_be_made_smaller_but_not_cropped_again(size, refuse
 @pytest.mark.parametrize(
     "found",
     [
-        Review({"version": 1, "difference": 0.1}, "", {"bytes": 5}, ""),
-        Review(None, "Nothing left.", None, "It died."),
-        Review(None, "", {"bytes": 5}, ""),
+        Review(COMPARISON, "", BENCHMARK, ""),
+        Review(None, "No images are left.", None, "It died."),
+        Review(None, "", replace(BENCHMARK, production=ProductionBenchmark(20.5, 1, 10, 0.5)), ""),
+        Review(None, "", replace(BENCHMARK, served=ServedPredictions(7, 2, 0.5)), ""),
     ],
 )
-def test_what_is_written_is_read_again(found, tmp_path):
+def test_a_written_review_is_read_again(found, tmp_path):
     review.write(found, tmp_path)
     assert review.read(tmp_path) == found
     assert json.loads((tmp_path / review.COMPARISON).read_text())
+
+
+def test_an_edited_review_is_refused(tmp_path):
+    review.write(Review(COMPARISON, "", BENCHMARK, ""), tmp_path)
+    (tmp_path / review.SERVING_BENCHMARK).write_text('{"bytes": 5}')
+    with pytest.raises(PipelineError, match="assessment.json: .* It was changed after it was written"):
+        review.read(tmp_path)

@@ -1,9 +1,11 @@
-"""Real models in real processes of their own."""
+"""Real models, in real processes where the process matters."""
 
+import contextlib
+import json
+import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,15 @@ from PIL import Image
 from dgmd_pipeline import settings
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import serving_benchmark
+from dgmd_pipeline.evaluation.serving_benchmark import Originals, ProductionBenchmark, ServedPredictions
 from dgmd_pipeline.training import networks as training_networks
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A small model's file, a larger one's, and what the small one says of PICTURES."""
+    """A small model's file, a larger one's, and the small one's probabilities for IMAGES."""
     folder = tmp_path_factory.mktemp("models")
     networks = []
     for name, size in (("small", 16), ("large", 32)):
@@ -30,81 +33,134 @@ def saved(tmp_path_factory):
         )
         network.save(folder / f"{name}.keras")
         networks.append(network)
-    return folder / "small.keras", folder / "large.keras", networks[0]
+    return folder / "small.keras", folder / "large.keras", networks[0].predict(IMAGES, verbose=0)
 
 
-@pytest.fixture
-def assess():
+@pytest.fixture(scope="module")
+def measured(saved, tmp_path_factory):
+    """The small model's benchmark beside the large one, started by a process that holds 2 GB, and its scratch folder.
+
+    Original file 7 is missing; the recorded probabilities of files 3 and 5 have another label.
+    """
+    small, large, recorded = saved
+    folder, scratch = tmp_path_factory.mktemp("originals"), tmp_path_factory.mktemp("scratch")
+    files = [folder / f"{number}.png" for number in range(len(IMAGES))]
+    for path, pixels in zip(files, IMAGES, strict=True):
+        Image.fromarray(pixels).save(path)
+    files[7].unlink()
+    of_files = recorded.copy()
+    of_files[[3, 5]] = np.roll(of_files[[3, 5]], 1, axis=1)
+    held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
     with serving_benchmark.start_process() as process:
-        yield partial(serving_benchmark.benchmark, process)
+        found = serving_benchmark.benchmark(
+            process, small, IMAGES, recorded, scratch, large, Originals(files, of_files)
+        )
+    del held
+    return found, scratch
 
 
-def test_a_saved_model_is_tried_in_a_process_of_its_own(saved, assess, tmp_path):
-    small, _, network = saved
-    found = assess(small, PICTURES, network.predict(PICTURES, verbose=0), tmp_path)
-    assert found["predictions_equal"] and found["largest_difference"] < serving_benchmark.TOLERANCE
-    assert found["parameters"] == network.count_params()
-    assert found["bytes"] == small.stat().st_size
-    assert 0 < found["latency_p50_ms"] <= found["latency_p95_ms"]
-    assert found["load_seconds"] > 0 and found["images_per_second"] > 0 and found["batch"] == 8
-    assert 10**8 < found["peak_memory_bytes"] < 10**10  # TensorFlow alone takes hundreds of megabytes
-    assert "latency_ratio" not in found
-    assert list(tmp_path.iterdir()) == []
+class InThisProcess:
+    """Answers as the benchmark's process does, without starting TensorFlow again."""
+
+    returncode = 0
+
+    def communicate(self, request, timeout):
+        task = Path(os.fsdecode(request))
+        serving_benchmark._answer(task, serving_benchmark._measure(task))
+        return b"", b""
 
 
-def test_what_the_saved_model_says_of_original_files_is_compared_with_what_was_measured(saved, assess, tmp_path):
-    small, _, network = saved
-    recorded = network.predict(PICTURES, verbose=0)
-    files = []
-    for number, pixels in enumerate(PICTURES):
-        files.append(tmp_path / f"{number}.png")
-        Image.fromarray(pixels).save(files[-1])
-    (tmp_path / "7.png").unlink()
-    recorded[3] = np.roll(recorded[3], 1)  # other labels were measured than the model gives
-    recorded[5] = np.roll(recorded[5], 1)
-    found = assess(small, PICTURES, recorded, tmp_path, originals=serving_benchmark.Originals(files, recorded))
-    assert (found["served_images"], found["served_other_labels"]) == (7, 2)
-    assert 0.01 < found["served_largest_difference"] <= 1
+def test_the_saved_model_is_measured_in_a_clean_process(saved, measured):
+    found, scratch = measured
+    assert found.predictions_equal and found.largest_difference < serving_benchmark.TOLERANCE
+    assert found.parameters == training_networks.load(saved[0]).count_params()
+    assert found.bytes == saved[0].stat().st_size
+    assert 0 < found.latency_p50_ms <= found.latency_p95_ms
+    assert found.load_seconds > 0 and found.images_per_second > 0 and found.batch == 8
+    assert list(scratch.iterdir()) == []
 
 
-def test_another_model_is_timed_beside_it(saved, assess, tmp_path):
-    small, large, network = saved
-    found = assess(large, PICTURES, network.predict(PICTURES, verbose=0), tmp_path, small)
-    assert not found["predictions_equal"]  # those of another model
-    assert found["production_bytes"] == small.stat().st_size
-    assert found["size_ratio"] == large.stat().st_size / small.stat().st_size
-    assert found["latency_ratio"] > 0
+def test_the_peak_memory_is_that_of_the_process_itself(measured):
+    assert 10**8 < measured[0].peak_memory_bytes < 2 * 10**9  # TensorFlow alone takes hundreds of megabytes
 
 
-def test_a_file_that_is_no_model_is_said(assess, tmp_path):
+def test_predictions_for_original_files_are_compared_with_those_for_their_records(measured):
+    served = measured[0].served
+    assert (served.images, served.other_labels) == (7, 2)
+    assert 0.01 < served.largest_difference <= 1
+
+
+def test_production_is_timed_beside_the_model(saved, measured):
+    found, (small, large, _) = measured[0], saved
+    assert found.production.bytes == large.stat().st_size
+    assert found.production.size_ratio == small.stat().st_size / large.stat().st_size
+    assert found.production.latency_ratio == pytest.approx(found.latency_p50_ms / found.production.latency_p50_ms)
+
+
+def test_other_predictions_are_noticed_and_nothing_else_is_measured_without_other_files(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
+    _, large, recorded_of_small = saved
+    found = serving_benchmark.benchmark(InThisProcess(), large, IMAGES, recorded_of_small, tmp_path)
+    assert not found.predictions_equal and found.largest_difference > serving_benchmark.TOLERANCE
+    assert (found.production, found.served) == (None, None)
+
+
+def test_a_process_that_dies_of_the_original_files_has_answered_before(saved, tmp_path, monkeypatch):
+    def die(*_):
+        raise MemoryError
+
+    class Dying(InThisProcess):
+        returncode = -9
+
+        def communicate(self, request, timeout):
+            with contextlib.suppress(MemoryError):
+                super().communicate(request, timeout)
+            return b"", b""
+
+    monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
+    monkeypatch.setattr(serving_benchmark, "_predict_originals", die)
+    originals = Originals([tmp_path / "large.png"], np.zeros((1, 3)))
+    found = serving_benchmark.benchmark(Dying(), saved[0], IMAGES, saved[2], tmp_path, originals=originals)
+    assert found.predictions_equal and found.served is None
+
+
+def test_json_values_are_read_again_and_keep_their_keys(measured):
+    found = measured[0]
+    values = json.loads(json.dumps(serving_benchmark.to_json(found)))
+    assert serving_benchmark.from_json(values) == found
+    assert isinstance(found.production, ProductionBenchmark) and isinstance(found.served, ServedPredictions)
+    assert list(values) == [
+        "load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "batch", "bytes", "peak_memory_bytes",
+        "parameters", "predictions_equal", "largest_difference", "production_latency_p50_ms", "latency_ratio",
+        "production_bytes", "size_ratio", "served_images", "served_other_labels", "served_largest_difference",
+    ]  # fmt: skip
+
+
+def test_an_unusable_file_is_reported_with_the_exit_code_and_the_error(tmp_path):
     path = tmp_path / "broken.keras"
     path.write_bytes(b"PK no model")
-    with pytest.raises(PipelineError, match=r"could not use the model: it ended with 1: .*broken.keras"):
-        assess(path, PICTURES, np.zeros((8, 3)), tmp_path)
+    with (
+        serving_benchmark.start_process() as process,
+        pytest.raises(PipelineError, match=r"could not be used in a clean process \(exit code 1\): .*broken.keras"),
+    ):
+        serving_benchmark.benchmark(process, path, IMAGES, np.zeros((8, 3)), tmp_path)
 
 
-def test_a_process_that_was_killed_before_it_is_asked_is_said(saved, tmp_path):
+def test_a_process_that_was_killed_before_its_request_is_reported(saved, tmp_path):
     with serving_benchmark.start_process() as process:
         process.kill()
         process.wait()
         with pytest.raises(
-            PipelineError, match="ended with -9 \\(killed, most likely for want of memory\\): it said noth"
+            PipelineError, match="exit code -9, killed, probably because memory ran out\\): no error output"
         ):
-            serving_benchmark.benchmark(process, saved[0], PICTURES, np.zeros((8, 3)), tmp_path)
+            serving_benchmark.benchmark(process, saved[0], IMAGES, np.zeros((8, 3)), tmp_path)
 
 
-def test_memory_is_that_of_the_process_itself(saved, tmp_path):
-    held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
-    with serving_benchmark.start_process() as process:
-        found = serving_benchmark.benchmark(process, saved[0], PICTURES, np.zeros((8, 3)), tmp_path)
-    assert found["peak_memory_bytes"] < held.nbytes
-
-
-def test_a_process_that_nobody_asks_ends_with_whoever_has_started_it():
+def test_a_process_without_a_request_ends_with_its_parent():
     code = """
 import os
-from dgmd_pipeline import assessment
-block = assessment.clean_process()
+from dgmd_pipeline.evaluation import serving_benchmark
+block = serving_benchmark.start_process()
 process = block.__enter__()
 assert process.poll() is None
 os.write(1, str(process.pid).encode())
@@ -116,13 +172,13 @@ os._exit(0)
         if not path.exists() or "Z" in (path / "stat").read_text().rpartition(")")[2].split()[0]:
             return
         time.sleep(0.1)
-    raise AssertionError("it is still there")
+    raise AssertionError("the process still runs")
 
 
-def test_the_process_sees_nothing_of_what_speeds_up_a_training(monkeypatch):
+def test_the_process_does_not_inherit_the_settings_that_speed_up_training(monkeypatch):
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     monkeypatch.setenv("SOMETHING", "else")
     found = settings.serving_environment()
     assert "TF_NUM_INTRAOP_THREADS" not in found and found["SOMETHING"] == "else"
-    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "4")  # somebody's own
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "4")  # the operator's own
     assert settings.serving_environment()["TF_NUM_INTRAOP_THREADS"] == "4"
