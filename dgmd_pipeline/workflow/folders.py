@@ -1,7 +1,7 @@
 """A draft -> a folder that is whole: commit, recovery after a kill, the lock, and what the disk refuses.
 
 A step writes into a draft folder beside its target and renames it in place as its last act, so that a folder that
-exists is complete. See docs/design.md, section 2.
+exists is complete: docs/decisions/0001-a-step-is-a-folder.md.
 """
 
 import contextlib

@@ -13,15 +13,15 @@ HEAD = """\
 # Configuration
 
 All settings are environment variables. They can also be in a file `.env` in the working directory,
-or in the file that `--env-file` names; the environment takes precedence. An empty variable counts
-as unset. Invalid values are reported all at once, before anything starts, with exit code 2.
+or in the file that `--env-file` names; the environment takes precedence. An empty variable is
+unset. Invalid values are reported all at once, before anything starts, with exit code 2.
 
 This file is generated from `dgmd_pipeline/settings.py`: run `make docs` after a change there.
 """
 NOTES = {  # group -> a paragraph before its table
     "Training": """\
-`BATCH_SIZE`, `EPOCHS`, `LEARNING_RATE`, `DECAY_RATE`, `OPTIMIZER`, `DROPOUT` and `WEIGHT_DECAY` apply
-to `cnn` and to a hidden head, not to a linear head.
+`BATCH_SIZE`, `EPOCHS`, `LEARNING_RATE`, `DECAY_RATE`, `OPTIMIZER`, `DROPOUT` and `WEIGHT_DECAY`
+apply to `cnn` and to a hidden head, not to a linear head.
 """,
 }
 GROUPS = {
@@ -45,9 +45,9 @@ TAIL = """\
 ## Variables of libraries
 
 `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SHARED_CREDENTIALS_FILE`, `AWS_PROFILE`,
-`AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_USERNAME`, `MLFLOW_TRACKING_PASSWORD` and the
-other variables of boto3 and MLflow have their usual meaning. Without any AWS credentials the bucket
-is read anonymously.
+`AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_USERNAME`, `MLFLOW_TRACKING_PASSWORD`
+and the other variables of boto3 and MLflow have their usual meaning. Without any AWS credentials
+the bucket is read anonymously.
 
 The pipeline sets these variables of libraries if they are unset:
 
