@@ -72,7 +72,7 @@ def _machine(parameters: dict[str, Any], features: np.ndarray, labels: np.ndarra
 def plain_keras(images: np.ndarray, labels: np.ndarray, test: np.ndarray, seconds: float, seed: int) -> np.ndarray:
     """Train the convolutional network of TensorFlow's tutorial on images (uint8 [n, height, width, 3]).
 
-    Adam and batches of 32 are the defaults of Keras. 15 % of the images are held out. The training stops PATIENCE epochs
+    Adam and batches of 32 are Keras's defaults. 15 % of the images are held out. Training stops PATIENCE epochs
     after the lowest loss on them, or after `seconds` of CPU time, and keeps the best weights.
     Source: tensorflow.org/tutorials/images/cnn.
     """

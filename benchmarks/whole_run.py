@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def one_run(settings: dict, name: str, number: int) -> tuple[float, float]:
-    """Run on an empty folder ("whole") or without a training ("again"). Return the seconds without, and of, evaluation."""
+    """Run on an empty folder ("whole") or without a training ("again"); return seconds without and of evaluation."""
     folder = settings["DATA_DIR"]
     shutil.rmtree(folder / "trained_model" if name == "again" else folder, ignore_errors=True)
     rate = 0.02 + number / 1000 if name == "again" else 0.01
