@@ -1,11 +1,11 @@
-# One file, three images that share their layers, for amd64 and arm64:
+# Three images that share their layers, for amd64 and arm64:
 #
 #   docker build -t dgmd_model_pipeline .         the pipeline: runs to completion, its exit code is the container's
 #   docker build --target mlflow -t dgmd_mlflow . an MLflow server
-#   docker build --target demo -t dgmd_demo .     the pipeline and a local S3 endpoint with the demo's pictures
+#   docker build --target demo -t dgmd_demo .     the pipeline and a local S3 endpoint with the demo's images
 #
 # --build-arg VARIANT=cuda    TensorFlow for NVIDIA GPUs
-# --build-arg BACKBONE=...    whose ImageNet weights come with the image; "" for none
+# --build-arg BACKBONE=...    the backbone whose ImageNet weights are included; "" for none
 
 FROM python:3.11-slim-bookworm AS python
 
@@ -13,15 +13,15 @@ FROM python:3.11-slim-bookworm AS python
 FROM python AS dependencies
 ARG VARIANT=cpu
 COPY locks/${VARIANT}.txt /tmp/lock.txt
-# Wheels only: nothing is compiled. What is removed is never used here: C++ headers, the libraries' own tests, and Clang,
-# which TensorFlow names and does not load.
+# Wheels only: nothing is compiled. The removed files are never used: C++ headers, the libraries' tests, and Clang,
+# which TensorFlow requires and does not load.
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
     && rm -rf /opt/venv/lib/python3.*/site-packages/clang \
     && find /opt/venv/lib/python3.*/site-packages -depth -type d \( -name tests -o -name include \) -exec rm -rf {} +
 
 
-# In a stage of its own, so that the weights are not fetched again when other code or a dependency changes.
+# A separate stage: a change of other code or of a dependency does not download the weights again.
 FROM python AS weights
 ARG BACKBONE=EfficientNetV2-B1
 WORKDIR /app
@@ -32,7 +32,7 @@ RUN mkdir -p /weights/models \
 
 
 FROM python AS runtime
-# Group 0: a container that is run as any other user (--user 12345) has that group, and may write as 1000 does.
+# Group 0: a container with another user (--user 12345) has this group and can write like user 1000.
 RUN useradd --create-home --uid 1000 --gid 0 pipeline \
     && install -d -o pipeline -g 0 -m 775 /app/data /mlflow /demo
 COPY --from=dependencies /opt/venv /opt/venv
@@ -46,7 +46,7 @@ USER 1000
 
 
 FROM runtime AS mlflow
-# Without jobs: six processes of its GenAI side, of which nothing here has any use.
+# No job execution: it starts six processes for GenAI features that the pipeline does not use.
 ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
     MLFLOW_ARTIFACTS_DESTINATION=/mlflow/artifacts \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
@@ -61,7 +61,7 @@ FROM runtime AS code
 USER 0
 COPY setup.py requirements.txt pipeline.py ./
 COPY dgmd_pipeline dgmd_pipeline
-# --editable: code that is mounted over /app is what runs. Compiled, because a read-only container cannot keep that.
+# --editable: code that is mounted over /app is used. Compiled, because a read-only container cannot store the result.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-build-isolation --use-pep517 --editable . \
     && python -m compileall -q dgmd_pipeline \
     && chmod -R a+rX /app
@@ -90,7 +90,7 @@ ARG VERSION=0.1.0
 ARG SOURCE=
 ENV GIT_REVISION=$GIT_REVISION
 LABEL org.opencontainers.image.title="dgmd_model_pipeline" \
-      org.opencontainers.image.description="A bucket of labelled pictures becomes an image classifier in MLflow" \
+      org.opencontainers.image.description="Trains an image classifier from a bucket of labelled images and registers it in MLflow" \
       org.opencontainers.image.source=$SOURCE \
       org.opencontainers.image.revision=$GIT_REVISION \
       org.opencontainers.image.version=$VERSION

@@ -1,4 +1,4 @@
-# The few things that one does with this project. Everything happens in .venv, which the first of them makes.
+# Tasks of this project. All of them run in .venv, which the first one creates.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,21 +7,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 LOCK := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock"
 
-.PHONY: demo test test-container lint format bench bench-quality lock clean
+.PHONY: demo test test-container lint format bench bench-quality docs pictures lock clean
 
-# Run the whole pipeline on a small real data set behind a local S3 endpoint.
+# Run the pipeline on a small real data set, with a local S3 endpoint.
 demo: .venv/demo
 	$(BIN)/python pipeline.py demo
 
-# Run all tests; `make test PYTEST="-m 'not slow and not container'"` leaves out the slow ones.
+# Run all tests. `make test PYTEST="-m 'not slow and not container'"` skips the slow ones.
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST)
 
-# Build the images and try them in a Docker engine. CONTAINER_S3 may name an S3 server that containers reach.
+# Build the container images and test them in a Docker engine. CONTAINER_S3 may be the address of an S3 server that
+# containers can reach.
 test-container: .venv/test
 	$(BIN)/python -m pytest --numprocesses 0 -m container tests/test_container.py $(PYTEST)
 
-# Check style and types, the Dockerfile and the workflows. Nothing of it needs a network.
+# Check style, types, the Dockerfile and the workflows. No linter needs a network.
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,23 +33,32 @@ lint: .venv/test
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/zizmor --quiet --offline .github
 
-# Measure every claim about speed against its baseline, and write benchmarks/RESULTS.md. Takes about 40 minutes.
+# Measure every claim about speed against its baseline and write benchmarks/RESULTS.md. Takes about 40 minutes.
 bench: .venv/test .venv/demo .venv/bench
 	$(BIN)/python -m benchmarks
 
-# Measure how good the models are on real images, beside usual ways to learn, and write benchmarks/QUALITY.md. Takes about
-# 30 minutes. CLOTHING_TAR and MOBILENETV2_WEIGHTS name files that no package has; what is missing is named and left out.
+# Compare the models with usual methods on real images and write benchmarks/QUALITY.md. Takes about 30 minutes.
+# CLOTHING_TAR and MOBILENETV2_WEIGHTS are paths of files that no package contains; data sets without their files are
+# skipped with a message.
 bench-quality: .venv/bench
 	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
-# Choose again, within the bounds of requirements.txt, what exactly the images hold.
+# Generate docs/configuration.md from the settings.
+docs: .venv/docs
+	$(BIN)/python docs/scripts/configuration.py
+
+# Render the README's images from the demo. Needs Chromium or Chrome; takes about two minutes.
+pictures: .venv/demo .venv/docs
+	$(BIN)/python docs/scripts/images.py
+
+# Resolve the versions in the container images again, within the bounds of requirements.txt.
 lock: .venv/lock
 	$(LOCK) requirements.txt --output-file locks/cpu.txt
 	$(LOCK) setup.py --extra demo --constraints locks/cpu.txt --output-file locks/demo.txt
 	echo "tensorflow-cpu; sys_platform == 'never'" \
 	  | $(LOCK) setup.py --extra cuda --constraints locks/cpu.txt --override - --output-file locks/cuda.txt
 
-# Mend style where that can be done by a machine.
+# Fix style where the linter can.
 format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -56,7 +66,7 @@ format: .venv/test
 clean:
 	rm -rf .venv demo-data demo.env
 
-# An extra of setup.py is installed when its stamp is older than what is asked for.
+# An extra of setup.py is installed when its stamp is older than setup.py or requirements.txt.
 .venv/%: setup.py requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'

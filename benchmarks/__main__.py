@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import measure, pictures
+from benchmarks import dataset, measure
 
-SCRIPTS = ("whole_run", "knowing", "downloading", "inspecting", "writing", "extracting", "reading", "growth")
+SCRIPTS = ("whole_run", "noop_run", "downloading", "inspecting", "writing", "extracting", "reading", "scaling")
 LIBRARIES = (
     "tensorflow",
     "tensorflow-cpu",
@@ -30,10 +30,10 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def main() -> None:
-    """Run them one after the other; exit with 1 where one failed or a claim does not hold."""
-    pictures.make(measure.WORK / "spice")
+    """Run the scripts one after another. Exit with 1 if one fails or a claim does not hold."""
+    dataset.make(measure.WORK / "spice")
     begun = time.monotonic()
-    sections, all_well = [], True
+    sections, all_hold = [], True
     for script in sys.argv[1:] or SCRIPTS:
         print(f"{script} ...", flush=True)
         with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
@@ -44,22 +44,22 @@ def main() -> None:
             ).returncode  # fmt: skip
             minutes = (time.monotonic() - start) / 60
             claims = [measure.Claim(**json.loads(line)) for line in file]
-        all_well = all_well and not code and all(claim.holds for claim in claims)
-        rows = "\n".join([measure.HEAD, *(claim.row() for claim in claims)]) if claims else f"It ended with {code}."
+        all_hold = all_hold and not code and all(claim.holds for claim in claims)
+        rows = "\n".join([measure.HEAD, *(claim.row() for claim in claims)]) if claims else f"Exit code {code}."
         sections.append(f"## {script} ({minutes:.0f} min)\n\n{rows}\n")
         write(sections, (time.monotonic() - begun) / 60)
-    sys.exit(not all_well)
+    sys.exit(not all_hold)
 
 
 def write(sections: list[str], minutes: float) -> None:
     cpu = next((line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name")), "")
     libraries = ", ".join(f"{name} {found}" for name in LIBRARIES if (found := installed(name)))
     RESULTS.write_text(
-        "# What `make bench` measured\n\n"
+        "# Results of `make bench`\n\n"
         f"{datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes, {len(os.sched_getaffinity(0))} cores of "
         f"{cpu or platform.machine()}, {platform.system()}, Python {platform.python_version()}, {libraries}.\n\n"
-        "Each ratio is of two things done in turns in the same run; the script of its name says what they are. "
-        "Absolute figures are this machine's at that time.\n\n" + "\n".join(sections),
+        "Each ratio compares two measurements that alternate in the same run; the script of that name describes them. "
+        "Absolute figures are those of this machine at that time.\n\n" + "\n".join(sections),
         encoding="utf-8",
     )
 

@@ -1,4 +1,4 @@
-"""The real image sets of `make bench-quality`: where they come from, how they are laid out, and their third split."""
+"""The real data sets of `make bench-quality`: their sources, layout and third split."""
 
 import os
 import shutil
@@ -23,19 +23,19 @@ TEST = 0.2  # fraction of each label that the pipeline never sees
 
 
 class Missing(Exception):
-    """Something that a set needs is not on this machine."""
+    """A file or package of a data set is missing."""
 
 
 class DataSet(NamedTuple):
-    """A set of images and the settings that the pipeline runs on it with."""
+    """A data set and the settings of the pipeline for it."""
 
-    title: str  # for people
+    title: str  # for the report
     lay_out: Callable[[Path], None]  # writes <label>/<file> into an empty folder
     width: int  # pixels
     height: int
-    backbone: str  # BACKBONE, or "EfficientNet-Lite0", which the package does not know
+    backbone: str  # BACKBONE, or "EfficientNet-Lite0", which the package does not have
     weights: Callable[[], str] = lambda: "imagenet"  # BACKBONE_WEIGHTS
-    variants: tuple[str, ...] = ()  # NAME=value: trained once more with this setting
+    variants: tuple[str, ...] = ()  # NAME=value: an additional training with this setting
 
 
 def clothing(folder: Path) -> None:
@@ -46,7 +46,7 @@ def clothing(folder: Path) -> None:
 
 
 def clothing_32(folder: Path) -> None:
-    """Make the clothing photographs images of 32 x 32 pixels."""
+    """Resize the clothing photographs to 32 x 32 pixels."""
     for path in sorted(originals("clothing", clothing).glob("*/*")):
         with Image.open(path) as image:
             small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
@@ -56,7 +56,7 @@ def clothing_32(folder: Path) -> None:
 
 
 def solar_cells(folder: Path) -> None:
-    """Copy the certain images of elpv-dataset: functional (label 0.0) and defective (label 1.0) solar cells.
+    """Copy the images of elpv-dataset with certain labels: functional (0.0) and defective (1.0) solar cells.
 
     Source: Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in Electroluminescence
     Imagery", EU PVSEC 2018.
@@ -132,15 +132,15 @@ SETS = {
 
 
 def existing(variable: str, default: Path) -> Path:
-    """Return the file that an environment variable names, or the default. Raises Missing where it is not there."""
+    """Return the file that an environment variable names, or the default. Raises Missing if it does not exist."""
     path = Path(os.environ.get(variable, default))
     if not path.is_file():
-        raise Missing(f"there is no file {path}, which {variable} can name")
+        raise Missing(f"there is no file {path}; {variable} can name another path")
     return path
 
 
 def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
-    """Return a folder with the images of a set; they are laid out once."""
+    """Return a folder with the images of a data set. It is made once."""
     folder = FOLDER / "images" / name
     if not folder.exists():
         draft = folder.with_suffix(".part")
@@ -152,25 +152,25 @@ def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
 
 
 def inspected(folder: Path) -> list[manifest.Image]:
-    """Inspect a folder as the pipeline does: its usable images and their near-duplicate groups."""
+    """Inspect a folder like the pipeline: return its usable images with their near-duplicate groups."""
     rows, _ = inspection.inspect(inspection.find(folder), folder, folder.parent)
     return rows
 
 
 def third_split(rows: Sequence[manifest.Image], repeat: int) -> tuple[list[manifest.Image], list[manifest.Image]]:
-    """Divide images into those for the pipeline and a test part of TEST of each label, at random by `repeat`.
+    """Divide images at random, by `repeat`: a test part of TEST of each label, and the rest for the pipeline.
 
-    It is the pipeline's own split under other names of the groups, so near-duplicates stay on one side here too.
+    It is the pipeline's split with renamed groups, so near-duplicates stay together.
     """
     by_path = {row.path: row for row in rows}
     renamed = [Example(row.path, row.label, 0, row.sha256, f"{repeat} {row.group}") for row in rows]
     found = split.split(renamed, TEST)
-    kept, test = ([by_path[row.path] for row in side] for side in (found.training, found.validation))
+    kept, test = ([by_path[row.path] for row in part] for part in (found.training, found.validation))
     return kept, test
 
 
 def link(rows: Iterable[manifest.Image], source: Path, raw: Path) -> None:
-    """Put links to images into a `raw/` folder."""
+    """Create links to images in a `raw/` folder."""
     for row in rows:
         target = raw / row.path
         target.parent.mkdir(parents=True, exist_ok=True)

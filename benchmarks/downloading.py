@@ -1,8 +1,8 @@
-"""Downloading 170 kB objects from a local endpoint: against s5cmd and against boto3's `download_file` in 32 threads.
+"""Downloading 170 kB objects from a local endpoint: compared with s5cmd and boto3's `download_file` in 32 threads.
 
-The endpoint costs next to nothing (`endpoint.py`), so that what is measured is the client. CPU time is that of the
-client's process without its imports: s5cmd's whole one, which has none. For the same reason objects go to memory
-(/dev/shm, where there is one); to the disk is reported beside it: making a file took 0.1 to 0.6 ms on one and the same.
+The endpoint is cheap (`endpoint.py`), so the client dominates the measurement. CPU time is that of the client's process
+without its imports; s5cmd has none. Objects are written to memory (/dev/shm, if it exists), because creating a file
+took 0.1 to 0.6 ms on the same disk. Results on the disk are reported separately.
 
     python -m benchmarks.downloading [--repeats 5]
 """
@@ -14,29 +14,29 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import endpoint, measure, pictures
+from benchmarks import dataset, endpoint, measure
 
 MEMORY = Path("/dev/shm")  # noqa: S108
 FETCH = "import sys; from benchmarks import downloading as d; print(*d.{}(sys.argv[1]))"
 
 
 def ours(folder: str) -> tuple[float, float]:
-    """Return CPU and wall seconds of listing and downloading as the pipeline does it."""
+    """Return CPU and wall-clock seconds of listing and downloading with the pipeline's functions."""
     import s3transfer.crt  # noqa: F401
 
     from dgmd_pipeline.s3 import client as s3_client
     from dgmd_pipeline.s3 import download, listing
 
-    s3_client.connect()  # imports what it needs
+    s3_client.connect()  # import its modules
     start, cpu = time.perf_counter(), time.process_time()
     client = s3_client.connect()
     objects = listing.list_objects(client, endpoint.BUCKET, endpoint.PREFIX).objects
-    assert sum(1 for _ in download.download(client, endpoint.BUCKET, objects, Path(folder))) == pictures.FILES
+    assert sum(1 for _ in download.download(client, endpoint.BUCKET, objects, Path(folder))) == dataset.FILES
     return time.process_time() - cpu, time.perf_counter() - start
 
 
 def download_file(folder: str) -> tuple[float, float]:
-    """Return CPU and wall seconds of listing and downloading with boto3's own function."""
+    """Return CPU and wall-clock seconds of listing and downloading with boto3's `download_file`."""
     import boto3
     from botocore.config import Config
 
@@ -53,22 +53,22 @@ def download_file(folder: str) -> tuple[float, float]:
         client.download_file(endpoint.BUCKET, key, str(path))
 
     with ThreadPoolExecutor(32) as threads:
-        assert len(list(threads.map(fetch, keys))) == pictures.FILES
+        assert len(list(threads.map(fetch, keys))) == dataset.FILES
     return time.process_time() - cpu, time.perf_counter() - start
 
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=5).repeats
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     with endpoint.serving(raw) as url:
         if MEMORY.is_dir():
             with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
                 measure.show(*claims(url, scratch, repeats, "download"))
         with measure.folder() as scratch:
-            measure.show(*claims(url, scratch, repeats, "download to the disk", promised=not MEMORY.is_dir()))
+            measure.show(*claims(url, scratch, repeats, "download to the disk", with_goals=not MEMORY.is_dir()))
 
 
-def claims(url: str, scratch: str, repeats: int, what: str, promised: bool = True) -> list[measure.Claim]:
+def claims(url: str, scratch: str, repeats: int, what: str, with_goals: bool = True) -> list[measure.Claim]:
     s5cmd = Path(sys.executable).with_name("s5cmd")
     where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url, "S3_ENDPOINT_URL": url}
     wall: dict[str, list[float]] = {"ours": [], "download_file": [], "s5cmd": []}
@@ -78,7 +78,7 @@ def claims(url: str, scratch: str, repeats: int, what: str, promised: bool = Tru
             ran = measure.run(sys.executable, "-c", FETCH.format(name), folder, **where)
         cpu, seconds = map(float, ran.output.split())
         wall[name].append(seconds)
-        return cpu / pictures.FILES * 1e3
+        return cpu / dataset.FILES * 1e3
 
     def go() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -86,17 +86,17 @@ def claims(url: str, scratch: str, repeats: int, what: str, promised: bool = Tru
             objects = f"s3://{endpoint.BUCKET}/{endpoint.PREFIX}/*"
             cpu = measure.run(s5cmd, "--log", "error", "cp", objects, f"{folder}/", **where).seconds
             wall["s5cmd"].append(time.perf_counter() - start)
-            assert sum(len(files) for _, _, files in os.walk(folder)) == pictures.FILES
-        return cpu / pictures.FILES * 1e3
+            assert sum(len(files) for _, _, files in os.walk(folder)) == dataset.FILES
+        return cpu / dataset.FILES * 1e3
 
-    ways = {"ours": lambda: python("ours"), "download_file": lambda: python("download_file"), "s5cmd": go}
-    cpu = measure.in_turns(repeats, **ways)
+    clients = {"ours": lambda: python("ours"), "download_file": lambda: python("download_file"), "s5cmd": go}
+    cpu = measure.interleave(repeats, **clients)
     ms = {name: measure.median(values, " ms") for name, values in cpu.items()}
-    speed = {name: measure.median([pictures.FILES / seconds for seconds in wall[name]], "/s") for name in wall}
+    speed = {name: measure.median([dataset.FILES / seconds for seconds in wall[name]], "/s") for name in wall}
     times_s5cmd = measure.ratios(cpu["ours"], cpu["s5cmd"])
     times_less = measure.ratios(cpu["download_file"], cpu["ours"])
     of_s5cmd = measure.ratios(wall["s5cmd"], wall["ours"])
-    goals = (3, 1.5, 0.9) if promised else (None, None, None)
+    goals = (3, 1.5, 0.9) if with_goals else (None, None, None)
     return [
         measure.Claim(
             f"{what}, CPU for each object, times s5cmd's",

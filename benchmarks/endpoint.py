@@ -1,7 +1,7 @@
-"""An S3 endpoint in a process of its own that costs next to nothing: listings and objects of a local folder.
+"""A minimal S3 endpoint in a separate process: listings and objects of a local folder.
 
-It answers `ListObjectsV2` and `GetObject`, whole or a range, to whoever asks, and sends files by `sendfile`. A full
-server beside the client would be what is measured on two cores.
+It answers `ListObjectsV2` and `GetObject` (also with a range) without authentication, and sends files by `sendfile`. A
+complete server would dominate the measurement on two cores.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-BUCKET, PREFIX = "benchmark", "pictures"
+BUCKET, PREFIX = "benchmark", "images"
 PAGE = 1000
 VARIABLES = {
     "AWS_DATA_BUCKET": BUCKET,
@@ -39,7 +39,7 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # a client that has what it wants may just go
+        with suppress(ConnectionError):  # clients may close the connection at any time
             self._answer()
 
     def _answer(self) -> None:
@@ -114,7 +114,7 @@ def _serve(folder: Path, port: "multiprocessing.Queue[int]") -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve the files below `folder` as objects of BUCKET below PREFIX, and give the endpoint's URL."""
+    """Serve the files below `folder` as objects of BUCKET below PREFIX, and provide the endpoint's URL."""
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
     process = context.Process(target=_serve, args=(folder, port), daemon=True)

@@ -1,6 +1,6 @@
-"""Extracting features: against the bare forward pass, variables frozen to constants, on pictures already in memory.
+"""Extracting features: compared with the forward pass alone, with frozen variables and images in memory.
 
-Both send batches of the same size through it side by side, one thread a core: that is the fastest way to run it.
+Both process batches of the same size in parallel, one thread for each core, which is the fastest configuration.
 
     python -m benchmarks.extracting [--repeats 5] [--images 960]
 """
@@ -9,32 +9,33 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks import measure, pictures
+from benchmarks import dataset, measure
 from benchmarks.writing import HEIGHT, WIDTH, write
 
 
 def main() -> None:
     options = measure.arguments(__doc__, repeats=5, images=960)
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # as settings.load does for frozen backbones
-    from dgmd_pipeline.training import dataset, features, networks
+    from dgmd_pipeline.training import dataset as training_dataset
+    from dgmd_pipeline.training import features, networks
     from dgmd_pipeline.workflow import executors
 
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), options.images)
         backbone = networks.build_backbone("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
         forward = features.freeze(backbone)
-        batches = [x.numpy() for x, _ in dataset.read(source).batch(features.BATCH)]
+        batches = [x.numpy() for x, _ in training_dataset.read(source).batch(features.BATCH)]
 
         def ours() -> int:
             folder = Path(tempfile.mkdtemp(dir=scratch))
-            batched = dataset.read(source).batch(features.BATCH).prefetch(2)
+            batched = training_dataset.read(source).batch(features.BATCH).prefetch(2)
             return sum(features.extract(batched, options.images, backbone, folder, executors.in_threads))
 
         def theirs() -> int:
             return sum(map(len, executors.in_threads(forward, batches)))
 
-        of = "the bare forward pass"
+        of = "the forward pass alone"
         measure.show(measure.images_per_second("extract", 0.9, options.images, ours, theirs, of, options.repeats))
 
 

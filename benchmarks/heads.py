@@ -1,4 +1,4 @@
-"""The package's own training of a head on stored features, at the default settings, without a run of the pipeline."""
+"""Train a head on stored features with the package's function and the default settings, without a run."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

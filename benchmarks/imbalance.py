@@ -1,6 +1,6 @@
-"""Cutting large classes down and weighting small ones: what each does to a head, on long-tailed real features.
+"""The effect of BALANCE_LIMIT and CLASS_WEIGHTS on a head, on long-tailed real features.
 
-The features of all clothing photographs are extracted once. Each repeat takes a test part away, which keeps the natural
+The features of all clothing photographs are extracted once. Each repeat sets a test part aside, which keeps the natural
 shares of the labels (`datasets.third_split`), makes the rest long-tailed, and trains the package's head on it.
 """
 
@@ -19,13 +19,13 @@ from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, features
 
 NAME = "imbalance"
-TAILS = (None, 10, 50)  # images of the largest label for one of the smallest; None: as they are
+TAILS = (None, 10, 50)  # size of the largest label / size of the smallest; None: the natural sizes
 CUTS = {"1.15": 1.15, "unset": None}  # BALANCE_LIMIT
 VALIDATION = 0.2
 
 
 def measured(repeats: int) -> list[dict[str, Any]]:
-    """Return a row for each version of the set and each of the four ways to treat it."""
+    """Return a row for each long tail and each combination of the two settings."""
     known = datasets.SETS["clothing"]
     source = datasets.originals(known.lay_out.__name__, known.lay_out)
     rows = datasets.inspected(source)
@@ -54,7 +54,7 @@ def measured(repeats: int) -> list[dict[str, Any]]:
 def everything(
     known: datasets.DataSet, rows: Sequence[manifest.Image], source: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Let the pipeline extract the features of all images; return them by path, and the labels by index."""
+    """Extract the features of all images with the pipeline; return them by path, and the labels by index."""
     with measure.folder() as scratch:
         folder = Path(scratch)
         datasets.link(rows, source, folder / "raw")
@@ -64,16 +64,16 @@ def everything(
             BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
         )  # fmt: skip
         vectors: dict[str, np.ndarray] = {}
-        for side in ("training", "validation"):
-            values, _ = features.load(folder / f"features_{side}")
-            vectors |= zip(dataset.keys(folder / f"tfrecord_{side}"), np.array(values), strict=True)
+        for name in ("training", "validation"):
+            values, _ = features.load(folder / f"features_{name}")
+            vectors |= zip(dataset.keys(folder / f"tfrecord_{name}"), np.array(values), strict=True)
         return vectors, labels.read_mapping(folder / "label_map" / "mapping.json")
 
 
 def long_tail(rows: Sequence[manifest.Image], ratio: int | None, seed: int) -> list[manifest.Image]:
-    """Keep a random part of each label, so that sizes fall geometrically by `ratio` from the largest to the smallest.
+    """Keep a random part of each label: sizes fall geometrically from the largest to the smallest, by `ratio` in all.
 
-    A label that has fewer images than that keeps all. The labels keep the order of their natural sizes.
+    A label with fewer images keeps all of them. The order of the labels by size is unchanged.
     Source: Cui, Jia, Lin, Song and Belongie, "Class-Balanced Loss", CVPR 2019, section 5.1.
     """
     if ratio is None:
@@ -104,9 +104,9 @@ def trained(
     weights = balance.class_weights(balanced) if weighted else {}
     found = split.split(balanced, VALIDATION)
 
-    def side(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         return np.stack([vectors[row.path] for row in examples]), np.array([row.class_index for row in examples])
 
-    sides, groups = (side(found.training), side(found.validation)), [row.group for row in found.training]
-    head, seconds = quality_report.timed(lambda: heads.train(*sides, groups, len(names), weights, seed))
+    splits, groups = (arrays(found.training), arrays(found.validation)), [row.group for row in found.training]
+    head, seconds = quality_report.timed(lambda: heads.train(*splits, groups, len(names), weights, seed))
     return head, len(found.training), seconds

@@ -1,4 +1,4 @@
-"""Inspecting: against SHA-256 and libjpeg-turbo's decode to a shortest side of at least 64, in as many processes.
+"""Inspecting: compared with SHA-256 and a decode by libjpeg-turbo to at least 64 pixels, in as many processes.
 
 python -m benchmarks.inspecting [--repeats 5]
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import measure, pictures
+from benchmarks import dataset, measure
 from dgmd_pipeline.data import inspection
 from dgmd_pipeline.workflow import executors
 
-WAYS = (("jpeg", "SHA-256 and simplejpeg's decode", 0.8), ("png", "SHA-256 and Pillow's decode", None))
+VARIANTS = (("jpeg", "SHA-256 and simplejpeg's decode", 0.8), ("png", "SHA-256 and Pillow's decode", None))
 
 
-def bare(paths: list[Path]) -> int:
+def decode(paths: list[Path]) -> int:
     import simplejpeg
 
     for path in paths:
@@ -31,20 +31,20 @@ def bare(paths: list[Path]) -> int:
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=5).repeats
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     pool = executors.ProcessExecutor()
     claims = []
     with measure.folder() as scratch:
-        for suffix, of, goal in WAYS:
+        for suffix, of, goal in VARIANTS:
             files = [file for file in inspection.find(raw) if file.path.endswith(suffix)]
-            pieces = pictures.pieces(raw, files, inspection.PIECE)
+            pieces = dataset.pieces(raw, files, inspection.PIECE)
 
             def ours(files: list = files) -> int:
                 usable, _ = inspection.inspect(files, raw, Path(scratch), pool.map)
                 return len(usable)
 
             def theirs(pieces: list = pieces) -> int:
-                return sum(pool.map(bare, pieces))
+                return sum(pool.map(decode, pieces))
 
             what = f"inspect, {suffix.upper()}"
             claims.append(measure.images_per_second(what, goal, len(files), ours, theirs, of, repeats))

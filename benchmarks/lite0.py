@@ -33,7 +33,7 @@ def build(path: Path, height: int, width: int) -> "keras.Model":
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a PyTorch file by name. Its pickles may name nothing but tensors and an OrderedDict."""
+    """Return the tensors of a PyTorch file by name. Its pickles may only name tensors and an OrderedDict."""
     with path.open("rb") as file:
         for _ in range(3):  # magic number, version, system
             _Restricted(file).load()
@@ -54,7 +54,7 @@ def _storage(file: BinaryIO, kind: np.dtype) -> np.ndarray:
 
 
 class _Restricted(pickle.Unpickler):
-    """An unpickler that cannot call anything else than these."""
+    """An unpickler that accepts only these names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -63,7 +63,7 @@ class _Restricted(pickle.Unpickler):
             return lambda storage, offset, shape, strides, *_: (storage, offset, shape, strides)
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        raise pickle.UnpicklingError(f"the file of weights names {module}.{name}, which has no place there")
+        raise pickle.UnpicklingError(f"the file of weights names {module}.{name}, which is not allowed")
 
     def persistent_load(self, pid: Any) -> tuple[Any, str]:
         _, kind, key, *_ = pid
@@ -71,7 +71,7 @@ class _Restricted(pickle.Unpickler):
 
 
 class _Builder:
-    """Layers in Keras's functional style; weights are set when the network stands."""
+    """Builds the layers with Keras's functional API, and sets the weights at the end."""
 
     def __init__(self, weights: dict[str, np.ndarray]):
         self.weights = weights

@@ -1,4 +1,4 @@
-"""Two ways to do the same, timed in turns -> claims: ratios with their spread, held against what was promised."""
+"""Two implementations of the same work, timed alternately -> claims: ratios with their spread and their goals."""
 
 import argparse
 import json
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-WORK = Path(os.environ.get("BENCHMARK_DIR", ROOT / ".benchmarks"))  # pictures that are made once
-CLAIMS = "BENCHMARK_CLAIMS"  # variable: the file that claims are added to, for RESULTS.md
+WORK = Path(os.environ.get("BENCHMARK_DIR", ROOT / ".benchmarks"))  # data sets that are generated once
+CLAIMS = "BENCHMARK_CLAIMS"  # variable with the path of a file; claims are appended to it for RESULTS.md
 
 
 class Claim(NamedTuple):
-    """A ratio and what it should be."""
+    """A ratio and its goal."""
 
     what: str
-    ratios: list[float]  # one for each repeat; their median is what counts
-    goal: float | None  # None: reported, not promised
-    at_least: bool = True  # else: at most
-    figures: str = ""  # what was divided by what
+    ratios: list[float]  # one for each repeat; the median decides
+    goal: float | None  # None: reported only
+    at_least: bool = True  # False: at most
+    figures: str = ""  # numerator / denominator
 
     @property
     def ratio(self) -> float:
@@ -37,31 +37,29 @@ class Claim(NamedTuple):
         return self.goal is None or (self.ratio >= self.goal if self.at_least else self.ratio <= self.goal)
 
     def row(self) -> str:
-        promised = "" if self.goal is None else f"{'>=' if self.at_least else '<='} {self.goal:g}"
+        goal = "" if self.goal is None else f"{'>=' if self.at_least else '<='} {self.goal:g}"
         spread = f" ({min(self.ratios):.2f} to {max(self.ratios):.2f}, {len(self.ratios)})" if self.ratios[1:] else ""
         verdict = "" if self.goal is None else "yes" if self.holds else "**no**"
-        return f"| {self.what} | {promised} | **{self.ratio:.2f}**{spread} | {verdict} | {self.figures} |"
+        return f"| {self.what} | {goal} | **{self.ratio:.2f}**{spread} | {verdict} | {self.figures} |"
 
 
-HEAD = (
-    "| what | promised | measured: median (lowest to highest, repeats) | holds | of |\n| --- | --- | --- | --- | --- |"
-)
+HEAD = "| what | goal | measured: median (lowest to highest, repeats) | holds | of |\n| --- | --- | --- | --- | --- |"
 
 
 def arguments(doc: str | None, **numbers: int) -> argparse.Namespace:
-    """Read a script's command line: `--<name>` for each of its numbers, which are the defaults."""
+    """Parse a script's command line: an option `--<name>` for each number, which is its default."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
 
-def in_turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
-    """Call each way `repeats` times, one after the other, forwards and backwards in turn; return what they returned."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def interleave(repeats: int, **functions: Callable[[], float]) -> dict[str, list[float]]:
+    """Call all functions `repeats` times, in alternating order; return their results by name."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(repeats):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            found[name].append(ways[name]())
+        for name in list(functions)[:: -1 if number % 2 else 1]:
+            found[name].append(functions[name]())
             print(f"  {number + 1}/{repeats} {name}: {found[name][-1]:.4g}", file=sys.stderr, flush=True)
     return found
 
@@ -75,15 +73,15 @@ def images_per_second(
     of: str,
     repeats: int,
 ) -> Claim:
-    """Time two ways to work on the same images, after once unmeasured; each returns how many it did."""
+    """Time two functions that process the same images and return their number. The first calls are not measured."""
 
-    def speed(way: Callable[[], int]) -> float:
+    def speed(function: Callable[[], int]) -> float:
         start = time.perf_counter()
-        assert way() == images
+        assert function() == images
         return images / (time.perf_counter() - start)
 
-    ours(), theirs()  # processes start, files come into memory
-    found = in_turns(repeats, ours=lambda: speed(ours), theirs=lambda: speed(theirs))
+    ours(), theirs()  # start processes, fill the file cache
+    found = interleave(repeats, ours=lambda: speed(ours), theirs=lambda: speed(theirs))
     figures = f"{median(found['ours'])} images/s / {median(found['theirs'])} of {of}"
     return Claim(what, ratios(found["ours"], found["theirs"]), goal, figures=figures)
 
@@ -93,7 +91,7 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 
 def show(*claims: Claim) -> None:
-    """Print the claims as a table and hand them to whoever collects them."""
+    """Print the claims as a table, and append them to the file that CLAIMS names."""
     print(HEAD, *(claim.row() for claim in claims), sep="\n", flush=True)
     if CLAIMS in os.environ:
         with Path(os.environ[CLAIMS]).open("a", encoding="utf-8") as file:
@@ -105,20 +103,20 @@ def median(values: Sequence[float], unit: str = "") -> str:
 
 
 def folder() -> AbstractContextManager[str]:
-    """Give a temporary folder on the disk where the pictures are."""
+    """Provide a temporary folder on the disk of the data sets."""
     WORK.mkdir(exist_ok=True)
     return tempfile.TemporaryDirectory(dir=WORK)
 
 
-class Ran(NamedTuple):
-    """What a process and its children took."""
+class ProcessResult(NamedTuple):
+    """The cost and the output of a process and its children."""
 
     seconds: float  # of CPU time
     output: str
 
 
-def run(*words: object, says: str = "", **variables: object) -> Ran:
-    """Run a command, see that it ends well and says `says`."""
+def run(*words: object, says: str = "", **variables: object) -> ProcessResult:
+    """Run a command. Exit unless it succeeds and its output contains `says`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [*map(str, words)]
     result = subprocess.run(
@@ -127,7 +125,7 @@ def run(*words: object, says: str = "", **variables: object) -> Ran:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if result.returncode or says not in result.stdout:
         raise SystemExit(f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
-    return Ran(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stdout)
+    return ProcessResult(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stdout)
 
 
 def environment(**variables: object) -> dict[str, str]:
@@ -135,5 +133,5 @@ def environment(**variables: object) -> dict[str, str]:
 
 
 def variables(**more: Any) -> dict[str, Any]:
-    """Return an environment for the pipeline in which nothing is left to chance."""
+    """Return an environment for a reproducible run of the pipeline."""
     return {"BACKBONE_WEIGHTS": "none", "BALANCE_LIMIT": 1.15, "SEED": 1, **more}

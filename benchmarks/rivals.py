@@ -1,7 +1,7 @@
-"""What the pipeline's models are compared with: scikit-learn on the same features, plain Keras on the same images.
+"""The methods that the pipeline is compared with: scikit-learn on the same features, Keras on the same images.
 
-Each function learns from a training part and returns probabilities (float [n, classes]) for a test part. Labels are
-class indexes (int64 [n]) and every class occurs in training. All choices are made inside the training part.
+Each function trains on a training part and returns probabilities (float [n, classes]) for a test part. Labels are class
+indexes (int64 [n]), and every class occurs in training. All choices use only the training part.
 """
 
 import time
@@ -20,7 +20,7 @@ PATIENCE = 5  # epochs without a lower loss on the hold-out
 
 
 def logistic_regression(features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Logistic regression on centred features, divided by one deviation; C of the lowest log loss in 5 folds."""
+    """Logistic regression on centred features, divided by one deviation; C with the lowest log loss in 5 folds."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold
 
@@ -32,14 +32,14 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, test: np.ndarr
 
 
 def logistic_regression_raw(features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Logistic regression with C = 1 on features as they are."""
+    """Logistic regression with C = 1 on unchanged features."""
     from sklearn.linear_model import LogisticRegression
 
     return _learned(LogisticRegression(C=1.0, max_iter=1000), features, test, labels)
 
 
 def support_vector_machine(features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """SVM on centred features; kernel and C of the highest accuracy in 3 folds."""
+    """SVM on centred features; kernel and C with the highest accuracy in 3 folds."""
     from sklearn.model_selection import GridSearchCV
     from sklearn.svm import SVC
     from threadpoolctl import threadpool_limits
@@ -58,8 +58,8 @@ def digits_machine(values: np.ndarray, labels: np.ndarray, test: np.ndarray) -> 
 def _machine(parameters: dict[str, Any], features: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Fit one SVM for each class against the others, with probabilities by Platt's method in FOLDS folds.
 
-    The method does not suit the votes between pairs of classes that SVC decides by: on clothing photographs the log
-    loss was 0.73 with them and 0.53 so.
+    SVC's own decision by votes between pairs of classes does not suit the method: on clothing photographs the log loss
+    was 0.73, with one SVM for each class 0.53.
     """
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.multiclass import OneVsRestClassifier
@@ -72,8 +72,8 @@ def _machine(parameters: dict[str, Any], features: np.ndarray, labels: np.ndarra
 def plain_keras(images: np.ndarray, labels: np.ndarray, test: np.ndarray, seconds: float, seed: int) -> np.ndarray:
     """Train the convolutional network of TensorFlow's tutorial on images (uint8 [n, height, width, 3]).
 
-    Adam and batches of 32 as Keras has them; 15 % of the images are held out, and the training stops PATIENCE epochs
-    after the lowest loss on them, or after `seconds` of CPU time. The best weights are kept.
+    Adam and batches of 32 are Keras's defaults. 15 % of the images are held out. Training stops PATIENCE epochs
+    after the lowest loss on them, or after `seconds` of CPU time, and keeps the best weights.
     Source: tensorflow.org/tutorials/images/cnn.
     """
     import keras
@@ -110,7 +110,7 @@ def _learned(model: Any, features: np.ndarray, test: np.ndarray, labels: np.ndar
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings(), threadpool_limits(1):  # the products are too small for more threads to pay
+    with warnings.catch_warnings(), threadpool_limits(1):  # the products are too small for more threads
         # The weakest regularisation does not converge within the iterations, and is then not chosen.
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         return model.fit(features, labels).predict_proba(test)

@@ -1,10 +1,10 @@
-"""From an empty DATA_DIR to a registered version, and training again: against a plain script of the usual kind.
+"""From an empty DATA_DIR to a registered version, and training again: compared with a plain script.
 
-EfficientNetV2-B1 with random weights, frozen, 15 epochs, as many pictures as the first deployment has. `plain.py` runs
-once; it waits after some of its epochs, and in these pauses the pipeline runs as a whole: both see the same machine.
-What the script has no counterpart for (inspection, checkpoints) is in the pipeline's time, but for its evaluation: the
-measurements, the model tried in a process of its own and the report are shown beside the ratios. The script's training
-again is its training: the same work once more, and it is not charged for starting Python and TensorFlow.
+EfficientNetV2-B1 with random weights, frozen, 15 epochs, as many images as in the first deployment. `baseline.py` runs
+once. It waits after some of its epochs, and the whole pipeline runs in these pauses, so both have the same conditions.
+The pipeline's time includes steps that the script does not have (inspection, checkpoints). Its evaluation (metrics,
+serving benchmark, report) is reported separately. The baseline for training again is the script's training, without
+the start of Python and TensorFlow.
 
     python -m benchmarks.whole_run [--repeats 3]
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import endpoint, measure, pictures
+from benchmarks import dataset, endpoint, measure
 
 EPOCHS = 15
 REGISTERED = "non-production"
@@ -24,14 +24,14 @@ REGISTERED = "non-production"
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=3).repeats
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     turns = {EPOCHS * (2 * turn + 1) // (2 * repeats) for turn in range(repeats)}
     with measure.folder() as scratch, endpoint.serving(raw) as url:
         where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
         settings = measure.variables(**where, EPOCHS=EPOCHS, PATIENCE=EPOCHS, DATA_DIR=Path(scratch, "data"))
-        plain = Path(scratch, "plain")
-        plain.mkdir()
-        command = [sys.executable, "-m", "benchmarks.plain", str(plain)]
+        baseline = Path(scratch, "baseline")
+        baseline.mkdir()
+        command = [sys.executable, "-m", "benchmarks.baseline", str(baseline)]
         environment = measure.environment(**where)
         found: dict[str, list[tuple[float, float]]] = {"whole": [], "again": []}
         parts: dict[str, float] = {}
@@ -55,11 +55,11 @@ def main() -> None:
                     script.stdin.write("\n")
                     script.stdin.flush()
         if not parts or script.returncode:
-            raise SystemExit(f"the plain script ended with {script.returncode}")
+            raise SystemExit(f"the baseline ended with exit code {script.returncode}")
     listed = ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())
     whole = sum(parts.values())
     claims = []
-    for what, name, baseline, goal, figure in (
+    for what, name, reference, goal, figure in (
         ("whole run", "whole", whole, 10, f"{whole:.0f} s ({listed})"),
         ("training again", "again", parts["train"], 20, f"{parts['train']:.0f} s"),
     ):
@@ -67,11 +67,11 @@ def main() -> None:
         with_it = [sum(pair) for pair in found[name]]
         claims += [
             measure.Claim(
-                f"{what}, times faster", [baseline / seconds for seconds in ours], goal,
+                f"{what}, times faster", [reference / seconds for seconds in ours], goal,
                 figures=f"{figure} / {measure.median(ours, ' s')}",
             ),
             measure.Claim(
-                f"{what} with evaluation and report, times faster", [baseline / seconds for seconds in with_it], None,
+                f"{what} with evaluation and report, times faster", [reference / seconds for seconds in with_it], None,
                 figures=f"the same, and {measure.median(evaluations, ' s')}",
             ),
         ]  # fmt: skip
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def one_run(settings: dict, name: str, number: int) -> tuple[float, float]:
-    """Run on an empty folder, or one whose training was deleted; return the seconds without and of its evaluation."""
+    """Run on an empty folder ("whole") or without a training ("again"); return seconds without and of evaluation."""
     folder = settings["DATA_DIR"]
     shutil.rmtree(folder / "trained_model" if name == "again" else folder, ignore_errors=True)
     rate = 0.02 + number / 1000 if name == "again" else 0.01

@@ -1,7 +1,7 @@
-"""Writing TFRecords: against a full decode alone, in as many processes, of the same files.
+"""Writing TFRecords: compared with a full decode of the same files, in as many processes.
 
-JPEGs are decoded by libjpeg-turbo without Pillow's copies. Whatever else writing takes (resizing, encoding, checksums,
-the disk) has no counterpart.
+The baseline decodes JPEGs with libjpeg-turbo, without Pillow's copies. It does not resize, encode, compute checksums or
+write.
 
     python -m benchmarks.writing [--repeats 11]
 """
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import measure, pictures
+from benchmarks import dataset, measure
 from dgmd_pipeline.data import inspection, shards
 from dgmd_pipeline.manifest import Example, RawFile
 from dgmd_pipeline.workflow import executors
 
 WIDTH, HEIGHT = 256, 192
-WAYS = (("jpeg", "simplejpeg's decode", None), ("png", "Pillow's decode", None))
+VARIANTS = (("jpeg", "simplejpeg's decode", None), ("png", "Pillow's decode", None))
 
 
-def bare(paths: list[Path]) -> int:
+def decode(paths: list[Path]) -> int:
     import simplejpeg
 
     for path in paths:
@@ -41,7 +41,7 @@ def rows_of(files: Iterable[RawFile]) -> list[Example]:
 
 
 def write(raw: Path, scratch: Path, count: int) -> Path:
-    """Write the first `count` pictures as records, and return where they are."""
+    """Write the first `count` images as records and return their folder."""
     folder = scratch / "records"
     folder.mkdir()
     pool = executors.ProcessExecutor()
@@ -54,20 +54,20 @@ def write(raw: Path, scratch: Path, count: int) -> Path:
 
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=11).repeats
-    raw = pictures.make(measure.WORK / "spice")
+    raw = dataset.make(measure.WORK / "spice")
     pool = executors.ProcessExecutor()
     claims = []
     with measure.folder() as scratch:
-        for suffix, of, goal in WAYS:
+        for suffix, of, goal in VARIANTS:
             files = [file for file in inspection.find(raw) if file.path.endswith(suffix)]
-            rows, pieces = rows_of(files), pictures.pieces(raw, files, shards.PIECE_IMAGES)
+            rows, pieces = rows_of(files), dataset.pieces(raw, files, shards.PIECE_IMAGES)
 
             def ours(rows: list = rows) -> int:
                 folder = Path(tempfile.mkdtemp(dir=scratch))
                 return shards.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map)["images"]
 
             def theirs(pieces: list = pieces) -> int:
-                return sum(pool.map(bare, pieces))
+                return sum(pool.map(decode, pieces))
 
             what = f"write TFRecords, {suffix.upper()}"
             claims.append(measure.images_per_second(what, goal, len(files), ours, theirs, of, repeats))

@@ -1,7 +1,7 @@
 """The environment -> one frozen `Settings`: every variable once, with its type, default, range and meaning.
 
-The only door to the environment. `load` also hands the variables of a `.env` file to the libraries that read the
-environment themselves (boto3, MLflow) and sets a few quiet defaults for them.
+No other module reads the environment. `load` also exports the variables of a `.env` file to the libraries that read the
+environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
@@ -25,23 +25,23 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
 
 LIBRARY_DEFAULTS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow's start-up chatter: warnings and errors only
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # only warnings and errors of TensorFlow's start
     "TF_ENABLE_ONEDNN_OPTS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job tells nobody about itself
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # no usage statistics from a batch job
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 waits four, then the next run retries
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow keeps two blocks of memory of up to 16 MB for the next image; fresh pages cost a third of writing a record.
+    # Pillow keeps two blocks of up to 16 MB for the next image: new memory pages take a third of writing a record.
     "PILLOW_BLOCKS_MAX": "2",
 }
-# Batches go through a frozen backbone side by side: each in a thread of its own is up to half as fast again as all
-# threads on one batch. docs/measurements.md
+# A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
+# one batch. docs/measurements/speed.md
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 
 
 class Settings(BaseSettings):
-    """What a run is asked to do. Field names are the variables in lower case."""
+    """The settings of a run. Field names are the variables in lower case; docs/configuration.md is made from them."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -52,79 +52,144 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    data_dir: Path = Field(Path("./data"), description="folder that holds the step folders")
-    aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="bucket that holds the pictures")
+    data_dir: Path = Field(Path("./data"), description="Folder that contains the step folders.")
+    aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="Bucket that contains the images.")
     aws_data_path: str = Field(
-        "train/downloaded-images", description="folder in the bucket: `<AWS_DATA_PATH>/<label>/<file>`"
+        "train/downloaded-images",
+        description="Folder in the bucket: images are `<AWS_DATA_PATH>/<label>/<file>`. `/` is the whole bucket.",
     )
-    refresh: bool = Field(False, description="fetch what is new or changed in the bucket, and drop what is gone")
+    refresh: bool = Field(
+        False,
+        description="`true`: list the bucket, download new and changed objects, and drop deleted ones. "
+        "`false`: use an existing `raw/` of the same bucket and folder as it is.",
+    )
     max_rejected_pcnt: float = Field(
-        0.5, ge=0, le=1, description="the run stops when more than this fraction of a label's files cannot be decoded"
+        0.5, ge=0, le=1, description="The run stops when more than this fraction of a label's files cannot be decoded."
     )
-    min_images_per_label: int = Field(2, ge=2, description="labels with fewer usable images are left out")
+    min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are not used.")
     balance_limit: float | None = Field(
         None,
         ge=1,
-        description="classes larger than this many times the mean class size are cut down to it; unset: none",
+        description="Classes larger than this multiple of the mean class size are reduced to it, for example 1.15. "
+        "Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. "
+        "That was more accurate on every data set measured.",
     )
-    validation_pcnt: float = Field(0.2, gt=0, lt=1, description="fraction of each label that is kept for validation")
-    num_shards: int = Field(10, ge=1, le=99_999, description="TFRecord files for each side of the split")
-    image_width: int = Field(256, ge=8, le=4096, description="width of the stored pictures and the model, pixels")
-    image_height: int = Field(192, ge=8, le=4096, description="height of the stored pictures and the model, pixels")
+    validation_pcnt: float = Field(
+        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
+    )
+    num_shards: int = Field(10, ge=1, le=99_999, description="Number of TFRecord files for each split.")
+    image_width: int = Field(256, ge=8, le=4096, description="Width of stored images and the model's input, in pixels.")
+    image_height: int = Field(
+        192, ge=8, le=4096, description="Height of stored images and the model's input, in pixels."
+    )
     image_fit: Literal["stretch", "letterbox", "crop"] = Field(
-        "stretch", description="how images of another aspect ratio are fitted to IMAGE_WIDTH x IMAGE_HEIGHT"
+        "stretch",
+        description="How images with another aspect ratio are fitted to that size: "
+        "`letterbox` adds black bars, `crop` keeps the centre.",
     )
     backbone: str = Field(
-        "EfficientNetV2-B1", description="a frozen network of keras.applications, or `cnn`, trained from scratch"
+        "EfficientNetV2-B1",
+        description="A frozen network of `keras.applications`, or `cnn`, a small network trained from scratch.",
     )
     backbone_weights: str = Field(
-        "imagenet", min_length=1, description="`imagenet`, `none` (random) or a weights file; not used by `cnn`"
+        "imagenet",
+        min_length=1,
+        description="`imagenet`, `none` (random weights) or the path of a weights file (`.h5`). Not used by `cnn`.",
     )
-    batch_size: int = Field(128, ge=1, description="images in one training step")
+    batch_size: int = Field(
+        128,
+        ge=1,
+        description="Maximum number of images in a training step. For `cnn` a step is smaller where an epoch would "
+        "have fewer than 50 steps. Fine-tuning uses at most 32.",
+    )
     head: Literal["auto", "linear", "hidden"] = Field(
-        "auto", description="what classifies the features of a frozen backbone; not used by `cnn`"
+        "auto",
+        description="Classifier on the features of a frozen backbone: `linear` is a logistic regression, `hidden` has "
+        "two hidden layers, `auto` takes the one with the lower log loss in a cross-validation on the training "
+        "images. Not used by `cnn`.",
     )
-    epochs: int = Field(15, ge=1, description="times the training goes through all images, at most")
-    learning_rate: float = Field(0.01, gt=0, description="learning rate of the first epoch")
-    decay_rate: float = Field(0.5, ge=0, description="LEARNING_RATE / (1 + DECAY_RATE * epoch)")
-    patience: int = Field(3, ge=1, description="epochs without a lower held-out loss before cross-validation stops")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="how the weights are updated")
-    dropout: float = Field(0.1, ge=0, lt=1, description="fraction of the head's units dropped in training")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    epochs: int = Field(
+        15,
+        ge=1,
+        description="Number of epochs of `cnn`. For a hidden head the maximum: cross-validation chooses the number.",
+    )
+    learning_rate: float = Field(0.01, gt=0, description="Learning rate of the first epoch.")
+    decay_rate: float = Field(
+        0.5, ge=0, description="The learning rate of epoch e, from 0, is `LEARNING_RATE / (1 + DECAY_RATE * e)`."
+    )
+    patience: int = Field(
+        3,
+        ge=1,
+        description="Cross-validation of a hidden head stops after this many epochs without a lower held-out loss. "
+        "Not used by `cnn`.",
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer, also for fine-tuning.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate of the head.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, also for fine-tuning.")
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
-        "shift", description="random changes of the training images of `cnn`"
+        "shift",
+        description="Random changes of the training images of `cnn`. `shift` moves them. `flip` also mirrors them left "
+        "to right: do not use it for text, digits or other classes that mirroring changes. `strong` also rotates, "
+        "zooms, and changes contrast and brightness.",
     )
     fine_tune: Literal["none", "top", "all"] = Field(
-        "none", description="after the head, train the frozen network's last blocks or all of it, if that is better"
+        "none",
+        description="After the head, train the last blocks of the frozen network (`top`) or the whole network (`all`). "
+        "The result is kept only if its log loss is lower on training images that were held out. Not used by `cnn`.",
     )
-    fine_tune_epochs: int = Field(6, ge=1, description="times fine-tuning goes through all images, at most")
-    fine_tune_learning_rate: float = Field(3e-4, gt=0, description="learning rate of fine-tuning's first epoch")
-    class_weights: bool = Field(True, description="give images of small classes more weight in training")
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="makes a training on CPU repeatable")
-    model_name: str = Field("dgmd_model", min_length=1, description="name in the model registry")
+    fine_tune_epochs: int = Field(
+        6,
+        ge=1,
+        description="Maximum number of fine-tuning epochs. The number that is best on the held-out images is used.",
+    )
+    fine_tune_learning_rate: float = Field(
+        3e-4, gt=0, description="Learning rate of the first fine-tuning epoch. That of epoch e is divided by 1 + e."
+    )
+    class_weights: bool = Field(
+        True,
+        description="Weight the loss of each class by the inverse square root of its number of images.",
+    )
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Makes a training on a CPU repeatable.")
+    model_name: str = Field("dgmd_model", min_length=1, description="Name of the registered model.")
     max_class_drop: float = Field(
-        0.15, ge=0, le=1, description="`promote` refuses when a class loses more than this fraction of its images"
+        0.15,
+        ge=0,
+        le=1,
+        description="`promote` refuses a version if the recall of a class is lower than in production by more than "
+        "this. Classes with fewer than 3 images do not count.",
     )
     max_latency_ratio: float = Field(
-        1.5, gt=0, description="`promote` refuses when a picture takes more than this many times as long"
+        1.5,
+        gt=0,
+        description="`promote` refuses a version if its latency for one image is more than this multiple of "
+        "production's.",
     )
-    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment; unset: MODEL_NAME")
+    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
-        None, description="MLflow server or its database; unset: an embedded store in DATA_DIR/mlflow"
+        None, description="MLflow server, version 3, or its database. Unset: an embedded store in `DATA_DIR/mlflow`."
     )
 
-    schedule: str | None = Field(None, description="cron expression: when to run, with REFRESH; unset: once, now")
-    tz: str | None = Field(None, description="time zone of SCHEDULE, like Europe/Berlin; unset: the system's")
+    schedule: str | None = Field(
+        None,
+        description="Cron expression (minute, hour, day of month, month, day of week), for example `0 3 * * *`. "
+        "`python pipeline.py` then stays up and runs at these times, with `REFRESH`. Unset: it runs once, now.",
+    )
+    tz: str | None = Field(
+        None,
+        description="Time zone of `SCHEDULE`, for example `Europe/Berlin`. Unset: the system's; in a container, UTC.",
+    )
     luigi_scheduler_url: str | None = Field(
-        None, description="a Luigi scheduler (luigid) whose page shows the run, like http://luigid:8082"
+        None, description="Luigi scheduler (`luigid`) whose page shows the run, for example `http://luigid:8082`."
     )
     luigi_config_path: Path | None = Field(
-        None, description="a Luigi configuration; of it, only the address of the scheduler is used"
+        None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
-    notify_url: SecretStr | None = Field(None, description="gets a short JSON by POST after each run")
+    notify_url: SecretStr | None = Field(None, description="Receives a JSON message by POST after each run.")
 
-    keras_home: Path = Field(Path.home() / ".keras", description="where Keras keeps downloaded weights")
-    git_revision: str | None = Field(None, description="commit that the image was built from, noted with each version")
+    keras_home: Path = Field(Path.home() / ".keras", description="Folder where Keras stores downloaded weights.")
+    git_revision: str | None = Field(
+        None, description="Commit that the container image was built from. It is recorded with each version."
+    )
 
     @field_validator("aws_data_path")
     @classmethod
@@ -135,7 +200,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_bucket(cls, value: str) -> str:
         if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
-            raise ValueError("the bare name of a bucket, without s3:// and slashes")
+            raise ValueError("the name of a bucket, without s3:// and slashes")
         return value
 
     @field_validator("backbone_weights")
@@ -159,13 +224,13 @@ class Settings(BaseSettings):
     def _is_a_cron_expression(cls, value: str | None) -> str | None:
         if value is not None:
             try:
-                if len(value.split()) != 5:  # with a sixth one cronsim counts seconds
+                if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
                     raise CronSimError
                 next(CronSim(value, datetime.now()))
             except CronSimError:
                 raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
             except StopIteration:
-                raise ValueError("a time that comes, as 0 3 * * * does") from None
+                raise ValueError("a schedule with a time in the future, such as 0 3 * * *") from None
         return value
 
     @field_validator("notify_url")
@@ -185,7 +250,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_one_name(cls, value: str) -> str:
         if re.search(r"[/:'\"]", value):
-            raise ValueError("a name without / : and quotes, which mean something in MLflow's addresses and searches")
+            raise ValueError("a name without / : and quotes, which MLflow's URIs and searches reserve")
         return value
 
     @field_validator("backbone")
@@ -197,16 +262,16 @@ class Settings(BaseSettings):
         if value.casefold() not in names:
             raise ValueError("one of " + ", ".join(BACKBONES))
         name = names[value.casefold()]
-        sides = [info.data[side] for side in ("image_width", "image_height") if side in info.data]
-        if name in FROZEN and min(sides, default=4096) < FROZEN[name].min_size:
+        size = [info.data[field] for field in ("image_width", "image_height") if field in info.data]
+        if name in FROZEN and min(size, default=4096) < FROZEN[name].min_size:
             raise ValueError(
                 f"IMAGE_WIDTH and IMAGE_HEIGHT of at least {FROZEN[name].min_size} for this network, or cnn, which "
-                "takes smaller pictures"
+                "accepts smaller images"
             )
         return name
 
     def public(self, names: Iterable[str] | None = None) -> dict[str, object]:
-        """Return settings, all or those named, as JSON values fit to be recorded and shown: no secret in a URI."""
+        """Return all settings, or those in `names`, as JSON values. User names and passwords in URIs are removed."""
         values = self.model_dump(mode="json", include=None if names is None else set(names))
         return {
             name: formatting.redact(value) if isinstance(value, str) else value
@@ -215,16 +280,16 @@ class Settings(BaseSettings):
 
 
 def mlflow_login() -> str | None:
-    """Return "user:password" for the MLflow server where the environment has one."""
+    """Return "user:password" for the MLflow server, or None if the environment has no user."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
 
 
 def operator() -> str:
-    """Return who is at the keyboard, for the history: the MLflow user or the system's, and the machine."""
+    """Return "user@host" for the history. The user is MLflow's if one is set, else the system's."""
     try:
         user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
-    except (KeyError, OSError):  # a container's bare user number
+    except (KeyError, OSError):  # a container's user without a name
         user = f"user {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 
@@ -235,9 +300,9 @@ def variable(name: str) -> str:
 
 
 def load(env_file: str | Path | None = None) -> Settings:
-    """Read `env_file` (default: `.env` where there is one) and the environment, which wins.
+    """Read `env_file` (default: `.env`, if it exists) and the environment, which takes precedence.
 
-    Raises SettingsError with one line for each mistake: the variable, its value, what is allowed.
+    Raises SettingsError with one line for each invalid variable: its name, its value, what is expected.
     """
     path = Path(env_file or ".env")
     if env_file and not path.is_file():
@@ -246,7 +311,7 @@ def load(env_file: str | Path | None = None) -> Settings:
         try:
             dotenv.load_dotenv(path, override=False)
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 that can be read ({error}).") from None
+            raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 ({error}).") from None
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -256,23 +321,23 @@ def load(env_file: str | Path | None = None) -> Settings:
         raise SettingsError("\n".join(mistakes)) from None
     from dgmd_pipeline.training.backbones import is_frozen
 
-    if is_frozen(settings.backbone) and settings.fine_tune == "none":  # which trains on one batch at a time
+    if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
     return settings
 
 
 def serving_environment() -> dict[str, str]:
-    """Return the environment for a process that uses a model as a service would: without what speeds up a training."""
+    """Return the environment of a process that serves a model: without the variables that speed up a training."""
     return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
 
 
 def _mistake(name: str, value: object, message: str) -> str:
     field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
-    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else _allowed(field)
+    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
     shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
     if name.endswith("_URI"):
-        shown = shown.rpartition("@")[2]  # a login without a scheme before it
+        shown = shown.rpartition("@")[2]  # a user and password without a scheme
     line = f"{name}={shown}: expected {allowed}."
     if name.endswith("_PCNT"):
         try:
@@ -284,8 +349,8 @@ def _mistake(name: str, value: object, message: str) -> str:
     return line
 
 
-def _allowed(field: FieldInfo) -> str:
-    """Return the type and range of a field in words."""
+def expected_values(field: FieldInfo) -> str:
+    """Return the type and range of a field in words, as in "a number above 0 and below 1"."""
     kind = field.annotation
     if getattr(kind, "__origin__", None) is Literal:
         return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
@@ -306,5 +371,5 @@ def _allowed(field: FieldInfo) -> str:
             case Lt(lt=high):
                 bounds.append(f"below {high}")
             case Le(le=high):
-                bounds.append(f"of at most {high}")
+                bounds.append(f"at most {high}")
     return " ".join([words.get(kind, "a text that is not empty"), " and ".join(bounds)]).strip()

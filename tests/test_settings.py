@@ -150,7 +150,7 @@ def test_infinity_is_not_a_number_here(monkeypatch, name):
         load()
 
 
-def test_a_network_says_which_pictures_are_too_small_for_it(monkeypatch):
+def test_a_backbone_states_the_smallest_image_size_that_it_accepts(monkeypatch):
     monkeypatch.setenv("BACKBONE", "xception")
     monkeypatch.setenv("IMAGE_HEIGHT", "48")
     with pytest.raises(SettingsError, match="BACKBONE=xception: expected IMAGE_WIDTH and IMAGE_HEIGHT of at least 71"):

@@ -218,4 +218,4 @@ def _read_part(path: Path, from_json: Callable[[Mapping[str, Any]], Part]) -> tu
     try:
         return (None, str(values["missing"])) if "missing" in values else (from_json(values), "")
     except (KeyError, TypeError) as error:
-        raise manifest.changed(path, error) from error
+        raise manifest.changed_file_error(path, error) from error

@@ -1,7 +1,7 @@
 """A draft -> a complete folder: commit, recovery after a kill, and the lock.
 
 A step writes into a draft folder beside its target. Its last act renames the draft, so a folder that exists is
-complete.
+complete: docs/decisions/0001-a-step-is-a-folder.md.
 """
 
 import contextlib

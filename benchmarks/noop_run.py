@@ -1,11 +1,11 @@
-"""How long a run with nothing to do takes to find that out, and how that grows with the data.
+"""The cost of a run with nothing to do, and how it grows with the data.
 
-A tiny pipeline is run to its end once. Then its manifests are blown up to N rows, the records of the steps stay as they
-are, and `python pipeline.py` is asked again: CPU time of the whole process beside that of `import tensorflow`. Also
-with N files in a raw/ that was put there by hand, which has to be walked, and with REFRESH=true against an endpoint
-that lists N objects.
+A tiny pipeline runs to its end once. Then its manifests are extended to N rows, while the records of the steps stay
+unchanged, and `python pipeline.py` runs again: CPU time of the whole process, relative to `import tensorflow`. The same
+is measured with N external files in raw/, which the run has to walk, and with REFRESH=true and an endpoint that lists N
+objects.
 
-    python -m benchmarks.knowing [--rows 1000 100000] [--repeats 3]
+    python -m benchmarks.noop_run [--rows 1000 100000] [--repeats 3]
 """
 
 import argparse
@@ -31,7 +31,7 @@ PIPELINE = Path(__file__).parent.parent / "pipeline.py"
 NOTHING = "Nothing to do: dgmd_model version 1 is registered."
 LABELS = 24
 SIZE = 54 + 24 * 24 * 3  # bytes of a BMP of 24 x 24 pixels
-PAGE = 1000  # what S3 puts on a page of a listing
+PAGE = 1000  # objects on a page of an S3 listing
 
 
 def source(number: int) -> manifest.SourceObject:
@@ -39,8 +39,8 @@ def source(number: int) -> manifest.SourceObject:
     return manifest.SourceObject(f"p/{path}", SIZE, f"{number:032x}", path)
 
 
-def blow_up(data_dir: Path, rows: int) -> None:
-    """Give the manifests of a finished run so many rows, and raw/ so many files (which take no room)."""
+def extend(data_dir: Path, rows: int) -> None:
+    """Extend the manifests of a finished run to `rows` rows, and raw/ to as many sparse files."""
     objects = [source(number) for number in range(rows)]
     for path in (data_dir / "raw" / each.path for each in objects):
         path.parent.mkdir(exist_ok=True)
@@ -59,35 +59,35 @@ def blow_up(data_dir: Path, rows: int) -> None:
     manifest.write(data_dir / "split" / "validation.csv", manifest.Example, examples[cut:])
 
 
-def put_by_hand(data_dir: Path, files: int) -> None:
-    """Give a finished run on pictures of one's own so many files, as if it had been made from them."""
+def add_external_files(data_dir: Path, files: int) -> None:
+    """Add files to the external raw/ of a finished run, and update its records as if it had been made from them."""
     raw = data_dir / "raw"
     for path in (raw / source(number).path for number in range(files)):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    identity = provenance.walk(raw).identity
+    fingerprint = provenance.walk(raw).fingerprint
     for path in data_dir.glob("*/_SUCCESS"):
         record = json.loads(path.read_text())
         if "raw" in record["inputs"]:
-            record["inputs"]["raw"] = identity
+            record["inputs"]["raw"] = fingerprint
             path.write_text(json.dumps(record))
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(number).integers(0, 255, (24, 24, 3), np.uint8)).save(buffer, "BMP")
     return buffer.getvalue()
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """An endpoint whose only bucket holds `objects` objects, all of them tiny pictures."""
+    """An endpoint with one bucket of `objects` tiny images."""
 
     protocol_version = "HTTP/1.1"
     objects = 0
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        body = self.page(parse_qs(url.query)) if url.path.count("/") == 1 else picture(int(url.path[-12:-5]))
+        body = self.page(parse_qs(url.query)) if url.path.count("/") == 1 else image(int(url.path[-12:-5]))
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -109,7 +109,7 @@ class Bucket(BaseHTTPRequestHandler):
         ).encode()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def main() -> None:
@@ -136,8 +136,8 @@ def main() -> None:
         cpu(PIPELINE, says="version 1, non-production", **variables, DATA_DIR=own)
         for rows, seconds in rows_of.items():
             Bucket.objects = rows
-            blow_up(fetched, rows)
-            put_by_hand(own, rows)
+            extend(fetched, rows)
+            add_external_files(own, rows)
             for _ in range(options.repeats):
                 seconds["import tensorflow"].append(cpu("-c", "import tensorflow"))
                 seconds["nothing to do"].append(cpu(PIPELINE, says=NOTHING, **variables, DATA_DIR=fetched))

@@ -1,8 +1,8 @@
-"""A data set of the first deployment's shape: photograph-like pictures in folders of labels, made on the spot.
+"""A generated data set with the shape of the first deployment's: photograph-like images in folders of labels.
 
-Every picture is a piece of one of scikit-learn's two sample photographs: cropped at a random place and angle, bent,
-tinted, unevenly lit, with a sensor's noise. A label is a region of a photograph with a tint, so there is something to
-learn. The same arguments give the same files.
+Every image is a part of one of scikit-learn's two sample photographs, with a random position, angle, distortion, tint,
+illumination and sensor noise. A label is a region of a photograph and a tint, so a model can learn it. The same
+arguments give the same files.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from dgmd_pipeline.workflow import executors
 
 LABELS = 24
 FILES = 2_251  # in the first deployment's bucket
-MADE = "_made"  # written last: the folder is whole
+MADE = "_made"  # written last: the folder is complete
 
 
 class Kind(NamedTuple):
-    """What the files are like."""
+    """Size and format of the files."""
 
-    width: tuple[int, int]  # pixels, from and to; the height is three quarters of it
+    width: tuple[int, int]  # pixels, minimum and maximum; the height is three quarters of it
     quality: int  # of a JPEG
-    png_width: int  # smaller, so that a PNG has about as many bytes
+    png_width: int  # smaller: a PNG then has about as many bytes as a JPEG
     png_every: int = 10
 
 
 SCRAPED = Kind(width=(640, 1600), quality=88, png_width=360)  # about 170 kB each
-SMALL = Kind(width=(320, 320), quality=85, png_width=120)  # about 25 kB: for sets of many thousand
+SMALL = Kind(width=(320, 320), quality=85, png_width=120)  # about 25 kB each, for sets of many thousands
 
 
 @cache
@@ -52,7 +52,7 @@ def _noise() -> np.ndarray:
     return (white + np.roll(white, 1, 0) + np.roll(white, 1, 1)) / np.float32(3**0.5)
 
 
-def _picture(label: int, number: int, width: int) -> Image.Image:
+def _image(label: int, number: int, width: int) -> Image.Image:
     random = np.random.default_rng((label, number))
     photograph = _photographs()[label % 2]
     span = random.uniform(150, 330)
@@ -73,7 +73,7 @@ def _picture(label: int, number: int, width: int) -> Image.Image:
 
 
 def _labels(files: int) -> np.ndarray:
-    """Return the label (int [files]) of each picture: 84 to 98 a label of as many as are in the first bucket."""
+    """Return the class index (int [files]) of each image: 84 to 98 images of each label, for FILES images."""
     shares = 98 - 14 * (np.arange(LABELS) / (LABELS - 1)) ** 2.33
     return np.searchsorted(np.cumsum(shares / shares.sum()), (np.arange(files) + 0.5) / files)
 
@@ -85,45 +85,44 @@ def _write(numbers: range, files: int, folder: Path, kind: Kind) -> int:
         name = f"spice jar {label:02d}"
         (folder / name).mkdir(parents=True, exist_ok=True)
         if number % kind.png_every == kind.png_every - 1:
-            _picture(label, index, kind.png_width).save(folder / name / f"{name} photo_{index:05d}.png")
+            _image(label, index, kind.png_width).save(folder / name / f"{name} photo_{index:05d}.png")
         else:
             width = int(np.random.default_rng(number).integers(*kind.width, endpoint=True))
             path = folder / name / f"{name} photo_{index:05d}.jpeg"
-            _picture(label, index, width).save(path, quality=kind.quality)
+            _image(label, index, width).save(path, quality=kind.quality)
     return len(numbers)
 
 
 def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
-    """Fill `folder` with `files` pictures, `<label>/<file>`, unless it is filled already, and return it.
+    """Fill `folder` with `files` images, `<label>/<file>`, unless it is complete, and return it.
 
-    Ends the program where two of them would be taken for near-duplicates by the pipeline.
+    Exits if the pipeline would reject an image or group two of them as near-duplicates.
     """
     if (folder / MADE).exists():
         return folder
-    print(f"making {files:,} pictures in {folder} ...", flush=True)
+    print(f"making {files:,} images in {folder} ...", flush=True)
     pool = executors.ProcessExecutor()
     numbers = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
     assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), numbers)) == files
     usable, rejected = inspection.inspect(inspection.find(folder), folder, folder, pool.map)
     pool.close()
     by_group = sorted(usable, key=lambda image: image.group)
-    alike = [[row.path for row in rows] for _, rows in groupby(by_group, lambda image: image.group)]
-    if rejected or any(len(paths) > 1 for paths in alike):
-        raise SystemExit(
-            f"made what is no data set: {rejected[:3]}, {[paths for paths in alike if len(paths) > 1][:3]}"
-        )
+    groups = [[row.path for row in rows] for _, rows in groupby(by_group, lambda image: image.group)]
+    if rejected or any(len(paths) > 1 for paths in groups):
+        near_duplicates = [paths for paths in groups if len(paths) > 1]
+        raise SystemExit(f"unusable data set: rejected {rejected[:3]}, near-duplicates {near_duplicates[:3]}")
     (folder / MADE).touch()
     return folder
 
 
 def pieces(folder: Path, files: Sequence[RawFile], size: int) -> list[list[Path]]:
-    """Return the paths of files in pieces, as they are handed to processes."""
+    """Return the paths of files in pieces of `size`, one for each call of a worker."""
     paths = [folder / file.path for file in files]
     return [paths[start : start + size] for start in range(0, len(paths), size)]
 
 
 def main() -> None:
-    """Make a set and say what it is like."""
+    """Make a data set and print the sizes of its files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--files", type=int, default=FILES)

@@ -1,10 +1,10 @@
-"""What `whole_run.py` compares with: the plain script of the usual kind that the pipeline takes the place of.
+"""The baseline of `whole_run.py`: a plain training script.
 
-Serial downloads, copied folders for balance and split, pictures converted one by one in eager TensorFlow, `model.fit`
-of the whole frozen network in each epoch, requirements inferred by MLflow. It says on standard output when an epoch is
-done and waits for a line on standard input: in the pauses the pipeline has its turn.
+Serial downloads, copied folders for balance and split, images converted one by one in eager TensorFlow, `model.fit` of
+the whole frozen network in each epoch, requirements inferred by MLflow. It prints a line after each epoch and waits
+for a line on standard input: the pipeline runs in these pauses.
 
-    python -m benchmarks.plain FOLDER
+    python -m benchmarks.baseline FOLDER
 """
 
 import json
@@ -21,7 +21,7 @@ paused = 0.0
 
 
 def say(**what: object) -> None:
-    """Hand over, and do not count the time until it is our turn again."""
+    """Print a message and wait for a line. The waiting time is not counted."""
     global paused
     print(json.dumps(what), flush=True)
     start = time.monotonic()
@@ -67,8 +67,8 @@ def convert(source: Path, target: Path) -> None:
     random.shuffle(paths)
     with tf.io.TFRecordWriter(str(target)) as writer:
         for path in paths:
-            picture = tf.io.decode_image(tf.io.read_file(str(path)), channels=3, expand_animations=False)
-            small = tf.cast(tf.round(tf.image.resize(picture, (HEIGHT, WIDTH))), tf.uint8)
+            image = tf.io.decode_image(tf.io.read_file(str(path)), channels=3, expand_animations=False)
+            small = tf.cast(tf.round(tf.image.resize(image, (HEIGHT, WIDTH))), tf.uint8)
             features = {
                 "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(small).numpy()])),
                 "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[LABELS.index(path.parent.name)])),
@@ -107,25 +107,25 @@ def train(folder: Path, learning_rate: float) -> None:
         callbacks=[decay, pause],
     )
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.set_experiment("plain")
+    mlflow.set_experiment("baseline")
     with mlflow.start_run():
         mlflow.log_params({"learning_rate": learning_rate, "epochs": EPOCHS, "batch_size": BATCH})
         for name, values in history.history.items():
             mlflow.log_metric(name, values[-1])
-        mlflow.keras.log_model(model, name="model", registered_model_name="plain")
+        mlflow.keras.log_model(model, name="model", registered_model_name="baseline")
 
 
 def main() -> None:
-    """Do it all, and report the seconds of each part."""
+    """Run all parts and print the seconds of each."""
     global LABELS
     folder, start, parts = Path(sys.argv[1]), time.monotonic(), {}
     os.chdir(folder)
-    sides = ("training", "validation")
+    splits = ("training", "validation")
     for name, step in {
         "download": lambda: download(folder / "raw"),
         "balance": lambda: balance(folder / "raw", folder / "balanced"),
-        "split": lambda: split(folder / "balanced", *(folder / side for side in sides)),
-        "convert": lambda: [convert(folder / side, folder / f"{side}.tfrecord") for side in sides],
+        "split": lambda: split(folder / "balanced", *(folder / each for each in splits)),
+        "convert": lambda: [convert(folder / each, folder / f"{each}.tfrecord") for each in splits],
         "train": lambda: train(folder, 0.01),
     }.items():
         step()
