@@ -86,7 +86,7 @@ def evaluate(
         counts=_class_counts(data.balanced, splits),
         rejected=list(manifest.read(data.rejected, manifest.Rejected)),
         seconds=data.seconds,
-        fine_tuning=fine_tuning.sentence(about["fine_tuning"]) if "fine_tuning" in about else "",
+        fine_tuning=fine_tuning.describe(about["fine_tuning"]) if "fine_tuning" in about else "",
     )
     trained_on = frozenset(row.sha256 for row in splits[0])
     candidate = review.CandidateModel(

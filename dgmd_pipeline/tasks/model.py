@@ -105,6 +105,7 @@ class TrainModel(Step):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import labels, shards
         from dgmd_pipeline.training import runtime, train
+        from dgmd_pipeline.workflow.executors import in_threads
 
         backbone = resources.network(self.context, extracts=False)
         runtime.start_tensorflow()
@@ -124,11 +125,11 @@ class TrainModel(Step):
         )
         epochs: list[Any] = []  # of this run; one that was stopped may have run the others
         options = train.TrainingOptions.from_settings(self.settings)
-        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._ended, epochs))
+        trained = train.train(data, options, backbone, draft / folders.RESUME, partial(self._ended, epochs), in_threads)
         disk.check_space(draft, self.folder, trained.estimated_bytes)
-        counts = train.write(trained, draft)
-        self.context.shared(Resources).trained = counts.pop("id"), trained.model
-        return StepResult(counts=counts, images_processed=len(rows) * len(epochs), summary=train.summary(counts))
+        train.write(trained, draft)
+        self.context.shared(Resources).trained = trained.id, trained.model
+        return StepResult(counts=trained.counts, images_processed=len(rows) * len(epochs), summary=trained.summary)
 
     def _ended(self, epochs: list[Any], row: Any) -> None:
         self.context.check_stopped()

@@ -40,7 +40,7 @@ def layers(fit: str, width: int = SIZE[0], height: int = SIZE[1]):
     import keras
 
     pictures = keras.Input((None, None, 3), dtype="uint8")
-    network = keras.Model(pictures, networks.fitting(pictures, height, width, fit))
+    network = keras.Model(pictures, networks.fit_images(pictures, height, width, fit))
     return keras.Model(pictures, [network.get_layer("resizing").output, network.output])
 
 
