@@ -91,7 +91,7 @@ def fine_tune(
     for these rows, and measures the held-out fifth after each of `config.epochs` epochs. `groups` are the
     near-duplicate groups of the training images; a group is held out as a whole. If the trial is `better`, the whole
     training split is fine-tuned from `trained_head`, for as many epochs as were best in the trial. `validation` is
-    measured after each of these epochs and decides nothing. `backbone` and `trained_head` are not changed.
+    measured after each of these epochs and does not affect the training. `backbone` and `trained_head` are not changed.
 
     `class_weights` are float32 [classes]. `config` has a seed, which makes this repeatable on a CPU. `on_epoch` is also
     called after the epochs of the trial. `resume_dir` is an existing folder for activations and checkpoints; with the
@@ -138,6 +138,7 @@ class _Fitter(NamedTuple):
     resume_dir: Path
 
     def run_trial(self, head: "keras.Model", fitted_rows: Rows, held_out_rows: Rows) -> Trial:
+        """Fine-tune from a head that was fitted to `fitted_rows` and measure both on `held_out_rows`."""
         held_out = self.read(held_out_rows, None)
         fit = self.start("trial", head, self.config.epochs)
         log_loss, accuracy = _measure(fit.trained, held_out)

@@ -84,6 +84,7 @@ def _load_activations(
 
 
 def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: Path, map_batches: ParallelMap) -> None:
+    """Write the activations of a split into a new folder, which appears when they are complete."""
     draft = folder.with_name(f"{folder.name}.part")
     draft.mkdir()
     batches = images.read().batch(features.BATCH).prefetch(2)
@@ -96,7 +97,8 @@ def _load(folder: Path) -> LabeledFeatures:
     try:
         return features.load(folder)
     except PipelineError as error:
-        raise unusable_checkpoint(folder, error) from error
+        cause = error.__cause__
+        raise unusable_checkpoint(folder, cause if isinstance(cause, Exception) else error) from error
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:

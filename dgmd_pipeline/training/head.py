@@ -1,6 +1,6 @@
 """Stored features -> a trained head whose kind, regularisation and epochs are cross-validated.
 
-Cross-validation uses the training split only. The validation split is measured and decides nothing.
+Cross-validation uses the training split only. The validation split is measured but does not affect the model.
 """
 
 from collections.abc import Mapping, Sequence

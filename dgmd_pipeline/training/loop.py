@@ -68,8 +68,9 @@ def fit(
     """Train a network that returns probabilities until it has had `config.epochs` epochs, starting from `state`.
 
     `training` returns the batches (inputs, labels int64) of an epoch, in that epoch's order. `val_batches` are measured
-    after each epoch and decide nothing. `class_weights` (float32 [classes]) weigh the training loss. The state after
-    each epoch is saved in `checkpoint` before `on_epoch` is called. `callback.variables` become part of the state.
+    after each epoch and do not affect the training. `class_weights` (float32 [classes]) weigh the training loss. The
+    state after each epoch is saved in `checkpoint` before `on_epoch` is called. `callback.variables` become part of the
+    state.
 
     Raises Diverged where the weights or a loss are not finite, UnusableCheckpoint where `state` does not fit the
     network.
