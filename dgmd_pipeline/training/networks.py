@@ -45,9 +45,8 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
     build = getattr(keras.applications, known.function)
     vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
-    network = keras.Model(
-        pixels, vector, name="backbone"
-    )  # not `build(name=...)`: EfficientNetV2 selects layers by its name
+    # The name is set here and not by `build(name=...)`: EfficientNetV2 chooses layers by its name.
+    network = keras.Model(pixels, vector, name="backbone")
     if path is not None:
         _load_weights(network, path, backbone)
     network.trainable = False
@@ -186,7 +185,7 @@ def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit")
     import keras
     from keras import layers
 
-    x = layers.Rescaling(1.0, name="float")(images)  # Resizing truncates fractions of uint8
+    x = layers.Rescaling(1.0, name="float")(images)  # of uint8, Resizing truncates fractions
     x = layers.Resizing(
         height,
         width,
