@@ -198,7 +198,7 @@ def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkey
     from dgmd_pipeline.evaluation import predictions
     from dgmd_pipeline.training import dataset, fine_tuning, networks
 
-    monkeypatch.setattr(fine_tuning, "LEAST_HELD_OUT", 1)  # there are 19 training images
+    monkeypatch.setattr(fine_tuning, "MIN_HELD_OUT", 1)  # there are 19 training images
     variables, data_dir = frozen
     tuned = variables | {"FINE_TUNE": "top", "FINE_TUNE_EPOCHS": 2, "FINE_TUNE_LEARNING_RATE": 0.001}
     assert run(tuned, data_dir, "--until", "evaluate") == ["trained_model", "evaluation"]

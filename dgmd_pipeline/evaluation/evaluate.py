@@ -181,7 +181,7 @@ def _content(
         counts=_class_counts(data.balanced, splits),
         rejected=list(manifest.read(data.rejected, manifest.Rejected)),
         seconds=data.seconds,
-        fine_tuning=fine_tuning.sentence(about["fine_tuning"]) if "fine_tuning" in about else "",
+        fine_tuning=fine_tuning.describe(about["fine_tuning"]) if "fine_tuning" in about else "",
     )
 
 

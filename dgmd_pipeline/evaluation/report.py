@@ -49,7 +49,7 @@ class Content(NamedTuple):
     leaks: Leaks | None  # None: no features are stored
     leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by the numbers of `leak_keys`
     history: Sequence[Epoch]
-    head: Mapping[str, object] | None  # how the head was chosen, `head.about`; None for `cnn`
+    head: Mapping[str, object] | None  # how the head was chosen, `head_selection.to_json`; None for `cnn`
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in order

@@ -117,10 +117,10 @@ class TrainModel(Step):
         ended = partial(self._epoch_ended, epochs)
         trained = train.train(data, options, backbone, draft / folders.RESUME, ended, in_threads)
         disk.check_space(draft, self.folder, trained.estimated_bytes)
-        counts = train.write(trained, draft)
-        self.context.shared(Resources).trained = counts.pop("id"), trained.model
+        train.write(trained, draft)
+        self.context.shared(Resources).trained = trained.id, trained.model
         processed = len(data.groups) * len(epochs)
-        return StepResult(counts=counts, images_processed=processed, summary=train.summary(counts))
+        return StepResult(counts=trained.counts, images_processed=processed, summary=trained.summary)
 
     def _data(self) -> "TrainingData":
         """Read what a model is trained on, and check the records that training reads."""

@@ -1,4 +1,4 @@
-"""Random changes of training images, which the label does not depend on, computed batch by batch in TensorFlow."""
+"""Random changes of training images that keep the label valid, computed batch by batch in TensorFlow."""
 
 import math
 from typing import TYPE_CHECKING, Literal
@@ -14,10 +14,10 @@ CONTRAST = 0.2  # in logarithms: 82 to 122 %
 BRIGHTNESS = 25.0  # of 255 levels
 
 
-def augmented(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":
-    """Return batches (images, labels) with changed images, see `augment`.
+def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":
+    """Return batches (images, labels) with randomly changed images, see `augment`.
 
-    The changes depend on `seed` (at least 0, below 2 ** 63), on the number of the batch and on the position in it.
+    The changes depend on `seed` (two numbers of 0 to 2 ** 63 - 1), the number of the batch, and the position in it.
     """
     import tensorflow as tf
 
@@ -31,16 +31,16 @@ def augmented(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, i
 def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
     """Return randomly changed images of the same shape and range: uint8, or float32 where `kind` is "strong".
 
-    `images` are uint8 [batch, height, width, 3]. Each is changed by random numbers of its own, which depend on `seed`
-    (int [2]) and its position in the batch alone, so a resumed training sees the same images again.
+    `images` are uint8 [batch, height, width, 3]. The random numbers of an image depend only on `seed` (int [2]) and on
+    its position in the batch, so a resumed training sees the same images.
 
     - "none" changes nothing.
     - "shift" moves the image by up to an eighth of its width and height, in whole pixels.
-    - "flip" also mirrors half of the images, chosen at random, left to right. It is wrong for text, digits and other
-      classes that mirroring changes.
+    - "flip" also mirrors half of the images, chosen at random, left to right. Do not use it for text, digits and other
+      classes that change when mirrored.
     - "strong" also rotates by up to 12 degrees, zooms by up to 20 %, and changes contrast and brightness.
 
-    The pixels of the edge are repeated where an image has moved away from it.
+    Pixels from outside the original image are filled with the nearest pixel of its edge.
     """
     import tensorflow as tf
 
@@ -55,19 +55,19 @@ def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.T
         images=images,
         transforms=_transforms(size, kind, affine),
         output_shape=size[1:3],
-        fill_value=0.0,  # not used by this fill mode
+        fill_value=0.0,  # this fill mode ignores it
         fill_mode="NEAREST",
         interpolation=interpolation,
     )
     moved = tf.ensure_shape(moved, images.shape)
-    return _relit(moved, light) if kind == "strong" else moved
+    return _change_light(moved, light) if kind == "strong" else moved
 
 
 def _transforms(size: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
-    """Return float32 [batch, 8]: what maps a pixel of the changed image to its place in the original.
+    """Return the transforms (float32 [batch, 8]) from a pixel of the changed image to its place in the original.
 
-    The numbers are those of TensorFlow's ImageProjectiveTransformV3: (a0, a1, a2, b0, b1, b2, 0, 0), where
-    x' = a0 x + a1 y + a2 and y' = b0 x + b1 y + b2. Rotation, zoom and mirroring leave the centre in place.
+    They have the format of TensorFlow's ImageProjectiveTransformV3: (a0, a1, a2, b0, b1, b2, 0, 0), where
+    x' = a0 x + a1 y + a2 and y' = b0 x + b1 y + b2. Rotation, zoom and mirroring keep the centre in place.
     """
     import tensorflow as tf
 
@@ -85,7 +85,8 @@ def _transforms(size: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf
     return tf.stack([a0, a1, x - a0 * x - a1 * y + right, b0, b1, y - b0 * x - b1 * y + down, zero, zero], axis=1)
 
 
-def _relit(images: "tf.Tensor", seed: "tf.Tensor") -> "tf.Tensor":
+def _change_light(images: "tf.Tensor", seed: "tf.Tensor") -> "tf.Tensor":
+    """Return float32 images with random contrast and brightness, clipped to 0 to 255."""
     import tensorflow as tf
 
     contrast, brightness = tf.unstack(tf.random.stateless_uniform([2, tf.shape(images)[0], 1, 1, 1], seed, -1.0, 1.0))

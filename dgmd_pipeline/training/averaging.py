@@ -1,24 +1,30 @@
-"""A training's epochs -> the mean of their weights, in place whenever the network is measured."""
+"""The moving mean of a network's weights over the epochs of a training."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
 
-KEPT = 0.7  # of the mean at the end of an epoch, at most; the new weights make up the rest
-WARM_UP = 5  # epochs: after so many the mean keeps half, before that less, as the first weights are soon outdated
+MAX_DECAY = 0.7  # the highest weight of the previous mean; the new weights have the rest
+WARM_UP = 5  # epochs after which the decay is 0.5; it starts at 0, because the first weights are soon outdated
 
 
-def mean_of_epochs(network: "keras.Model") -> Any:
-    """Return a Keras callback that measures a network in training with the moving mean of its weights.
+class AveragingCallback(Protocol):
+    """A Keras callback that averages weights."""
 
-    Once an epoch, before validation, the mean takes in the weights and the statistics of batch normalisation. It is
-    that of stochastic weight averaging (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
-    Generalization", 2018), but with exponentially falling parts. After validation, training continues from the weights
-    themselves.
+    variables: list["keras.Variable"]  # the mean; a training resumes from these and from the network's
 
-    The callback's `variables` hold the mean; together with the network's they are what a training continues from. Its
-    `use_mean()` leaves the mean in the network.
+    def use_mean(self) -> None:
+        """Set the network's weights to the mean."""
+
+
+def build_averaging_callback(network: "keras.Model") -> AveragingCallback:
+    """Return a Keras callback that validates a network in training with the moving mean of its weights.
+
+    Before each validation, the mean is updated with the weights and the statistics of batch normalisation. This is
+    stochastic weight averaging (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+    2018) with exponentially decreasing weights. After validation, training continues from the network's own weights.
     """
     import keras
 
@@ -28,21 +34,21 @@ def mean_of_epochs(network: "keras.Model") -> Any:
             self.epochs = keras.Variable(0, trainable=False, dtype="int32")
             self.mean = [keras.Variable(weight, trainable=False) for weight in network.weights]
             self.variables = [self.epochs, *self.mean]
-            self.own: list[Any] = []
+            self.own_weights: list[np.ndarray] = []
 
-        def on_test_begin(self, logs: Any = None) -> None:
+        def on_test_begin(self, logs: object = None) -> None:
             del logs
             epochs = int(self.epochs.numpy())
-            kept = min(KEPT, epochs / (epochs + WARM_UP))
+            decay = min(MAX_DECAY, epochs / (epochs + WARM_UP))
             for mean, weight in zip(self.mean, network.weights, strict=True):
-                mean.assign(kept * mean + (1 - kept) * weight)
+                mean.assign(decay * mean + (1 - decay) * weight)
             self.epochs.assign_add(1)
-            self.own = network.get_weights()
+            self.own_weights = network.get_weights()
             self.use_mean()
 
-        def on_test_end(self, logs: Any = None) -> None:
+        def on_test_end(self, logs: object = None) -> None:
             del logs
-            network.set_weights(self.own)
+            network.set_weights(self.own_weights)
 
         def use_mean(self) -> None:
             network.set_weights([mean.numpy() for mean in self.mean])

@@ -1,6 +1,6 @@
-"""A backbone's name -> its network in `keras.applications` and the file of its weights, without importing Keras.
+"""The name of a backbone -> its network in `keras.applications` and the file of its weights, without importing Keras.
 
-`python -m dgmd_pipeline.training.backbones NAME FOLDER` downloads the ImageNet weights of one into a folder. The
+`python -m dgmd_pipeline.training.backbones NAME FOLDER` downloads the ImageNet weights of a backbone into a folder. The
 build of the container image uses it.
 """
 
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
 
-FETCH_TIMEOUT = 20  # seconds without a byte
-INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # weights that came with the container image
+DOWNLOAD_TIMEOUT = 20  # seconds without a byte
+INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # weights that the container image contains
 _MINUS_ONE_TO_ONE = (1 / 127.5, -1.0)
-# Scaled to 0..1, then ImageNet's mean and standard deviation for each channel: what Keras calls "torch" mode.
+# Scaled to 0..1, then standardised with ImageNet's mean and deviation of each channel: Keras's "torch" mode.
 _TORCH = (
     (1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225),
     (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
@@ -26,19 +26,19 @@ _TORCH = (
 
 
 class Backbone(NamedTuple):
-    """A network of `keras.applications`, and where its ImageNet weights without the top layers are."""
+    """A network of `keras.applications` and the location of its ImageNet weights without the top layers."""
 
     function: str  # its name in `keras.applications`
     url: str  # below WEIGHTS_URL
-    md5: str | None  # as Keras states it; it states none for MobileNetV2
-    scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network has its own layers for it
-    min_size: int = 32  # the smallest width and height in pixels that Keras takes
+    md5: str | None  # in the sources of Keras, which have none for MobileNetV2
+    scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
+    min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 
 
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _KERNELS = "weights_tf_dim_ordering_tf_kernels"
-# Files and checksums as in the sources of Keras 3 (keras/src/applications). They are loaded here and not by Keras,
-# whose MobileNetV2 would pick another file for each picture size.
+# Files and checksums are those in the sources of Keras 3 (keras/src/applications). This module loads the files because
+# Keras's MobileNetV2 would choose another file for each image size.
 FROZEN = {
     "EfficientNetV2-B0": Backbone(
         "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
@@ -85,16 +85,16 @@ FROZEN = {
         75,
     ),
 }
-BACKBONES = (*FROZEN, "cnn")  # what BACKBONE may be; `cnn` is small, trained from scratch, and has no weights to load
+BACKBONES = (*FROZEN, "cnn")  # values of BACKBONE; `cnn` is small, trained from scratch, and loads no weights
 
 
 def is_frozen(backbone: str) -> bool:
-    """Whether its output for a picture never changes, so that it can be stored: all but `cnn`."""
+    """Whether the output for an image never changes, so that it can be stored: true for all but `cnn`."""
     return backbone in FROZEN
 
 
 def weights_fingerprint(weights: str) -> str:
-    """Return what tells these weights from others: the word itself, or a file's SHA-256 (its name does not matter)."""
+    """Return the fingerprint of BACKBONE_WEIGHTS: the word itself, or the SHA-256 of the file, whatever its name."""
     if weights in ("imagenet", "none"):
         return weights
     with _readable(weights).open("rb") as file:
@@ -102,51 +102,51 @@ def weights_fingerprint(weights: str) -> str:
 
 
 def weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
-    """Return the file of weights (HDF5) for a backbone, or None where none is loaded: for `cnn` and `none`.
+    """Return the file of weights (HDF5) of a backbone, or None for `cnn` and for the weights `none`.
 
-    `weights` is `imagenet`, `none` or a file, `keras_home` the folder where Keras keeps what it downloads
-    (`KERAS_HOME`, `~/.keras`). ImageNet weights that are neither there nor in INSTALLED are fetched.
-    Raises PipelineError where there is no such file, or where it cannot be fetched.
+    `weights` is `imagenet`, `none` or a file; `keras_home` is the folder of Keras's downloads (`KERAS_HOME`,
+    `~/.keras`). ImageNet weights that are neither there nor in INSTALLED are downloaded.
+    Raises PipelineError where there is no such file or it cannot be downloaded.
     """
     if not is_frozen(name) or weights == "none":
         return None
-    return _imagenet(name, FROZEN[name], keras_home) if weights == "imagenet" else _readable(weights)
+    return _imagenet_file(name, FROZEN[name], keras_home) if weights == "imagenet" else _readable(weights)
 
 
 def _readable(weights: str) -> Path:
     path = Path(weights)
-    if path.suffix != ".h5":  # what else Keras loads can hold code
+    if path.suffix != ".h5":  # the other formats of Keras can contain code
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights: *.weights.h5 as Keras's "
-            "save_weights writes it, or *_notop.h5 of keras.applications."
+            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights: *.weights.h5, written by "
+            "Keras's save_weights, or *_notop.h5 of keras.applications."
         )
     if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Give the path of one, "
-            "or imagenet, or none."
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Set it to the path of one, "
+            "to imagenet, or to none."
         )
     return path
 
 
-def _imagenet(name: str, backbone: Backbone, keras_home: Path) -> Path:
+def _imagenet_file(name: str, backbone: Backbone, keras_home: Path) -> Path:
     url = WEIGHTS_URL + backbone.url
-    places = [folder / "models" / Path(backbone.url).name for folder in (keras_home, INSTALLED)]
-    for path in places:
+    paths = [folder / "models" / Path(backbone.url).name for folder in (keras_home, INSTALLED)]
+    for path in paths:
         if path.is_file() and backbone.md5 in (None, _md5(path)):
             return path
-    path = places[0]
+    path = paths[0]
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as answer, draft.open("wb") as file:  # noqa: S310
-            shutil.copyfileobj(answer, file)
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, draft.open("wb") as file:  # noqa: S310
+            shutil.copyfileobj(response, file)
         if backbone.md5 not in (None, _md5(draft)):
-            raise OSError("what came has another checksum than Keras states")
+            raise OSError("the download has another checksum than Keras states")
         draft.replace(path)
     except (OSError, http.client.HTTPException) as error:
         raise PipelineError(
-            f"The ImageNet weights of {name} are not in {path} and cannot be fetched from {url} ({error}). "
-            "On a machine that has a route, download that file and copy it to that path; "
+            f"The ImageNet weights of {name} are not in {path} and cannot be downloaded from {url} ({error}). "
+            "Download that file on a machine with internet access and copy it to that path; "
             "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs none."
         ) from error
     finally:

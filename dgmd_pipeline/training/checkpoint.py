@@ -1,11 +1,10 @@
 """The state of a training <-> a checkpoint file."""
 
-import contextlib
 import secrets
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -14,64 +13,62 @@ from dgmd_pipeline.training import runtime
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 
 
+class UnusableCheckpoint(PipelineError):
+    """A checkpoint is damaged or belongs to another training. Delete it to start again."""
+
+
 class TrainingState(NamedTuple):
-    """How far a training has come: what a checkpoint holds."""
+    """The state of a training after its last epoch, as a checkpoint holds it."""
 
     seed: int
     history: list[Epoch]
-    state: list[np.ndarray]  # the variables of the network, of dropout's random numbers and of the optimizer
+    values: list[np.ndarray]  # of the variables that `loop.fit` changes; empty before the first epoch
 
 
-def begin(recipe: TrainingConfig, checkpoint: Path | None) -> TrainingState:
-    """Return how far the training of `checkpoint` has come, or its beginning; set the seed of Keras."""
+def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingState:
+    """Return the state in `checkpoint`, or the initial one where there is no such file; set the seed of Keras.
+
+    Raises UnusableCheckpoint where the file is damaged.
+    """
     if checkpoint and checkpoint.exists():
-        progress = _read(checkpoint)
+        state = _load(checkpoint)
     else:
-        progress = TrainingState(secrets.randbits(31) if recipe.seed is None else recipe.seed, [], [])
-    runtime.set_seed(progress.seed)
-    return progress
+        state = TrainingState(secrets.randbits(31) if config.seed is None else config.seed, [], [])
+    runtime.set_seed(state.seed)
+    return state
 
 
-def _read(checkpoint: Path) -> TrainingState:
-    with _readable(checkpoint) as file:
-        state = [file[name] for name in file.files if name.startswith("state")]
-        history = [Epoch(int(epoch), *rest) for epoch, *rest in file["history"].tolist()]
-        return TrainingState(int(file["seed"]), history, state)
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Any]:
+def _load(checkpoint: Path) -> TrainingState:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            yield file
+        with np.load(checkpoint, allow_pickle=False) as file:
+            values = [file[name] for name in file.files if name.startswith("state")]
+            history = [Epoch(int(epoch), *metrics) for epoch, *metrics in file["history"].tolist()]
+            return TrainingState(int(file["seed"]), history, values)
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise unusable_checkpoint(path, error) from error
+        raise unusable_checkpoint(checkpoint, error) from error
 
 
-def save(progress: TrainingState, checkpoint: Path) -> None:
-    """Write a checkpoint; the one before stays until the new one is complete."""
-    arrays = {"seed": np.array(progress.seed), "history": np.array(progress.history)}
-    _write(checkpoint, arrays | {f"state{number}": values for number, values in enumerate(progress.state)})
+def save_state(state: TrainingState, checkpoint: Path) -> None:
+    """Write a checkpoint. The previous one stays until the new one is complete."""
+    arrays = {"seed": np.array(state.seed), "history": np.array(state.history)}
+    arrays |= {f"state{number}": values for number, values in enumerate(state.values)}
+    write_atomically(checkpoint, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file whole or not at all."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Create or replace a file with what `write` writes; where `write` fails, the file stays as it was."""
     draft = path.with_name(f"{path.name}.part")
     try:
         with draft.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            write(file)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-class UnusableCheckpoint(PipelineError):
-    """A checkpoint is damaged or of another training: delete it to start again."""
-
-
-def unusable_checkpoint(checkpoint: Path, error: Exception) -> UnusableCheckpoint:
-    """Return what to say of a file that should hold the state of this training and does not."""
+def unusable_checkpoint(path: Path, error: Exception) -> UnusableCheckpoint:
+    """Return the error for a file or folder that does not hold the state of this training."""
     return UnusableCheckpoint(
-        f"{checkpoint} should hold the state of this training. It is damaged, or of another training "
+        f"{path} should hold the state of this training. It is damaged or belongs to another training "
         f"({type(error).__name__})."
     )

@@ -1,6 +1,7 @@
-"""How to train, and what a training returns."""
+"""The configuration, the epochs and the result of a training."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -9,26 +10,28 @@ from dgmd_pipeline.training.augmentation import Augmentation
 if TYPE_CHECKING:
     import keras
 
+    from dgmd_pipeline.training.head_selection import Selection
+
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class TrainingConfig(NamedTuple):
     """How to train. The learning rate of epoch e (from 0) is learning_rate / (1 + decay_rate * e)."""
 
-    batch_size: int  # `cnn`: at most, an epoch has at least STEPS steps where LEAST_BATCH allows it
-    epochs: int  # the head on stored features: at most
+    batch_size: int  # maximum; `from_scratch.MIN_STEPS` can lower it for `cnn`
+    epochs: int  # for a head on stored features: maximum
     learning_rate: float
     decay_rate: float
     patience: int  # epochs without a lower held-out loss before cross-validation stops
     optimizer: str  # one of OPTIMIZERS
     dropout: float  # 0 to below 1, after each hidden layer of the head
     weight_decay: float
-    augmentation: Augmentation = "none"  # of the images that `cnn` is trained on
-    seed: int | None = None  # None: another one each time
+    augmentation: Augmentation = "none"  # of the training images of `cnn`
+    seed: int | None = None  # None: a new one for each training
 
 
 class Epoch(NamedTuple):
-    """What an epoch came to. Losses are cross-entropies in nats, that of training weighted by class."""
+    """The metrics of an epoch. Losses are cross-entropies in nats; class weights apply to the training loss only."""
 
     epoch: int  # from 0
     accuracy: float
@@ -38,13 +41,16 @@ class Epoch(NamedTuple):
     learning_rate: float
 
 
-class TrainedModel(NamedTuple):
-    """A trained model with the weights of its last epoch; those of `cnn` are a mean over the epochs."""
+OnEpoch = Callable[[Epoch], None]  # called after each epoch; an exception that it raises stops the training
 
-    model: "keras.Model"  # a head for features, or a backbone with its head for records
-    history: list[Epoch]  # every epoch that was run
-    seed: int  # what makes this training repeatable on a CPU
-    selection: dict[str, Any] | None = None  # how the head was chosen, for JSON: `head.about`
+
+class TrainedModel(NamedTuple):
+    """A trained model with the weights of its last epoch; for `cnn`, with the mean of its epochs' weights."""
+
+    model: "keras.Model"  # a head for stored features; for `cnn`, the servable model
+    history: list[Epoch]  # every epoch, those before a resume included
+    seed: int  # makes this training repeatable on a CPU
+    selection: "Selection | None" = None  # how cross-validation chose the head; None for `cnn`
 
 
 def learning_rate_of(epoch: int, learning_rate: float, decay_rate: float) -> float:
@@ -52,8 +58,8 @@ def learning_rate_of(epoch: int, learning_rate: float, decay_rate: float) -> flo
     return learning_rate / (1 + decay_rate * epoch)
 
 
-def weights_by_class(classes: int, class_weights: dict[int, float]) -> np.ndarray:
-    """Return the weight of each class index (float32 [classes]), 1 where `class_weights` has none."""
+def weights_by_class(classes: int, class_weights: Mapping[int, float]) -> np.ndarray:
+    """Return the weight of each class index (float32 [classes]); it is 1 where `class_weights` has none."""
     weights = np.ones(classes, np.float32)
     for index, weight in class_weights.items():
         weights[index] = weight

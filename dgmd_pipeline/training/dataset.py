@@ -1,7 +1,7 @@
 """TFRecord shards -> `tf.data` datasets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,18 +10,18 @@ from dgmd_pipeline.manifest import ShardIndex, read_shard_index
 if TYPE_CHECKING:
     import tensorflow as tf
 
-SHARDS_AT_ONCE = 16  # read side by side in shuffled reading; fixed, so that the order is the same on every machine
-SHUFFLE_BYTES = 128 * 2**20  # encoded pictures held for shuffling; stored order mixes labels already
+SHARDS_AT_ONCE = 16  # read in parallel when shuffling; fixed, so that the order is the same on every machine
+SHUFFLE_BYTES = 128 * 2**20  # encoded images in the shuffle buffer; the stored order mixes labels already
 
 
 def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarray | None = None) -> "tf.data.Dataset":
-    """Open what `write` wrote: a dataset of (picture uint8 [height, width, 3], label int64 []), every image once.
+    """Open a folder of shards: a dataset of (image uint8 [height, width, 3], label int64 []), every image once.
 
-    Without `seed` the order is that of the files, always, and of `keys`. With it the shards and the records in them are
-    shuffled: in the same order whenever it is read, in this process or another, and in another one for another `epoch`
-    or seed (TensorFlow adds the seed that is set globally). Pictures are decoded in parallel; the caller batches.
-    `chosen` (bool [images], in the order of the files) says which images to read, all where it is None.
-    Raises PipelineError where there is no readable index; a damaged record is TensorFlow's DataLossError.
+    Without `seed` the order is that of the files and of `keys`. With it the shards and the records in them are
+    shuffled. The shuffled order depends only on `seed`, `epoch` and the global seed of TensorFlow, so it is the same
+    in every process. Images are decoded in parallel; the caller makes batches. `chosen` (bool [images], in the order
+    of the files) selects the images to read; None selects all.
+    Raises PipelineError where there is no readable index. A damaged record raises TensorFlow's DataLossError.
     """
     import tensorflow as tf
 
@@ -29,25 +29,25 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
     shape = (index.height, index.width, 3)
     schema = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
 
-    def decode(record: Any) -> tuple[Any, Any]:
+    def decode(record: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
         features = tf.io.parse_single_example(record, schema)
-        picture = tf.io.decode_webp(features["image"], channels=3)[0]  # of the frames that it might have
-        return tf.ensure_shape(picture, shape), features["label"]
+        image = tf.io.decode_webp(features["image"], channels=3)[0]  # the result has one frame
+        return tf.ensure_shape(image, shape), features["label"]
 
     random = None if seed is None else np.random.default_rng((seed, epoch))
     records = _open_records(folder, index, random, chosen).map(
         decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     options = tf.data.Options()
-    # Its thread sleeps for 10 ms, then twice as long each time, and the end of the data waits until it wakes up: every
-    # other pass over them took up to 10 s longer. What it tunes, the number of threads, is all cores without it.
+    # The autotune thread sleeps for 10 ms, then twice as long each time, and the end of the data waits until it wakes
+    # up: every other pass took up to 10 s longer. Without it the number of threads, which it tunes, is that of cores.
     options.autotune.enabled = False
     count = index.images if chosen is None else int(chosen.sum())
     return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
 
 
 def keys(folder: Path) -> list[str]:
-    """Return the path below raw/ of each record, in the order in which `read` without a seed gives the pictures."""
+    """Return the path below raw/ of each image, in the order in which `read` without a seed returns them."""
     import tensorflow as tf
 
     schema = {"key": tf.io.FixedLenFeature([], tf.string)}
@@ -61,8 +61,8 @@ def _open_records(
 ) -> "tf.data.Dataset":
     import tensorflow as tf
 
-    def opened(path: Any, first: Any) -> "tf.data.Dataset":
-        """Open a file whose first record has the position `first` among all."""
+    def open_shard(path: "tf.Tensor", first: "tf.Tensor") -> "tf.data.Dataset":
+        """Open a file whose first record has the position `first` in the whole folder."""
         records = tf.data.TFRecordDataset(path)
         if chosen is None:
             return records
@@ -76,9 +76,10 @@ def _open_records(
     paths = [str(folder / index.shards[number].file) for number in order]
     files = tf.data.Dataset.from_tensor_slices((tf.constant(paths, tf.string), firsts[order]))
     if random is None:
-        return files.flat_map(opened)
+        return files.flat_map(open_shard)
     buffer = SHUFFLE_BYTES * index.images // max(index.bytes, 1)
-    # Without the last argument each reading of the same dataset has another order.
-    return files.interleave(opened, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).shuffle(
+    records = files.interleave(open_shard, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    # Without `reshuffle_each_iteration=False` each iteration over the dataset has another order.
+    return records.shuffle(
         max(min(buffer, index.images), 1), seed=int(random.integers(2**63)), reshuffle_each_iteration=False
     )

@@ -9,10 +9,10 @@ import numpy as np
 def assign(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Return the fold (int64 [n], 0 to folds - 1) of each row, given its class index (int [n]) and its group (n names).
 
-    A group is never divided. Each label is spread over the folds as evenly as the groups allow: groups go, the largest
-    first and equal ones in random order, to the fold that has the least of their labels so far, and among equal folds
-    to the one with the fewest rows. A label with fewer groups than folds is missing from some folds. The result
-    depends on the set of rows and `seed`, not on the order of the rows.
+    A group stays in one fold. Each label is spread over the folds as evenly as the groups allow: each group, the
+    largest first and equal ones in random order, is assigned to the fold with the smallest share of its labels so far,
+    and among equal folds to the one with the fewest rows. A label with fewer groups than folds is missing from some
+    folds. The result depends on the set of rows and `seed`, not on the order of the rows.
 
     For 100,000 rows of 10 labels this takes 0.6 CPU seconds, scikit-learn's StratifiedGroupKFold 6.4.
     """
@@ -23,16 +23,16 @@ def assign(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> 
     order = np.random.default_rng(seed).permutation(len(names))
     label_of = labels.tolist()
     rows_of_label = Counter(label_of)
-    held = {label: [0] * folds for label in rows_of_label}
+    rows_in_fold = {label: [0] * folds for label in rows_of_label}
     total = [0] * folds
     fold_of = np.empty(len(label_of), np.int64)
     for name in sorted((names[index] for index in order), key=lambda name: -len(members[name])):
         rows = members[name]
         counts = Counter(label_of[row] for row in rows)
-        parts = [(held[label], count / rows_of_label[label] ** 2) for label, count in counts.items()]
+        parts = [(rows_in_fold[label], count / rows_of_label[label] ** 2) for label, count in counts.items()]
         chosen = min(range(folds), key=lambda fold: (sum(has[fold] * part for has, part in parts), total[fold]))
         for label, count in counts.items():
-            held[label][chosen] += count
+            rows_in_fold[label][chosen] += count
         total[chosen] += len(rows)
         fold_of[rows] = chosen
     return fold_of

@@ -1,23 +1,22 @@
 """Records -> a trained `cnn`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline.training import averaging, config, loop, networks
-from dgmd_pipeline.training import checkpoint as training_checkpoint
-from dgmd_pipeline.training.augmentation import augmented
-from dgmd_pipeline.training.config import Epoch, TrainedModel, TrainingConfig
+from dgmd_pipeline.training import averaging, loop, networks
+from dgmd_pipeline.training.augmentation import augment_batches
+from dgmd_pipeline.training.checkpoint import load_or_start
+from dgmd_pipeline.training.config import OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
     from dgmd_pipeline.manifest import Fit
 
-MIN_STEPS = (
-    50  # of an epoch of `cnn`, at least: with 12 it stayed 5 points behind on 1,500 photographs of 32 x 32 pixels
-)
-MIN_BATCH_SIZE = 16  # images; batch normalisation needs some
+# Steps in an epoch, minimum. With 12 steps the accuracy was 5 points lower on 1,500 photographs of 32 x 32 pixels.
+MIN_STEPS = 50
+MIN_BATCH_SIZE = 16  # images; the statistics of batch normalisation need this many
 
 
 def train_from_scratch(
@@ -25,41 +24,41 @@ def train_from_scratch(
     validation: "tf.data.Dataset",
     size: tuple[int, int],
     classes: int,
-    class_weights: dict[int, float],
-    recipe: TrainingConfig,
-    on_epoch: Callable[[Epoch], None],
+    class_weights: Mapping[int, float],
+    config: TrainingConfig,
+    on_epoch: OnEpoch,
     checkpoint: Path | None = None,
     image_fit: "Fit" = "stretch",
 ) -> TrainedModel:
-    """Train the small network together with its head, from scratch, on pictures.
+    """Train the small network together with its head on images, from random weights.
 
-    A side is a dataset of (picture uint8 [height, width, 3], label int64 []) that knows its length. `training` is
-    called with the seed and the epoch for one in an order that depends on these alone: TensorFlow mixes the seed that
-    is set here into a dataset's own, so one that was opened earlier would depend on what the process did before. `size`
-    is (height, width), `image_fit` how the model that comes back fits other sizes to it.
-    The rest is as in `head.train_head`, but the model that comes back is the one to be served (`model.assemble`).
+    `validation` is a dataset of (image uint8 [height, width, 3], label int64 []) that knows its length. `training` is
+    called with a seed and an epoch and returns such a dataset, in an order that depends on these two alone. It is
+    opened anew for each epoch because TensorFlow mixes the global seed, which is set here, into the seed of a dataset.
+    `size` is (height, width); `image_fit` is how the returned model fits images of other sizes to it.
+    The other arguments are those of `head.train_head`. The returned model is the servable one, `networks.assemble`.
     """
     import keras
     import tensorflow as tf
 
-    progress = training_checkpoint.begin(recipe, checkpoint)
+    state = load_or_start(config, checkpoint)
     network = networks.build_cnn(*size)
-    head = networks.build_head(network.output_shape[-1], classes, recipe.dropout)
-    together = keras.Sequential([network, head])  # without the resizing: the records hold pictures of this size
-    rest = validation.batch(recipe.batch_size).prefetch(tf.data.AUTOTUNE)
+    head = networks.build_head(network.output_shape[-1], classes, config.dropout)
+    classifier = keras.Sequential([network, head])  # without resizing: the images in the records have this size
+    val_batches = validation.batch(config.batch_size).prefetch(tf.data.AUTOTUNE)
 
-    def shuffled(epoch: int) -> "tf.data.Dataset":
-        # A last batch of a few pictures would spoil batch normalisation's statistics just before they are used: batches
-        # are made equal, and the few pictures that are then left over are others in each epoch.
-        pictures = training(progress.seed, epoch)
-        size = min(recipe.batch_size, max(len(pictures) // MIN_STEPS, MIN_BATCH_SIZE))
-        even = len(pictures) // -(-len(pictures) // size)
-        batches = pictures.batch(even, drop_remainder=True)
-        return augmented(batches, recipe.augmentation, (progress.seed, epoch)).prefetch(tf.data.AUTOTUNE)
+    def shuffled_batches(epoch: int) -> "tf.data.Dataset":
+        # A last batch of a few images would distort the statistics of batch normalisation just before they are used.
+        # So all batches are equal, and the few images that remain, other ones in each epoch, are left out.
+        images = training(state.seed, epoch)
+        target_size = min(config.batch_size, max(len(images) // MIN_STEPS, MIN_BATCH_SIZE))
+        equal_size = len(images) // -(-len(images) // target_size)
+        batches = images.batch(equal_size, drop_remainder=True)
+        return augment_batches(batches, config.augmentation, (state.seed, epoch)).prefetch(tf.data.AUTOTUNE)
 
-    weights = config.weights_by_class(classes, class_weights)
-    show = loop.log_epochs(on_epoch, recipe.epochs)
-    mean = averaging.mean_of_epochs(together)
-    trained = loop.fit(together, shuffled, rest, weights, recipe, progress, show, checkpoint, mean)
+    weights = weights_by_class(classes, class_weights)
+    mean = averaging.build_averaging_callback(classifier)
+    log_epochs = loop.log_epochs(on_epoch, config.epochs)
+    trained = loop.fit(classifier, shuffled_batches, val_batches, weights, config, state, log_epochs, checkpoint, mean)
     mean.use_mean()
     return trained._replace(model=networks.assemble(network, head, image_fit))

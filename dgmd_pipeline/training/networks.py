@@ -1,4 +1,4 @@
-"""Layers: the frozen backbone, the head, the servable whole."""
+"""The Keras networks: frozen backbones, `cnn`, heads, and the servable model."""
 
 import math
 import warnings
@@ -17,35 +17,36 @@ if TYPE_CHECKING:
     from dgmd_pipeline.manifest import Fit
 
 HEAD_UNITS = (124, 64)
-CNN_MAP = 16  # pixels: width or height, where `cnn` stops halving by strides
-CNN_FILTERS = (24, 96, 192)  # of its first convolution, doubled up to the second number, and of its last at most
-BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to arrive than a small data set has
-SEED_OF_NONE = 20_230_917  # `weights="none"` gives the same numbers in every process
+CNN_MAP_SIZE = 16  # pixels: maximum width and height of the map after the strided convolutions of `cnn`
+CNN_FILTERS = (24, 96, 192)  # of the first convolution, doubled up to the second number; maximum of the last ones
+BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to converge than a small data set has
+RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same numbers in every process
 
 
 def build_backbone(backbone: str, weights: str, height: int, width: int, keras_home: Path) -> "keras.Model":
-    """Build a frozen network that turns pictures [batch, height, width, 3] of 0..255 into vectors (float32 [batch, d]).
+    """Build a frozen network from images ([batch, height, width, 3] of 0..255) to vectors (float32 [batch, d]).
 
-    Scaling is inside, batch normalisation uses the statistics that came with the weights. `weights="none"` sets Keras's
-    random seed, so that two processes build the same network.
-    Raises PipelineError for weights that are missing or another network's, and for pictures too small for the network.
+    The network scales the pixels. Batch normalisation uses the statistics of the loaded weights. `weights="none"` sets
+    Keras's random seed, so every process builds the same network.
+    Raises PipelineError for weights that are missing or of another network, and for images too small for the network.
     """
     import keras
 
     known = backbones.FROZEN[backbone]
     if min(height, width) < known.min_size:
         raise PipelineError(
-            f"{backbone} needs pictures of at least {known.min_size} x {known.min_size} pixels, "
+            f"{backbone} needs images of at least {known.min_size} x {known.min_size} pixels, "
             f"IMAGE_WIDTH={width} and IMAGE_HEIGHT={height} are smaller; raise them or choose BACKBONE=cnn."
         )
     path = backbones.weights_file(backbone, weights, keras_home)
     if path is None:
-        keras.utils.set_random_seed(SEED_OF_NONE)
+        keras.utils.set_random_seed(RANDOM_WEIGHTS_SEED)
     pixels = keras.Input((height, width, 3), name="pixels")
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
     build = getattr(keras.applications, known.function)
     vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
-    network = keras.Model(pixels, vector, name="backbone")  # EfficientNetV2 looks up its layers by the name given to it
+    # The name is set here and not by `build(name=...)`: EfficientNetV2 chooses layers by its name.
+    network = keras.Model(pixels, vector, name="backbone")
     if path is not None:
         _load_weights(network, path, backbone)
     network.trainable = False
@@ -55,7 +56,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
 def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
     import numpy as np
 
-    # Keras warns about a layer that the file does not have and leaves it as it was: so it must not be a number before.
+    # Keras only warns about layers that are missing from the file and keeps their weights: NaN shows which these are.
     network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
     try:
         with warnings.catch_warnings():
@@ -63,7 +64,7 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
             network.load_weights(path)
         missing = sum(bool(np.isnan(values).any()) for values in network.get_weights())
         if missing:
-            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or hold no numbers")
+            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or contain NaN")
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise PipelineError(
@@ -76,20 +77,20 @@ def build_cnn(height: int, width: int) -> "keras.Model":
     """Build a small trainable network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
     Strided convolutions reduce the image to a map of at most 16 x 16. A convolution follows on that map, one on half
-    of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random numbers set
-    the initial weights. docs/measurements/cnn.md has what this was chosen by.
+    of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random seed determines
+    the initial weights. docs/measurements/cnn.md compares this network with others.
     """
     import keras
     from keras import layers
 
     pixels = keras.Input((height, width, 3), name="pixels")
     x = layers.Rescaling(1 / 255, name="scaling")(pixels)
-    halvings = max(0, math.ceil(math.log2(max(height, width) / CNN_MAP)))
-    first, most, most_at_the_end = CNN_FILTERS
+    halvings = max(0, math.ceil(math.log2(max(height, width) / CNN_MAP_SIZE)))
+    first, most, most_at_end = CNN_FILTERS
     for number in range(halvings + 3):
         if number > halvings:
             x = layers.MaxPooling2D(padding="same")(x)
-        filters = min(first << number, most if number < halvings + 2 else most_at_the_end)
+        filters = min(first << number, most if number < halvings + 2 else most_at_end)
         strides = 2 if number < halvings else 1
         x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
         x = layers.BatchNormalization(momentum=BN_MOMENTUM)(x)
@@ -100,9 +101,10 @@ def build_cnn(height: int, width: int) -> "keras.Model":
 def build_head(
     features: int, classes: int, dropout: float, mean: "np.ndarray | None" = None, deviation: float = 1.0
 ) -> "keras.Model":
-    """Build what turns feature vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]).
+    """Build a head with two hidden layers.
 
-    Two hidden layers. `mean` (float [features]) is first subtracted from the vectors, which are divided by `deviation`.
+    It turns vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]). If `mean` (float
+    [features]) is given, it is first subtracted from the vectors, which are then divided by `deviation`.
     """
     import keras
     from keras import layers
@@ -133,23 +135,23 @@ def build_linear_head(kernel: "np.ndarray", bias: "np.ndarray") -> "keras.Model"
 
 
 def load(path: Path) -> "keras.Model":
-    """Load a saved network. Raises PipelineError where the file is gone or was changed."""
+    """Load a saved network. Raises PipelineError where the file is missing or was changed."""
     import keras
 
     try:
         return keras.models.load_model(path, compile=False)
-    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # another Keras's: TypeError
+    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # TypeError: saved by another Keras
         raise changed_file_error(path, error) from error
 
 
 def input_size(network: "keras.Model") -> tuple[int, int]:
-    """Return the height and width in pixels that a whole model fits images to."""
+    """Return the height and width in pixels to which a servable model fits images."""
     layer = network.get_layer("resizing")
     return layer.height, layer.width
 
 
 def input_fit(network: "keras.Model") -> "Fit":
-    """Return how a whole model fits images to its size."""
+    """Return how a servable model fits images to its size."""
     layer = network.get_layer("resizing")
     if layer.crop_to_aspect_ratio:
         return "crop"
@@ -157,33 +159,33 @@ def input_fit(network: "keras.Model") -> "Fit":
 
 
 def estimate_bytes(network: "keras.Model") -> int:
-    """Return about how many bytes a saved network takes: its float32 weights, and a little for the rest."""
+    """Return the approximate size of a saved network in bytes: its float32 weights and 200 kB for its structure."""
     return 4 * network.count_params() + 200_000
 
 
 def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras.Model":
-    """Make the servable whole: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
+    """Build the servable model: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 
-    Images of any size are fitted to the backbone's. The weights are shared, not copied.
-    There is only what Keras itself knows, so `keras.models.load_model` needs nothing of this package.
+    Images of any size are fitted to the backbone's. The weights are shared, not copied. All layers are Keras's own, so
+    `keras.models.load_model` needs nothing from this package.
     """
     import keras
 
     _, height, width, _ = backbone.input_shape
-    pictures = keras.Input((None, None, 3), dtype="uint8", name="pictures")
-    return keras.Model(pictures, head(backbone(fitting(pictures, height, width, fit))), name="classifier")
+    images = keras.Input((None, None, 3), dtype="uint8", name="pictures")  # the name is public: clients may use it
+    return keras.Model(images, head(backbone(fit_images(images, height, width, fit))), name="classifier")
 
 
-def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
-    """Resize images (uint8 [batch, any, any, 3]) as `encoding.fitted` does: float32 [batch, height, width, 3].
+def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
+    """Resize images (uint8 [batch, any, any, 3]) as the records are resized: float32 [batch, height, width, 3].
 
-    Bilinear and antialiased, rounded to whole levels, which is what the records hold. Without the rounding one label
-    in 150 was another than that of the record: docs/measurements/records.md.
+    The interpolation is bilinear and antialiased. Values are rounded to whole levels, as in the records: without
+    rounding, one prediction in 150 differed from that for the record, docs/measurements/records.md.
     """
     import keras
     from keras import layers
 
-    x = layers.Rescaling(1.0, name="float")(pictures)  # of uint8, Resizing cuts the fractions off
+    x = layers.Rescaling(1.0, name="float")(images)  # of uint8, Resizing truncates fractions
     x = layers.Resizing(
         height,
         width,
@@ -199,7 +201,7 @@ def fitting(pictures: "keras.KerasTensor", height: int, width: int, fit: "Fit") 
 def build_frozen(
     backbone: str, weights: str, height: int, width: int, keras_home: Path, extracts: bool
 ) -> "keras.Model":
-    """Import TensorFlow and build a frozen network; where it `extracts` features, trace its forward pass too."""
+    """Import TensorFlow and build a frozen network; if it `extracts` features, trace its forward pass too."""
     runtime.start_tensorflow()
     network = build_backbone(backbone, weights, height, width, keras_home)
     if extracts:

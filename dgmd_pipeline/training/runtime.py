@@ -1,22 +1,28 @@
-"""Importing TensorFlow without its log output."""
+"""The TensorFlow import without its log output, random seeds, and thread limits."""
 
 import os
 
+from threadpoolctl import threadpool_limits
+
+# A decorator. BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits
+# that take a second did not end within minutes.
+one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
 
 def start_tensorflow() -> None:
-    """Import TensorFlow without what its libraries write to the process's standard error while they load."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Import TensorFlow and discard what its libraries write to the standard error of the process while they load."""
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         import tensorflow  # noqa: F401
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
 
 
 def set_seed(seed: int) -> None:
-    """Set the seed that a network's first weights come from."""
+    """Set the seed of Keras, which determines the initial weights of a network."""
     import keras
 
     keras.utils.set_random_seed(seed)

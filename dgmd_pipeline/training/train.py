@@ -1,49 +1,66 @@
-"""Stored features or records -> a trained model, and its files.
+"""Stored features or records -> a servable model, and the files of a training.
 
-A frozen backbone gets a head, and is fine-tuned where that is asked for and better; `cnn` is trained from scratch.
+A frozen backbone gets a trained head and, if FINE_TUNE asks for it, is fine-tuned with it. `cnn` is trained from
+scratch.
 """
 
-import json
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Fit
-from dgmd_pipeline.training import config, dataset, features, fine_tuning, from_scratch, head, networks
+from dgmd_pipeline.training import dataset, features, fine_tuning, from_scratch, head, head_selection, networks
 from dgmd_pipeline.training.checkpoint import UnusableCheckpoint
-from dgmd_pipeline.training.config import Epoch, TrainedModel, TrainingConfig
+from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, weights_by_class
+from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
+from dgmd_pipeline.training.fine_tuning import FineTunedModel, FineTuningJson
+from dgmd_pipeline.training.fine_tuning_data import ACTIVATIONS, LabeledImages
 from dgmd_pipeline.workflow import disk
 
 if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-OnEpoch = Callable[[Epoch], None]  # is called after each epoch and may raise to stop
-MODEL, HISTORY, ABOUT = "model.keras", "history.csv", "training.json"
+MODEL, HISTORY, TRAINING = "model.keras", "history.csv", "training.json"
+CHECKPOINT = "training.npz"
+FINE_TUNING_FILES = (f"{fine_tuning.CHECKPOINT}*", f"{ACTIVATIONS}_*")  # in the folder of checkpoints
+T = TypeVar("T")
 
 
 class TrainingData(NamedTuple):
-    """What a model is trained on."""
+    """The data of a training."""
 
     training: Path  # folder of stored features, or of records for `cnn`
     validation: Path
-    groups: Sequence[str]  # the near-duplicate group of each training image, in the order of the records
+    groups: Sequence[str]  # near-duplicate group of each training image, in the order of the records
     classes: int
-    class_weights: Mapping[int, float]  # class index -> weight; 1 where it has none
+    class_weights: Mapping[int, float]  # class index -> weight; 1 where there is none
     records: Sequence[Path]  # folders of training and validation records, for fine-tuning
 
 
+class TrainingSettings(Protocol):
+    """The settings that a training uses. They also have an attribute for each field of TrainingConfig."""
+
+    head: str
+    image_height: int
+    image_width: int
+    image_fit: Fit
+    fine_tune: str
+    fine_tune_epochs: int
+    fine_tune_learning_rate: float
+
+
 class TrainingOptions(NamedTuple):
-    """How a model is trained."""
+    """The settings of a training."""
 
     config: TrainingConfig
-    head: str  # one of `head.HEADS`
+    head: str  # one of `head_selection.HEADS`
     size: tuple[int, int]  # height and width of the model's images in pixels
     fit: Fit
     fine_tune: str  # one of `fine_tuning.KINDS`
@@ -51,8 +68,8 @@ class TrainingOptions(NamedTuple):
     fine_tune_learning_rate: float
 
     @classmethod
-    def from_settings(cls, settings: Any) -> "TrainingOptions":
-        """Return the options that settings with these names ask for."""
+    def from_settings(cls, settings: TrainingSettings) -> "TrainingOptions":
+        """Return the options that the settings specify."""
         return cls(
             TrainingConfig(**{name: getattr(settings, name) for name in TrainingConfig._fields}),
             settings.head,
@@ -64,24 +81,61 @@ class TrainingOptions(NamedTuple):
         )
 
 
-class FinishedTraining(NamedTuple):
-    """A servable model, and what is recorded of its training."""
+class TrainingJson(TypedDict):
+    """The content of training.json."""
 
+    id: str  # of this training, hexadecimal
+    kept: int  # the epoch whose weights the model has
+    seed: int
+    metrics: dict[str, float]  # of that epoch
+    fine_tuned: bool
+    fine_tuning: NotRequired[FineTuningJson]
+    head: NotRequired[head_selection.SelectionJson]
+
+
+class FinishedTraining(NamedTuple):
+    """A servable model and the facts about its training that are recorded."""
+
+    id: str  # unique, hexadecimal
     model: "keras.Model"  # uint8 [n, height, width, 3] -> float32 [n, classes]
     history: Sequence[Epoch]
     seed: int
-    selection: Mapping[str, Any] | None  # how the head was chosen, `head.about`; None for `cnn`
-    fine_tuning: Mapping[str, Any] | None  # `fine_tuning.about`; None where it was not asked for
+    selection: head_selection.Selection | None  # of the head; None for `cnn`
+    fine_tuning: FineTuningJson | None  # None where FINE_TUNE is none
 
     @property
     def fine_tuned(self) -> bool:
-        """Whether the backbone was changed, so that stored features are not its own."""
+        """Whether the backbone has changed, so that stored features do not apply to it."""
         return bool(self.fine_tuning and self.fine_tuning["kept"])
 
     @property
     def estimated_bytes(self) -> int:
-        """About how many bytes the files take."""
+        """The approximate size of the files in bytes."""
         return networks.estimate_bytes(self.model)
+
+    @property
+    def counts(self) -> dict[str, object]:
+        """JSON values for the record of the step."""
+        last = self.history[-1]
+        return {
+            "epochs": len(self.history),
+            "head": self.selection.chosen.kind if self.selection else None,
+            "fine_tuned": self.fine_tuned,
+            "accuracy": last.accuracy,
+            "val_accuracy": last.val_accuracy,
+            "parameters": self.model.count_params(),
+        }
+
+    @property
+    def summary(self) -> str:
+        """The kind of training and its last metrics, for the log."""
+        linear = self.selection is not None and self.selection.chosen.kind == "linear"
+        kind = "logistic regression" if linear else f"{len(self.history)} epochs"
+        last = self.history[-1]
+        return (
+            f"{kind}{', fine-tuned' if self.fine_tuned else ''}: accuracy {last.accuracy:.4f}, "
+            f"validation {last.val_accuracy:.4f}; {self.model.count_params():,} parameters"
+        )
 
 
 def train(
@@ -90,43 +144,32 @@ def train(
     backbone: "keras.Model | None",
     resume_dir: Path,
     on_epoch: OnEpoch,
-    map: Callable[[Callable, Iterable], Iterable] = map,
+    map_batches: ParallelMap = map,
 ) -> FinishedTraining:
-    """Train a head on the stored features of `backbone`, or `cnn` from scratch where that is None.
+    """Train a head on the stored features of `backbone`, or `cnn` from scratch where `backbone` is None.
 
     `resume_dir` is an existing folder for checkpoints: a stopped training resumes there after its last epoch. A
-    checkpoint that cannot be used is removed with a warning, and the training starts again. `map` is like the builtin
-    one; it may call a function for its batches in threads, and yields in order.
+    checkpoint that cannot be used is removed with a warning, and the training starts again. `map_batches` is that of
+    `features.extract`.
 
-    Raises Diverged where weights or a loss are not finite, PipelineError where the disk has no room.
+    Raises Diverged where weights or a loss are not finite, PipelineError where the disk has no room or stored features
+    are damaged.
     """
     if backbone is None:
         trained = _resume(partial(_train_cnn, data, options, on_epoch), resume_dir)
-        return FinishedTraining(trained.model, trained.history, trained.seed, None, None)
+        return FinishedTraining(uuid.uuid4().hex, trained.model, trained.history, trained.seed, None, None)
     stored = [features.load(folder) for folder in (data.training, data.validation)]
-    weights = dict(data.class_weights)
-    fit_head = partial(
-        head.train_head,
-        stored[0],
-        stored[1],
-        data.groups,
-        data.classes,
-        weights,
-        options.config,
-        options.head,
-        on_epoch,
-    )
-    trained = _resume(fit_head, resume_dir)
-    parts, history, about = (backbone, trained.model), list(trained.history), None
+    trained = _resume(partial(_train_head, data, options, stored, on_epoch), resume_dir)
+    parts, history, outcome = (backbone, trained.model), list(trained.history), None
     if options.fine_tune != "none":
-        tuned = _fine_tune(data, options, backbone, trained, stored, resume_dir, on_epoch, map)
-        about = fine_tuning.about(tuned)
-        log.info("  %s", fine_tuning.sentence(about))
+        tuned = _fine_tune(data, options, backbone, trained, stored, resume_dir, on_epoch, map_batches)
+        outcome = fine_tuning.to_json(tuned)
+        log.info("  %s", fine_tuning.describe(outcome))
         if tuned.backbone and tuned.head:
             parts = tuned.backbone, tuned.head
             history += [row._replace(epoch=len(history) + row.epoch) for row in tuned.history]
     model = networks.assemble(*parts, options.fit)
-    return FinishedTraining(model, history, trained.seed, trained.selection, about)
+    return FinishedTraining(uuid.uuid4().hex, model, history, trained.seed, trained.selection, outcome)
 
 
 def _train_cnn(data: TrainingData, options: TrainingOptions, on_epoch: OnEpoch, checkpoint: Path) -> TrainedModel:
@@ -135,7 +178,7 @@ def _train_cnn(data: TrainingData, options: TrainingOptions, on_epoch: OnEpoch, 
         dataset.read(data.validation),
         options.size,
         data.classes,
-        dict(data.class_weights),
+        data.class_weights,
         options.config,
         on_epoch,
         checkpoint,
@@ -143,18 +186,24 @@ def _train_cnn(data: TrainingData, options: TrainingOptions, on_epoch: OnEpoch, 
     )
 
 
-def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedModel:
-    checkpoint = resume_dir / "training.npz"
-    if checkpoint.exists():
-        log.info("  Resuming training from the checkpoint")
-    try:
-        return train(checkpoint)
-    except UnusableCheckpoint as error:
-        log.warning("%s Training starts again.", error)
-        for pattern in ("training.npz", "selection.json", f"{fine_tuning.CHECKPOINT}*", "activations_*"):
-            for path in resume_dir.glob(pattern):
-                disk.remove(path)
-        return train(checkpoint)
+def _train_head(
+    data: TrainingData,
+    options: TrainingOptions,
+    stored: Sequence[LabeledFeatures],
+    on_epoch: OnEpoch,
+    checkpoint: Path,
+) -> TrainedModel:
+    return head.train_head(
+        stored[0],
+        stored[1],
+        data.groups,
+        data.classes,
+        data.class_weights,
+        options.config,
+        options.head,
+        on_epoch,
+        checkpoint,
+    )
 
 
 def _fine_tune(
@@ -162,76 +211,72 @@ def _fine_tune(
     options: TrainingOptions,
     backbone: "keras.Model",
     trained: TrainedModel,
-    stored: Sequence[tuple[np.ndarray, np.ndarray]],
+    stored: Sequence[LabeledFeatures],
     resume_dir: Path,
     on_epoch: OnEpoch,
-    map: Callable[[Callable, Iterable], Iterable],
-) -> fine_tuning.FineTunedModel:
-    """Fine-tune the backbone with its trained head; from the start where the checkpoint cannot be used."""
-    weights = config.weights_by_class(data.classes, dict(data.class_weights))
-    seeded = options.config._replace(seed=trained.seed)
-    splits = [
-        fine_tuning.Split(indexes, partial(dataset.read, folder))
-        for (_, indexes), folder in zip(stored, data.records, strict=True)
-    ]
+    map_batches: ParallelMap,
+) -> FineTunedModel:
+    """Fine-tune the backbone with its trained head."""
+    weights = weights_by_class(data.classes, data.class_weights)
+    config = options.config._replace(seed=trained.seed)
+    training, validation = (
+        LabeledImages(split.labels, partial(dataset.read, folder))
+        for split, folder in zip(stored, data.records, strict=True)
+    )
 
     def fit_head(rows: np.ndarray) -> "keras.Model":
-        vectors, indexes = stored[0]
-        assert trained.selection  # noqa: S101 - a head on stored features always has one
-        return head.refit((vectors[rows], indexes[rows]), trained.selection["chosen"], weights, seeded)
+        vectors, labels = stored[0]
+        assert trained.selection  # noqa: S101 - `train_head` always sets it
+        return head.refit(LabeledFeatures(vectors[rows], labels[rows]), trained.selection.chosen, weights, config)
 
-    slow = seeded._replace(epochs=options.fine_tune_epochs, learning_rate=options.fine_tune_learning_rate)
     tune = partial(
-        fine_tuning.fine_tune, options.fine_tune, backbone, trained.model, fit_head, splits[0], splits[1], data.groups,
-        weights, slow, on_epoch, resume_dir, map,
+        fine_tuning.fine_tune, options.fine_tune, backbone, trained.model, fit_head, training, validation, data.groups,
+        weights, config._replace(epochs=options.fine_tune_epochs, learning_rate=options.fine_tune_learning_rate),
+        on_epoch, resume_dir, map_batches,
     )  # fmt: skip
+    return _restart_if_unusable(tune, resume_dir, "Fine-tuning", FINE_TUNING_FILES)
+
+
+def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedModel:
+    """Train from the checkpoint in `resume_dir`, or from the start where there is none that can be used."""
+    checkpoint = resume_dir / CHECKPOINT
+    if checkpoint.exists():
+        log.info("  Resuming training from the checkpoint")
+    files = (CHECKPOINT, head_selection.FILE, *FINE_TUNING_FILES)
+    return _restart_if_unusable(partial(train, checkpoint), resume_dir, "Training", files)
+
+
+def _restart_if_unusable(train: Callable[[], T], resume_dir: Path, what: str, files: Sequence[str]) -> T:
+    """Call `train`; where a checkpoint cannot be used, remove `files` (patterns) and call it again."""
     try:
-        return tune()
+        return train()
     except UnusableCheckpoint as error:
-        log.warning("%s Fine-tuning starts again.", error)
-        for path in resume_dir.glob(f"{fine_tuning.CHECKPOINT}*"):
-            path.unlink()
-        return tune()
+        log.warning("%s %s starts again.", error, what)
+        for pattern in files:
+            for path in resume_dir.glob(pattern):
+                disk.remove(path)
+        return train()
 
 
-def write(trained: FinishedTraining, folder: Path) -> dict[str, Any]:
-    """Write `model.keras`, `history.csv` and `training.json` into `folder`; return id and counts for the record."""
+def write(trained: FinishedTraining, folder: Path) -> None:
+    """Write `model.keras`, `history.csv` and `training.json` into `folder`."""
     trained.model.save(folder / MODEL)
     manifest.write(folder / HISTORY, Epoch, trained.history)
     last = trained.history[-1]
-    about: dict[str, Any] = {
-        "id": uuid.uuid4().hex,
+    content: TrainingJson = {
+        "id": trained.id,
         "kept": last.epoch,
         "seed": trained.seed,
         "metrics": last._asdict(),
         "fine_tuned": trained.fine_tuned,
     }
     if trained.fine_tuning:
-        about["fine_tuning"] = trained.fine_tuning
+        content["fine_tuning"] = trained.fine_tuning
     if trained.selection:
-        about["head"] = trained.selection
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    return {
-        "id": about["id"],
-        "epochs": len(trained.history),
-        "head": trained.selection["chosen"]["kind"] if trained.selection else None,
-        "fine_tuned": trained.fine_tuned,
-        "accuracy": last.accuracy,
-        "val_accuracy": last.val_accuracy,
-        "parameters": trained.model.count_params(),
-    }
+        content["head"] = head_selection.to_json(trained.selection)
+    manifest.write_json(folder / TRAINING, content)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[Epoch]]:
-    """Return the content of `training.json` and `history.csv`."""
-    return manifest.read_json(folder / ABOUT), list(manifest.read(folder / HISTORY, Epoch))
-
-
-def summary(counts: Mapping[str, Any]) -> str:
-    """Return what `write` counted, for the log."""
-    how = "logistic regression" if counts["head"] == "linear" else f"{counts['epochs']} epochs"
-    how += ", fine-tuned" if counts["fine_tuned"] else ""
-    return (
-        f"{how}: accuracy {counts['accuracy']:.4f}, validation {counts['val_accuracy']:.4f}; "
-        f"{counts['parameters']:,} parameters"
-    )
+def read(folder: Path) -> tuple[TrainingJson, list[Epoch]]:
+    """Return the content of `training.json` and `history.csv`. Raises PipelineError where one is missing or changed."""
+    return manifest.read_json(folder / TRAINING), list(manifest.read(folder / HISTORY, Epoch))

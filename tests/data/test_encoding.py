@@ -40,7 +40,7 @@ def layers(fit: str, width: int = SIZE[0], height: int = SIZE[1]):
     import keras
 
     images = keras.Input((None, None, 3), dtype="uint8")
-    network = keras.Model(images, networks.fitting(images, height, width, fit))
+    network = keras.Model(images, networks.fit_images(images, height, width, fit))
     return keras.Model(images, [network.get_layer("resizing").output, network.output])
 
 

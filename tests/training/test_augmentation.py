@@ -1,3 +1,5 @@
+"""Augmentation: the changes of each kind, and their seeds."""
+
 import numpy as np
 import pytest
 
@@ -8,12 +10,12 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (40, HEIGHT, WIDTH, 3), dtype
 FARTHEST = (HEIGHT // 8, WIDTH // 8)
 
 
-def augmented(kind, seed=(1, 2), images=IMAGES):
+def augment(kind, seed=(1, 2), images=IMAGES):
     return np.asarray(augmentation.augment(images, kind, np.array(seed)))
 
 
 def shift_of(changed, image):
-    """Return the (right, down) by which `changed` shows `image` moved, its edge repeated; None where it does not."""
+    """Return the (right, down) by which `changed` is `image` shifted with a repeated edge; None if it is not."""
     down, right = FARTHEST
     padded = np.pad(image, [(down, down), (right, right), (0, 0)], mode="edge")
     for y in range(2 * down + 1):
@@ -24,29 +26,29 @@ def shift_of(changed, image):
 
 
 def test_none_changes_nothing():
-    np.testing.assert_array_equal(augmented("none"), IMAGES)
+    np.testing.assert_array_equal(augment("none"), IMAGES)
 
 
 def test_shift_moves_each_image_by_whole_pixels_and_repeats_its_edge():
-    shifts = [shift_of(*pair) for pair in zip(augmented("shift"), IMAGES, strict=True)]
+    shifts = [shift_of(*pair) for pair in zip(augment("shift"), IMAGES, strict=True)]
     assert None not in shifts
     assert {right for right, _ in shifts} == set(range(-FARTHEST[1], FARTHEST[1] + 1))
     assert {down for _, down in shifts} == set(range(-FARTHEST[0], FARTHEST[0] + 1))
 
 
 def test_flip_mirrors_about_half_of_the_images_left_to_right():
-    changed = augmented("flip")
+    changed = augment("flip")
     straight = [shift_of(*pair) is not None for pair in zip(changed, IMAGES, strict=True)]
     mirrored = [shift_of(*pair) is not None for pair in zip(changed[:, :, ::-1], IMAGES, strict=True)]
     assert all(one != other for one, other in zip(straight, mirrored, strict=True))
     assert 8 < sum(mirrored) < 32
 
 
-def test_strong_keeps_shape_and_range_and_what_the_image_shows():
+def test_strong_keeps_shape_range_and_content():
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    spot = np.exp(-((y - 11.5) ** 2 + (x - 7.5) ** 2) / 20)  # in the centre, which only shifts move
+    spot = np.exp(-((y - 11.5) ** 2 + (x - 7.5) ** 2) / 20)  # in the centre, where only shifts move it
     images = np.tile((250 * spot)[None, ..., None], (40, 1, 1, 3)).astype(np.uint8)
-    changed = augmented("strong", images=images)
+    changed = augment("strong", images=images)
     assert changed.shape == images.shape
     assert changed.min() >= 0
     assert changed.max() <= 255
@@ -56,13 +58,13 @@ def test_strong_keeps_shape_and_range_and_what_the_image_shows():
 
 
 @pytest.mark.parametrize("kind", ["shift", "flip", "strong"])
-def test_seed_batch_and_position_alone_decide_the_changes(kind):
+def test_changes_depend_only_on_seed_batch_and_position(kind):
     import tensorflow as tf
 
     same = tf.data.Dataset.from_tensors((IMAGES[0], 0)).repeat(80).batch(40)
 
     def changed(*seed):
-        return np.stack([images.numpy() for images, _ in augmentation.augmented(same, kind, seed)])
+        return np.stack([images.numpy() for images, _ in augmentation.augment_batches(same, kind, seed)])
 
     one = changed(2**32 - 1, 2)
     np.testing.assert_array_equal(one, changed(2**32 - 1, 2))

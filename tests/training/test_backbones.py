@@ -1,3 +1,5 @@
+"""Backbones: the files of their weights, found, downloaded and fingerprinted without Keras."""
+
 import functools
 import hashlib
 import http.server
@@ -27,7 +29,7 @@ def serve(folder):
     return server
 
 
-def test_imagenet_weights_are_fetched_into_the_cache_of_keras(tmp_path, monkeypatch):
+def test_imagenet_weights_are_downloaded_into_the_cache_of_keras(tmp_path, monkeypatch):
     content = b"weights"
     backbone = backbones.FROZEN[SMALL]._replace(url="some/weights_notop.h5", md5=hashlib.md5(content).hexdigest())  # noqa: S324
     monkeypatch.setitem(backbones.FROZEN, SMALL, backbone)
@@ -42,7 +44,7 @@ def test_imagenet_weights_are_fetched_into_the_cache_of_keras(tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "home" / "models").iterdir()] == ["weights_notop.h5"]
 
 
-def test_weights_that_came_with_the_image_are_used(tmp_path, monkeypatch):
+def test_weights_in_the_container_image_are_used(tmp_path, monkeypatch):
     backbone = backbones.FROZEN[SMALL]._replace(md5=hashlib.md5(b"weights").hexdigest())  # noqa: S324
     monkeypatch.setitem(backbones.FROZEN, SMALL, backbone)
     monkeypatch.setattr(backbones, "INSTALLED", tmp_path / "share")
@@ -53,7 +55,7 @@ def test_weights_that_came_with_the_image_are_used(tmp_path, monkeypatch):
     assert backbones.weights_file(SMALL, "imagenet", tmp_path / "home") == installed
 
 
-def test_an_image_that_is_built_without_a_network_says_so_and_goes_on(tmp_path):
+def test_without_a_network_the_container_image_is_built_without_weights(tmp_path):
     command = [sys.executable, "-m", "dgmd_pipeline.training.backbones", "MobileNetV2", str(tmp_path)]
     offline = {**os.environ, "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=offline)
@@ -61,7 +63,7 @@ def test_an_image_that_is_built_without_a_network_says_so_and_goes_on(tmp_path):
     assert not done.stderr
 
 
-def test_fetched_weights_with_another_checksum_are_not_kept(tmp_path, monkeypatch):
+def test_downloaded_weights_with_another_checksum_are_deleted(tmp_path, monkeypatch):
     file = tmp_path / "server" / backbones.FROZEN[SMALL].url
     file.parent.mkdir(parents=True)
     file.write_bytes(b"a page of somebody's proxy")
@@ -75,7 +77,7 @@ def test_fetched_weights_with_another_checksum_are_not_kept(tmp_path, monkeypatc
     assert not list((tmp_path / "home" / "models").iterdir())
 
 
-def test_weights_that_cannot_be_fetched_say_which_file_goes_where_and_what_else_can_be_done(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_file_its_path_and_the_alternatives(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "WEIGHTS_URL", "http://127.0.0.1:9/")
     with pytest.raises(PipelineError) as failure:
         backbones.weights_file("EfficientNetV2-B1", "imagenet", tmp_path)
@@ -88,7 +90,7 @@ def test_weights_that_cannot_be_fetched_say_which_file_goes_where_and_what_else_
         assert part in str(failure.value)
 
 
-def test_a_missing_weights_file_and_one_of_another_kind_are_refused_with_a_sentence(tmp_path, home):
+def test_a_missing_weights_file_and_one_of_another_format_are_refused(tmp_path, home):
     with pytest.raises(PipelineError, match="there is no readable file"):
         backbones.weights_file(SMALL, str(tmp_path / "gone.weights.h5"), home)
     whole = tmp_path / "whole.keras"
@@ -97,13 +99,13 @@ def test_a_missing_weights_file_and_one_of_another_kind_are_refused_with_a_sente
         backbones.weights_file(SMALL, str(whole), home)
 
 
-def test_no_weights_need_no_check(home):
+def test_cnn_and_none_have_no_weights_file(home):
     assert backbones.weights_file("cnn", "imagenet", home) is None
     assert backbones.weights_file("EfficientNetV2-B1", "none", home) is None
     assert not list(home.iterdir())
 
 
-def test_weights_are_identified_by_what_they_are(tmp_path):
+def test_the_fingerprint_of_weights_depends_on_their_content(tmp_path):
     (tmp_path / "a.weights.h5").write_bytes(b"one")
     (tmp_path / "b.weights.h5").write_bytes(b"one")
     (tmp_path / "c.weights.h5").write_bytes(b"two")
@@ -114,9 +116,9 @@ def test_weights_are_identified_by_what_they_are(tmp_path):
 
 def test_checking_weights_imports_neither_keras_nor_tensorflow(tmp_path):
     code = (
-        "import sys, pathlib; from dgmd_pipeline import backbones\n"
+        "import sys, pathlib; from dgmd_pipeline.training import backbones\n"
         f"backbones.weights_file('MobileNetV2', 'none', pathlib.Path({str(tmp_path)!r}))\n"
-        "backbones.weights_identity('imagenet')\n"
+        "backbones.weights_fingerprint('imagenet')\n"
         "assert 'keras' not in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,16 +1,18 @@
-"""Fine-tuning: where the backbone is cut, what is trained, when it is kept, and that it resumes and repeats."""
+"""Fine-tuning: the cut of the backbone, the layers that are trained, the trial, and resuming."""
 
 from functools import partial
 
 import numpy as np
 import pytest
-from support.training import Stopped, folder_of_records, ignore  # noqa: F401 - a fixture
+from support.training import Stopped, ignore, write_stripe_records
 
-from dgmd_pipeline.training import dataset, fine_tuning, networks
+from dgmd_pipeline.training import dataset, features, fine_tuning, fine_tuning_data, networks, train
+from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.config import TrainingConfig
-from dgmd_pipeline.training.fine_tuning import Split, Trial
+from dgmd_pipeline.training.fine_tuning import Trial
+from dgmd_pipeline.training.fine_tuning_data import LabeledImages
 
-RECIPE = TrainingConfig(
+CONFIG = TrainingConfig(
     batch_size=16, epochs=2, learning_rate=0.01, decay_rate=0, patience=1,
     optimizer="adam", dropout=0, weight_decay=0, seed=1,
 )  # fmt: skip
@@ -19,14 +21,14 @@ KINDS = ("top", "all")
 
 @pytest.fixture(scope="module")
 def backbone():
-    """A small frozen network with random weights, of blocks like those of the large ones."""
+    """A small frozen network with random weights and the blocks of MobileNetV2."""
     import keras
     from keras import layers
 
     keras.utils.set_random_seed(0)
     pixels = keras.Input((16, 16, 3), name="pixels")
     x = layers.Rescaling(1 / 127.5, -1)(pixels)
-    for strides in (2, 1, 2, 1):
+    for strides in (2, 2, 1):
         wide = layers.Conv2D(32, 3, strides=strides, padding="same", use_bias=False)(x)
         wide = layers.ReLU()(layers.BatchNormalization()(wide))
         narrow = layers.BatchNormalization()(layers.Conv2D(8, 1, use_bias=False)(wide))
@@ -45,20 +47,26 @@ def new_head(rows=None):
 
 
 @pytest.fixture(scope="module")
-def splits(folder_of_records):  # noqa: F811
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stripes")
+    write_stripe_records(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(records):
     def split(name):
-        pictures = partial(dataset.read, folder_of_records / name)
-        return Split(np.array([int(label) for _, label in pictures()]), pictures)
+        read = partial(dataset.read, records / name)
+        return LabeledImages(np.array([int(label) for _, label in read()]), read)
 
     return split("training"), split("validation")
 
 
-def tune(backbone, splits, notes, kind="top", recipe=RECIPE, on_epoch=ignore, groups=None):
-    notes.mkdir(exist_ok=True)
+def tune(backbone, splits, resume_dir, kind="top", config=CONFIG, on_epoch=ignore, groups=None):
     groups = groups or [str(row) for row in range(len(splits[0].labels))]
     weights = np.ones(2, np.float32)
     return fine_tuning.fine_tune(
-        kind, backbone, new_head(), new_head, *splits, groups, weights, recipe, on_epoch, notes
+        kind, backbone, new_head(), new_head, *splits, groups, weights, config, on_epoch, resume_dir
     )
 
 
@@ -76,12 +84,12 @@ def tuned(backbone, splits, tmp_path_factory):
     before = backbone.get_weights()
     found = {kind: tune(backbone, splits, tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
     for a, b in zip(before, backbone.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)  # other steps use it
+        np.testing.assert_array_equal(a, b)  # other steps use the backbone
     return found
 
 
 def test_a_backbone_is_cut_between_two_blocks(backbone):
-    bottom, top = fine_tuning.divide(backbone)
+    bottom, top = cut_backbone(backbone)
     pixels = np.random.default_rng(0).uniform(0, 255, (3, 16, 16, 3)).astype(np.float32)
     whole = backbone.predict(pixels, verbose=0)
     np.testing.assert_allclose(top.predict(bottom.predict(pixels, verbose=0), verbose=0), whole, atol=1e-4)
@@ -99,7 +107,9 @@ def test_fine_tuning_learns_what_the_head_alone_cannot(kind, tuned):
     np.testing.assert_allclose([row.learning_rate for row in history], [0.01, 0.005])
 
 
-def test_top_trains_what_is_above_the_cut_all_trains_everything_and_neither_the_batch_normalisation(tuned, backbone):
+def test_top_trains_the_layers_above_the_cut_all_trains_every_layer_and_neither_trains_batch_normalisation(
+    tuned, backbone
+):
     import keras
 
     changed = {}
@@ -117,7 +127,7 @@ def test_top_trains_what_is_above_the_cut_all_trains_everything_and_neither_the_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fine_tuning_that_was_stopped_in_the_trial_and_after_it_is_that_of_one_that_was_not(
+def test_a_fine_tuning_that_is_stopped_in_the_trial_and_in_the_final_fit_has_the_same_weights(
     kind, tuned, backbone, splits, tmp_path
 ):
     seen = []
@@ -132,37 +142,37 @@ def test_a_fine_tuning_that_was_stopped_in_the_trial_and_after_it_is_that_of_one
             tune(backbone, splits, tmp_path, kind, on_epoch=stop)
     resumed = tune(backbone, splits, tmp_path, kind, on_epoch=stop)
     assert_same(resumed, tuned[kind])
-    assert [row.epoch for row in seen] == [0, 1, 0, 1]  # none was repeated
+    assert [row.epoch for row in seen] == [0, 1, 0, 1]  # no epoch was repeated
     assert seen[2:] == resumed.history
 
 
-def test_what_makes_it_worse_is_not_kept(backbone, splits, tmp_path):
+def test_a_worse_model_is_not_kept(backbone, splits, tmp_path):
     seen = []
-    recipe = RECIPE._replace(learning_rate=30.0, epochs=1)  # leads to probabilities of 0
-    tuned = tune(backbone, splits, tmp_path, recipe=recipe, on_epoch=seen.append)
+    config = CONFIG._replace(learning_rate=30.0, epochs=1)  # leads to probabilities of 0
+    tuned = tune(backbone, splits, tmp_path, config=config, on_epoch=seen.append)
     assert not tuned.trial.better
     assert tuned[:3] == (None, None, [])
     assert len(seen) == 1  # there was no final fit
 
 
-def test_the_lower_log_loss_is_better_whatever_the_accuracy():
+def test_the_lower_log_loss_is_better_regardless_of_accuracy():
     assert Trial(100, 0.5, 0.4, 0.9, 0.8, 1).better
     assert not Trial(100, 0.5, 0.5, 0.8, 0.9, 1).better
 
 
-def test_groups_are_held_out_as_a_whole_and_a_trial_has_an_upper_bound(monkeypatch):
+def test_groups_are_held_out_as_a_whole_and_a_trial_uses_at_most_trial_rows(monkeypatch):
     labels = np.arange(600) % 3
     groups = [str(row // 4) for row in range(600)]
-    fitted, held_out = fine_tuning._hold_out(labels, groups, 0)
+    fitted, held_out = fine_tuning_data.hold_out(labels, groups, 0)
     assert len(held_out) == pytest.approx(120, abs=8)
     assert sorted([*fitted, *held_out]) == list(range(600))
     assert not {groups[row] for row in fitted} & {groups[row] for row in held_out}
-    monkeypatch.setattr(fine_tuning, "TRIAL_ROWS", 100)
-    fitted, held_out = fine_tuning._hold_out(labels, groups, 0)
+    monkeypatch.setattr(fine_tuning_data, "TRIAL_ROWS", 100)
+    fitted, held_out = fine_tuning_data.hold_out(labels, groups, 0)
     assert len(fitted) + len(held_out) == 100
 
 
-def test_one_group_cannot_be_held_out_so_nothing_is_fine_tuned(backbone, splits, tmp_path):
+def test_nothing_is_fine_tuned_where_all_images_are_near_duplicates(backbone, splits, tmp_path):
     tuned = tune(backbone, splits, tmp_path, groups=["one"] * len(splits[0].labels))
     assert tuned == (None, None, [], None)
 
@@ -173,5 +183,34 @@ def test_the_fine_tuned_model_is_loaded_by_keras_alone(tuned, splits, tmp_path):
     whole = networks.assemble(tuned["top"].backbone, tuned["top"].head, "stretch")
     whole.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    pictures = np.stack([picture for picture, _ in splits[1].pictures()])
-    np.testing.assert_allclose(loaded.predict(pictures, verbose=0), whole.predict(pictures, verbose=0), atol=1e-6)
+    images = np.stack([image for image, _ in splits[1].read()])
+    np.testing.assert_allclose(loaded.predict(images, verbose=0), whole.predict(images, verbose=0), atol=1e-6)
+
+
+def test_fine_tuning_starts_again_where_its_stored_activations_are_damaged(backbone, records, splits, tmp_path, caplog):
+    stored = [tmp_path / name for name in ("training", "validation")]
+    for folder, images in zip(stored, splits, strict=True):
+        folder.mkdir()
+        list(features.extract(images.read().batch(16), len(images.labels), backbone, folder))
+    groups = [str(row) for row in range(len(splits[0].labels))]
+    folders = [records / "training", records / "validation"]
+    data = train.TrainingData(*stored, groups, 2, {}, folders)
+    options = train.TrainingOptions(CONFIG, "linear", (16, 16), "stretch", "top", 1, 0.01)
+    resume_dir = tmp_path / "resume"
+    resume_dir.mkdir()
+    epochs = []
+
+    def stop_in_trial(row):
+        epochs.append(row)
+        if len(epochs) == 2:  # the first is that of the linear head
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train.train(data, options, backbone, resume_dir, stop_in_trial)
+    with (resume_dir / "activations_training" / features.FEATURES).open("r+b") as file:
+        file.truncate(1000)
+    trained = train.train(data, options, backbone, resume_dir, ignore)
+    assert "activations_training should hold the state of this training" in caplog.text
+    assert "Fine-tuning starts again." in caplog.text
+    assert trained.fine_tuning["held_out"] == 18
+    assert len(features.load(resume_dir / "activations_training").vectors) == 90

@@ -1,3 +1,5 @@
+"""Logistic regression: the same results as scikit-learn's."""
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -9,7 +11,7 @@ ONES = np.ones(3, np.float32)
 
 
 def correlated(count=300, seed=0):
-    """Features with a mean, correlated, of three labels that overlap."""
+    """Correlated features with a mean, of three overlapping classes."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, count)
     centres = np.random.default_rng(9).normal(0, 1, (3, 6))
@@ -20,7 +22,7 @@ def correlated(count=300, seed=0):
 @pytest.mark.parametrize("shrinkage", [1.0, 0.5])
 def test_coordinates_are_centred_and_their_variances_are_shrunk(shrinkage):
     features, _ = correlated(5000)
-    mean, kernel = linear.basis(linear.principal_components(features), shrinkage)
+    mean, kernel = linear.build_basis(linear.principal_components(features), shrinkage)
     covariance = np.cov((features.astype(np.float64) - mean) @ kernel, rowvar=False)
     variances = np.linalg.eigvalsh(np.cov(features, rowvar=False))
     expected = variances / ((1 - shrinkage) * variances + shrinkage * variances.mean())
@@ -30,45 +32,49 @@ def test_coordinates_are_centred_and_their_variances_are_shrunk(shrinkage):
 def test_a_centred_fit_is_that_of_scikit_learn(monkeypatch):
     features, labels = correlated()
     monkeypatch.setattr(linear, "BLOCK_ROWS", 64)  # several blocks
-    coordinates = linear.basis(linear.principal_components(features), 1)
-    mean, deviation = linear.centre(features)
+    basis = linear.build_basis(linear.principal_components(features), 1)
+    mean, deviation = linear.mean_and_deviation(features)
     theirs = LogisticRegression(C=0.1, tol=1e-8, max_iter=10_000).fit((features - mean) / deviation, labels)
-    kernel, bias = linear.folded(linear.fit(features, labels, ONES, coordinates, 0.1), coordinates)
+    kernel, bias = linear.unproject(linear.fit(features, labels, ONES, basis, 0.1), basis)
     ours = np.exp(linear.log_probabilities(features, kernel, bias))
     np.testing.assert_allclose(ours, theirs.predict_proba((features - mean) / deviation), atol=2e-3)
 
 
-def test_a_weight_counts_like_so_many_copies():
+def test_a_class_weight_equals_that_many_copies():
     features, labels = correlated(90)
-    coordinates = linear.basis(linear.principal_components(features), 0.5)
-    weighted = linear.fit(features, labels, np.array([3, 1, 1], np.float32), coordinates, 1)
+    basis = linear.build_basis(linear.principal_components(features), 0.5)
+    weighted = linear.fit(features, labels, np.array([3, 1, 1], np.float32), basis, 1)
     rows = np.concatenate([np.arange(90), *[np.flatnonzero(labels == 0)] * 2])
-    copied = linear.fit(features[rows], labels[rows], ONES, coordinates, 1)
-    one, other = (linear.log_probabilities(features, *linear.folded(each, coordinates)) for each in (weighted, copied))
+    copied = linear.fit(features[rows], labels[rows], ONES, basis, 1)
+    one, other = (linear.log_probabilities(features, *linear.unproject(each, basis)) for each in (weighted, copied))
     np.testing.assert_allclose(np.exp(one), np.exp(other), atol=2e-3)
 
 
-def test_features_that_are_all_the_same_leave_the_shares_of_the_labels():
+def test_constant_features_predict_the_shares_of_the_labels():
     features = np.full((10, 4), 3, np.float32)
     labels = np.array([0] * 6 + [1] * 3 + [2])
-    coordinates = linear.basis(linear.principal_components(features), 0.5)
-    kernel, bias = linear.folded(linear.fit(features, labels, ONES, coordinates, 1), coordinates)
+    basis = linear.build_basis(linear.principal_components(features), 0.5)
+    kernel, bias = linear.unproject(linear.fit(features, labels, ONES, basis, 1), basis)
     np.testing.assert_allclose(
         np.exp(linear.log_probabilities(features[:1], kernel, bias))[0], [0.6, 0.3, 0.1], atol=0.01
     )
-    assert linear.centre(features)[1] > 0
+    assert linear.mean_and_deviation(features)[1] > 0
 
 
-def test_features_that_are_not_finite_stop_with_a_sentence():
+def test_features_that_are_not_finite_are_refused():
     features, labels = correlated()
-    coordinates = linear.basis(linear.principal_components(features), 1)
+    basis = linear.build_basis(linear.principal_components(features), 1)
     features[3, 3] = np.nan
-    for function in (linear.principal_components, linear.centre, lambda x: linear.fit(x, labels, ONES, coordinates, 1)):
+    for function in (
+        linear.principal_components,
+        linear.mean_and_deviation,
+        lambda x: linear.fit(x, labels, ONES, basis, 1),
+    ):
         with pytest.raises(PipelineError, match="not all finite numbers.*BACKBONE_WEIGHTS"):
             function(features)
 
 
-def test_the_components_look_at_no_more_than_so_many_rows(monkeypatch):
+def test_components_use_at_most_component_rows(monkeypatch):
     features, _ = correlated(100)
     monkeypatch.setattr(linear, "COMPONENT_ROWS", 40)
     for some, expected in zip(
@@ -88,5 +94,5 @@ def test_loss_and_accuracy_are_those_of_scikit_learn():
     np.testing.assert_allclose(loss, log_loss(labels, probabilities, labels=range(3)), rtol=1e-4)
     assert accuracy == accuracy_score(labels, probabilities.argmax(axis=1))
     weighted, _ = linear.evaluate(features, labels, kernel, bias, weights)
-    own = log_loss(labels, probabilities, labels=range(3), sample_weight=weights[labels], normalize=False)
-    np.testing.assert_allclose(weighted, own / 50, rtol=1e-4)
+    weighted_sum = log_loss(labels, probabilities, labels=range(3), sample_weight=weights[labels], normalize=False)
+    np.testing.assert_allclose(weighted, weighted_sum / 50, rtol=1e-4)

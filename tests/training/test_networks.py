@@ -1,4 +1,7 @@
+"""Networks: backbones and their weights, `cnn`, and the servable model."""
+
 import hashlib
+import importlib
 import subprocess
 import sys
 
@@ -7,21 +10,22 @@ import pytest
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import backbones, fine_tuning, networks
+from dgmd_pipeline.training import backbones, networks
+from dgmd_pipeline.training.backbone_cut import cut_backbone
 
 SMALL = "MobileNetV3-Small"
 NETWORK_OF_NONE = f"""
 import hashlib
-from dgmd_pipeline import backbones, model
-network = model.build_backbone({SMALL!r}, "none", 32, 32, None)
+from dgmd_pipeline.training import networks
+network = networks.build_backbone({SMALL!r}, "none", 32, 32, None)
 print(hashlib.sha256(b"".join(w.tobytes() for w in network.get_weights())).hexdigest())
 """
 LOAD_AND_PREDICT = """
 import sys
 sys.modules["dgmd_pipeline"] = None  # importing it is an error from here on
 import keras, numpy
-pictures = numpy.load("pictures.npy")
-numpy.save("probabilities.npy", keras.models.load_model("model.keras").predict(pictures, verbose=0))
+images = numpy.load("images.npy")
+numpy.save("probabilities.npy", keras.models.load_model("model.keras").predict(images, verbose=0))
 """
 
 
@@ -40,7 +44,7 @@ def classifier(small):
     return networks.assemble(small, networks.build_head(small.output_shape[-1], 5, 0.2), "stretch")
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
@@ -58,27 +62,27 @@ def assert_same_weights(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_model_takes_uint8_pictures_of_any_size(classifier):
+def test_the_model_accepts_uint8_images_of_any_size(classifier):
     assert classifier.input_shape == (None, None, None, 3)
     assert classifier.inputs[0].dtype == "uint8"
     for shape in ((3, 32, 32, 3), (1, 50, 20, 3), (2, 8, 100, 3)):
-        probabilities = classifier.predict(pictures(*shape), verbose=0)
+        probabilities = classifier.predict(random_images(*shape), verbose=0)
         assert probabilities.shape == (shape[0], 5)
         assert probabilities.dtype == np.float32
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
 
 
-def test_the_assembled_model_is_the_head_on_the_backbone_for_pictures_of_the_target_size(classifier, small):
-    batch = pictures(4, 32, 32, 3)
+def test_the_assembled_model_is_the_head_on_the_backbone_for_images_of_the_target_size(classifier, small):
+    batch = random_images(4, 32, 32, 3)
     expected = classifier.get_layer("head").predict(small.predict(batch, verbose=0), verbose=0)
     np.testing.assert_allclose(classifier.predict(batch, verbose=0), expected, atol=1e-6)
 
 
-def test_pictures_of_the_target_size_are_not_changed_by_resizing(classifier):
+def test_images_of_the_target_size_are_not_changed_by_resizing(classifier):
     import keras
 
     resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
-    batch = pictures(2, 32, 32, 3)
+    batch = random_images(2, 32, 32, 3)
     np.testing.assert_array_equal(resizing.predict(batch, verbose=0), batch)
 
 
@@ -86,36 +90,37 @@ def test_resizing_is_bilinear_and_antialiased_as_pillow_does_it(classifier):
     import keras
 
     resizing = keras.Model(classifier.input, classifier.get_layer("resizing").output)
-    picture = Image.effect_mandelbrot((200, 90), (-2, -1, 1, 1), 50).convert("RGB")
-    ours = resizing.predict(np.asarray(picture)[None], verbose=0)[0]
-    pillow = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    image = Image.effect_mandelbrot((200, 90), (-2, -1, 1, 1), 50).convert("RGB")
+    ours = resizing.predict(np.asarray(image)[None], verbose=0)[0]
+    pillow = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
     assert np.abs(ours - pillow).max() < 1.5  # Pillow rounds twice
 
 
 @pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
-def test_a_saved_model_knows_its_size_and_fit(fit, small, tmp_path):
-    networks.assemble(small, networks.build_head(small.output_shape[-1], 5, 0.2), fit).save(tmp_path / "model.keras")
+def test_a_saved_model_has_its_size_and_fit(fit, tmp_path):
+    cnn = networks.build_cnn(32, 32)
+    networks.assemble(cnn, networks.build_head(cnn.output_shape[-1], 5, 0.2), fit).save(tmp_path / "model.keras")
     loaded = networks.load(tmp_path / "model.keras")
     assert (networks.input_size(loaded), networks.input_fit(loaded)) == ((32, 32), fit)
 
 
-def test_the_saved_model_loads_and_predicts_where_this_package_is_unknown(classifier, tmp_path):
-    batch = pictures(2, 40, 60, 3)
+def test_the_saved_model_loads_and_predicts_without_this_package(classifier, tmp_path):
+    batch = random_images(2, 40, 60, 3)
     classifier.save(tmp_path / "model.keras")
-    np.save(tmp_path / "pictures.npy", batch)
+    np.save(tmp_path / "images.npy", batch)
     subprocess.run([sys.executable, "-c", LOAD_AND_PREDICT], cwd=tmp_path, check=True)
     np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), classifier.predict(batch, verbose=0), atol=1e-6)
 
 
 def test_random_weights_are_the_same_in_every_process(small):
-    here = hashlib.sha256(b"".join(weights.tobytes() for weights in small.get_weights())).hexdigest()
-    there = subprocess.run([sys.executable, "-c", NETWORK_OF_NONE], check=True, capture_output=True, text=True)
-    assert there.stdout.strip() == here
+    expected = hashlib.sha256(b"".join(weights.tobytes() for weights in small.get_weights())).hexdigest()
+    done = subprocess.run([sys.executable, "-c", NETWORK_OF_NONE], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == expected
 
 
 def test_a_backbone_is_frozen(small):
     assert not small.trainable_weights
-    batch = pictures(2, 32, 32, 3)
+    batch = random_images(2, 32, 32, 3)
     np.testing.assert_array_equal(small(batch, training=True), small(batch, training=False))
 
 
@@ -132,8 +137,8 @@ def test_a_weights_file_is_loaded(small, tmp_path, home):
         small.set_weights(before)
 
 
-@pytest.mark.parametrize("name", [name for name in backbones.BACKBONES if name.startswith("MobileNet")])
-def test_weights_of_a_plain_keras_network_are_loaded(name, tmp_path, home):
+@pytest.mark.parametrize("name", ["MobileNetV2", SMALL])  # scaled by a layer of ours, and by the network itself
+def test_weights_of_a_keras_application_are_loaded(name, tmp_path, home):
     import keras
 
     plain = getattr(keras.applications, backbones.FROZEN[name].function)(
@@ -153,58 +158,72 @@ def test_imagenet_weights_are_taken_from_the_cache_of_keras(tmp_path):
     assert_same_weights(networks.build_backbone("MobileNetV2", "imagenet", 32, 32, tmp_path), made)
 
 
-def test_weights_of_another_network_are_refused_with_a_sentence(small, tmp_path, home):
+def test_weights_of_another_network_are_refused(small, tmp_path, home):
     path = tmp_path / "small.weights.h5"
     small.save_weights(path)
-    with pytest.raises(PipelineError, match=r"small\.weights\.h5 are not those of MobileNetV3-Large"):
-        networks.build_backbone("MobileNetV3-Large", str(path), 32, 32, home)
+    with pytest.raises(PipelineError, match=r"small\.weights\.h5 are not those of MobileNetV2"):
+        networks.build_backbone("MobileNetV2", str(path), 32, 32, home)
     legacy = tmp_path / "small_notop.h5"
     write_as_keras_applications_do(small, legacy)
     with pytest.raises(PipelineError, match=r"small_notop\.h5 are not those of MobileNetV2"):
         networks.build_backbone("MobileNetV2", str(legacy), 32, 32, home)
 
 
-def test_a_file_that_holds_no_weights_is_refused_with_a_sentence(tmp_path, home):
+def test_a_file_without_weights_is_refused(tmp_path, home):
     path = tmp_path / "no.weights.h5"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(PipelineError, match=r"no\.weights\.h5 are not those of"):
         networks.build_backbone(SMALL, str(path), 32, 32, home)
 
 
-def test_pictures_too_small_for_a_backbone_are_refused_with_a_sentence(home):
-    with pytest.raises(PipelineError, match="Xception needs pictures of at least 71 x 71"):
+def test_images_too_small_for_a_backbone_are_refused(home):
+    with pytest.raises(PipelineError, match="Xception needs images of at least 71 x 71"):
         networks.build_backbone("Xception", "none", 70, 200, home)
+
+
+def keras_preprocessing(name):
+    """Return the function that Keras keeps beside a network for the pixels that its weights expect."""
+    folder = backbones.FROZEN[name].url.split("/")[0]
+    module = importlib.import_module(f"keras.applications.{'resnet_v2' if folder == 'resnet' else folder}")
+    return module.preprocess_input
+
+
+@pytest.mark.parametrize("name", backbones.FROZEN)
+def test_every_backbone_scales_pixels_as_keras_does(name):
+    import keras
+
+    scaling = backbones.FROZEN[name].scaling
+    images = random_images(2, 33, 34, 3).astype(np.float32)
+    scaled = images if scaling is None else np.asarray(keras.layers.Rescaling(*scaling)(images))
+    np.testing.assert_allclose(scaled, keras_preprocessing(name)(images.copy()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(backbones.FROZEN) - {f"EfficientNetV2-B{size}" for size in (0, 2, 3)}))
-def test_every_backbone_scales_pixels_as_its_weights_expect(name, home):
-    """Compares with the preprocessing function that Keras keeps beside each network; B1 stands for B0 to B3.
+def test_every_backbone_can_be_cut_for_fine_tuning(name, home):
+    """B1 stands for B0 to B3."""
+    size = max(backbones.FROZEN[name].min_size, 33)
+    network = networks.build_backbone(name, "none", size, size + 1, home)
+    bottom, top = cut_backbone(network)
+    images = random_images(1, size, size + 1, 3).astype(np.float32)
+    np.testing.assert_allclose(top(bottom(images)), network(images), rtol=1e-4, atol=1e-4)
+    assert 0.25 <= top.count_params() / network.count_params() <= 0.75
 
-    The same networks are divided as for fine-tuning: building them takes most of the time.
-    """
-    import importlib
 
+@pytest.mark.parametrize("name", [SMALL, "MobileNetV2", "DenseNet121"])  # one for each kind of scaling
+def test_a_backbone_computes_what_keras_computes_from_preprocessed_images(name, home):
     import keras
 
-    size = max(backbones.FROZEN[name].min_size, 33)
-    ours = networks.build_backbone(name, "none", size, size + 1, home)
+    ours = networks.build_backbone(name, "none", 33, 34, home)
     function = getattr(keras.applications, backbones.FROZEN[name].function)
-    plain = function(include_top=False, weights=None, input_shape=(size, size + 1, 3), pooling="avg")
+    plain = function(include_top=False, weights=None, input_shape=(33, 34, 3), pooling="avg")
     plain.set_weights(ours.get_weights())
-    folder = backbones.FROZEN[name].url.split("/")[0]
-    module = importlib.import_module(f"keras.applications.{'resnet_v2' if folder == 'resnet' else folder}")
-    batch = pictures(2, size, size + 1, 3)
-    expected = plain.predict(module.preprocess_input(batch.astype(np.float32)), verbose=0)
-    np.testing.assert_allclose(ours.predict(batch, verbose=0), expected, rtol=1e-3, atol=1e-4)
-    bottom, top = fine_tuning.divide(ours)
-    inputs = batch.astype(np.float32)
-    np.testing.assert_allclose(top(bottom(inputs)), ours(inputs), rtol=1e-4, atol=1e-4)
-    assert 0.25 <= top.count_params() / ours.count_params() <= 0.75
+    images = random_images(2, 33, 34, 3).astype(np.float32)
+    np.testing.assert_allclose(ours(images), plain(keras_preprocessing(name)(images.copy())), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (192, 256), (300, 9)])
-def test_the_small_network_takes_any_size(height, width):
+def test_the_cnn_accepts_any_size(height, width):
     network = networks.build_cnn(height, width)
-    assert network(pictures(1, height, width, 3)).shape == (1, network.output_shape[-1])
+    assert network(random_images(1, height, width, 3)).shape == (1, network.output_shape[-1])
     assert network.count_params() < 600_000

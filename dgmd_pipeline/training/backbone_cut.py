@@ -1,0 +1,50 @@
+"""A backbone -> its bottom and its top, cut between two blocks."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+TOP_SHARE = (0.25, 0.75)  # minimum and maximum share of the backbone's parameters in the top
+
+
+def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
+    """Return the bottom and the top of a backbone, two networks that share its layers: top(bottom(x)) == network(x).
+
+    The cut is between two blocks, at a tensor that every path from the input to the output passes through. Of the cuts
+    that leave a TOP_SHARE of the parameters to the top, the one with the fewest values is taken, because these values
+    are stored; networks are narrow between blocks and wide inside. Of equal ones the first is taken.
+    """
+    import keras
+
+    total = above = network.count_params()
+    cut_points = {id(operation) for operation in _find_cut_points(network)}
+    candidates = []
+    for operation in network.operations:
+        above -= sum(int(np.prod(weight.shape)) for weight in getattr(operation, "weights", ()))
+        is_convolution = "Conv" in type(operation).__name__  # its batch normalisation belongs to the same block
+        if id(operation) in cut_points and not is_convolution and TOP_SHARE[0] <= above / total <= TOP_SHARE[1]:
+            candidates.append(operation.output)
+    cut = min(candidates, key=lambda tensor: np.prod(tensor.shape[1:]))
+    return keras.Model(network.input, cut), keras.Model(cut, network.output)
+
+
+def _find_cut_points(network: "keras.Model") -> list["keras.Operation"]:
+    """Return the operations whose output every path from the network's input to its output passes through."""
+    import keras
+
+    produced_at: dict[int, int] = {}  # tensor -> position of the operation that computes it
+    last_use = [0] * len(network.operations)
+    for position, operation in enumerate(network.operations):  # each follows those that it depends on
+        if not isinstance(operation, keras.layers.InputLayer):
+            for tensor in keras.tree.flatten(operation.input):
+                last_use[produced_at[id(tensor)]] = position
+        produced_at |= {id(tensor): position for tensor in keras.tree.flatten(operation.output)}
+    found, reach = [], 0  # reach: the last use of any output so far
+    for position, operation in enumerate(network.operations):
+        if reach <= position < last_use[position]:
+            found.append(operation)
+        reach = max(reach, last_use[position])
+    return found

@@ -1,0 +1,114 @@
+"""Records, or stored activations of a backbone's bottom -> the batches that fine-tuning trains on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training import features, folds
+from dgmd_pipeline.training.backbone_cut import cut_backbone
+from dgmd_pipeline.training.checkpoint import unusable_checkpoint
+from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
+from dgmd_pipeline.workflow import disk
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+TRIAL_ROWS = 10_000  # training images that take part in the trial, maximum
+TRIAL_FOLDS = 5  # one of them is held out
+ACTIVATIONS = "activations"  # prefix of the folders
+Rows = np.ndarray  # int64, ascending: positions of images in the training split
+Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]  # rows, and seed and epoch where shuffled
+
+
+class LabeledImages(NamedTuple):
+    """The labels and records of a split."""
+
+    labels: np.ndarray  # class indexes, int64 [n], in the order of the records
+    read: Callable[..., "tf.data.Dataset"]  # `dataset.read` without its first argument
+
+
+def open_batches(
+    kind: str,
+    backbone: "keras.Model",
+    training: LabeledImages,
+    validation: LabeledImages,
+    batch_size: int,
+    resume_dir: Path,
+    map_batches: ParallelMap,
+) -> tuple[Batches, "tf.data.Dataset"]:
+    """Return the batches of chosen training rows and those of the validation split.
+
+    For `kind` "all" they hold images; for "top", the activations at the cut of the backbone (see `cut_backbone`), which
+    are computed once and stored in `resume_dir`.
+
+    Raises PipelineError where the disk has no room for them, UnusableCheckpoint where stored ones are damaged.
+    """
+    if kind == "all":
+
+        def read_images(rows: Rows, shuffle: tuple[int, int] | None) -> "tf.data.Dataset":
+            chosen = np.zeros(len(training.labels), bool)
+            chosen[rows] = True
+            return training.read(*(shuffle or ()), chosen=chosen).batch(batch_size).prefetch(2)
+
+        return read_images, validation.read().batch(batch_size).prefetch(2)
+
+    bottom = cut_backbone(backbone)[0]
+    splits = {"training": training, "validation": validation}
+    stored = _load_activations(bottom, splits, resume_dir, map_batches)
+
+    def read_activations(rows: Rows, shuffle: tuple[int, int] | None) -> "tf.data.Dataset":
+        return features.read_batches(stored["training"], batch_size, shuffle, rows)
+
+    return read_activations, features.read_batches(stored["validation"], batch_size)
+
+
+def _load_activations(
+    bottom: "keras.Model", splits: dict[str, LabeledImages], resume_dir: Path, map_batches: ParallelMap
+) -> dict[str, LabeledFeatures]:
+    """Compute the activations of each split, or load them where a stopped fine-tuning has stored them."""
+    values = int(np.prod(bottom.output_shape[1:]))
+    folders = {name: resume_dir / f"{ACTIVATIONS}_{name}" for name in splits}
+    needed = 0
+    for name, folder in folders.items():
+        disk.remove(folder.with_name(f"{folder.name}.part"))
+        needed += 0 if folder.exists() else features.estimate_bytes(len(splits[name].labels), values)
+    disk.check_space(resume_dir, "fine-tuning", needed)
+    for name, folder in folders.items():
+        if not folder.exists():
+            _extract_activations(bottom, splits[name], folder, map_batches)
+    return {name: _load(folder) for name, folder in folders.items()}
+
+
+def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: Path, map_batches: ParallelMap) -> None:
+    """Write the activations of a split into a new folder, which appears when they are complete."""
+    draft = folder.with_name(f"{folder.name}.part")
+    draft.mkdir()
+    batches = images.read().batch(features.BATCH).prefetch(2)
+    for _ in features.extract(batches, len(images.labels), bottom, draft, map_batches):
+        pass
+    draft.rename(folder)
+
+
+def _load(folder: Path) -> LabeledFeatures:
+    try:
+        return features.load(folder)
+    except PipelineError as error:
+        cause = error.__cause__
+        raise unusable_checkpoint(folder, cause if isinstance(cause, Exception) else error) from error
+
+
+def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:
+    """Return the rows that the trial trains on and the rows that it holds out, whose labels are among the former.
+
+    `labels` are int [n], `groups` the n near-duplicate groups; a group is held out as a whole.
+    """
+    rows = np.arange(len(labels))
+    if len(rows) > TRIAL_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, TRIAL_ROWS, replace=False))
+    held_out = folds.assign(labels[rows], np.array(groups)[rows].tolist(), TRIAL_FOLDS, seed) == 0
+    fitted = rows[~held_out]
+    return fitted, rows[held_out & np.isin(labels[rows], labels[fitted])]

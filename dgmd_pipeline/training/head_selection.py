@@ -1,0 +1,256 @@
+"""Stored features of the training split -> the kind and settings of a head, chosen by cross-validation."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Required, TypedDict
+
+import numpy as np
+
+from dgmd_pipeline.training import folds, linear, loop
+from dgmd_pipeline.training.checkpoint import TrainingState, unusable_checkpoint, write_atomically
+from dgmd_pipeline.training.config import Epoch, TrainingConfig
+from dgmd_pipeline.training.features import LabeledFeatures
+from dgmd_pipeline.training.head_fitting import build_hidden, fit_hidden
+from dgmd_pipeline.training.runtime import one_blas_thread
+
+log = logging.getLogger(__name__)
+HEADS = ("auto", "linear", "hidden")
+FILE = "selection.json"  # in the folder of checkpoints
+FOLDS = 3
+SELECTION_ROWS = 8_000  # training images that cross-validation uses, maximum
+HELD_OUT_ROWS = 2_000  # folds are evaluated until this many images were held out
+SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as it helped: docs/measurements/head.md
+MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above, only centred features are evaluated
+STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
+FALLBACK_STRENGTH = 0.03  # where there are too few images to hold any out
+
+
+class Option(NamedTuple):
+    """A cross-validated head. Both metrics are of held-out images."""
+
+    kind: str  # "linear" or "hidden"
+    log_loss: float  # nats; NaN where there were too few images to hold any out
+    accuracy: float  # 0 to 1; NaN like log_loss
+    shrinkage: float = 1  # linear: see `linear.build_basis`
+    strength: float = 0  # linear: inverse of the regularisation, scikit-learn's C
+    epochs: int = 0  # hidden
+
+
+class Selection(NamedTuple):
+    """The head that cross-validation chose, and the alternatives. Where HEAD fixes the kind, it chose the settings."""
+
+    chosen: Option
+    options: list[Option]  # the best of each kind
+    held_out: int  # training images that the metrics are of; 0: too few to hold any out
+    seed: int
+
+
+class OptionJson(TypedDict, total=False):
+    """An Option in training.json."""
+
+    kind: Required[str]
+    shrinkage: float  # linear
+    strength: float  # linear
+    epochs: int  # hidden
+    log_loss: float  # missing where no images were held out
+    accuracy: float
+
+
+class SelectionJson(TypedDict):
+    """A Selection in training.json."""
+
+    chosen: OptionJson
+    options: list[OptionJson]
+    held_out: int
+
+
+class _Fold(NamedTuple):
+    fitted: LabeledFeatures
+    held_out: LabeledFeatures
+
+
+@one_blas_thread
+def select(
+    data: LabeledFeatures, groups: Sequence[str], class_weights: np.ndarray, config: TrainingConfig, kind: str
+) -> Selection:
+    """Cross-validate heads of `kind` on at most SELECTION_ROWS training images; choose the lowest log loss.
+
+    The log loss distinguishes similar heads with fewer images than the accuracy does, and it rewards probabilities that
+    are right, which the served model returns. A logistic regression is always evaluated, as the baseline.
+    `class_weights` are float32 [classes]; `config` has a seed.
+    """
+    seed = int(config.seed or 0)
+    sample, groups = _sample(data, groups, seed)
+    components = linear.principal_components(sample.vectors)
+    cv_folds = list(_cv_folds(sample, groups, seed))
+    held_out = sum(len(fold.held_out.labels) for fold in cv_folds)
+    if not held_out:
+        fallback = Option("linear", math.nan, math.nan, strength=FALLBACK_STRENGTH)
+        if kind == "hidden":
+            fallback = Option("hidden", math.nan, math.nan, epochs=config.epochs)
+        return Selection(fallback, [], 0, seed)
+    options = [_best_linear(cv_folds, components, class_weights)]
+    if kind != "linear":
+        try:
+            options.append(_best_hidden(cv_folds, sample, class_weights, config))
+        except loop.Diverged as error:
+            if kind == "hidden":
+                raise
+            log.warning("  The head with hidden layers cannot be used. %s", error)
+    allowed = [option for option in options if kind in ("auto", option.kind)]
+    return Selection(min(allowed, key=lambda option: option.log_loss), options, held_out, seed)
+
+
+def _sample(data: LabeledFeatures, groups: Sequence[str], seed: int) -> tuple[LabeledFeatures, list[str]]:
+    """Read at most SELECTION_ROWS rows and their groups into memory."""
+    count = len(data.labels)
+    rows = np.arange(count)
+    if count > SELECTION_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(count, SELECTION_ROWS, replace=False))
+    sample = LabeledFeatures(np.asarray(data.vectors[rows]), data.labels[rows])
+    return sample, [groups[row] for row in rows.tolist()]
+
+
+def _cv_folds(data: LabeledFeatures, groups: Sequence[str], seed: int) -> Iterator[_Fold]:
+    """Yield folds until HELD_OUT_ROWS images were held out. Images whose label is not fitted are not held out."""
+    vectors, labels = data
+    fold_of = folds.assign(labels, groups, FOLDS, seed)
+    count = 0
+    for number in range(FOLDS):
+        fitted = fold_of != number
+        held_out = ~fitted & np.isin(labels, labels[fitted])
+        if held_out.any() and count < HELD_OUT_ROWS:
+            count += int(held_out.sum())
+            yield _Fold(*(LabeledFeatures(vectors[rows], labels[rows]) for rows in (fitted, held_out)))
+
+
+def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
+    """Return the best logistic regression over shrinkages and strengths."""
+    products = cv_folds[0].fitted.vectors.size * len(class_weights)
+    shrinkages = SHRINKAGES if products <= MAX_PRODUCTS else SHRINKAGES[:1]
+    options = [
+        option for shrinkage in shrinkages for option in _linear_path(cv_folds, components, shrinkage, class_weights)
+    ]
+    return min(options, key=lambda option: option.log_loss)
+
+
+def _linear_path(
+    cv_folds: Sequence[_Fold], components: linear.Components, shrinkage: float, class_weights: np.ndarray
+) -> Iterator[Option]:
+    """Yield a logistic regression for each strength, until the loss has risen twice in a row.
+
+    Each fit starts from the previous one. High strengths are the slowest: nine tenths of the time went into fits that
+    could not win.
+    """
+    basis = linear.build_basis(components, shrinkage)
+    fits: list[np.ndarray | None] = [None] * len(cv_folds)
+    losses = [math.inf, math.inf]
+    for strength in STRENGTHS:
+        fitted = [
+            linear.fit(*fold.fitted, class_weights, basis, strength, start)
+            for fold, start in zip(cv_folds, fits, strict=True)
+        ]
+        option = Option("linear", *_measure_linear(cv_folds, fitted, basis), shrinkage, strength)
+        yield option
+        fits = [*fitted]
+        losses.append(option.log_loss)
+        if losses[-1] > losses[-2] > losses[-3]:
+            return
+
+
+def _measure_linear(cv_folds: Sequence[_Fold], fits: Sequence[np.ndarray], basis: linear.Basis) -> tuple[float, float]:
+    """Return the log loss and the accuracy of all held-out images."""
+    true_logs, correct = [], []
+    for fold, coefficients in zip(cv_folds, fits, strict=True):
+        vectors, labels = fold.held_out
+        logs = linear.log_probabilities(vectors, *linear.unproject(coefficients, basis))
+        true_logs.append(logs[np.arange(len(labels)), labels])
+        correct.append(logs.argmax(axis=1) == labels)
+    return -float(np.concatenate(true_logs).mean()), float(np.concatenate(correct).mean())
+
+
+def _best_hidden(
+    cv_folds: Sequence[_Fold], data: LabeledFeatures, class_weights: np.ndarray, config: TrainingConfig
+) -> Option:
+    """Return a head with hidden layers and the number of epochs with the lowest log loss.
+
+    `data` are the rows of all folds. A fold stops when its loss has not decreased for `config.patience` epochs.
+    """
+    network = build_hidden(data, len(class_weights), config)  # one for all folds: it is traced once
+    start = TrainingState(int(config.seed or 0), [], loop.variable_values(loop.prepare(network, config)))
+    histories = []
+    for fold in cv_folds:
+        history: list[Epoch] = []
+
+        def stop_early(row: Epoch, history: list[Epoch] = history) -> None:
+            history.append(row)
+            if row.epoch - min(history, key=lambda each: each.val_loss).epoch >= config.patience:
+                raise _StopEarly
+
+        with contextlib.suppress(_StopEarly):
+            fit_hidden(*fold, class_weights, config, start._replace(history=[]), stop_early, network=network)
+        histories.append(history)
+    epochs = min(map(len, histories))
+    metrics = np.array([[(row.val_loss, row.val_accuracy) for row in history[:epochs]] for history in histories])
+    images = [len(fold.held_out.labels) for fold in cv_folds]
+    losses, accuracies = np.average(metrics, axis=0, weights=images).T
+    best = int(losses.argmin())
+    return Option("hidden", float(losses[best]), float(accuracies[best]), epochs=best + 1)
+
+
+class _StopEarly(Exception):
+    """Ends the training of a fold."""
+
+
+def to_json(selection: Selection) -> SelectionJson:
+    """Return a selection as JSON values."""
+    chosen, options = _option_to_json(selection.chosen), [_option_to_json(option) for option in selection.options]
+    return {"chosen": chosen, "options": options, "held_out": selection.held_out}
+
+
+def _option_to_json(option: Option) -> OptionJson:
+    values: OptionJson = (
+        {"epochs": option.epochs, "kind": option.kind}
+        if option.kind == "hidden"
+        else {"shrinkage": option.shrinkage, "strength": option.strength, "kind": option.kind}
+    )
+    if not math.isnan(option.log_loss):
+        values |= {"kind": option.kind, "log_loss": option.log_loss, "accuracy": option.accuracy}
+    return values
+
+
+def describe(option: Option) -> str:
+    """Return the kind and the settings of an option, without its metrics, as text."""
+    if option.kind == "hidden":
+        return f"hidden layers, {option.epochs} epoch{'s' * (option.epochs != 1)}"
+    return f"logistic regression, C {option.strength:.2g}, shrinkage {option.shrinkage:g}"
+
+
+def log_selection(selection: Selection) -> None:
+    """Log each option and which one is chosen."""
+    for option in selection.options:
+        log.info(
+            "  %s: log loss %.4f, accuracy %.4f on %s held-out training images%s",
+            describe(option), option.log_loss, option.accuracy, f"{selection.held_out:,}",
+            ", chosen" if option == selection.chosen else "",
+        )  # fmt: skip
+    if not selection.options:
+        log.warning("  too few training images to cross-validate; using the default: %s", describe(selection.chosen))
+
+
+def save(selection: Selection, path: Path) -> None:
+    """Write a selection for a resumed training."""
+    write_atomically(path, lambda file: file.write(json.dumps(selection).encode()))
+
+
+def load(path: Path) -> Selection:
+    """Read what `save` wrote. Raises UnusableCheckpoint where the file is damaged."""
+    try:
+        chosen, options, held_out, seed = json.loads(path.read_text("utf-8"))
+        return Selection(Option(*chosen), [Option(*option) for option in options], held_out, seed)
+    except (OSError, ValueError, TypeError) as error:
+        raise unusable_checkpoint(path, error) from error
