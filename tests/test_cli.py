@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from dgmd_pipeline import cli
+from dgmd_pipeline.commands import logs
 from dgmd_pipeline.workflow import signals
 
 pytestmark = pytest.mark.usefixtures("_own_process")
@@ -30,7 +31,7 @@ def test_a_wrong_argument_is_answered_by_usage_and_exit_code_2(arguments, capsys
 
 def test_a_demo_is_always_whole(capsys):
     assert cli.main(["--until", "split", "demo"]) == 2
-    assert "demo takes no --force, --until or --refresh" in capsys.readouterr().out
+    assert "demo accepts no --force, --until or --refresh" in capsys.readouterr().out
 
 
 def test_the_help_names_commands_and_exit_codes(capsys):
@@ -42,7 +43,7 @@ def test_the_help_names_commands_and_exit_codes(capsys):
 
 
 def test_lines_for_people_hide_passwords_in_arguments_and_tracebacks(capsys):
-    cli._log(sys.stdout, verbose=False)
+    logs.start(sys.stdout, verbose=False)
     log = logging.getLogger("dgmd_pipeline.test")
     log.info("at %s", "http://me:s3cr3t@host/")
     try:

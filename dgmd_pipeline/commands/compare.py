@@ -4,8 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline import settings
-from dgmd_pipeline.commands import models as commands_models
-from dgmd_pipeline.commands import output
+from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
 from dgmd_pipeline.tasks import outputs
@@ -17,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
-    """Compare two versions on the validation pictures in DATA_DIR that neither was trained on."""
+    """Compare two versions on the validation images in DATA_DIR that neither was trained on."""
     from dgmd_pipeline.evaluation import review
     from dgmd_pipeline.training import runtime
 
-    store, found = commands_models.registered_versions(values)
-    entries = [commands_models.select_version(found, word, values.model_name) for word in (one, other)]
+    store, state = versions.read_registry(values)
+    entries = [versions.select_version(state, word) for word in (one, other)]
     pictures = outputs.validation_images(values)
     if pictures is None:
         raise NoUsableInput(
-            f"There are no validation records in {values.data_dir}: give the command where the pipeline runs."
+            f"There are no validation records in {values.data_dir}: run the command where the pipeline runs."
         )
     with output.temporary_folder() as folder:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
