@@ -107,7 +107,7 @@ def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.Argum
     text = f"repeat STEP and all steps after it; may be given several times. STEP is {STEPS}, or a step's folder"
     steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
     steps.add_argument("--until", metavar="STEP", help="stop after STEP")
-    steps.add_argument("--refresh", action="store_true", help="download what is new in the bucket (REFRESH=true)")
+    steps.add_argument("--refresh", action="store_true", help="update the images from the bucket (REFRESH=true)")
     return steps
 
 
