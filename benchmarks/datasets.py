@@ -79,18 +79,18 @@ def digits(folder: Path) -> None:
     for number, (values, digit) in enumerate(zip(found.images, found.target, strict=True)):
         target = folder / str(digit) / f"{number}.png"
         target.parent.mkdir(exist_ok=True)
-        target.write_bytes(demo.picture(values, 32, "PNG"))
+        target.write_bytes(demo.encode_digit(values, 32, "PNG"))
 
 
 def demo_digits(folder: Path) -> None:
     """Write the demo's digits: 1,500 of mixed formats and sizes."""
     found = _digits()
-    for digit, kept in enumerate(demo.KEPT):
+    for digit, kept in enumerate(demo.SHARES):
         numbers = np.flatnonzero(found.target == digit)
         (folder / str(digit)).mkdir()
         for order, number in enumerate(numbers[: round(kept * len(numbers))]):
             extension, file_format = demo.FORMATS[order % len(demo.FORMATS)]
-            content = demo.picture(found.images[number], 24 + 8 * (order % 6), file_format)
+            content = demo.encode_digit(found.images[number], 24 + 8 * (order % 6), file_format)
             (folder / str(digit) / f"{number}.{extension}").write_bytes(content)
 
 

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from support.http_server import send, serve
 
 from dgmd_pipeline.settings import Settings, load, variable
 
+pytest.register_assert_rewrite("support")
 hypothesis.settings.register_profile("here", deadline=None)  # how long a test takes is not what it tests
 hypothesis.settings.load_profile("here")
 pytest_plugins = ["support.pipeline", "support.s3"]
@@ -56,12 +56,18 @@ def _own_folder_and_environment(monkeypatch, tmp_path):
     os.environ.update(before)
 
 
-@pytest.fixture
-def _own_process():
-    """`cli.main` sets up the process that it is called in."""
+@contextlib.contextmanager
+def process_restored():
+    """Undo what `cli.main` sets up in the process that calls it."""
     handlers, hook, errors = logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions
     yield
     logging.getLogger().handlers[:], sys.excepthook, logging.raiseExceptions = handlers, hook, errors
+
+
+@pytest.fixture
+def _own_process():
+    with process_restored():
+        yield
 
 
 def picture(label: str, number: int, side: int = 24) -> bytes:
@@ -111,22 +117,10 @@ def wait_for(url: str, process: subprocess.Popen, tries: int = 1200) -> None:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory):
-    """A real MLflow server over HTTP, SQLite behind it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
-    with (folder / "log").open("wb") as log:
-        # Six more processes for GenAI jobs, which nobody here asks for.
-        quiet = environment_with({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=quiet, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    wait_for(f"{uri}/health", server)
-    yield uri
-    os.killpg(server.pid, 9)
-    server.wait()
+    from support.mlflow_server import served
+
+    with served(tmp_path_factory.mktemp("mlflow")) as uri:
+        yield uri
 
 
 def environment_with(variables: dict[str, object]) -> dict[str, str]:

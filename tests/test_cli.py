@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from dgmd_pipeline import cli
+from dgmd_pipeline.commands import logs
 from dgmd_pipeline.workflow import signals
 
 pytestmark = pytest.mark.usefixtures("_own_process")
@@ -21,45 +22,45 @@ def test_options_may_stand_before_and_after_the_command(arguments, capsys, tmp_p
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["plan", "too much"]])
-def test_a_wrong_argument_is_answered_by_usage_and_exit_code_2(arguments, capsys):
+def test_an_invalid_argument_shows_the_usage_and_exits_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(arguments)
     assert exited.value.code == 2
     assert "usage: pipeline.py" in capsys.readouterr().err
 
 
-def test_a_demo_is_always_whole(capsys):
+def test_demo_accepts_no_options_of_run(capsys):
     assert cli.main(["--until", "split", "demo"]) == 2
-    assert "demo takes no --force, --until or --refresh" in capsys.readouterr().out
+    assert "demo accepts no --force, --until or --refresh" in capsys.readouterr().out
 
 
 def test_the_help_names_commands_and_exit_codes(capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(["--help"])
     assert exited.value.code == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("run ", "plan ", "demo ", "  143 "))
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("run ", "plan ", "demo ", "  143 "))
 
 
-def test_lines_for_people_hide_passwords_in_arguments_and_tracebacks(capsys):
-    cli._log(sys.stdout, verbose=False)
+def test_log_lines_hide_passwords_in_arguments_and_tracebacks(capsys):
+    logs.start(sys.stdout, verbose=False)
     log = logging.getLogger("dgmd_pipeline.test")
     log.info("at %s", "http://me:s3cr3t@host/")
     try:
         raise ValueError("no http://me:s3cr3t@host/")
     except ValueError:
         log.exception("failed")
-    said = capsys.readouterr().out
-    assert "http://host/" in said
-    assert "error: failed" in said
-    assert "Traceback" in said
-    assert "s3cr3t" not in said
+    output = capsys.readouterr().out
+    assert "http://host/" in output
+    assert "error: failed" in output
+    assert "Traceback" in output
+    assert "s3cr3t" not in output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_a_library_swallows_is_not_forgotten(monkeypatch, number, code):
+def test_a_signal_that_a_library_swallows_ends_the_command(monkeypatch, number, code):
     def command(_):
-        with contextlib.suppress(KeyboardInterrupt):  # as TensorFlow does when it comes while it traces a function
+        with contextlib.suppress(KeyboardInterrupt):  # as TensorFlow does while it traces a function
             signal.raise_signal(number)
         signals.check_stopped()
 
@@ -67,7 +68,7 @@ def test_a_signal_that_a_library_swallows_is_not_forgotten(monkeypatch, number, 
     assert cli.main(["plan"]) == code
 
 
-def test_a_reader_that_goes_away_is_no_reason_for_tracebacks(tmp_path):
+def test_a_closed_pipe_shows_no_traceback(tmp_path):
     command = f"{sys.executable} {ROOT / 'pipeline.py'} plan | head -n 1"
     result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert "Plan for data" in result.stdout

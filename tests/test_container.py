@@ -182,7 +182,7 @@ def test_a_folder_or_a_credentials_file_of_somebody_else_is_answered_with_the_co
     assert "--user 4321" in done.stdout
     assert deployment.run("python", "pipeline.py", "health").returncode  # no run can say so there
     container = deployment.start("python", "pipeline.py", "--time", "0.5")
-    assert "Traceback" not in logs_until(container, "the next one comes all the same", times=2)
+    assert "Traceback" not in logs_until(container, "the schedule continues", times=2)
     docker("rm", "--force", container)
     mended = deployment.run("python", "pipeline.py", "--until", "label", options=["--user", "4321"])
     assert mended.returncode == 0, mended.stdout + mended.stderr

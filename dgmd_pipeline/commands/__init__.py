@@ -1,1 +1,1 @@
-"""One file for each command; the only place that prints."""
+"""One file for each command; the only package that prints."""

@@ -4,8 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline import settings
-from dgmd_pipeline.commands import models as commands_models
-from dgmd_pipeline.commands import output
+from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
 from dgmd_pipeline.tasks import outputs
@@ -22,8 +21,8 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
     from dgmd_pipeline.evaluation import review
     from dgmd_pipeline.training import runtime
 
-    store, found = commands_models.registered_versions(values)
-    entries = [commands_models.select_version(found, word, values.model_name) for word in (one, other)]
+    store, state = versions.read_registry(values)
+    entries = [versions.select_version(state, word) for word in (one, other)]
     images = outputs.validation_images(values)
     if images is None:
         raise NoUsableInput(

@@ -1,4 +1,4 @@
-"""What a run came to -> a short JSON, sent by POST to somebody's URL."""
+"""The outcome of a run -> a short JSON document, sent to NOTIFY_URL."""
 
 import http.client
 import json
@@ -7,38 +7,37 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
-TIMEOUT = 5.0  # seconds, for all of it
+TIMEOUT = 5.0  # seconds, for the whole request
 
 
-def post(url: str, body: Mapping[str, Any]) -> None:
-    """Send `body` as JSON. What goes wrong is a warning, without the path of the URL, which may be a secret."""
-    # A thread, because the time-out of a socket knows nothing of a name server that does not answer.
-    sending = threading.Thread(target=_post, args=(url, body), daemon=True)
-    sending.start()
-    sending.join(TIMEOUT)
-    if sending.is_alive():
+def post(url: str, body: Mapping[str, object]) -> None:
+    """Send `body` as JSON by POST. A failure is logged as a warning, without the URL's path, which may be a secret."""
+    # In a thread, because a socket's timeout does not cover the name server.
+    thread = threading.Thread(target=_post, args=(url, body), daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    if thread.is_alive():
         log.warning("NOTIFY_URL: %s has not answered within %.0f s.", urlsplit(url).hostname, TIMEOUT)
 
 
-def _post(url: str, body: Mapping[str, Any]) -> None:
+def _post(url: str, body: Mapping[str, object]) -> None:
     host = urlsplit(url).hostname
     headers = {"Content-Type": "application/json", "User-Agent": "dgmd_pipeline"}
     try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - http(s), see settings
-        urllib.request.build_opener(_Straight).open(request, timeout=TIMEOUT).close()
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - settings allow http(s)
+        urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT).close()
     except urllib.error.HTTPError as error:
-        log.warning("NOTIFY_URL: %s did not take the message (HTTP %d).", host, error.code)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host like "a..b"
+        log.warning("NOTIFY_URL: %s did not accept the message (HTTP %d).", host, error.code)
+    except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: a host like "a..b"
         reason = getattr(error, "reason", type(error).__name__)
-        log.warning("NOTIFY_URL: %s did not take the message (%s).", host, reason)
+        log.warning("NOTIFY_URL: %s did not accept the message (%s).", host, reason)
 
 
-class _Straight(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would follow it without the message."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: urllib would follow it without the message."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         return None

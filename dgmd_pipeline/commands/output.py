@@ -1,46 +1,27 @@
-"""What commands print, and the questions that they ask."""
+"""Output of commands, and their questions."""
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
+from dgmd_pipeline.errors import Refused, SettingsError
 from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.formatting import format_bytes
-from dgmd_pipeline.registry import versions
+from dgmd_pipeline.registry.versions import ModelVersion
 
 if TYPE_CHECKING:
-    import keras
-
     from dgmd_pipeline.evaluation.comparison import Comparison
     from dgmd_pipeline.evaluation.review import Review
     from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 
-log = logging.getLogger(__name__)
-
-
-def load_network(path: Path, name: str, entry: versions.Entry) -> "keras.Model":
-    """Load a fetched model. Raises PipelineError where it is damaged in the registry."""
-    from dgmd_pipeline.training import networks
-
-    try:
-        return networks.load(path)
-    except PipelineError as error:
-        reason = str(error.__cause__).strip().split("\n")[0].replace(str(path), path.name)
-        raise PipelineError(
-            f"{name} version {entry.version} is damaged in the registry, it cannot be loaded ({reason}). Train a "
-            "new one, or take another version."
-        ) from error
-
 
 def print_review(
-    name: str, entry: versions.Entry, other: int | None, review: "Review", gates: Sequence[gates.Gate]
+    name: str, entry: ModelVersion, other: int | None, review: "Review", gates: Sequence[gates.Gate]
 ) -> None:
     """Print a version's comparison with another, its serving benchmark and the gates."""
     comparison = review.comparison
@@ -101,12 +82,12 @@ def _print_labels(comparison: "Comparison", version: int, other: int | None) -> 
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Go on where the answer is yes. Raises Refused where it is not, SettingsError where nobody can be asked."""
+    """Return if the answer is yes. Raises Refused if it is not, SettingsError if stdin is not a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SettingsError(f"{question} Nobody can be asked here: give --yes.")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout may be JSON for somebody else
+        raise SettingsError(f"{question} Cannot ask: stdin is not a terminal. Add --yes.")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout may be JSON for another program
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Refused("Nothing was changed.")
 
@@ -118,7 +99,7 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def print_result(text: str, as_json: bool, **values: Any) -> None:
+def print_result(text: str, as_json: bool, **values: object) -> None:
     """Print a sentence, or the values as JSON."""
     if as_json:
         print_json(values)

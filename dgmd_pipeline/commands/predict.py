@@ -6,24 +6,32 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from dgmd_pipeline.commands import models as commands_models
-from dgmd_pipeline.commands import output
+from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput
-from dgmd_pipeline.registry import versions
+from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.workflow.progress import progress
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
+Format = Literal["table", "csv", "json"]
 
 
-def predict(values: "Settings", files: Sequence[Path], version: str, form: str) -> None:
-    """Print label and probability of picture files, or of all in folders, by a registered version.
+class Prediction(TypedDict):
+    """The most probable label of an image file."""
 
-    Raises NoUsableInput at the end where a file could not be read.
+    file: str
+    label: str
+    probability: float
+
+
+def predict(values: "Settings", files: Sequence[Path], version: str, form: Format) -> None:
+    """Print label and probability of image files and of the files in folders, by a registered version.
+
+    Raises NoUsableInput after printing if a file cannot be read.
     """
     from PIL import Image
 
@@ -32,48 +40,53 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: str) 
 
     paths = list(_files(files))
     if not paths:
-        raise NoUsableInput(f"There are no files in {', '.join(map(str, files))}: name picture files, or folders.")
-    store, found = commands_models.registered_versions(values, repair=False)
-    entry = commands_models.select_version(found, version, values.model_name)
-    rows, unread = [], []
-    log.info("Loading %s version %d from the registry ...", values.model_name, entry.version)
+        raise NoUsableInput(f"There are no files in {', '.join(map(str, files))}: name image files, or folders.")
+    store, state = versions.read_registry(values, repair=False)
+    selected = versions.select_version(state, version)
+    predictions: list[Prediction] = []
+    unreadable = []
+    log.info("Loading %s version %d from the registry ...", values.model_name, selected.version)
     with output.temporary_folder() as folder:
-        fetched = versions.fetch(store, values.model_name, entry, folder)
+        fetched = registry_versions.fetch(store, values.model_name, selected, folder)
         runtime.start_tensorflow()
-        network = output.load_network(fetched.path, values.model_name, entry)
+        network = versions.load_network(fetched.path, values.model_name, selected)
         import numpy as np
 
         for path in progress(paths, "predict", len(paths), "images"):
             try:
-                picture = np.asarray(decoding.open_rgb(path))[np.newaxis]
+                image = np.asarray(decoding.open_rgb(path))[np.newaxis]
             except (*decoding.DAMAGED, Image.DecompressionBombError) as error:
-                unread.append(path)
-                log.warning("%s is no picture that can be read (%s)", path, type(error).__name__)
+                unreadable.append(path)
+                log.warning("%s is not a readable image (%s)", path, type(error).__name__)
                 continue
-            probabilities = network.predict_on_batch(picture)[0]
+            probabilities = network.predict_on_batch(image)[0]
             best = int(probabilities.argmax())
-            rows.append({"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])})
-    _print_predictions(rows, form)
-    if unread:
-        raise NoUsableInput(f"{len(unread):,} of {len(paths):,} files could not be read; the first one is {unread[0]}.")
+            predictions.append(
+                {"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])}
+            )
+    _print_predictions(predictions, form)
+    if unreadable:
+        raise NoUsableInput(
+            f"{len(unreadable):,} of {len(paths):,} files could not be read; the first one is {unreadable[0]}."
+        )
 
 
-def _print_predictions(rows: list[dict[str, Any]], form: str) -> None:
+def _print_predictions(predictions: list[Prediction], form: Format) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files as they are
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed as they are
     if form == "json":
-        output.print_json(rows)
+        output.print_json(predictions)
     elif form == "csv":
         writer = csv.DictWriter(sys.stdout, ["file", "label", "probability"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(predictions)
     else:
-        table = [(row["label"], f"{row['probability']:.4f}", row["file"]) for row in rows]
+        table = [(row["label"], f"{row['probability']:.4f}", row["file"]) for row in predictions]
         output.print_table([("label", "probability", "file"), *table])
 
 
-def _files(given: Sequence[Path]) -> Iterator[Path]:
-    for path in given:
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
         if path.is_dir():
             yield from sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith("."))
         elif path.is_file():

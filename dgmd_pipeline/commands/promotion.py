@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline import settings
-from dgmd_pipeline.commands import models as commands_models
-from dgmd_pipeline.commands import output
+from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
-from dgmd_pipeline.registry import promotion, store, versions
+from dgmd_pipeline.registry import promotion
+from dgmd_pipeline.registry import versions as registry_versions
+from dgmd_pipeline.registry.store import Store
+from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 from dgmd_pipeline.tasks import names, outputs
 
 if TYPE_CHECKING:
@@ -21,112 +23,122 @@ log = logging.getLogger(__name__)
 
 
 def promote(values: "Settings", version: str, yes: bool, force: bool, reason: str, as_json: bool) -> None:
-    """Show what is known of a version, see that it can be loaded, and make it production.
+    """Show the review of a version, check that it can be loaded, and make it production.
 
-    Raises Refused where a condition does not hold and `force` is not given.
+    Raises Refused if a condition does not hold and `force` is not set.
     """
     if force and not reason:
-        raise SettingsError('--force wants to know why: --reason "..."; it is kept in the history.')
-    store, found = commands_models.registered_versions(values)
-    entry = commands_models.select_version(found, version, values.model_name)
-    now = promotion.current(store, values.model_name)
-    if entry.version == now:
+        raise SettingsError('--force requires a reason: --reason "..."; it is kept in the history.')
+    store, state = versions.read_registry(values)
+    candidate = versions.select_version(state, version)
+    if candidate == state.production:
         output.print_result(
-            f"{values.model_name} version {now} is production already.", as_json, version=now, promoted=False
-        )
+            f"{state.name} version {candidate.version} is production already.",
+            as_json, version=candidate.version, promoted=False,
+        )  # fmt: skip
         return
-    for each in found:
-        if now is None and each.stage == promotion.STAGE:
-            log.warning(
-                "version %d has the stage %s and not the alias: it counts for nothing and is archived by a promotion; "
-                "docs/moving.md has the lines that make it count",
-                each.version, each.stage,
-            )  # fmt: skip
+    _warn_of_ignored_stages(state)
     with output.temporary_folder() as folder:
-        candidate = _load_and_check(store, values.model_name, entry, folder)
-        former = next((each for each in found if each.version == now), None)
-        known = _reviewed(values, store, entry, candidate, former, folder)
+        model = _load_and_check(store, state.name, candidate, folder)
+        known = _reviewed(values, store, candidate, model, state.production, folder)
     limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
     gates = evaluation_gates.check_gates(known, limits)
+    previous = state.production.version if state.production else None
     if not as_json:
-        output.print_review(values.model_name, entry, now, known, gates)
-    closed = [gate for gate in gates if gate.passed is False]
-    if closed and not force:
+        output.print_review(state.name, candidate, previous, known, gates)
+    failed = [gate for gate in gates if gate.passed is False]
+    if failed and not force:
         if as_json:
             output.print_json(
-                {"version": entry.version, "promoted": False, "gates": [gate._asdict() for gate in gates]}
+                {"version": candidate.version, "promoted": False, "gates": [gate._asdict() for gate in gates]}
             )
         raise Refused(
-            f"Version {entry.version} is not promoted. {' '.join(gate.text for gate in closed)} "
-            'If it shall be production all the same: --force --reason "...".'
+            f"Version {candidate.version} is not promoted. {' '.join(gate.text for gate in failed)} "
+            'To promote it anyway: --force --reason "...".'
         )
-    output.confirm(f"Make version {entry.version} production{f' instead of {now}' if now else ''}?", yes)
+    output.confirm(
+        f"Make version {candidate.version} production{f' instead of version {previous}' if previous else ''}?", yes
+    )
     event = promotion.set_production(
-        store, values.model_name, entry.version, now,
-        action="promote", who=settings.operator(), why=reason, gates=gates, forced=bool(closed),
+        store, state, candidate.version,
+        action="promote", user=settings.operator(), reason=reason, gates=gates, forced=bool(failed),
     )  # fmt: skip
     output.print_result(
-        f"{values.model_name} version {entry.version} is production"
-        + (f"; version {now} was. `rollback` goes back to it." if now else "."),
-        as_json, version=entry.version, promoted=True, event=event._asdict(), gates=[gate._asdict() for gate in gates],
+        f"{state.name} version {candidate.version} is production"
+        + (f"; version {previous} was. `rollback` restores it." if previous else "."),
+        as_json, version=candidate.version, promoted=True, event=event.as_json(),
+        gates=[gate._asdict() for gate in gates],
     )  # fmt: skip
 
 
 def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
-    """Make the version production that was it before, by the history. Raises Refused where there is none."""
-    store, found = commands_models.registered_versions(values)
-    now = promotion.current(store, values.model_name)
-    earlier = promotion.previous_versions(promotion.history(store, values.model_name), now)
-    there = {entry.version: entry for entry in found}
-    for version in [version for version in earlier if version not in there]:
-        log.warning("version %d was production, too, but is not in the registry any more", version)
-    earlier = [version for version in earlier if version in there and version != now]
-    if now is None or not earlier:
+    """Restore the previous production version. Raises Refused if there is none."""
+    store, state = versions.read_registry(values)
+    current = state.production.version if state.production else None
+    registered = {version.version: version for version in state.versions}
+    previous = promotion.previous_versions(promotion.history(state), current)
+    for number in previous:
+        if number not in registered:
+            log.warning("version %d was production before, but is no longer in the registry", number)
+    previous = [number for number in previous if number in registered and number != current]
+    if current is None or not previous:
         raise Refused(
-            f"{values.model_name} has no earlier production version to go back to"
-            + (f"; version {now} was the first." if now else ": nothing is production.")
+            f"{state.name} has no previous production version"
+            + (f"; version {current} was the first." if current else ": no version is production.")
         )
-    version = earlier[-1]
+    restored = registered[previous[-1]]
     with output.temporary_folder() as folder:
         try:
-            _load_and_check(store, values.model_name, there[version], folder)
-        except versions.Foreign as error:  # it was production all the same
-            log.warning("%s Whether it can be loaded is not tried.", error)
-    output.confirm(f"Go back from version {now} to version {version}?", yes)
+            _load_and_check(store, state.name, restored, folder)
+        except registry_versions.ForeignVersion as error:  # it was production nevertheless
+            log.warning("%s Rolling back without checking that it can be loaded.", error)
+    output.confirm(f"Roll back from version {current} to version {restored.version}?", yes)
     event = promotion.set_production(
-        store, values.model_name, version, now, action="rollback", who=settings.operator(), why=reason
+        store, state, restored.version, action="rollback", user=settings.operator(), reason=reason
     )
     output.print_result(
-        f"{values.model_name} version {version} is production again; version {now} was.",
-        as_json, version=version, event=event._asdict(),
+        f"{state.name} version {restored.version} is production again; version {current} was.",
+        as_json, version=restored.version, event=event.as_json(),
     )  # fmt: skip
 
 
-def _load_and_check(store: store.Store, name: str, entry: versions.Entry, folder: Path) -> "CandidateModel":
-    """Fetch a version and see that it can be used."""
+def _warn_of_ignored_stages(state: ModelState) -> None:
+    if state.production is not None:
+        return
+    for version in state.versions:
+        if version.stage == promotion.STAGE:
+            log.warning(
+                "version %d has the stage %s but not the alias: it is not compared with, and the promotion archives "
+                "it; docs/moving.md shows how to set the alias",
+                version.version, version.stage,
+            )  # fmt: skip
+
+
+def _load_and_check(store: Store, name: str, version: ModelVersion, folder: Path) -> "CandidateModel":
+    """Fetch a version and check that it predicts. Raises PipelineError if it is damaged."""
     import numpy as np
 
     from dgmd_pipeline.training import runtime
 
-    log.info("Loading version %d from the registry ...", entry.version)
-    contender = outputs.candidate_model(store, name, entry, folder / str(entry.version))
+    log.info("Loading version %d from the registry ...", version.version)
+    model = outputs.candidate_model(store, name, version, folder / str(version.version))
     runtime.start_tensorflow()
-    network = output.load_network(contender.path, name, entry)
-    found = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
-    if found != (1, len(contender.labels)):
+    network = versions.load_network(model.path, name, version)
+    shape = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
+    if shape != (1, len(model.labels)):
         raise PipelineError(
-            f"{name} version {entry.version} gives probabilities of shape {found} where {len(contender.labels)} labels "
-            "are stored with it: it is damaged. Train a new one."
+            f"{name} version {version.version} is damaged: it predicts probabilities of shape {shape}, and "
+            f"{len(model.labels)} labels are stored with it. Train a new one."
         )
-    return contender
+    return model
 
 
 def _reviewed(
     values: "Settings",
-    store: store.Store,
-    entry: versions.Entry,
+    store: Store,
+    entry: ModelVersion,
     candidate: "CandidateModel",
-    now: versions.Entry | None,
+    now: ModelVersion | None,
     folder: Path,
 ) -> "Review":
     """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
@@ -134,7 +146,7 @@ def _reviewed(
 
     name = names.EVALUATION
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
-        if versions.artifact(store, entry, f"{name}/{file}", folder) is None:
+        if registry_versions.artifact(store, entry, f"{name}/{file}", folder) is None:
             return review.Review(None, "", None, f"The run of version {entry.version} has no {name}/{file}.")
     recorded = _recorded_review(values, entry, now, folder / name)
     complete = recorded.serving_benchmark and not recorded.comparison_error
@@ -160,7 +172,7 @@ def _reviewed(
     return found
 
 
-def _recorded_review(values: "Settings", entry: versions.Entry, now: versions.Entry | None, folder: Path) -> "Review":
+def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion | None, folder: Path) -> "Review":
     """Return the review in `folder`, without the comparison if that is not with today's production."""
     from dgmd_pipeline.evaluation import review
 

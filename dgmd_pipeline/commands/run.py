@@ -1,6 +1,7 @@
-"""The commands `run` and `plan`: settings -> the plan, the graph, what is shown meanwhile and published afterwards."""
+"""The commands `run` and `plan`: settings -> plan, run, and published status."""
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
@@ -33,11 +34,11 @@ def run(
     start: float,
     scheduler_url: str | None = None,
 ) -> int:
-    """Do what is not done yet, publish the outcome, and return the exit code.
+    """Run the steps that are not done yet, publish the outcome, and return the exit code.
 
-    `force` names steps that are done again in any case, `until` the last one; `start` is when the command began, by
-    `time.monotonic`. The run is shown on the page of the Luigi scheduler at `scheduler_url`. Raises PipelineError where
-    it ends early for a reason that an operator can do something about.
+    `force` names steps to repeat, `until` the last step; `start` is when the command began, by `time.monotonic`. The
+    run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if it stops for a reason that an
+    operator can remove.
     """
     result = RunResult()
     code, message = 1, "a bug of the pipeline; the log has the traceback"
@@ -58,20 +59,24 @@ def run(
     return code
 
 
-def plan(values: Settings, force: Sequence[str], until: str | None) -> list[StepPlan]:
-    """Return what `run` would do."""
+def plan(values: Settings, force: Sequence[str], until: str | None, as_json: bool) -> None:
+    """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        return planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until))
+    if as_json:
+        print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
+    else:
+        show_plan(plans, values.data_dir)
 
 
 def _last_steps(until: str | None) -> list[Step]:
-    """Return the steps that the current run ends with."""
+    """Return the last steps of the current run."""
     return planning.select_steps(planning.upstream_steps(LAST()), until) if until else [LAST()]
 
 
 def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[str, str]:
-    """Return why steps are done again in any case, by the name of their folder."""
+    """Return the reason for each step that is forced, by the name of its folder."""
     with activate(RunContext(values)):
         steps = planning.upstream_steps(*_last_steps(until))
         return {step.folder: f"--force {word}" for word in force for step in planning.select_steps(steps, word)}
@@ -80,7 +85,7 @@ def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[s
 def _finish(
     values: Settings, result: RunResult, force: Sequence[str], until: str | None, url: str | None, verbose: bool
 ) -> tuple[int, str]:
-    """Do what is not done yet; return the exit code and a message."""
+    """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
     forced = _forced(values, force, until)
     context = RunContext(
@@ -112,7 +117,7 @@ def _finish(
 
 
 def _explain_failure(result: RunResult) -> str:
-    """Raise what ended the run where an operator can do something about it; else log it and return a message."""
+    """Raise the failure if it is a PipelineError; otherwise log it and return a message."""
     assert result.failure is not None  # noqa: S101
     signals.check_stopped()
     if isinstance(result.failure, PipelineError):
@@ -129,14 +134,16 @@ def publish_status(values: Settings, result: RunResult | None, code: int, messag
     known = outputs.registered(values.data_dir, result) if result and code == 0 else {}
     failed = result.failed_step if result and outcome == status.FAILED else None
     text = redact(message)
-    told = status.Status(outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed)
+    published = status.Status(
+        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed
+    )
     try:
-        status.write(told, values.data_dir)
+        status.write(published, values.data_dir)
     except OSError as error:
-        log.debug("%s is not written: %s", status.NAME, error)  # the run has failed by that already, or will
+        log.debug("%s is not written: %s", status.NAME, error)  # the same error fails the run itself
     if values.notify_url:
         text = f"{values.model_name}: {outcome}. {text}"
-        notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(told)})
+        notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(published)})
 
 
 def _fingerprint(folder: Path) -> str | None:
@@ -145,9 +152,9 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, same_images: bool) -> str:
-    """Return what to say of a run that left the step `last` as it was, by its counts.
+    """Return the message of a run that did not change the step `last`, whose counts are given.
 
-    `idle`: no step was run; `same_images`: the bucket had nothing new.
+    `idle`: no step ran; `same_images`: the bucket had nothing new.
     """
     nothing = "Nothing to do" if idle else "As before"
     if values.refresh and same_images:
@@ -159,7 +166,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
 
 
 def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:
-    """Look before the first step for what would only fail at the end: weights and the MLflow server."""
+    """Check before the first step what would otherwise fail hours later: weights and the MLflow server."""
     from dgmd_pipeline.registry import store as registry_store
     from dgmd_pipeline.training import backbones
 
@@ -173,9 +180,9 @@ def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> 
 
 
 def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
-    """Print a table: what will become of each step, and why."""
+    """Log a table: the state of each step, and why."""
     log.info("Plan for %s", data_dir)
-    # A log's lines stay whole, for those who search it; on a terminal what does not fit stays in its column.
+    # A terminal gets wrapped reasons; a log file gets whole lines, which can be searched.
     width = shutil.get_terminal_size().columns - 48 if sys.stdout.isatty() else 10_000
     log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
     for each in plans:

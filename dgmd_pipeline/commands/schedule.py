@@ -1,20 +1,67 @@
-"""Times -> runs, each in a process of its own, one after the other."""
+"""A schedule or an interval -> runs, each in its own process, one after the other."""
 
+import contextlib
 import logging
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim
 
+from dgmd_pipeline.commands import status
 from dgmd_pipeline.errors import SettingsError
 
+if TYPE_CHECKING:
+    from dgmd_pipeline.settings import Settings
+
 log = logging.getLogger(__name__)
-POLL_INTERVAL = 30.0  # seconds: a clock that was set, or a machine that slept, is noticed after so long
+POLL_INTERVAL = 30.0  # seconds: how late a changed clock, or a machine that slept, is noticed
+
+
+def schedule(values: "Settings", interval: float, arguments: Sequence[str]) -> None:
+    """Run `run --refresh` with `arguments` at the times of SCHEDULE, or every `interval` seconds, until a signal comes.
+
+    Raises SettingsError if both are set, or TZ is not a time zone.
+    """
+    if values.schedule and interval:
+        raise SettingsError(f"SCHEDULE={values.schedule} and --time {interval:g}: expected one of the two.")
+    times = at(values.schedule, zone(values.tz)) if values.schedule else every(interval)
+    command = [sys.executable, sys.argv[0], "run", "--refresh", *arguments]
+    before = last_status(values)
+
+    def ended(code: int, seconds: float) -> None:
+        nonlocal before
+        _report(values, code, seconds, published=last_status(values) != before)
+        before = last_status(values)
+
+    run_on_schedule(command, times, ended)
+
+
+def last_status(values: "Settings") -> status.Status | None:
+    """Return the last run's status; None if there is none or DATA_DIR cannot be read."""
+    with contextlib.suppress(OSError):
+        return status.read(values.data_dir)
+    return None
+
+
+def _report(values: "Settings", code: int, seconds: float, published: bool) -> None:
+    """Log a failed run, and publish its status if the run was killed or ended before it could `publish` its own."""
+    from dgmd_pipeline.commands import run
+
+    if code:
+        log.error("Run failed with exit code %d; the schedule continues.", code)
+    if code >= 0 and code not in (1, SettingsError.exit_code):  # only with these two may a run end before it begins
+        return
+    if not published:
+        killed = f"killed by signal {-code}, for example because memory ran out"
+        message = killed if code < 0 else "the run could not start; see the log"
+        run.publish_status(values, None, 128 - code if code < 0 else code, message, seconds)
 
 
 def _now() -> datetime:
@@ -24,29 +71,30 @@ def _now() -> datetime:
 def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> Iterator[datetime]:
     """Yield the times of a cron expression from now on, in a time zone.
 
-    Those that have gone by when the next one is asked for are passed over.
+    Times that have passed when the next one is requested are skipped.
     """
     times = CronSim(expression, clock().astimezone(zone))
     while True:
-        due, passed = next(times), 0
+        due, skipped = next(times), 0
         while due <= clock():
-            due, passed = next(times), passed + 1
-        if passed:
-            log.info("Passed over, because the run before took so long: %d.", passed)
+            due, skipped = next(times), skipped + 1
+        if skipped:
+            runs = "run" if skipped == 1 else "runs"
+            log.info("Skipped %d scheduled %s: the previous run was still active.", skipped, runs)
         yield due
 
 
 def every(seconds: float) -> Iterator[datetime]:
-    """Yield the present, and then each time so many seconds after the next one is asked for."""
+    """Yield the present time, and then the time `seconds` after each further request."""
     yield _now()
     while True:
         yield _now() + timedelta(seconds=seconds)
 
 
 def zone(name: str | None) -> tzinfo:
-    """Return the time zone that `TZ` names, or the system's. Raises SettingsError for a name that is none."""
+    """Return the time zone named by `TZ`, or the system's. Raises SettingsError for an unknown name."""
     if not name:
-        try:  # `astimezone()` would give today's offset, and go on with it when clocks change
+        try:  # `astimezone()` would return today's offset, which is wrong after the next clock change
             with Path("/etc/localtime").open("rb") as file:
                 return ZoneInfo.from_file(file)
         except OSError:
@@ -60,7 +108,7 @@ def zone(name: str | None) -> tzinfo:
 def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Callable[[int, float], None]) -> None:
     """Run `command` at each of the times, until a signal comes.
 
-    `ended` hears of each run's exit code (negative: the signal that killed it) and seconds.
+    Calls `ended` after each run with its exit code (negative: the signal that killed it) and its seconds.
     """
     for due in times:
         if due > _now():
@@ -73,7 +121,7 @@ def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Ca
 
 
 def _run(command: Sequence[str]) -> int:
-    # In a group of its own: a terminal's Ctrl-C comes to it from here alone, once.
+    # In its own process group, so that Ctrl-C on a terminal reaches the run once, through this process.
     child = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own command
     try:
         return child.wait()

@@ -1,1 +1,1 @@
-"""The model registry; the only users of MLflow."""
+"""The model registry: the only package that imports MLflow."""

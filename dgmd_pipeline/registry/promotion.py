@@ -1,179 +1,219 @@
-"""Which version is production, since when and why: promotion, rollback and their history, kept in the registry.
+"""The production version: promotion, rollback and their history, kept in the registry.
 
-The alias `production` is the truth: one atomic write. The tag `environment` and the stage follow it. MLflow keeps no
-record of who moved an alias, so each change is written down before it is made, as a tag of the registered model, and
-marked when it is through: whoever comes next sees what was cut off, and repairs it.
+The alias `production` decides which version is production; one request sets it atomically. The tag `environment` and
+the stage of each version follow the alias. MLflow does not record who moved an alias, so a promotion writes an event (a
+tag of the registered model) before it moves the alias, and marks the event as done afterwards. An event that is not
+marked shows that a promotion was interrupted; `repair` completes it.
 """
 
+import dataclasses
 import json
 import secrets
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry.store import ASKED, CANDIDATE, ENVIRONMENT, NON_PRODUCTION, PRODUCTION, Store, explained
-from dgmd_pipeline.registry.versions import entries, registered_model
+from dgmd_pipeline.registry import versions
+from dgmd_pipeline.registry.store import (
+    CANDIDATE,
+    ENVIRONMENT,
+    NON_PRODUCTION,
+    PRODUCTION,
+    REQUEST_FAILED,
+    Store,
+    errors_explained,
+)
+from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EVENT = "dgmd.event."  # the tags' names begin with it; the time follows, so that names sort
-STAGE, FORMER_STAGE = "Production", "Archived"
-WORDS = 500  # characters of a reason or a gate: a tag holds 5,000 in MLflow's databases
+EVENT = "dgmd.event."  # prefix of an event's tag; the time follows, so names sort by time
+STAGE, PREVIOUS_STAGE = "Production", "Archived"
+MAX_CHARACTERS = 500  # of a reason or a gate's text: MLflow's databases limit a tag to 5,000
+JSON_NAMES = {"time": "when", "user": "who", "previous": "former", "reason": "why"}  # field of Event -> JSON key
+
+GateResult = tuple[str, bool | None, str]  # name, passed (None: does not apply), text
 
 
 class Event(NamedTuple):
     """A change of the production version."""
 
-    when: str  # ISO 8601, UTC
-    who: str
+    time: str  # ISO 8601, UTC
+    user: str
     action: str  # "promote" or "rollback"
-    former: int | None  # version
-    version: int | None  # that became production
-    why: str
-    gates: Sequence[Sequence[Any]]  # name, passed (None: does not apply), text
-    forced: bool
-    done: bool | None = None  # False: it was cut off before the alias moved; None: under way, or cut off
+    previous: int | None  # the production version before; None if there was none
+    version: int  # the production version after
+    reason: str
+    gates: Sequence[GateResult]
+    forced: bool  # although a gate did not pass
+    done: bool | None = None  # False: interrupted before the alias moved; None: in progress, or interrupted
+
+    def as_json(self) -> dict[str, object]:
+        """Return what is stored and printed as JSON."""
+        return {JSON_NAMES.get(name, name): value for name, value in self._asdict().items()}
 
 
-def current(store: Store, name: str) -> int | None:
-    """Return the version that is production, or None. Raises PipelineError where MLflow cannot be asked."""
-    from mlflow import MlflowClient
+def history(state: ModelState) -> list[Event]:
+    """Return the changes of the production version, the oldest first.
 
-    with explained(store, ASKED):
-        return _aliased(MlflowClient(store.uri), name)
-
-
-def history(store: Store, name: str) -> list[Event]:
-    """Return what has been changed, the oldest first. Raises PipelineError where MLflow cannot be asked."""
-    from mlflow import MlflowClient
-
-    with explained(store, ASKED):
-        return [event for _, event in _events(MlflowClient(store.uri), name)]
-
-
-def set_production(
-    store: Store, name: str, version: int, former: int | None, *, action: str, who: str, why: str,
-    gates: Sequence[Sequence[Any]] = (), forced: bool = False,
-) -> Event:  # fmt: skip
-    """Make a version production instead of `former`, and note who did it and why.
-
-    Raises PipelineError where another one is production by now, and where MLflow cannot be reached or refuses; what was
-    cut off then is repaired the next time.
+    Raises PipelineError if an event was edited by hand and cannot be read.
     """
-    from mlflow import MlflowClient
-
-    with explained(store, ASKED):
-        client = MlflowClient(store.uri)
-        if (found := _aliased(client, name)) != former:
-            by_now = "No version is production any more" if found is None else f"Version {found} is production by now"
-            raise PipelineError(f"{by_now}: look again and give the command again.")
-        now = datetime.now(UTC)
-        short = [[name, passed, text[:WORDS]] for name, passed, text in gates]
-        event = Event(now.isoformat(timespec="seconds"), who, action, former, version, why[:WORDS], short, forced)
-        key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
-        _write(client, name, key, event)
-        client.set_registered_model_alias(name, PRODUCTION, str(version))
-        _follow(client, name, store)
-        return _write(client, name, key, event._replace(done=True))
+    return list(_events(state).values())
 
 
-def repair(store: Store, name: str) -> list[str]:
-    """Bring to an end what was cut off, and let tags and stages follow the alias; return what was mended, in words.
+def previous_versions(events: Sequence[Event], current: int | None) -> list[int]:
+    """Return the versions that successive rollbacks restore, the next one last.
 
-    Raises PipelineError where MLflow cannot be reached or refuses.
-    """
-    from mlflow import MlflowClient
-
-    with explained(store, ASKED):
-        client = MlflowClient(store.uri)
-        mended = _follow(client, name, store)
-        for key, event in _events(client, name):
-            if event.done is None:
-                now = _aliased(client, name)  # asked late: the event may be under way just now
-                _write(client, name, key, event._replace(done=event.version == now))
-                outcome = "was carried out" if event.version == now else "was not carried out"
-                mended.append(f"the {event.action} of version {event.version} that was cut off {outcome}")
-        return mended
-
-
-def previous_versions(events: Sequence[Event], now: int | None) -> list[int]:
-    """Return the versions that a rollback leads back to, the next one last.
-
-    A rollback takes back what it leads over: after 1, 2, 3 the first leads to 2 and the second to 1. What was made
-    production by other means is known from the `former` of the event that followed.
+    A rollback removes the versions that it skips: after promotions of 1, 2 and 3, the first rollback restores 2, and
+    the second one 1. A version that became production by other means is known from `previous` of the next event.
     """
     stack: list[int] = []
     for event in events:
-        if not event.done or event.version is None:
+        if not event.done:
             continue
-        if event.former is not None and stack[-1:] != [event.former]:
-            stack.append(event.former)
+        if event.previous is not None and stack[-1:] != [event.previous]:
+            stack.append(event.previous)
         if event.action == "rollback" and event.version in stack:
             last = len(stack) - 1 - stack[::-1].index(event.version)
             del stack[last + 1 :]
         else:
             stack.append(event.version)
-    if now is not None and stack[-1:] != [now]:
-        stack.append(now)
+    if current is not None and stack[-1:] != [current]:
+        stack.append(current)
     return stack[:-1]
 
 
-def _aliased(client: "MlflowClient", name: str) -> int | None:
-    found = _model(client, name).aliases.get(PRODUCTION)
-    return None if found is None else int(found)
+def set_production(
+    store: Store, state: ModelState, version: int, *, action: str, user: str, reason: str,
+    gates: Sequence[GateResult] = (), forced: bool = False,
+) -> Event:  # fmt: skip
+    """Make a version production in place of the production version of `state`, and record who did it and why.
+
+    Raises PipelineError if the production version has changed since `state` was read, and if MLflow cannot be reached
+    or refuses. `repair` completes a change that was interrupted.
+    """
+    from mlflow import MlflowClient
+
+    previous = state.production.version if state.production else None
+    with errors_explained(store, REQUEST_FAILED):
+        client = MlflowClient(store.uri)
+        if (found := _production_version(client, state.name)) != previous:
+            change = "No version is production any more" if found is None else f"Version {found} is production now"
+            raise PipelineError(f"{change}: another change was made meanwhile. Check it and repeat the command.")
+        now = datetime.now(UTC)
+        short = [(name, passed, text[:MAX_CHARACTERS]) for name, passed, text in gates]
+        event = Event(
+            now.isoformat(timespec="seconds"), user, action, previous, version, reason[:MAX_CHARACTERS], short, forced
+        )
+        key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
+        _write(client, state.name, key, event)
+        client.set_registered_model_alias(state.name, PRODUCTION, str(version))
+        _follow_alias(client, versions.read(store, state.name))  # read again: a run may have registered a version
+        done = event._replace(done=True)
+        _write(client, state.name, key, done)
+        return done
 
 
-def _model(client: "MlflowClient", name: str) -> Any:
-    found = registered_model(client, name)
-    if found is None:
-        raise PipelineError(f"There is no model {name} in the registry: correct MODEL_NAME, or run the pipeline first.")
-    return found
+def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
+    """Complete interrupted changes, and make tags and stages follow the alias.
+
+    Returns the state after the repair and, in words, what was repaired. A state that needs no repair costs no request.
+    Raises PipelineError if MLflow cannot be reached or refuses, or an event cannot be read.
+    """
+    from mlflow import MlflowClient
+
+    if _is_consistent(state):
+        return state, []
+    with errors_explained(store, REQUEST_FAILED):
+        client = MlflowClient(store.uri)
+        state = versions.read(store, state.name)  # read again: another process may be in the middle of a promotion
+        state, repaired = _follow_alias(client, state)
+        current = state.production.version if state.production else None
+        for key, event in _events(state).items():
+            if event.done is None:
+                done = event.version == current
+                text = _write(client, state.name, key, event._replace(done=done))
+                state = dataclasses.replace(state, tags={**state.tags, key: text})
+                outcome = "was carried out" if done else "was not carried out"
+                repaired.append(f"the interrupted {event.action} of version {event.version} {outcome}")
+    return state, repaired
 
 
-def _events(client: "MlflowClient", name: str) -> list[tuple[str, Event]]:
-    tags = _model(client, name).tags
-    return [(key, _event(key, tags[key])) for key in sorted(tags) if key.startswith(EVENT)]
+def _production_version(client: "MlflowClient", name: str) -> int | None:
+    """Ask for the alias alone: a smaller request than one for the registered model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return int(client.get_model_version_by_alias(name, PRODUCTION).version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, the alias
+            raise
+        return None
+
+
+def _events(state: ModelState) -> dict[str, Event]:
+    """Return the events by the names of their tags, the oldest first."""
+    return {key: _event(key, state.tags[key]) for key in sorted(state.tags) if key.startswith(EVENT)}
 
 
 def _event(key: str, text: str) -> Event:
     try:
         values = json.loads(text)
-        return Event(**{name: values[name] for name in Event._fields if name in values})  # a later version may say more
+        names = {name: JSON_NAMES.get(name, name) for name in Event._fields}
+        # A later version of this package may store more.
+        return Event(**{name: values[json_name] for name, json_name in names.items() if json_name in values})
     except (ValueError, TypeError) as error:
         raise PipelineError(
-            f"The tag {key} of the registered model is not the entry of the history that was written there "
-            f"({error}): correct or delete it."
+            f"The tag {key} of the registered model is not an event of the history as it was written ({error}): "
+            "correct or delete it."
         ) from error
 
 
-def _write(client: "MlflowClient", name: str, key: str, event: Event) -> Event:
-    client.set_registered_model_tag(name, key, json.dumps(event._asdict(), ensure_ascii=False))
-    return event
+def _write(client: "MlflowClient", name: str, key: str, event: Event) -> str:
+    text = json.dumps(event.as_json(), ensure_ascii=False)
+    client.set_registered_model_tag(name, key, text)
+    return text
 
 
-def _follow(client: "MlflowClient", name: str, store: Store) -> list[str]:
-    """Let tags, stages and the alias `candidate` follow the alias `production`; return what differed."""
-    now = _aliased(client, name)
-    if now is None:  # nothing to follow: a stage that was set by other means stays until something is promoted
-        return []
-    mended = []
-    # The new one first: those who ask for the stage find one at any time.
-    for entry in sorted(entries(store, name), key=lambda entry: entry.version != now):
-        is_it = entry.version == now
-        environment = PRODUCTION if is_it else NON_PRODUCTION
-        if entry.tags.get(ENVIRONMENT, NON_PRODUCTION) != environment:
-            client.set_model_version_tag(name, str(entry.version), ENVIRONMENT, environment)
-            mended.append(f"version {entry.version} is tagged {environment}")
-        stage = STAGE if is_it else FORMER_STAGE if entry.stage == STAGE else entry.stage
-        if entry.stage != stage:
+def _is_consistent(state: ModelState) -> bool:
+    """Whether tags and stages follow the alias, and no event is unfinished."""
+    followed = [_as_alias_says(version, state.production) for version in state.versions]
+    return followed == list(state.versions) and all(event.done is not None for event in _events(state).values())
+
+
+def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> ModelVersion:
+    """Return a version with the tag, stage and aliases that the alias `production` implies."""
+    if production is None:  # a stage that was set by other means stays until the first promotion
+        return version
+    is_production = version.version == production.version
+    environment = PRODUCTION if is_production else NON_PRODUCTION
+    tags = version.tags
+    if tags.get(ENVIRONMENT, NON_PRODUCTION) != environment:
+        tags = {**tags, ENVIRONMENT: environment}
+    stage = STAGE if is_production else PREVIOUS_STAGE if version.stage == STAGE else version.stage
+    aliases = [alias for alias in version.aliases if not (is_production and alias == CANDIDATE)]
+    return version._replace(tags=tags, stage=stage, aliases=aliases)
+
+
+def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState, list[str]]:
+    """Make tags, stages and the alias `candidate` follow the alias `production`; return the new state and changes."""
+    name, changes = state.name, []
+    followed = [_as_alias_says(version, state.production) for version in state.versions]
+    # The production version first, so that a consumer who asks for the stage always finds a version.
+    for old, new in sorted(zip(state.versions, followed, strict=True), key=lambda pair: pair[0] != state.production):
+        number = str(new.version)
+        if new.tags != old.tags:
+            client.set_model_version_tag(name, number, ENVIRONMENT, new.tags[ENVIRONMENT])
+            changes.append(f"version {number} is tagged {new.tags[ENVIRONMENT]}")
+        if new.stage != old.stage:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # deprecated, but older consumers ask for the stage
-                client.transition_model_version_stage(name, str(entry.version), stage)
-            mended.append(f"version {entry.version} has the stage {stage}")
-        if is_it and CANDIDATE in entry.aliases:
+                warnings.simplefilter("ignore", FutureWarning)  # stages are deprecated, but older consumers use them
+                client.transition_model_version_stage(name, number, new.stage)
+            changes.append(f"version {number} has the stage {new.stage}")
+        if new.aliases != old.aliases:
             client.delete_registered_model_alias(name, CANDIDATE)
-            mended.append(f"version {entry.version} is no candidate any more")
-    return mended
+            changes.append(f"version {number} is no longer the candidate")
+    return dataclasses.replace(state, versions=followed), changes

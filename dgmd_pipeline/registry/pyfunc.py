@@ -1,13 +1,13 @@
-"""A registered model's folder -> the Python function that MLflow's consumers call.
+"""A registered model's folder -> the Python function that MLflow calls.
 
-This file is stored with each registered model and is loaded without this package: it imports nothing of it.
-MLflow's own function for Keras models prints a progress bar for each call and takes no argument against it.
+MLflow stores this file with each registered model and loads it without this package, so it imports nothing of it.
+MLflow's own function for Keras models prints a progress bar at each call, and no argument turns it off.
 """
 
 from pathlib import Path
-from typing import Any
 
 import keras
+import numpy as np
 
 
 class Quiet:
@@ -17,10 +17,10 @@ class Quiet:
         self.model = model
 
     def get_raw_model(self) -> keras.Model:
-        """Return the Keras model; MLflow's `unwrap_python_model` and similar calls use it."""
+        """Return the Keras model, for MLflow's `unwrap_python_model` and similar calls."""
         return self.model
 
-    def predict(self, images: Any) -> Any:
+    def predict(self, images: np.ndarray) -> np.ndarray:
         """Return probabilities (float32 [n, classes]) for images (uint8 [n, height, width, 3])."""
         return self.model.predict(images, verbose=0)
 

@@ -1,67 +1,136 @@
 """Registered versions, read from MLflow."""
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry import store as registry_store
-from dgmd_pipeline.registry.store import Store
+from dgmd_pipeline.registry.store import PRODUCTION, REQUEST_FAILED, Store, errors_explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import model_registry
 
 
-class Foreign(PipelineError):
-    """A version was not made by this pipeline."""
+class ForeignVersion(PipelineError):
+    """This pipeline did not make the version."""
 
 
-class Entry(NamedTuple):
-    """What the registry says of a version."""
+class ModelVersion(NamedTuple):
+    """A version of a registered model."""
 
     version: int
     run_id: str
     created: float  # seconds since 1970
     tags: Mapping[str, str]
     aliases: Sequence[str]
-    stage: str
+    stage: str  # "None", "Staging", "Production" or "Archived"
 
 
-class Fetched(NamedTuple):
-    """A version's files, here."""
+@dataclass(frozen=True)
+class ModelState:
+    """A registered model and its versions, as one read found them."""
+
+    name: str
+    tags: Mapping[str, str]  # of the registered model
+    versions: Sequence[ModelVersion]  # the newest first; empty if the registry has no such model
+
+    @property
+    def production(self) -> ModelVersion | None:
+        """The version with the alias `production`; None if no version has it."""
+        return next((version for version in self.versions if PRODUCTION in version.aliases), None)
+
+
+class DownloadedVersion(NamedTuple):
+    """The files of a version on this machine."""
 
     version: int
     path: Path  # of the Keras model
-    labels: Sequence[str]  # of its outputs, in their order
+    labels: Sequence[str]  # of the model's outputs, in their order
     trained_on: frozenset[str]  # SHA-256 of each training image's file
 
 
-def entries(store: Store, name: str) -> list[Entry]:
-    """Return the versions of a model, the newest first; none where there is no such model.
+def read(store: Store, name: str) -> ModelState:
+    """Read a registered model and all its versions: one request for the model and one for each page of versions.
 
-    Raises PipelineError where MLflow cannot be reached or refuses.
+    Raises PipelineError if MLflow cannot be reached or refuses.
     """
     from mlflow import MlflowClient
 
-    with registry_store.explained(store, registry_store.ASKED):
+    with errors_explained(store, REQUEST_FAILED):
         client = MlflowClient(store.uri)
-        model = registered_model(client, name)
+        model = _registered_model(client, name)
         if model is None:
-            return []
-        aliases = model.aliases  # a search for versions does not return them
+            return ModelState(name, {}, [])
         found = []
-        for version in search_versions(client, name):
+        for version in search(client, name):
             number = int(version.version)
-            its = [alias for alias, other in sorted(aliases.items()) if int(other) == number]
+            # From the model: MLflow's search for versions does not return aliases.
+            aliases = [alias for alias, target in sorted(model.aliases.items()) if int(target) == number]
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
-            found.append(Entry(number, version.run_id or "", created, version.tags, its, stage))
-    return sorted(found, key=lambda entry: -entry.version)
+            found.append(ModelVersion(number, version.run_id or "", created, version.tags, aliases, stage))
+    return ModelState(name, model.tags, sorted(found, key=lambda version: -version.version))
 
 
-def registered_model(client: "MlflowClient", name: str) -> Any:
-    """Return MLflow's `RegisteredModel`; None where there is none of this name."""
+def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> DownloadedVersion:
+    """Download the model of a version and the list of its training images into `folder`.
+
+    Raises PipelineError if MLflow cannot be reached or refuses, ForeignVersion if this pipeline did not make the
+    version.
+    """
+    import mlflow
+    from mlflow.models import Model
+
+    with errors_explained(store, REQUEST_FAILED):
+        mlflow.set_tracking_uri(store.uri)
+        mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder / "model"))
+        metadata = Model.load(str(folder / "model")).metadata or {}
+    path, labels = folder / "model" / "data" / "model.keras", metadata.get("labels")
+    rows = artifact(store, version, "split/training.csv", folder)
+    if not path.is_file() or not labels or not rows:
+        raise ForeignVersion(
+            f"{name} version {version.version} was not made by this pipeline: its model, its labels or the list of its "
+            "training images is missing."
+        )
+    trained_on = frozenset(row.sha256 for row in manifest.read(rows, manifest.Example))
+    return DownloadedVersion(version.version, path, labels, trained_on)
+
+
+def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Path | None:
+    """Download a file of a version's run to `folder / name` and return its path; None if the run has no such file.
+
+    Raises PipelineError if MLflow cannot be reached or refuses.
+    """
+    from mlflow import MlflowClient
+
+    with errors_explained(store, REQUEST_FAILED):
+        client = MlflowClient(store.uri)
+        parent = name.rpartition("/")[0]
+        if name not in (file.path for file in client.list_artifacts(version.run_id, parent or None)):
+            return None
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Some artifact stores create the parent folders below the target, others do not: move the file to its place.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            Path(client.download_artifacts(version.run_id, name, scratch)).replace(path)
+        return path
+
+
+def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelVersion]":
+    """Yield all versions of a model as MLflow returns them, page after page."""
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
     from mlflow.exceptions import MlflowException
 
     try:
@@ -70,65 +139,3 @@ def registered_model(client: "MlflowClient", name: str) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def production(store: Store, name: str) -> Entry | None:
-    """Return the version that has the alias `production`; None where there is none.
-
-    Raises PipelineError where MLflow cannot be reached or refuses.
-    """
-    return next((entry for entry in entries(store, name) if registry_store.PRODUCTION in entry.aliases), None)
-
-
-def fetch(store: Store, name: str, entry: Entry, folder: Path) -> Fetched:
-    """Download a version's model and what its run says of it into `folder`.
-
-    Raises PipelineError where MLflow cannot be reached or refuses, Foreign where the version was not made by this
-    pipeline.
-    """
-    import mlflow
-    from mlflow.models import Model
-
-    with registry_store.explained(store, registry_store.ASKED):
-        mlflow.set_tracking_uri(store.uri)
-        mlflow.artifacts.download_artifacts(f"models:/{name}/{entry.version}", dst_path=str(folder / "model"))
-        about = Model.load(str(folder / "model")).metadata or {}
-    path, labels = folder / "model" / "data" / "model.keras", about.get("labels")
-    rows = artifact(store, entry, "split/training.csv", folder)
-    if not path.is_file() or not labels or not rows:
-        raise Foreign(
-            f"{name} version {entry.version} was not made by this pipeline: its model, its labels or the list of its "
-            "training images is missing."
-        )
-    trained_on = frozenset(row.sha256 for row in manifest.read(rows, manifest.Example))
-    return Fetched(entry.version, path, labels, trained_on)
-
-
-def artifact(store: Store, entry: Entry, name: str, folder: Path) -> Path | None:
-    """Download a file of a version's run to `folder / name` and return its path; None where the run has no such file.
-
-    Raises PipelineError where MLflow cannot be reached or refuses.
-    """
-    from mlflow import MlflowClient
-
-    with registry_store.explained(store, registry_store.ASKED):
-        client = MlflowClient(store.uri)
-        above = name.rpartition("/")[0]
-        if name not in (file.path for file in client.list_artifacts(entry.run_id, above or None)):
-            return None
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # some stores keep the folders above, others do not
-            Path(client.download_artifacts(entry.run_id, name, scratch)).replace(path)
-        return path
-
-
-def search_versions(client: "MlflowClient", name: str) -> Iterable[Any]:
-    """Yield the versions of a model as MLflow's `ModelVersion`, all pages."""
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

@@ -28,7 +28,7 @@ from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
-    from dgmd_pipeline.registry.registration import Candidate, Version
+    from dgmd_pipeline.registry.registration import Candidate, RegisteredVersion
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.training.config import Epoch
     from dgmd_pipeline.training.train import TrainingData
@@ -250,7 +250,7 @@ class RegisterModel(Step):
             summary=f"{version.name} version {version.version}, {state}",
         )
 
-    def _finish_run(self, place: "Store", version: "Version", start: float) -> None:
+    def _finish_run(self, place: "Store", version: "RegisteredVersion", start: float) -> None:
         """Log how long the registration took, and link the run on the page of a Luigi scheduler."""
         from dgmd_pipeline.registry import registration
 

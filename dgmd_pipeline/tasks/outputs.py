@@ -12,7 +12,7 @@ from dgmd_pipeline.workflow.run_context import RunResult
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages
     from dgmd_pipeline.registry.store import Store
-    from dgmd_pipeline.registry.versions import Entry
+    from dgmd_pipeline.registry.versions import ModelVersion
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -38,20 +38,20 @@ def store(settings: "Settings") -> "Store | None":
     )
 
 
-def candidate_model(store: "Store", name: str, entry: "Entry", folder: Path) -> "CandidateModel":
+def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: Path) -> "CandidateModel":
     """Download a registered version into `folder`, to be compared."""
     from dgmd_pipeline.evaluation import review
     from dgmd_pipeline.registry import versions
 
-    fetched = versions.fetch(store, name, entry, folder)
-    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, entry.version, run=entry.run_id)
+    fetched = versions.fetch(store, name, version, folder)
+    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, version.version, run=version.run_id)
 
 
 def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
     """Download the production version into `folder`; None where there is none."""
     from dgmd_pipeline.registry import versions
 
-    if (place := store(settings)) and (now := versions.production(place, settings.model_name)):
+    if (place := store(settings)) and (now := versions.read(place, settings.model_name).production):
         log.info("  version %d is production: fetching it to compare ...", now.version)
         return candidate_model(place, settings.model_name, now, folder)
     return None

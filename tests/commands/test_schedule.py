@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
 
-def test_the_times_are_those_of_cron_in_the_time_zone():
+def test_times_follow_the_cron_expression_in_the_time_zone():
     times = schedule.at("0 3 * * MON-FRI", BERLIN, Clock(2026, 11, 27))
     assert [due.isoformat() for due in itertools.islice(times, 2)] == [
         "2026-11-27T03:00:00+01:00",
@@ -36,24 +36,24 @@ def test_the_times_are_those_of_cron_in_the_time_zone():
 
 
 @pytest.mark.parametrize(("month", "day", "hours"), [(3, 29, 23), (10, 25, 25)])
-def test_three_o_clock_is_three_o_clock_when_clocks_change(month, day, hours):
+def test_a_run_at_three_stays_at_three_when_clocks_change(month, day, hours):
     times = schedule.at("0 3 * * *", BERLIN, Clock(2026, month, day - 1))
     first, second = itertools.islice(times, 2)
     assert second - first.astimezone(UTC) == timedelta(hours=hours)
 
 
-def test_times_that_go_by_while_a_run_is_going_are_passed_over(caplog):
+def test_times_that_pass_during_a_run_are_skipped(caplog):
     clock = Clock(2026, 11, 24, 3, 0, 30)
     times = schedule.at("* * * * *", UTC, clock)
     assert next(times) == datetime(2026, 11, 24, 3, 1, tzinfo=UTC)
     clock.now += timedelta(minutes=5)
     with caplog.at_level(logging.INFO, "dgmd_pipeline"):
         assert next(times) == datetime(2026, 11, 24, 3, 6, tzinfo=UTC)
-    assert caplog.messages == ["Passed over, because the run before took so long: 4."]
+    assert caplog.messages == ["Skipped 4 scheduled runs: the previous run was still active."]
 
 
 @pytest.mark.parametrize("name", ["Europe/Atlantis", "/etc/passwd", "../secret"])
-def test_a_time_zone_that_is_none_is_refused_with_a_sentence(name):
+def test_an_unknown_time_zone_is_refused(name):
     with pytest.raises(SettingsError, match="expected the name of a time zone"):
         schedule.zone(name)
 
@@ -62,14 +62,14 @@ def test_a_time_zone_may_be_written_as_in_posix():
     assert schedule.zone(":Europe/Berlin") == BERLIN
 
 
-def test_without_a_time_zone_it_is_the_system_s():
+def test_the_default_is_the_time_zone_of_the_system():
     now = datetime.now().astimezone()
     assert now.astimezone(schedule.zone(None)).utcoffset() == now.utcoffset()
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Start the command; one that hangs is killed, so that reading from it ends."""
+    """Start the command; kill it if it hangs, so that reading its output ends."""
     started = []
 
     def start(*arguments, **variables):
@@ -88,7 +88,7 @@ def start(tmp_path):
 
 
 def lines_until(process, wanted):
-    """Read what it prints up to a line that holds `wanted`."""
+    """Read its output up to a line that contains `wanted`."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -99,7 +99,7 @@ def lines_until(process, wanted):
 
 @pytest.fixture
 def variables(bucket, s3_endpoint, tmp_path):
-    """A run up to the label map, which takes no TensorFlow."""
+    """The variables of a run; up to the label map it does not import TensorFlow."""
     name, client = bucket
     for label in ("anise", "cumin"):
         for number in range(3):
@@ -108,9 +108,7 @@ def variables(bucket, s3_endpoint, tmp_path):
     return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data"}
 
 
-def test_runs_follow_each_other_take_what_is_new_and_survive_one_that_fails(
-    variables, bucket, start, listener, tmp_path
-):
+def test_repeated_runs_download_what_is_new_and_continue_after_a_failure(variables, bucket, start, listener, tmp_path):
     name, client = bucket
     url, bodies = listener
     process = start("--time", "0.2", "--until", "label", **variables, NOTIFY_URL=url)
@@ -121,17 +119,18 @@ def test_runs_follow_each_other_take_what_is_new_and_survive_one_that_fails(
     lines_until(process, "1 new")
     for number in range(3):
         client.delete_object(Bucket=name, Key=f"p/cumin/{number}.png")
-    lines_until(process, "exit code 20; the next one comes all the same")
+    lines_until(process, "exit code 20; the schedule continues")
     assert json.loads((tmp_path / "data" / "status.json").read_text())["outcome"] == "failed"
     lines_until(process, "Next run")
-    assert [body["message"] for body in bodies if "could not begin" in body["message"]] == []  # it has told so itself
+    # The run published its own status.
+    assert [body["message"] for body in bodies if "could not start" in body["message"]] == []
     client.put_object(Bucket=name, Key="p/dill/1.png", Body=picture("dill", 1))
     lines_until(process, "Slowest")
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
 
 
-def test_a_signal_ends_the_run_that_is_going_too(variables, start, tmp_path):
+def test_a_signal_also_ends_the_active_run(variables, start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the run waits for an answer
         variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
         process = start("--time", "100", "--until", "label", **variables)
@@ -139,7 +138,7 @@ def test_a_signal_ends_the_run_that_is_going_too(variables, start, tmp_path):
         silent.accept()
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-    with folders.lock(tmp_path / "data"):  # nobody holds it any more
+    with folders.lock(tmp_path / "data"):  # the lock is free again
         pass
 
 
@@ -156,7 +155,7 @@ def test_a_scheduled_run_waits_for_its_time(start):
     assert process.wait() == 130
 
 
-def test_a_run_that_is_killed_is_told_by_the_schedule(variables, start, tmp_path):
+def test_the_schedule_publishes_the_status_of_a_killed_run(variables, start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
         process = start("--time", "100", "--until", "label", **variables)
@@ -165,29 +164,35 @@ def test_a_run_that_is_killed_is_told_by_the_schedule(variables, start, tmp_path
         (run,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(run), signal.SIGKILL)
         lines_until(process, "Next run")
-    told = json.loads((tmp_path / "data" / "status.json").read_text())
-    assert (told["outcome"], told["exit_code"]) == ("failed", 137)
-    assert "killed by signal 9" in told["message"]
+    status = json.loads((tmp_path / "data" / "status.json").read_text())
+    assert (status["outcome"], status["exit_code"]) == ("failed", 137)
+    assert "killed by signal 9" in status["message"]
 
 
-def test_a_run_that_could_not_begin_is_told_by_the_schedule(variables, start, listener, tmp_path):
+def test_the_schedule_publishes_the_status_of_a_run_that_could_not_start(variables, start, listener, tmp_path):
     settings = tmp_path / "settings"
     settings.write_text("EPOCHS=3")
     url, bodies = listener
     process = start("--time", "0.2", "--env-file", "settings", "--until", "label", **variables, NOTIFY_URL=url)
     lines_until(process, "Slowest")
     settings.write_text("BATCH_SIZE=many")
-    lines_until(process, "exit code 2; the next one comes all the same")
+    lines_until(process, "exit code 2; the schedule continues")
     lines_until(process, "Next run")
     assert bodies[-1]["exit_code"] == 2
-    assert "could not begin" in bodies[-1]["message"]
+    assert "could not start" in bodies[-1]["message"]
     assert json.loads((tmp_path / "data" / "status.json").read_text())["exit_code"] == 2
 
 
-def test_an_interval_is_of_no_command(tmp_path):
+def test_an_interval_cannot_be_combined_with_a_command(tmp_path):
     assert run_pipeline(tmp_path, "--time", "1", "run").returncode == 2
 
 
 @pytest.mark.parametrize("seconds", ["-1", "soon", "inf"])
-def test_an_interval_has_to_be_a_number_of_seconds(seconds, tmp_path):
+def test_an_interval_is_a_number_of_seconds(seconds, tmp_path):
     assert run_pipeline(tmp_path, "--time", seconds).returncode == 2
+
+
+def test_an_interval_of_0_runs_once(variables, tmp_path):
+    done = run_pipeline(tmp_path, "--time", "0", "--until", "label", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Slowest" in done.stdout and "Next run" not in done.stdout

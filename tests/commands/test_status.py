@@ -1,4 +1,4 @@
-"""What a run leaves behind for a health check, and what it sends."""
+"""`status.json`, the command `health` and the message to NOTIFY_URL."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def health(folder, variables, *arguments):
     return done.returncode, done.stdout
 
 
-def test_a_run_that_succeeds_one_that_has_nothing_to_do_and_one_that_fails_are_told(variables, listener, tmp_path):
+def test_health_and_message_show_success_no_change_and_failure(variables, listener, tmp_path):
     url, bodies = listener
     variables |= {"NOTIFY_URL": f"{url}/hook"}
-    assert health(tmp_path, variables)[0] == 1  # a name that was mistyped must not look well
+    assert health(tmp_path, variables)[0] == 1  # a mistyped DATA_DIR must not look healthy
     (tmp_path / "data").mkdir()
-    assert health(tmp_path, variables)[0] == 0  # before the first run there is nothing to complain about
+    assert health(tmp_path, variables)[0] == 0  # before the first run nothing has failed
     assert "No run has ended yet" in health(tmp_path, variables)[1]
 
     assert run_pipeline(tmp_path, "--until", "label", **variables).returncode == 0
@@ -50,19 +50,19 @@ def test_a_run_that_succeeds_one_that_has_nothing_to_do_and_one_that_fails_are_t
     assert all(body["model"] == "spices" for body in bodies)
     assert bodies[0]["text"].startswith("spices: succeeded. label_map: ")
     assert bodies[2]["exit_code"] == 20
-    told = json.loads(health(tmp_path, variables, "--json")[1])
-    assert told == {name: value for name, value in bodies[2].items() if name != "text"}
+    status = json.loads(health(tmp_path, variables, "--json")[1])
+    assert status == {name: value for name, value in bodies[2].items() if name != "text"}
 
 
-def test_a_step_that_fails_is_named(variables, tmp_path):
+def test_the_status_names_the_failed_step(variables, tmp_path):
     variables |= {"MIN_IMAGES_PER_LABEL": 50}
     assert run_pipeline(tmp_path, **variables, BACKBONE="cnn").returncode == 20
-    told = json.loads(health(tmp_path, variables, "--json")[1])
-    assert (told["step"], told["exit_code"], told["version"]) == ("label_map", 20, None)
-    assert "MIN_IMAGES_PER_LABEL" in told["message"]
+    status = json.loads(health(tmp_path, variables, "--json")[1])
+    assert (status["step"], status["exit_code"], status["version"]) == ("label_map", 20, None)
+    assert "MIN_IMAGES_PER_LABEL" in status["message"]
 
 
-def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_of_the_first(variables, tmp_path):
+def test_a_run_that_finds_data_dir_locked_does_not_write_a_status(variables, tmp_path):
     from dgmd_pipeline.workflow import folders
 
     (tmp_path / "data").mkdir()
@@ -71,7 +71,7 @@ def test_a_second_run_beside_one_that_is_going_changes_nothing_in_what_is_known_
     assert not (tmp_path / "data" / "status.json").exists()
 
 
-def test_on_a_full_disk_an_old_success_does_not_stay(variables, tmp_path):
+def test_on_a_full_disk_a_failure_replaces_an_old_success(variables, tmp_path):
     script = f"""
 mkdir data && mount -t tmpfs -o size=300k tmpfs data || exit 77
 {COMMAND} --until label && {COMMAND} health || exit 1
@@ -84,7 +84,7 @@ AWS_DATA_PATH=gone {COMMAND} --until label
     assert done.stdout.endswith("health 1\n"), done.stdout + done.stderr
 
 
-def test_in_a_folder_that_became_read_only_an_old_success_says_nothing(variables, tmp_path):
+def test_in_a_folder_that_became_read_only_an_old_success_does_not_count(variables, tmp_path):
     script = f"""
 mkdir data && mount -t tmpfs tmpfs data || exit 77
 {COMMAND} --until label && mount -o remount,ro data || exit 1
@@ -95,7 +95,7 @@ mkdir data && mount -t tmpfs tmpfs data || exit 77
     assert done.stdout.endswith("health 30\n")
 
 
-def test_a_name_that_is_no_text_is_told(tmp_path, listener):
+def test_a_file_name_that_is_not_utf_8_is_reported(tmp_path, listener):
     url, bodies = listener
     for label in ("anise", os.fsdecode(b"caf\xe9")):
         folder = tmp_path / "data" / "raw" / label
@@ -110,16 +110,16 @@ def test_a_name_that_is_no_text_is_told(tmp_path, listener):
     assert "caf\udce9 (3 of 3 files)" in bodies[0]["message"]
 
 
-@pytest.mark.parametrize("status", ["{", '{"outcome": "succeeded"}'])
-def test_a_status_that_cannot_be_read_is_none(status, variables, tmp_path):
+@pytest.mark.parametrize("content", ["{", '{"outcome": "succeeded"}'])
+def test_an_unreadable_status_counts_as_none(content, variables, tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "status.json").write_text(status)
+    (tmp_path / "data" / "status.json").write_text(content)
     code, text = health(tmp_path, variables)
     assert code == 0
     assert "No run has ended yet" in text
 
 
-def test_a_listener_that_fails_is_a_warning_without_its_path(listener, caplog):
+def test_a_failure_of_the_receiver_is_a_warning_without_its_path(listener, caplog):
     url, bodies = listener
     notify.post(f"{url}/broken", {"outcome": "succeeded"})
     assert bodies == [{"outcome": "succeeded"}]
@@ -133,7 +133,7 @@ def test_a_listener_that_fails_is_a_warning_without_its_path(listener, caplog):
     assert "broken" not in caplog.text
 
 
-def test_a_listener_that_does_not_answer_holds_up_nothing(monkeypatch, caplog):
+def test_a_receiver_that_does_not_answer_does_not_delay_the_run(monkeypatch, caplog):
     import socket
 
     monkeypatch.setattr(notify, "TIMEOUT", 0.2)
@@ -146,7 +146,7 @@ def test_a_listener_that_does_not_answer_holds_up_nothing(monkeypatch, caplog):
     "url",
     ["file:///s3cr3t", "http://me:s3cr3t@host/", "http://[::1/s3cr3t", "http://host:x/s3cr3t", "http://host/s3cr3tü"],
 )
-def test_what_cannot_be_a_listener_is_refused_without_showing_it(url, tmp_path):
+def test_an_invalid_receiver_is_refused_without_showing_its_url(url, tmp_path):
     done = run_pipeline(tmp_path, "plan", NOTIFY_URL=url)
     assert done.returncode == 2
     assert "NOTIFY_URL=***: expected http://... or https://..." in done.stdout

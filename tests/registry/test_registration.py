@@ -1,4 +1,4 @@
-"""Against the embedded store and a real MLflow server over HTTP."""
+"""Registrations in the embedded store and on a real MLflow server over HTTP."""
 
 import base64
 import http.server
@@ -17,10 +17,12 @@ from dgmd_pipeline.registry import registration, versions
 from dgmd_pipeline.registry import store as registry_store
 from dgmd_pipeline.training.networks import load
 
+pytest_plugins = ["support.registry"]
+
 
 @pytest.fixture
 def answering():
-    """A server that answers every GET as told and remembers what it was asked: `answering(status, body)`."""
+    """Start a server that answers each GET with a status and a body; its address and the requests that it got."""
     servers = []
 
     def start(status, body=b""):
@@ -47,13 +49,13 @@ def answering():
         server.server_close()
 
 
-def test_a_server_of_version_3_is_fine(mlflow_server):
+def test_a_server_of_version_3_is_accepted(mlflow_server):
     assert registry_store.check_server(mlflow_server) is None
 
 
-def test_an_older_server_has_to_be_upgraded(answering):
+def test_an_older_server_is_refused(answering):
     host, _ = answering(200, b"2.22.1")
-    with pytest.raises(PipelineError, match="is version 2.22.1, .* upgrade the server"):
+    with pytest.raises(PipelineError, match="is version 2.22.1; .* upgrade the server"):
         registry_store.check_server(f"http://{host}")
 
 
@@ -63,10 +65,10 @@ def test_an_older_server_has_to_be_upgraded(answering):
         (401, b"", "MLFLOW_TRACKING_USERNAME"),
         (403, b"Invalid Host header", "MLFLOW_SERVER_ALLOWED_HOSTS"),
         (502, b"", "answers 502"),
-        (200, b"<html>welcome</html>", "does not say that it is an MLflow server"),
+        (200, b"<html>welcome</html>", "does not identify itself as an MLflow server"),
     ],
 )
-def test_a_server_that_does_not_say_its_version_is_a_warning(answering, status, body, said):
+def test_a_server_that_does_not_tell_its_version_is_a_warning(answering, status, body, said):
     host, _ = answering(status, body)
     warning = registry_store.check_server(f"http://me:s3cr3t@{host}/")
     assert said in warning
@@ -74,7 +76,7 @@ def test_a_server_that_does_not_say_its_version_is_a_warning(answering, status, 
     assert "s3cr3t" not in warning
 
 
-def test_a_server_that_is_not_there_is_a_warning():
+def test_a_server_that_cannot_be_reached_is_a_warning():
     assert "cannot be reached" in registry_store.check_server("http://127.0.0.1:9/")
     assert "cannot be reached" in registry_store.check_server("http://no such host/")
 
@@ -86,7 +88,7 @@ def test_a_login_is_sent_as_a_header(answering, uri, login):
     assert asked == [("/version", "Basic " + base64.b64encode(b"me:p@ss").decode())]
 
 
-def test_a_store_that_is_no_server_is_not_asked():
+def test_a_store_that_is_not_a_server_is_not_checked():
     assert registry_store.check_server("sqlite:////data/mlflow.db") is None
 
 
@@ -94,10 +96,10 @@ def test_a_store_that_is_no_server_is_not_asked():
 def saved_model(tmp_path_factory):
     import keras
 
-    pictures = keras.Input((None, None, 3), dtype="uint8")
-    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(pictures))
+    images = keras.Input((None, None, 3), dtype="uint8")
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(images))
     path = tmp_path_factory.mktemp("model") / "model.keras"
-    keras.Model(pictures, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
+    keras.Model(images, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
     return path
 
 
@@ -126,14 +128,7 @@ def candidate(folder, model, training_id="one", **changes):
     return registration.Candidate(**{**values, **changes})
 
 
-@pytest.fixture(params=["embedded", "server"])
-def store(request, tmp_path):
-    if request.param == "embedded":
-        return registry_store.embedded(tmp_path / "mlflow")
-    return registry_store.Store(request.getfixturevalue("mlflow_server"), None)
-
-
-def test_a_training_becomes_one_version_however_often_it_is_registered(store, saved_model, tmp_path, request):
+def test_a_training_is_registered_once(store, saved_model, tmp_path, request):
     name = f"often-{request.node.callspec.id}"
     first = registration.register(store, name, name, candidate(tmp_path, saved_model))
     again = registration.register(store, name, name, candidate(tmp_path, saved_model))
@@ -156,7 +151,7 @@ def test_each_epoch_is_a_step_of_the_metrics(store, saved_model, tmp_path, reque
     assert client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.7
 
 
-def test_a_long_history_is_logged_whole(store, saved_model, tmp_path, request):
+def test_a_long_history_is_logged_completely(store, saved_model, tmp_path, request):
     name = f"long-{request.node.callspec.id}"
     history = [dict.fromkeys(("accuracy", "loss", "val_accuracy", "val_loss"), float(epoch)) for epoch in range(400)]
     version = registration.register(store, name, name, candidate(tmp_path, saved_model, history=history))
@@ -168,7 +163,7 @@ def test_a_long_history_is_logged_whole(store, saved_model, tmp_path, request):
         assert values == {epoch + 1: float(epoch) for epoch in range(400)}
 
 
-def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, saved_model, tmp_path, request):
+def test_step_times_belong_to_the_run_and_evaluation_metrics_also_to_the_model(store, saved_model, tmp_path, request):
     name = f"times-{request.node.callspec.id}"
     version = registration.register(store, name, name, candidate(tmp_path, saved_model))
     registration.add_metrics(store, version, {"step_seconds/registered_model": 2.5})
@@ -180,19 +175,18 @@ def test_what_steps_took_is_the_run_s_and_the_evaluation_the_model_s_too(store, 
     assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
 
 
-def test_a_consumer_without_this_package_gets_the_same_answers_and_nothing_is_printed(saved_model, tmp_path):
-    store = registry_store.embedded(tmp_path / "mlflow")
-    registration.register(store, "quiet", "quiet", candidate(tmp_path, saved_model))
-    pictures = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)
-    np.save(tmp_path / "pictures.npy", pictures)
+def test_a_consumer_without_this_package_gets_the_same_predictions_and_no_output(embedded_store, saved_model, tmp_path):
+    registration.register(embedded_store, "quiet", "quiet", candidate(tmp_path, saved_model))
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 5, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
     code = f"""
 import sys, mlflow, numpy as np
-mlflow.set_tracking_uri({store.uri!r})
+mlflow.set_tracking_uri({embedded_store.uri!r})
 model = mlflow.pyfunc.load_model("models:/quiet/1")
-pictures = np.load("pictures.npy")
+images = np.load("images.npy")
 for stream in (sys.stdout, sys.stderr):
-    print("from here on", file=stream, flush=True)
-np.save("answers.npy", model.predict(pictures))
+    print("predicting", file=stream, flush=True)
+np.save("predictions.npy", model.predict(images))
 assert "dgmd_pipeline" not in sys.modules
 assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
 """
@@ -201,53 +195,50 @@ assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert [stream.partition("from here on\n")[2] for stream in (done.stdout, done.stderr)] == ["", ""]
-    assert np.array_equal(np.load(tmp_path / "answers.npy"), load(saved_model).predict(pictures, verbose=0))
+    assert [stream.partition("predicting\n")[2] for stream in (done.stdout, done.stderr)] == ["", ""]
+    assert np.array_equal(np.load(tmp_path / "predictions.npy"), load(saved_model).predict(images, verbose=0))
 
 
-def test_a_run_that_was_cut_off_before_its_version_is_made_anew(saved_model, tmp_path):
-    store = registry_store.embedded(tmp_path / "mlflow")
-    lost = candidate(tmp_path, saved_model, files={tmp_path / "nowhere": ""})  # found missing after the run was begun
-    with pytest.raises(PipelineError, match=r"did not take the model: .*nowhere"):
-        registration.register(store, "cut", "cut", lost)
-    version = registration.register(store, "cut", "cut", candidate(tmp_path, saved_model))
-    client = mlflow.MlflowClient(store.uri, store.uri)
+def test_an_incomplete_run_is_logged_again(embedded_store, saved_model, tmp_path):
+    # MLflow notices the missing file after it has started the run.
+    incomplete = candidate(tmp_path, saved_model, files={tmp_path / "nowhere": ""})
+    with pytest.raises(PipelineError, match=r"could not register the model: .*nowhere"):
+        registration.register(embedded_store, "cut", "cut", incomplete)
+    version = registration.register(embedded_store, "cut", "cut", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(embedded_store.uri, embedded_store.uri)
     runs = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
     assert [run.info.run_id for run in runs] == [version.run_id]
 
 
-def test_a_run_that_was_complete_before_its_version_was_created_is_used(saved_model, tmp_path):
-    store = registry_store.embedded(tmp_path / "mlflow")
-    first = registration.register(store, "shared", "first", candidate(tmp_path, saved_model))
-    second = registration.register(store, "shared", "second", candidate(tmp_path, saved_model))
+def test_a_complete_run_without_a_version_is_reused(embedded_store, saved_model, tmp_path):
+    first = registration.register(embedded_store, "shared", "first", candidate(tmp_path, saved_model))
+    second = registration.register(embedded_store, "shared", "second", candidate(tmp_path, saved_model))
     assert second.new
     assert second.run_id == first.run_id
-    client = mlflow.MlflowClient(store.uri, store.uri)
+    client = mlflow.MlflowClient(embedded_store.uri, embedded_store.uri)
     assert client.get_run(first.run_id).info.lifecycle_stage == "active"
     assert mlflow.pyfunc.load_model("models:/second/1").metadata.metadata["labels"] == ["anise", "mint"]
 
 
-def test_a_version_that_was_promoted_meanwhile_does_not_become_candidate_again(saved_model, tmp_path):
-    store = registry_store.embedded(tmp_path / "mlflow")
-    registration.register(store, "promoted", "promoted", candidate(tmp_path, saved_model))
-    client = mlflow.MlflowClient(store.uri, store.uri)
+def test_a_promoted_version_does_not_become_the_candidate_again(embedded_store, saved_model, tmp_path):
+    registration.register(embedded_store, "promoted", "promoted", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(embedded_store.uri, embedded_store.uri)
     client.delete_registered_model_alias("promoted", "candidate")
     client.set_model_version_tag("promoted", "1", "environment", "production")
-    registration.register(store, "promoted", "promoted", candidate(tmp_path, saved_model))
+    registration.register(embedded_store, "promoted", "promoted", candidate(tmp_path, saved_model))
     assert client.get_model_version("promoted", "1").aliases == []
 
 
-def test_a_deleted_experiment_is_explained(saved_model, tmp_path):
-    store = registry_store.embedded(tmp_path / "mlflow")
-    registration.register(store, "deleted", "deleted", candidate(tmp_path, saved_model))
-    client = mlflow.MlflowClient(store.uri, store.uri)
+def test_a_deleted_experiment_is_explained(embedded_store, saved_model, tmp_path):
+    registration.register(embedded_store, "deleted", "deleted", candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(embedded_store.uri, embedded_store.uri)
     client.delete_experiment(client.get_experiment_by_name("deleted").experiment_id)
     with pytest.raises(PipelineError, match="has been deleted. Restore it"):
-        registration.register(store, "deleted", "deleted", candidate(tmp_path, saved_model, "two"))
+        registration.register(embedded_store, "deleted", "deleted", candidate(tmp_path, saved_model, "two"))
 
 
-def test_no_login_in_what_is_said_of_a_server_that_does_not_answer(monkeypatch):
+def test_an_error_does_not_show_the_login_of_a_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(PipelineError, match="did not answer as expected") as caught:
-        versions.entries(registry_store.Store("http://me:pa55word@127.0.0.1:9", None), "jars")
+        versions.read(registry_store.Store("http://me:pa55word@127.0.0.1:9", None), "jars")
     assert "pa55word" not in str(caught.value)

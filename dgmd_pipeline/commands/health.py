@@ -1,0 +1,38 @@
+"""The command `health`."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from dgmd_pipeline.commands import status
+from dgmd_pipeline.workflow import disk
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def health(values: "Settings", as_json: bool) -> int:
+    """Show the outcome of the last run; return 0 if it succeeded or no run has ended yet, else 1.
+
+    Raises PipelineError if DATA_DIR cannot be read or written.
+    """
+    with disk.disk_errors_explained(values.data_dir):
+        last = status.read(values.data_dir)
+        if not values.data_dir.is_dir():
+            log.error("%s does not exist: no run has ended there.", values.data_dir)
+            return 1
+        if not os.access(values.data_dir, os.W_OK):  # the status may be outdated: a later run could not write its own
+            reason = errno.EROFS if os.statvfs(values.data_dir).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(reason, os.strerror(reason), str(values.data_dir))
+    if as_json:
+        print(json.dumps(last and dataclasses.asdict(last), indent=1))
+    elif last is None:
+        log.info("No run has ended yet in %s.", values.data_dir)
+    else:
+        log.info("%s: %s after %.0f s. %s", last.ended, last.outcome, last.seconds, last.message)
+    return 0 if last is None or last.is_good else 1

@@ -1,0 +1,25 @@
+"""The command `history`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dgmd_pipeline.commands import output, versions
+from dgmd_pipeline.registry import promotion
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.settings import Settings
+
+
+def history(values: "Settings", as_json: bool) -> None:
+    """Show who made which version production, when and why."""
+    _, state = versions.read_registry(values)
+    events = promotion.history(state)
+    if as_json:
+        output.print_json([event.as_json() for event in events])
+        return
+    rows: list[Sequence[str]] = [("when", "what", "from", "to", "who", "why")]
+    for event in events:
+        what = event.action + (" (forced)" if event.forced else "") + ("" if event.done else " (not carried out)")
+        change = (str(event.previous or ""), str(event.version))
+        rows.append((event.time[:16], what, *change, event.user, event.reason))
+    output.print_table(rows)

@@ -1,0 +1,72 @@
+"""The registry and the version that a command works on."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from dgmd_pipeline.errors import NoUsableInput, PipelineError
+from dgmd_pipeline.registry import promotion, versions
+from dgmd_pipeline.registry.store import CANDIDATE, Store
+from dgmd_pipeline.registry.versions import ModelState, ModelVersion
+from dgmd_pipeline.tasks import outputs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import keras
+
+    from dgmd_pipeline.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, ModelState]:
+    """Return the registry and the model in it, with interrupted promotions repaired.
+
+    Raises NoUsableInput if there is no registry or it holds no version of the model.
+    """
+    store = outputs.store(values)
+    if store is None:
+        raise NoUsableInput(
+            f"There is no registry: MLFLOW_TRACKING_URI is not set, and {values.data_dir} holds no embedded store. Set "
+            "MLFLOW_TRACKING_URI or DATA_DIR, or run the pipeline first."
+        )
+    state = versions.read(store, values.model_name)
+    if not state.versions:
+        raise NoUsableInput(
+            f"There is no version of {values.model_name} in the registry: correct MODEL_NAME, or run the pipeline "
+            "first."
+        )
+    if repair:
+        state, repaired = promotion.repair(store, state)
+        if repaired:
+            log.warning("repaired the registry: %s", "; ".join(repaired))
+    return store, state
+
+
+def select_version(state: ModelState, word: str) -> ModelVersion:
+    """Return the version that a number or an @alias names. Raises NoUsableInput if there is none."""
+    for version in state.versions:
+        if str(version.version) == word or (word.startswith("@") and word[1:] in version.aliases):
+            return version
+    if word == f"@{CANDIDATE}" and state.versions:
+        raise NoUsableInput(
+            f"No version of {state.name} is waiting for promotion; the newest is {state.versions[0].version}. Name the "
+            "version to promote."
+        )
+    numbers = ", ".join(str(version.version) for version in state.versions[:10])
+    aliases = ", ".join(f"@{alias}" for version in state.versions for alias in version.aliases) or "none"
+    raise NoUsableInput(f"{state.name} has no version {word}. Newest versions: {numbers}; aliases: {aliases}.")
+
+
+def load_network(path: "Path", name: str, version: ModelVersion) -> "keras.Model":
+    """Load the model of a fetched version. Raises PipelineError if its file is damaged."""
+    from dgmd_pipeline.training import networks
+
+    try:
+        return networks.load(path)
+    except PipelineError as error:
+        reason = str(error.__cause__).strip().split("\n")[0].replace(str(path), path.name)
+        raise PipelineError(
+            f"{name} version {version.version} is damaged in the registry and cannot be loaded ({reason}). Train a new "
+            "one, or use another version."
+        ) from error

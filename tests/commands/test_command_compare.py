@@ -1,0 +1,58 @@
+"""The command `compare`, and the comparison that a run makes, against a real MLflow server."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.trained_versions import NAME
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.registry import versions
+
+pytest_plugins = ["support.trained_versions"]
+
+
+def test_a_run_compares_its_model_with_production_on_the_same_images(trained, tmp_path):
+    assert "version 1 is production: fetching it to compare" in trained.second_run
+    version = trained.client.get_model_version(NAME, "2")
+    assert version.aliases == ["candidate"]
+    evaluation = Path(trained.client.download_artifacts(version.run_id, "evaluation", str(tmp_path)))
+    comparison = json.loads((evaluation / "comparison.json").read_text())
+    assert (comparison["version"], comparison["left_out"]) == (1, 0)
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    assert comparison["images"] == metrics["images"]
+    (status,) = trained.notified
+    assert (status["outcome"], status["version"], status["accuracy"]) == ("succeeded", 2, metrics["accuracy"])
+    assert status["difference"] == comparison["difference"]
+    benchmark = json.loads((evaluation / "assessment.json").read_text())
+    assert benchmark["predictions_equal"] and benchmark["latency_ratio"] > 0
+    assert version.tags["dgmd.compared_with"] == "1"
+    assert float(version.tags["dgmd.latency_p50_ms"]) == pytest.approx(benchmark["latency_p50_ms"], rel=1e-4)
+
+
+def test_two_versions_are_compared(trained, json_of):
+    found = json_of(trained.folder, "compare", "2", "1", **trained.variables)
+    with np.load(trained.folder / "data/evaluation/predictions.npz") as kept:  # of version 2
+        right = (kept["probabilities"].argmax(1) == kept["truth"]).mean()
+    assert found["comparison"]["accuracy"] == pytest.approx(right)
+    assert found["comparison"]["version"] == 1 and "other_accuracy" in found["comparison"]
+    assert found["assessment"]["latency_ratio"] > 0 and "other_bytes" in found["assessment"]
+    assert "production_" not in json.dumps(found)
+
+
+def test_a_version_that_does_not_exist_is_reported(trained, command):
+    result = command(trained.folder, "compare", "1", "x", **trained.variables)
+    assert result.returncode == 20
+    assert "has no version x" in result.stdout
+
+
+def test_the_registry_keeps_which_images_a_version_was_trained_on(trained, tmp_path):
+    store = registry_store.Store(trained.variables["MLFLOW_TRACKING_URI"], None)
+    newest = versions.read(store, NAME).versions[0]
+    fetched = versions.fetch(store, NAME, newest, tmp_path)
+    split = trained.folder / "data" / "split" / "training.csv"
+    files = [trained.folder / "data" / "raw" / row.path for row in manifest.read(split, manifest.Example)]
+    assert fetched.trained_on == {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

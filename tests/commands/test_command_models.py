@@ -1,0 +1,47 @@
+"""The commands `models` and `history` against a real MLflow server."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import environment_with
+
+pytest_plugins = ["support.trained_versions"]
+
+
+def test_models_shows_environment_comparison_and_promotion_of_each_version(trained, json_of, command):
+    rows = {row["version"]: row for row in json_of(trained.folder, "models", **trained.variables)}
+    assert {number: row["environment"] for number, row in rows.items()} == {1: "production", 2: "non-production"}
+    assert rows[2]["compared_with"] == "1" and rows[2]["bytes"] > 10_000 and rows[2]["latency_p50_ms"] > 0
+    assert rows[2]["aliases"] == ["candidate"]
+    assert rows[1]["promoted_by"] and rows[1]["promoted_at"]
+    assert rows[2]["promoted_by"] is None and rows[2]["promoted_at"] is None
+    table = command(trained.folder, "models", **trained.variables).stdout.splitlines()
+    assert max(map(len, table)) <= 80, table
+    assert f"promoted {rows[1]['promoted_at'][:10]} by {rows[1]['promoted_by']}" in table[-2]
+    assert table[-1].startswith("* candidate")
+
+
+@pytest.mark.parametrize("word", ["models", "promote", "rollback", "history"])
+def test_a_missing_registry_or_model_is_reported(trained, tmp_path, command, word):
+    variables = {**trained.variables, "DATA_DIR": tmp_path, "MODEL_NAME": "other"}
+    result = command(tmp_path, word, **variables)
+    assert result.returncode == 20
+    assert "There is no version of other in the registry" in result.stdout
+    result = command(tmp_path, word, **{**variables, "MLFLOW_TRACKING_URI": ""})
+    assert result.returncode == 20
+    assert re.search(r"There is no registry: .* holds no embedded store", result.stdout)
+
+
+def test_models_and_history_do_not_import_tensorflow(trained):
+    code = """
+import sys
+from dgmd_pipeline import cli
+for word in ("models", "history"):
+    assert cli.main([word]) == 0
+assert "tensorflow" not in sys.modules
+"""
+    environment = environment_with(trained.variables)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=trained.folder, env=environment, timeout=120)
+    assert ran.returncode == 0

@@ -1,0 +1,178 @@
+"""The commands `promote` and `rollback` against a real MLflow server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import ROOT, environment_with
+from support.mlflow_server import registered_model_requests
+from support.trained_versions import NAME, register_again, run_with
+
+pytest_plugins = ["support.trained_versions"]
+
+TOO_SLOW = {"MAX_LATENCY_RATIO": 1e-3}  # a condition that no model meets
+PAGE = (ROOT / "docs/moving.md").read_text("utf-8")
+(ADOPTING,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "set_registered_model" in code)
+
+
+def environments(json_of, folder, variables):
+    return {row["version"]: row["environment"] for row in json_of(folder, "models", **variables)}
+
+
+def test_the_first_promotion_says_that_there_is_nothing_to_compare_with(trained):
+    assert trained.first_promotion.count("There is no production version to compare with.") == 3
+    assert "version 1 is production" in trained.first_promotion
+
+
+def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json_of):
+    folder, name = trained.folder, own_model["MODEL_NAME"]
+    slow = {**own_model, **TOO_SLOW}
+    assert command(folder, "promote", "1", "--yes", "--reason", "the first one", **own_model).returncode == 0
+    assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
+
+    refused = command(folder, "promote", "--yes", **slow)
+    assert refused.returncode == 40
+    assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One " in refused.stdout
+    without_terminal = command(folder, "promote", **own_model)
+    assert without_terminal.returncode == 2 and "stdin is not a terminal" in without_terminal.stdout
+    without_reason = command(folder, "promote", "--force", **own_model)
+    assert without_reason.returncode == 2 and "--force requires a reason" in without_reason.stdout
+    assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
+
+    forced = json_of(folder, "promote", "2", "--yes", "--force", "--reason", "it is needed", **slow)
+    assert forced["promoted"] and forced["event"]["forced"]
+    assert environments(json_of, folder, own_model) == {1: "non-production", 2: "production"}
+    assert "is production already" in command(folder, "promote", "@production", **own_model).stdout
+    assert trained.client.get_model_version(name, "1").current_stage == "Archived"
+    assert trained.client.get_model_version(name, "2").aliases == ["production"]
+
+    back = command(folder, "rollback", "--yes", "--reason", "it was not", **own_model)
+    assert back.returncode == 0 and "version 1 is production again" in back.stdout
+    assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
+    assert command(folder, "rollback", "--yes", **own_model).returncode == 40
+
+    events = json_of(folder, "history", **own_model)
+    assert [(e["action"], e["former"], e["version"], e["forced"], e["why"]) for e in events] == [
+        ("promote", None, 1, False, "the first one"),
+        ("promote", 1, 2, True, "it is needed"),
+        ("rollback", 2, 1, False, "it was not"),
+    ]
+    assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
+    table = command(folder, "history", **own_model).stdout.splitlines()
+    assert len(table) == 4 and "promote (forced)" in table[2]
+
+
+def test_a_promotion_asks_for_the_registered_model_at_most_twice(trained, own_model, command):
+    for words in (["promote", "1"], ["promote", "2"], ["rollback"]):
+        with registered_model_requests() as sent:
+            done = command(trained.folder, *words, "--yes", **own_model)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(sent) == 2, words
+
+
+def test_an_operator_at_a_terminal_is_asked(trained, own_model, command, json_of, monkeypatch):
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "w") as keyboard, os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        print("n", file=keyboard, flush=True)
+        refused = command(trained.folder, "promote", "2", **own_model)
+        assert refused.returncode == 40, refused.stdout
+        assert "[y/N]" in refused.stderr and "Nothing was changed." in refused.stdout
+        assert environments(json_of, trained.folder, own_model) == {1: "non-production", 2: "non-production"}
+        print("y", file=keyboard, flush=True)
+        assert command(trained.folder, "promote", "2", **own_model).returncode == 0
+    assert environments(json_of, trained.folder, own_model) == {1: "non-production", 2: "production"}
+
+
+def test_a_review_of_another_production_version_is_repeated_if_the_validation_records_exist(
+    trained, own_model, tmp_path, command
+):
+    trained.client.set_registered_model_alias(own_model["MODEL_NAME"], "production", "2")  # 1 was not compared with it
+    refused = command(tmp_path, "promote", "1", "--yes", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
+    assert refused.returncode == 40, refused.stdout
+    assert "there are no validation records" in refused.stdout
+    promoted = command(trained.folder, "promote", "1", "--yes", **own_model)
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    assert "Production is version 2: comparing" in promoted.stdout
+
+
+def test_promote_benchmarks_a_version_whose_run_could_not(trained, tmp_path, command):
+    client, name = trained.client, f"{NAME}-without-benchmark"
+    known = client.get_model_version(NAME, "2")
+    run = run_with(client, known, "evaluation", "split")
+    (tmp_path / "assessment.json").write_text('{"missing": "It died."}')
+    client.log_artifact(run.info.run_id, tmp_path / "assessment.json", "evaluation")
+    client.create_registered_model(name)
+    register_again(client, name, known, run)
+    variables = {**trained.variables, "MODEL_NAME": name}
+    refused = command(tmp_path, "promote", "1", "--yes", **{**variables, "DATA_DIR": tmp_path})
+    assert refused.returncode == 40 and "It died." in refused.stdout
+    promoted = command(trained.folder, "promote", "1", "--yes", **variables)
+    assert promoted.returncode == 0, promoted.stdout
+    assert "Benchmarking the model in a clean process ..." in promoted.stdout
+
+
+def test_a_damaged_model_in_the_registry_is_reported(trained, tmp_path, command):
+    client, name = trained.client, f"{NAME}-damaged"
+    known = client.get_model_version(NAME, "2")
+    run = run_with(client, known, "split")
+    uri = trained.variables["MLFLOW_TRACKING_URI"]
+    model = Path(mlflow.artifacts.download_artifacts(known.source, tracking_uri=uri))
+    (model / "data" / "model.keras").write_bytes(b"PK no model")
+    client.log_artifacts(run.info.run_id, model, "model")
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    for words in (["promote", "1", "--yes"], ["predict", "jar.jpeg", "--version", "1"]):
+        refused = command(trained.folder, *words, **{**trained.variables, "MODEL_NAME": name})
+        assert refused.returncode == 30
+        assert f"{name} version 1 is damaged in the registry and cannot be loaded" in refused.stdout + refused.stderr
+        assert "dgmd-" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("9", "has no version 9. Newest versions: 2, 1; aliases: @candidate, @production."),
+        ("@nobody", "has no version @nobody. Newest"),
+    ],
+)
+def test_a_version_that_does_not_exist_is_reported(trained, command, version, message):
+    result = command(trained.folder, "promote", version, **trained.variables)
+    assert result.returncode == 20
+    assert message in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_version_of_an_older_pipeline_is_replaced_and_restored(trained, command, json_of):
+    folder, client, name = trained.folder, trained.client, "jars-of-before"
+    run = client.create_run(client.get_experiment_by_name(NAME).experiment_id)
+    Path("MLmodel").write_text("flavors:\n  keras: {}\n")
+    client.log_artifact(run.info.run_id, "MLmodel", "model")
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    register_again(client, name, client.get_model_version(NAME, "2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        client.transition_model_version_stage(name, "1", "Production")
+    variables = {**trained.variables, "MODEL_NAME": name}
+    ignored = command(folder, "promote", "2", **{**variables, **TOO_SLOW})
+    assert "version 1 has the stage Production but not the alias" in ignored.stdout
+    code = [sys.executable, "-c", ADOPTING]
+    subprocess.run(code, cwd=folder, env=environment_with({**variables, "VERSION": 1}), check=True)
+    assert environments(json_of, folder, variables) == {2: "non-production", 1: "production"}
+    refused = command(folder, "promote", "2", "--yes", "--json", **variables)
+    assert refused.returncode == 40
+    gates = {gate["name"]: gate for gate in json.loads(refused.stdout)["gates"]}
+    assert "was not made by this pipeline" in gates["assessment"]["text"] and not gates["assessment"]["passed"]
+    assert json_of(folder, "promote", "2", "--yes", "--force", "--reason", "the first of ours", **variables)["promoted"]
+    back = command(folder, "rollback", "--yes", **variables)
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert "version 1 is production again" in back.stdout
+    assert "Rolling back without checking that it can be loaded." in back.stdout
+    assert client.get_model_version(name, "1").current_stage == "Production"
