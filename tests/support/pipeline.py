@@ -61,7 +61,7 @@ def redone(before, data_dir):
     return {step for step, inode in folders(data_dir).items() if before[step] != inode}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(s3_endpoint, mlflow_server, tmp_path_factory):
     """A finished run, not to be changed: its folder, variables and result."""
     import boto3
