@@ -98,6 +98,15 @@ def test_only_tasks_names_step_folders(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short(module):
+    assert len((PACKAGE / module).read_text().splitlines()) <= 400
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef):
+            limit = 20 if package_of(module) == "tasks" and node.name == "work" else 60
+            assert node.end_lineno - node.lineno < limit, node.name
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_first_line_of_a_module_says_what_it_does(module):
     assert (ast.get_docstring(tree(module)) or "").split("\n")[0]
 

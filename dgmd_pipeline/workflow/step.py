@@ -195,8 +195,8 @@ class Step(luigi.Task):
 
     def _forced(self) -> str | None:
         """Return why the step, or one before it, is done again in any case."""
-        forced = self.context.forced
-        return next((forced[step.folder] for step in planning.upstream_steps(self) if step.folder in forced), None)
+        forced, steps = self.context.forced, reversed(planning.upstream_steps(self))  # its own reason first
+        return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
         """Do the work, or nothing where the inputs' fingerprints turn out to be unchanged."""

@@ -28,7 +28,7 @@ def test_a_log_is_not_flooded(caplog):
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(tmp_path):
-    code = "from dgmd_pipeline.progress import progress; list(progress(range(50), 'inspect', 50, 'images'))"
+    code = "from dgmd_pipeline.workflow.progress import progress; list(progress(range(50), 'inspect', 50, 'images'))"
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
