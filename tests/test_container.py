@@ -302,7 +302,7 @@ def project(images, compose, tmp_path):
         return subprocess.run([*base, *words], capture_output=True, text=True, timeout=600, env=environment)
 
     yield call, address
-    call("--profile", "demo", "--profile", "once", "--profile", "schedule", "down", "--volumes")
+    call("--profile", "demo", "--profile", "once", "--profile", "schedule", "--profile", "luigid", "down", "--volumes")
 
 
 def test_compose_runs_the_demo_to_a_registered_model(project):
@@ -348,3 +348,12 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     healthy(container)
     assert call("stop", "model-pipeline-scheduled", **every_minute).returncode == 0
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout.strip() == "143"
+
+
+def test_compose_starts_a_luigi_scheduler(project):
+    call, _ = project
+    up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{PORT + 2}")
+    assert up.returncode == 0, up.stdout + up.stderr
+    healthy(call("ps", "--quiet", "luigid", COMPOSE_PROFILES="luigid").stdout.strip())
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/api/task_list?data={{}}", timeout=5) as answer:
+        assert json.load(answer)["response"] == {}
