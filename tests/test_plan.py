@@ -53,7 +53,7 @@ def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tm
     assert "Nothing to do: tfrecord_validation is done." in result.stdout
     result = run_pipeline(tmp_path, "--force", "train", "--until", "split", **variables)
     assert result.returncode == 2
-    assert "'train' is no step of this run" in result.stdout
+    assert "'train' is not a step of this run" in result.stdout
 
 
 @pytest.mark.slow

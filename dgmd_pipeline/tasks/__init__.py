@@ -1,10 +1,10 @@
-"""The graph: which step is made from which. Only this package names step folders.
+"""The graph: which step needs which. Only this package names step folders.
 
     luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
 
-runs the pipeline with the settings of the environment. A task wires: it reads its inputs, calls a function or a few,
-and writes. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they are used, so that a run with
-nothing to do starts without them.
+runs the pipeline with the settings of the environment. A task only connects: it reads its inputs, calls a few
+functions, and writes. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they are used, so that
+a run with nothing to do starts without them.
 """
 
 from dgmd_pipeline.tasks import model

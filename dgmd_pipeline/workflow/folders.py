@@ -1,6 +1,6 @@
 """A draft -> a complete folder: commit, recovery after a kill, and the lock.
 
-A step writes into a draft folder beside its target. Its last act renames the draft, so a folder that exists is
+A step writes into a draft folder beside its target, and renames the draft at the end. So a folder that exists is
 complete: docs/decisions/0001-a-step-is-a-folder.md.
 """
 
@@ -18,15 +18,15 @@ from dgmd_pipeline.errors import Busy
 from dgmd_pipeline.workflow import disk
 
 RESUME = ".resume"  # folder in a draft, with what is needed to resume it; never in a finished folder
-FINGERPRINT = "purpose"  # file in RESUME: the fingerprint of what the draft becomes
+FINGERPRINT = "purpose"  # file in RESUME: the fingerprint of what the draft will become
 
 
 @contextlib.contextmanager
 def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
-    """Provide a folder beside `target`, which replaces `target` when the block ends, and is removed when it fails.
+    """Provide a folder beside `target`. It replaces `target` when the block ends, and is removed if the block fails.
 
-    With a `fingerprint` the draft can be resumed: it has a folder RESUME. Once that holds a file, the draft stays when
-    the block fails or the process is killed, and the next call with the same fingerprint gets it.
+    With a `fingerprint` the draft can be resumed: it has a folder RESUME. Once the caller has written a file there, the
+    draft stays if the block fails or the process is killed, and the next call with the same fingerprint provides it.
     """
     folder, old = _beside(target)
     try:
@@ -37,7 +37,7 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
                 (folder / RESUME).mkdir()
                 (folder / RESUME / FINGERPRINT).write_text(fingerprint, "utf-8")
         yield folder
-        # Two renames, because a rename onto a folder that is not empty fails. `recover` repairs a kill between them.
+        # Two renames: a single one cannot replace a folder that is not empty. `recover` handles a kill between the two.
         if target.exists():
             target.rename(old)
         folder.rename(target)
@@ -52,7 +52,7 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
 
 
 def _discard(old: Path, folder: Path) -> None:
-    """Remove a replaced folder under the name of a draft: a folder that is removed in part must never be put back."""
+    """Give a replaced folder the draft's name, then remove it: a partly removed folder must never be put back."""
     disk.remove(folder)
     old.rename(folder)
     disk.remove(folder)
@@ -93,7 +93,7 @@ def current_path(target: Path) -> Path:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Return the paths of a folder's draft and of what it replaces."""
+    """Return the paths of a folder's draft and of the folder that the draft replaces."""
     return target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
 
 

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What will become of a step, and why."""
+    """What a run will do with a step, and why."""
 
     step: str  # name of its folder
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
-    fingerprint: str | None  # that it has or will have, where that is known beforehand
+    fingerprint: str | None  # that the folder has or will have, if that is known beforehand
     images: int | None = None  # that are in the folder; where it is missing, in its input
     bytes: int | None = None  # of its files now
     counts: Json = field(default_factory=dict)
-    waits_for: Sequence[str] = ()  # the steps that run for certain and decide about a "maybe"
+    waits_for: Sequence[str] = ()  # if "maybe": the steps whose results decide whether it runs
 
     @property
     def reason(self) -> str:
@@ -45,7 +45,7 @@ class StepPlan:
 
 
 def upstream_steps(*last: "Step") -> list["Step"]:
-    """Return all steps that `last` depends on, and `last` itself, in running order."""
+    """Return all steps that `last` depends on, and `last` itself, in the order in which they run."""
     steps: dict[str, Step] = {}
 
     def visit(step: "Step") -> None:
@@ -60,7 +60,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. Raises SettingsError, which lists the steps that exist."""
+    """Return the steps with this verb or folder name. Raises SettingsError with a list of all steps if none has."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -68,14 +68,14 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
         for step in steps:
             known.setdefault(step.verb, []).append(step.folder)
         names = ", ".join(f"{verb} ({', '.join(each)})" for verb, each in known.items())
-        raise SettingsError(f"{word!r} is no step of this run. Its steps, with their folders: {names}.")
+        raise SettingsError(f"{word!r} is not a step of this run. Its steps, with their folders: {names}.")
     return found
 
 
 def plan(*last: "Step") -> list[StepPlan]:
-    """Return what will become of each step up to `last`, in running order.
+    """Return the plan of each step up to `last`, in the order in which they run.
 
-    What is up to date is noted in the run's result, and not looked at again.
+    The fingerprints of folders that are up to date are added to the run's result; these folders are not examined again.
     """
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
