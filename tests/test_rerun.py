@@ -13,7 +13,7 @@ from conftest import CREDENTIALS, picture
 
 from dgmd_pipeline import cli
 from dgmd_pipeline.settings import Settings, variable
-from dgmd_pipeline.tasks import data, model
+from dgmd_pipeline.tasks import data, model, training_inputs
 
 pytestmark = [pytest.mark.usefixtures("_own_process"), pytest.mark.slow]
 
@@ -292,5 +292,5 @@ def test_a_raised_format_redoes_its_step(task, steps, cnn, monkeypatch):
 
 def test_a_raised_format_of_the_features_redoes_them_and_what_follows(frozen, monkeypatch):
     variables, data_dir = frozen
-    monkeypatch.setattr(model.ExtractFeatures, "format_version", 2)
+    monkeypatch.setattr(training_inputs.ExtractFeatures, "format_version", 2)
     assert run(variables, data_dir, "--until", "train") == [*FEATURES, "trained_model"]

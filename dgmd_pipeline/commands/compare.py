@@ -7,7 +7,7 @@ from dgmd_pipeline import settings
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.evaluation import gates as evaluation_gates
-from dgmd_pipeline.tasks import outputs
+from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import Review
@@ -23,7 +23,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 
     store, state = versions.read_registry(values)
     entries = [versions.select_version(state, word) for word in (one, other)]
-    images = outputs.validation_images(values)
+    images = lookup.validation_images(values)
     if images is None:
         raise NoUsableInput(
             f"There are no validation records in {values.data_dir}: run the command where the pipeline runs."
@@ -32,7 +32,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         runtime.start_tensorflow()
         first, second = (
-            outputs.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
+            lookup.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
         first = first._replace(probabilities=review.predict(first, images))
         reviewed = review.review(first, second, images, folder, settings.serving_environment())

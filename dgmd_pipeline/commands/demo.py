@@ -181,7 +181,7 @@ def encode_digit(digit: "np.ndarray", size: int, file_format: str) -> bytes:
 
 
 def _print_next_commands() -> None:
-    from dgmd_pipeline.workflow.provenance import read_record
+    from dgmd_pipeline.workflow.step_record import read_record
 
     registered, evaluation = read_record(DATA_DIR / "registered_model"), read_record(DATA_DIR / "evaluation")
     if not registered or not evaluation:

@@ -13,7 +13,7 @@ from dgmd_pipeline.registry import promotion
 from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.registry.store import Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
-from dgmd_pipeline.tasks import names, outputs
+from dgmd_pipeline.tasks import lookup, names
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import CandidateModel, Review
@@ -121,7 +121,7 @@ def _load_and_check(store: Store, name: str, version: ModelVersion, folder: Path
     from dgmd_pipeline.training import runtime
 
     log.info("Loading version %d from the registry ...", version.version)
-    model = outputs.candidate_model(store, name, version, folder / str(version.version))
+    model = lookup.candidate_model(store, name, version, folder / str(version.version))
     runtime.start_tensorflow()
     network = versions.load_network(model.path, name, version)
     shape = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
@@ -150,7 +150,7 @@ def _reviewed(
             return review.Review(None, "", None, f"The run of version {entry.version} has no {name}/{file}.")
     recorded = _recorded_review(values, entry, now, folder / name)
     complete = recorded.serving_benchmark and not recorded.comparison_error
-    images = None if complete else outputs.validation_images(values)
+    images = None if complete else lookup.validation_images(values)
     if images is None:
         return recorded
     log.info(
@@ -158,7 +158,7 @@ def _reviewed(
         f"Production is version {now.version}: comparing" if now else "Benchmarking the model in a clean process",
     )
     try:
-        production = outputs.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
+        production = lookup.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
         found = review.review(candidate, production, images, folder, settings.serving_environment())
     except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
         return recorded._replace(comparison_error=str(error))

@@ -16,12 +16,12 @@ from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
 from dgmd_pipeline.settings import Settings, mlflow_login
-from dgmd_pipeline.tasks import LAST, names, outputs, resources
+from dgmd_pipeline.tasks import LAST, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
-from dgmd_pipeline.workflow.provenance import read_record
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
 from dgmd_pipeline.workflow.step import Step
+from dgmd_pipeline.workflow.step_record import read_record
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def publish_status(values: Settings, result: RunResult | None, code: int, messag
     """Write the outcome of a run to `status.json`, for the health check, and send it to NOTIFY_URL."""
     changed = result is None or bool(result.records)
     outcome = status.outcome(code, changed)
-    known = outputs.registered(values.data_dir, result) if result and code == 0 else {}
+    known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
     failed = result.failed_step if result and outcome == status.FAILED else None
     text = redact(message)
     published = status.Status(

@@ -7,7 +7,7 @@ from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.registry import promotion, versions
 from dgmd_pipeline.registry.store import CANDIDATE, Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
-from dgmd_pipeline.tasks import outputs
+from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, Model
 
     Raises NoUsableInput if there is no registry or it holds no version of the model.
     """
-    store = outputs.store(values)
+    store = lookup.store(values)
     if store is None:
         raise NoUsableInput(
             f"There is no registry: MLFLOW_TRACKING_URI is not set, and {values.data_dir} holds no embedded store. Set "

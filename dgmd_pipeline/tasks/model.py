@@ -1,4 +1,4 @@
-"""TFRecords -> a registered model."""
+"""TFRecords or stored features -> a registered model."""
 
 import logging
 import time
@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.tasks import names, outputs, resources
+from dgmd_pipeline.tasks import lookup, names, resources
 from dgmd_pipeline.tasks.data import (
     SOURCE,
     BalanceClasses,
     DownloadImages,
     InspectImages,
     MapLabels,
-    PerSplitStep,
     SplitImages,
     WriteTFRecords,
 )
 from dgmd_pipeline.tasks.resources import Resources
+from dgmd_pipeline.tasks.training_inputs import ExtractFeatures, training_inputs
 from dgmd_pipeline.workflow import disk, folders, timing
 from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
-from dgmd_pipeline.workflow.provenance import Json, StepRecord, read_record
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
+from dgmd_pipeline.workflow.step_record import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
@@ -35,42 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
-
-
-class ExtractFeatures(PerSplitStep):
-    """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
-
-    name, verb = names.FEATURES, "extract"
-    params = ("backbone", "image_width", "image_height")
-    runtime_params = ("backbone_weights", "keras_home")
-
-    def requires(self) -> dict[str, Step]:
-        return {"records": WriteTFRecords(split=self.split)}
-
-    def extra_inputs(self) -> dict[str, str]:
-        from dgmd_pipeline.training import backbones
-
-        return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
-
-    def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import shards
-        from dgmd_pipeline.training import dataset, features
-        from dgmd_pipeline.workflow.executors import in_threads
-
-        records: Path = self.input()["records"].path
-        shards.check(records)
-        network = resources.network(self.context, extracts=True)
-        assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
-        images = dataset.read(records)
-        count, dimensions = len(images), int(network.output_shape[-1])
-        disk.check_space(draft, self.folder, features.estimate_bytes(count, dimensions))
-        extracted = features.extract(images.batch(features.BATCH).prefetch(2), count, network, draft, in_threads)
-        for _ in self.progress(extracted, count, "images", count=int):
-            pass
-        record, counts = read_record(records), {"images": count, "dimensions": dimensions}
-        summary = f"{count:,} images, {dimensions:,} dimensions"
-        volume = record.counts.get("bytes") if record else None
-        return StepResult(counts=counts, images=count, bytes_processed=volume, summary=summary)
 
 
 class TrainModel(Step):
@@ -89,7 +53,7 @@ class TrainModel(Step):
             {f"records_{split}": WriteTFRecords(split=split) for split in names.SPLITS} if self._fine_tunes() else {}
         )
         needed = {"label_map": MapLabels(), "balanced": BalanceClasses(), "split": SplitImages()}
-        return {**_learned_from(self.settings.backbone), **needed, **records}
+        return {**training_inputs(self.settings.backbone), **needed, **records}
 
     def _fine_tunes(self) -> bool:
         from dgmd_pipeline.training import backbones
@@ -166,7 +130,7 @@ class EvaluateModel(Step):
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
         needed = {"records": records, "split": SplitImages(), "label_map": MapLabels()}
-        return {"trained": TrainModel(), **_learned_from(self.settings.backbone), **needed}
+        return {"trained": TrainModel(), **training_inputs(self.settings.backbone), **needed}
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         return upstream[2].images
@@ -176,7 +140,7 @@ class EvaluateModel(Step):
         from dgmd_pipeline.settings import serving_environment
 
         limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
-        production = partial(outputs.production, self.settings)
+        production = partial(lookup.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
         counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
         images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
@@ -272,7 +236,7 @@ class RegisterModel(Step):
             if not folder.exists():  # a database that is cut off while its tables are made is lost
                 with folders.draft(folder) as new:
                     registry_store.create(new)
-        found = outputs.store(self.settings)
+        found = lookup.store(self.settings)
         assert found is not None  # noqa: S101 - it has just been made
         return found
 
@@ -309,14 +273,6 @@ class RegisterModel(Step):
                 paths["balanced"] / "class_weights.json": "balanced",
             },
         )
-
-
-def _learned_from(backbone: str) -> dict[str, Step]:
-    """Return the tasks whose folders a model with this backbone is trained and measured on, by split."""
-    from dgmd_pipeline.training import backbones
-
-    kind = ExtractFeatures if backbones.is_frozen(backbone) else WriteTFRecords
-    return {split: kind(split=split) for split in names.SPLITS}
 
 
 def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
-from dgmd_pipeline.training import loop
+from dgmd_pipeline.training import early_stopping, loop
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.checkpoint import TrainingState, load_or_start
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainingConfig
@@ -143,7 +143,7 @@ class _Fitter(NamedTuple):
         fit = self.start("trial", head, self.config.epochs)
         log_loss, accuracy = _measure(fit.trained, held_out)
         history = self.fit(fit, fitted_rows, held_out)
-        best = min(history, key=lambda row: row.val_loss)
+        best = early_stopping.best_epoch(history)
         return Trial(len(held_out_rows), log_loss, best.val_loss, accuracy, best.val_accuracy, best.epoch + 1)
 
     def start(self, name: str, head: "keras.Model", epochs: int) -> _Fit:

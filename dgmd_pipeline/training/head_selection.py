@@ -10,7 +10,7 @@ from typing import NamedTuple, Required, TypedDict
 
 import numpy as np
 
-from dgmd_pipeline.training import folds, linear, loop
+from dgmd_pipeline.training import early_stopping, folds, linear, loop
 from dgmd_pipeline.training.checkpoint import TrainingState, unusable_checkpoint, write_atomically
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 from dgmd_pipeline.training.features import LabeledFeatures
@@ -186,12 +186,8 @@ def _best_hidden(
     for fold in cv_folds:
         history: list[Epoch] = []
 
-        def stop_early(row: Epoch, history: list[Epoch] = history) -> None:
-            history.append(row)
-            if row.epoch - min(history, key=lambda each: each.val_loss).epoch >= config.patience:
-                raise _StopEarly
-
-        with contextlib.suppress(_StopEarly):
+        with contextlib.suppress(early_stopping.StopEarly):
+            stop_early = early_stopping.after(config.patience, history)
             fit_hidden(*fold, class_weights, config, start._replace(history=[]), stop_early, network=network)
         histories.append(history)
     epochs = min(map(len, histories))
@@ -200,10 +196,6 @@ def _best_hidden(
     losses, accuracies = np.average(metrics, axis=0, weights=images).T
     best = int(losses.argmin())
     return Option("hidden", float(losses[best]), float(accuracies[best]), epochs=best + 1)
-
-
-class _StopEarly(Exception):
-    """Ends the training of a fold."""
 
 
 def to_json(selection: Selection) -> SelectionJson:

@@ -17,7 +17,8 @@ import luigi
 from dgmd_pipeline import formatting
 from dgmd_pipeline.workflow import disk, folders, planning, progress, run_context
 from dgmd_pipeline.workflow.planning import StepPlan
-from dgmd_pipeline.workflow.provenance import (
+from dgmd_pipeline.workflow.run_context import RunContext, Values
+from dgmd_pipeline.workflow.step_record import (
     SUCCESS,
     Json,
     Reason,
@@ -27,7 +28,6 @@ from dgmd_pipeline.workflow.provenance import (
     read_record,
     write_record,
 )
-from dgmd_pipeline.workflow.run_context import RunContext, Values
 
 log = logging.getLogger(__name__)
 

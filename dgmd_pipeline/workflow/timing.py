@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline import formatting
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.workflow.provenance import StepRecord
+    from dgmd_pipeline.workflow.step_record import StepRecord
 
 REST = "the rest"  # of a run: start, planning, waiting
 SECONDS = "step_seconds/"  # MLflow's page groups metrics by what is before the slash
