@@ -1,12 +1,12 @@
 """A bucket of labelled images becomes an image classifier in a model registry.
 
-An image takes this way: an object in the bucket is downloaded (`s3`), inspected, labelled, balanced, split and written
-to a TFRecord (`data`), and becomes a feature vector that a model is trained on (`training`). The model is measured
-(`evaluation`) and registered (`registry`).
+An image passes through these packages: it is downloaded from the bucket (`s3`), inspected, labelled, balanced, split
+and written to a TFRecord (`data`), and becomes a feature vector that a model is trained on (`training`). The model is
+measured (`evaluation`) and registered (`registry`).
 
 cli.py         the command line: words -> one call each
 commands/      one file for each command
-tasks.py       the graph: which step is made from which; names the step folders
+tasks/         the graph: which step is made from which; names the step folders
 settings.py    environment -> Settings
 manifest.py    row types and their files
 errors.py      the exceptions for operators, with their exit codes

@@ -118,7 +118,7 @@ def test_an_unknown_step_is_answered_with_the_known_ones(data, tmp_path, command
     before = folders(data_dir)
     result = run_pipeline(tmp_path, *command, "tain", **variables)
     assert result.returncode == 2, result.stdout
-    assert "'tain' is no step of this run" in result.stdout
+    assert "'tain' is not a step of this run" in result.stdout
     for name in ("download (raw)", "convert (tfrecord_training, tfrecord_validation)", "train (trained_model)"):
         assert name in result.stdout
     assert redone(before, data_dir) == set()

@@ -53,7 +53,7 @@ def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tm
     assert "Nothing to do: tfrecord_validation is done." in result.stdout
     result = run_pipeline(tmp_path, "--force", "train", "--until", "split", **variables)
     assert result.returncode == 2
-    assert "'train' is no step of this run" in result.stdout
+    assert "'train' is not a step of this run" in result.stdout
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_forced_registration_notes_the_version_that_is_there(data, tmp_path):
     before = folders(data_dir)
     result = run_pipeline(tmp_path, "--force", "register", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "finished version 1, was registered already" in result.stdout
+    assert "finished version 1, already registered" in result.stdout
     assert redone(before, data_dir) == {"registered_model"}
 
 

@@ -1,10 +1,10 @@
-"""The graph: which step is made from which. Only this package names step folders.
+"""The graph of steps: which step depends on which. Only this package names step folders.
 
     luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
 
-runs the pipeline with the settings of the environment. A task wires: it reads its inputs, calls a function or a few,
-and writes. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they are used, so that a run with
-nothing to do starts without them.
+runs the pipeline with the settings of the environment. A task contains no algorithm: it reads its inputs, calls one or
+a few functions, and writes the results. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they
+are used, so that a run with nothing to do starts without them.
 """
 
 from dgmd_pipeline.tasks import model

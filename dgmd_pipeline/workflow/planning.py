@@ -1,4 +1,4 @@
-"""Records of finished folders -> what will run, and why."""
+"""Records of finished folders -> which steps will run, and why."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What will become of a step, and why."""
+    """Whether a step will run, and why."""
 
     step: str  # name of its folder
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
-    fingerprint: str | None  # that it has or will have, where that is known beforehand
-    images: int | None = None  # that are in the folder; where it is missing, in its input
-    bytes: int | None = None  # of its files now
+    fingerprint: str | None  # of the folder now, or after the run if it is known beforehand
+    images: int | None = None  # in the folder, or in its input if the folder is missing
+    bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
-    waits_for: Sequence[str] = ()  # the steps that run for certain and decide about a "maybe"
+    waits_for: Sequence[str] = ()  # for "maybe": the steps that certainly run and whose results decide
 
     @property
     def reason(self) -> str:
-        """The reasons in words."""
+        """The reasons as text."""
         return ", ".join(map(str, self.reasons))
 
     def as_json(self) -> Json:
@@ -45,7 +45,7 @@ class StepPlan:
 
 
 def upstream_steps(*last: "Step") -> list["Step"]:
-    """Return all steps that `last` depends on, and `last` itself, in running order."""
+    """Return all steps that `last` depends on, and `last` itself, in the order in which they run."""
     steps: dict[str, Step] = {}
 
     def visit(step: "Step") -> None:
@@ -60,7 +60,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. Raises SettingsError, which lists the steps that exist."""
+    """Return the steps with this verb or folder name. Raises SettingsError if there is none."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -68,14 +68,14 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
         for step in steps:
             known.setdefault(step.verb, []).append(step.folder)
         names = ", ".join(f"{verb} ({', '.join(each)})" for verb, each in known.items())
-        raise SettingsError(f"{word!r} is no step of this run. Its steps, with their folders: {names}.")
+        raise SettingsError(f"{word!r} is not a step of this run. The steps, with their folders, are: {names}.")
     return found
 
 
 def plan(*last: "Step") -> list[StepPlan]:
-    """Return what will become of each step up to `last`, in running order.
+    """Return the plan for each step up to `last`, in the order in which they run.
 
-    What is up to date is noted in the run's result, and not looked at again.
+    The fingerprints of folders that are up to date are kept in the run's result, so they are not checked again.
     """
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
