@@ -1,12 +1,12 @@
 """A bucket of labelled images becomes an image classifier in a model registry.
 
-An image passes through these packages: it is downloaded from the bucket (`s3`), inspected, labelled, balanced, split
+An image goes through these stages: an object in the bucket is downloaded (`s3`), inspected, labelled, balanced, split
 and written to a TFRecord (`data`), and becomes a feature vector that a model is trained on (`training`). The model is
 measured (`evaluation`) and registered (`registry`).
 
-cli.py         the command line: words -> one call each
-commands/      one file for each command
-tasks/         the graph: which step is made from which; names the step folders
+cli.py         the command line: parses the arguments and calls a command
+commands/      the commands, and what they share
+tasks/         the graph: which step needs which; names the step folders
 settings.py    environment -> Settings
 manifest.py    row types and their files
 errors.py      the exceptions for operators, with their exit codes
@@ -15,6 +15,6 @@ workflow/      Luigi and the step contract: folders, fingerprints, plans, proces
 s3/            bucket -> files
 data/          files -> rows, splits and TFRecord shards
 training/      shards and features -> a trained model
-evaluation/    a trained model -> metrics, comparison, serving benchmark, conditions, report
+evaluation/    a trained model -> metrics, comparison, serving benchmark, promotion conditions, report
 registry/      trained models <-> MLflow
 """

@@ -1,4 +1,4 @@
-"""The command line -> one call each, and its exit code."""
+"""The command line: parses the arguments, calls a command, and returns its exit code."""
 
 import argparse
 import contextlib

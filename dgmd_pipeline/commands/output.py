@@ -1,4 +1,4 @@
-"""Output of commands, and their questions."""
+"""What commands print, and the questions that they ask."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def print_review(
     name: str, entry: ModelVersion, other: int | None, review: "Review", gates: Sequence[gates.Gate]
 ) -> None:
-    """Print a version's comparison with another, its serving benchmark and the gates."""
+    """Print a version's comparison with another, its serving benchmark and the results of the gates."""
     comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")
     print_table([
@@ -56,8 +56,8 @@ def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]
         return []
     latency, size = ["", ""], ["", ""]
     if other := benchmark.production:
-        latency = [f"{other.latency_p50_ms:.0f} ms", f"{other.latency_ratio:.2f} times"]
-        size = [format_bytes(other.bytes), f"{other.size_ratio:.2f} times"]
+        latency = [f"{other.latency_p50_ms:.0f} ms", f"{other.latency_ratio:.2f} times as long"]
+        size = [format_bytes(other.bytes), f"{other.size_ratio:.2f} times as large"]
     return [
         ("one image", f"{benchmark.latency_p50_ms:.0f} ms", *latency),
         ("size", format_bytes(benchmark.bytes), *size),
@@ -78,11 +78,11 @@ def _print_labels(comparison: "Comparison", version: int, other: int | None) -> 
         (other, comparison.labels_only_production),
     ):
         if labels:
-            print(f"  only version {known_to} knows: {', '.join(labels)}")
+            print(f"  labels that only version {known_to} knows: {', '.join(labels)}")
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Return if the answer is yes. Raises Refused if it is not, SettingsError if stdin is not a terminal."""
+    """Ask a question, unless `yes` is set. Raises Refused if the answer is no, SettingsError without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():

@@ -10,23 +10,23 @@ import numpy as np
 from dgmd_pipeline.manifest import Image
 
 THUMBNAIL_SIZE = 16  # pixels, width and height
-_MAX_DISTANCE = 10  # bits that the hashes of a candidate pair differ by
+_MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
 _ROTATIONS = range(0, 64, 4)  # bits
-_NEIGHBOURS = 8
-_CHUNK = 1024  # thumbnails or pairs at a time; 0.8 MB each
-# Whole numbers: their sums are exact in float64, so the hash does not depend on the order of the additions.
+_NEIGHBOURS = 8  # following hashes that a hash is paired with, in each sorted order
+_CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
+# Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
-_LUMA = np.array([299.0, 587.0, 114.0])
-_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice the coefficient of noise of one level (of 255)
+_LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
+_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice the coefficient that noise of one level (of 255) causes
 
 
 def group(images: list[Image], thumbnails: np.ndarray, positions: np.ndarray) -> list[Image]:
-    """Return the images with `group` filled in: the smallest SHA-256 among an image's near-duplicates.
+    """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
 
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]].
     """
     sizes = np.array([(image.width, image.height) for image in images], np.float64)
-    parents = list(range(len(images)))  # a forest of disjoint sets
+    parents = list(range(len(images)))  # a disjoint-set forest (union-find)
 
     def find_root(index: int) -> int:
         while parents[index] != index:
@@ -49,8 +49,8 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
     """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
 
     A bit is set if one of the 8 x 8 lowest DCT coefficients of the luminance exceeds the noise. Zauner 2010,
-    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead, which makes
-    the bits of a flat image those of its noise. The hashes of resized and re-encoded copies differ by at most 3 bits
+    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead; then
+    noise alone decides the bits of a flat image. The hashes of resized and re-encoded copies differ by at most 3 bits
     in 95 % of the pairs, and by at most 5 in 99 %.
     """
     hashes = np.empty(len(positions), np.uint64)
@@ -66,7 +66,7 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _candidates(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the neighbours whose hashes differ by at most `_MAX_DISTANCE` bits: each pair once, in chunks.
+    """Yield the pairs of neighbours whose hashes differ by at most `_MAX_DISTANCE` bits: each pair once, in chunks.
 
     A chunk is two int64 arrays of up to `_CHUNK` indexes; the indexes in the first are the smaller ones.
     """
@@ -87,9 +87,9 @@ def _neighbours(hashes: np.ndarray, brightness: np.ndarray) -> Iterator[tuple[np
     """Yield pairs that are close together in the sorted hashes, as two arrays of indexes.
 
     The hashes are sorted sixteen times, each time rotated by four more bits (Charikar 2002 sorts random permutations).
-    Two hashes become neighbours where their longest common run of bits comes first. Each is paired with the next eight
-    only, so a hash has at most 128 pairs, even if all hashes are equal; brightness orders equal ones. In 300,000
-    random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
+    Two hashes become neighbours in the rotation that moves their longest common run of bits to the front. Each hash is
+    paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are sorted by
+    brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
     """
     for rotation in _ROTATIONS:
         rotated = hashes << np.uint64(rotation) | hashes >> np.uint64(64 - rotation)
@@ -103,20 +103,21 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
 
     The sizes are the widths and heights of the images [n, 2], in pixels.
 
-    The measure is the RMS difference at 8 x 8 pixels, in levels (of 255), without the part that blur explains: a copy
-    that was made smaller differs from its original by a multiple of the Laplacian, two handwritten digits do not.
+    Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255), without the part that blur
+    explains: a copy that was made smaller differs from its original by a multiple of the Laplacian. Two different
+    handwritten digits do not.
 
-    The tolerance follows the contrast of the images and the shortest side of the smaller one: rounding to whole pixels
-    and JPEG blocks change much of an image of 32 pixels, and almost nothing of one of 300. Photographs of one
-    industrial product differ by little more than copies do: two solar cells of 300 pixels by at least 0.78 levels,
-    where the tolerance is 0.5 to 0.6. See docs/measurements/leaks.md. Tints of 10 %, heavy noise, and crops that are
-    moved by 8 of 360 pixels are different images. For flat images the tolerance is 0.5, so that two colours are never
-    the same.
+    The tolerance depends on the contrast of the images and on the shortest side of the smaller one: rounding to whole
+    pixels and JPEG blocks change an image of 32 pixels a lot, and one of 300 pixels hardly at all. Photographs of the
+    same industrial product differ only a little more than copies do: two solar cells of 300 pixels differ by at least
+    0.78 levels, and the tolerance for them is 0.5 to 0.6. See docs/measurements/leaks.md. Images that differ by a tint
+    of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as copies. For flat images the
+    tolerance is 0.5, so that images of two different colours never count as copies.
     """
     shortest = np.minimum(left_size.min(1), right_size.min(1))
     stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))
-    # The pairs are on the last axis. With the colours there, NumPy's innermost loops have three steps, and a pair takes
-    # 22 us instead of 3.
+    # The pairs are on the last axis. If the colours were there, NumPy's innermost loops would have three steps, and a
+    # pair would take 22 us instead of 3.
     left, right = (
         each.reshape(-1, THUMBNAIL_SIZE**2 * 3).T.astype(np.float32, order="C").reshape(8, 2, 8, 2, 3, -1).mean((1, 3))
         for each in (left, right)
@@ -132,5 +133,5 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     return (
         (stretch < 0.02 + 1.5 / shortest)  # a little more than rounding to whole pixels causes
         & (square - explained < tolerance**2)
-        & (square < (4 * tolerance) ** 2)  # blur would explain all of the difference between stripes and a grey plane
+        & (square < (4 * tolerance) ** 2)  # blur alone would explain the difference between stripes and plain grey
     )

@@ -21,8 +21,8 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # of the recall of a class, 0 to 1
-    max_latency_ratio: float  # candidate's median latency for one image over production's
+    max_class_drop: float  # how much lower the recall of a class may be, 0 to 1
+    max_latency_ratio: float  # candidate's median latency for one image, divided by production's
 
 
 def check_gates(review: "Review", limits: Limits) -> list[Gate]:
@@ -66,10 +66,9 @@ def _classes(comparison: "Comparison", max_drop: float) -> Gate:
         if row.images >= MIN_CLASS_IMAGES and -row.change > max_drop + 1e-9
     ]
     if dropped:
-        return Gate(
-            "classes", False, f"Classes that lose more than {max_drop:.0%} of their images: {'; '.join(dropped)}."
-        )
-    text = f"No class loses more than {max_drop:.0%} of its images compared with version {comparison.version}."
+        text = f"Classes whose recall is lower by more than {100 * max_drop:.0f} points: {'; '.join(dropped)}."
+        return Gate("classes", False, text)
+    text = f"No class has a recall more than {100 * max_drop:.0f} points below that of version {comparison.version}."
     return Gate("classes", True, text)
 
 
@@ -77,7 +76,7 @@ def _latency(review: "Review", limits: Limits) -> Gate:
     production = review.serving_benchmark and review.serving_benchmark.production
     if not production:
         missing = review.comparison_error or review.benchmark_error
-        text = "The latency was not measured beside production's." if missing else NO_PRODUCTION
+        text = "The latency was not measured together with production's." if missing else NO_PRODUCTION
         return Gate("latency", None, text)
     return Gate(
         "latency",

@@ -1,9 +1,10 @@
 """The production version: promotion, rollback and their history, kept in the registry.
 
 The alias `production` decides which version is production; one request sets it atomically. The tag `environment` and
-the stage of each version follow the alias. MLflow does not record who moved an alias, so a promotion writes an event (a
-tag of the registered model) before it moves the alias, and marks the event as done afterwards. An event that is not
-marked shows that a promotion was interrupted; `repair` completes it.
+the stage of each version are then set to match the alias. MLflow does not record who moved an alias, so a promotion
+writes an event (a tag of the registered model) before it moves the alias, and marks the event as done afterwards. An
+event without this mark shows that a promotion was interrupted; `repair` completes it. A gate is a condition for
+promotion.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EVENT = "dgmd.event."  # prefix of an event's tag; the time follows, so names sort by time
+EVENT = "dgmd.event."  # prefix of the names of events' tags; the time comes next, so the names sort by time
 STAGE, PREVIOUS_STAGE = "Production", "Archived"
 MAX_CHARACTERS = 500  # of a reason or a gate's text: MLflow's databases limit a tag to 5,000
 JSON_NAMES = {"time": "when", "user": "who", "previous": "former", "reason": "why"}  # field of Event -> JSON key
@@ -48,11 +49,11 @@ class Event(NamedTuple):
     version: int  # the production version after
     reason: str
     gates: Sequence[GateResult]
-    forced: bool  # although a gate did not pass
+    forced: bool  # True: a gate did not pass, and --force was given
     done: bool | None = None  # False: interrupted before the alias moved; None: in progress, or interrupted
 
     def as_json(self) -> dict[str, object]:
-        """Return what is stored and printed as JSON."""
+        """Return the JSON object that is stored and printed."""
         return {JSON_NAMES.get(name, name): value for name, value in self._asdict().items()}
 
 
@@ -67,8 +68,9 @@ def history(state: ModelState) -> list[Event]:
 def previous_versions(events: Sequence[Event], current: int | None) -> list[int]:
     """Return the versions that successive rollbacks restore, the next one last.
 
-    A rollback removes the versions that it skips: after promotions of 1, 2 and 3, the first rollback restores 2, and
-    the second one 1. A version that became production by other means is known from `previous` of the next event.
+    A rollback drops the versions that were promoted after the one that it restores: after promotions of 1, 2 and 3, the
+    first rollback restores 2, and the second one 1. A version that became production without this module has no event;
+    it is known from `previous` of the next event.
     """
     stack: list[int] = []
     for event in events:
@@ -92,7 +94,7 @@ def set_production(
 ) -> Event:  # fmt: skip
     """Make a version production in place of the production version of `state`, and record who did it and why.
 
-    Raises PipelineError if the production version has changed since `state` was read, and if MLflow cannot be reached
+    Raises PipelineError if the production version has changed since `state` was read, or if MLflow cannot be reached
     or refuses. `repair` completes a change that was interrupted.
     """
     from mlflow import MlflowClient
@@ -111,17 +113,17 @@ def set_production(
         key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
         _write(client, state.name, key, event)
         client.set_registered_model_alias(state.name, PRODUCTION, str(version))
-        _follow_alias(client, versions.read(store, state.name))  # read again: a run may have registered a version
+        _follow_alias(client, versions.read(store, state.name))  # read again: a run may have added a version
         done = event._replace(done=True)
         _write(client, state.name, key, done)
         return done
 
 
 def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
-    """Complete interrupted changes, and make tags and stages follow the alias.
+    """Complete interrupted changes, and make tags and stages match the alias.
 
-    Returns the state after the repair and, in words, what was repaired. A state that needs no repair costs no request.
-    Raises PipelineError if MLflow cannot be reached or refuses, or an event cannot be read.
+    Returns the state after the repair, and sentences about what was repaired. No request is sent if `state` needs no
+    repair. Raises PipelineError if MLflow cannot be reached or refuses, or if an event cannot be read.
     """
     from mlflow import MlflowClient
 
@@ -143,13 +145,13 @@ def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
 
 
 def _production_version(client: "MlflowClient", name: str) -> int | None:
-    """Ask for the alias alone: a smaller request than one for the registered model."""
+    """Return the production version. It asks only for the alias: a smaller request than for the registered model."""
     from mlflow.exceptions import MlflowException
 
     try:
         return int(client.get_model_version_by_alias(name, PRODUCTION).version)
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, the alias
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
             raise
         return None
 
@@ -163,12 +165,12 @@ def _event(key: str, text: str) -> Event:
     try:
         values = json.loads(text)
         names = {name: JSON_NAMES.get(name, name) for name in Event._fields}
-        # A later version of this package may store more.
+        # A later version of this package may have stored more fields.
         return Event(**{name: values[json_name] for name, json_name in names.items() if json_name in values})
     except (ValueError, TypeError) as error:
         raise PipelineError(
-            f"The tag {key} of the registered model is not an event of the history as it was written ({error}): "
-            "correct or delete it."
+            f"The tag {key} of the registered model cannot be read as an event of the history ({error}): correct or "
+            "delete it."
         ) from error
 
 
@@ -179,14 +181,14 @@ def _write(client: "MlflowClient", name: str, key: str, event: Event) -> str:
 
 
 def _is_consistent(state: ModelState) -> bool:
-    """Whether tags and stages follow the alias, and no event is unfinished."""
+    """Return whether tags and stages match the alias, and every event is finished."""
     followed = [_as_alias_says(version, state.production) for version in state.versions]
     return followed == list(state.versions) and all(event.done is not None for event in _events(state).values())
 
 
 def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> ModelVersion:
     """Return a version with the tag, stage and aliases that the alias `production` implies."""
-    if production is None:  # a stage that was set by other means stays until the first promotion
+    if production is None:  # a stage that this module did not set stays until the first promotion
         return version
     is_production = version.version == production.version
     environment = PRODUCTION if is_production else NON_PRODUCTION
@@ -199,10 +201,10 @@ def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> Mo
 
 
 def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState, list[str]]:
-    """Make tags, stages and the alias `candidate` follow the alias `production`; return the new state and changes."""
+    """Make tags, stages and the alias `candidate` match the alias `production`; return the new state and changes."""
     name, changes = state.name, []
     followed = [_as_alias_says(version, state.production) for version in state.versions]
-    # The production version first, so that a consumer who asks for the stage always finds a version.
+    # The production version first, so that a consumer that asks for the stage always finds a version.
     for old, new in sorted(zip(state.versions, followed, strict=True), key=lambda pair: pair[0] != state.production):
         number = str(new.version)
         if new.tags != old.tags:

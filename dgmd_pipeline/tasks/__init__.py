@@ -1,4 +1,4 @@
-"""The graph of steps: which step depends on which. Only this package names step folders.
+"""The graph: which step needs which. Only this package names step folders.
 
     luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
 

@@ -37,8 +37,7 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
                 (folder / RESUME).mkdir()
                 (folder / RESUME / FINGERPRINT).write_text(fingerprint, "utf-8")
         yield folder
-        # Two renames, because a rename onto a folder that is not empty fails. If the process is killed between them,
-        # `recover` restores the old folder.
+        # Two renames: a single one cannot replace a folder that is not empty. `recover` handles a kill between the two.
         if target.exists():
             target.rename(old)
         folder.rename(target)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Whether a step will run, and why."""
+    """What a run will do with a step, and why."""
 
     step: str  # name of its folder
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
@@ -60,7 +60,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. Raises SettingsError if there is none."""
+    """Return the steps with this verb or folder name. Raises SettingsError with a list of all steps if none has."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -68,14 +68,14 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
         for step in steps:
             known.setdefault(step.verb, []).append(step.folder)
         names = ", ".join(f"{verb} ({', '.join(each)})" for verb, each in known.items())
-        raise SettingsError(f"{word!r} is not a step of this run. The steps, with their folders, are: {names}.")
+        raise SettingsError(f"{word!r} is not a step of this run. Its steps, with their folders: {names}.")
     return found
 
 
 def plan(*last: "Step") -> list[StepPlan]:
-    """Return the plan for each step up to `last`, in the order in which they run.
+    """Return the plan of each step up to `last`, in the order in which they run.
 
-    The fingerprints of folders that are up to date are kept in the run's result, so they are not checked again.
+    The fingerprints of folders that are up to date are added to the run's result; these folders are not examined again.
     """
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):

@@ -1,6 +1,6 @@
 """The Luigi task of this pipeline: a step writes one folder below DATA_DIR and records what it was made from.
 
-docs/architecture.md has the rules of this contract.
+docs/architecture.md has the rules for steps.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class UpstreamChange(NamedTuple):
-    """Why a folder is out of date though neither settings nor inputs differ, and what it will be."""
+    """Why a folder is out of date although its settings and inputs are the same, and what the new one will contain."""
 
     reason: str
     fingerprint: str | None = None
@@ -43,11 +43,11 @@ class UpstreamChange(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the work of a step came to."""
+    """The result of a step's work."""
 
     counts: Json = field(default_factory=dict)  # for the record, and for the steps that follow
-    images: int | None = None  # that the folder contains or describes
-    images_processed: int | None = None  # None: `images`
+    images: int | None = None  # number of images that the folder contains or describes
+    images_processed: int | None = None  # None: as many as `images`
     bytes_processed: int | None = None  # bytes of images that were read or written
     summary: str = ""  # for the log
 
@@ -55,11 +55,11 @@ class StepResult:
 class DeploymentParameter(luigi.Parameter):
     """Name of the run and a hash of its settings.
 
-    A scheduler that serves several deployments takes their steps for different tasks, and sees no setting.
+    It lets a scheduler that serves several deployments tell their steps apart, without showing it any setting.
     """
 
     def has_task_value(self, task_name: str, param_name: str) -> bool:
-        """Whether the value is known without an argument: always."""
+        """Return True: the value never has to be given as an argument."""
         return True
 
     def task_value(self, task_name: str, param_name: str) -> str:
@@ -69,7 +69,7 @@ class DeploymentParameter(luigi.Parameter):
 
 
 class DeclaredSettings:
-    """The settings that a step has declared; any other is an AttributeError."""
+    """The settings that a step has declared. Reading any other one raises AttributeError."""
 
     def __init__(self, values: Values, names: Iterable[str]) -> None:
         self._values, self._names = values, frozenset(names)
@@ -81,18 +81,18 @@ class DeclaredSettings:
 
 
 class StepTarget(luigi.Target):
-    """The folder of a step. It exists when it is complete and was made from today's settings and inputs."""
+    """The folder of a step. It exists when it is complete and was made from the current settings and inputs."""
 
     def __init__(self, step: "Step") -> None:
         self._step = step
         self.path = step.path
 
     def exists(self) -> bool:
-        """Whether nothing is left to do for the step, nor for any step before it."""
+        """Return whether the step and every step before it are done."""
         return self.fingerprint() is not None
 
     def fingerprint(self) -> str | None:
-        """Return the fingerprint of the folder where it exists in this sense, else None."""
+        """Return the fingerprint of the folder if the target exists, else None."""
         known = self._step.context.result.fingerprints
         if self._step.folder not in known:
             planning.plan(self._step)
@@ -108,13 +108,13 @@ class Step(luigi.Task):
     deployment: str = DeploymentParameter()
     name: ClassVar[str]  # of the folder below DATA_DIR
     verb: ClassVar[str] = ""  # name of the step on the command line
-    format_version: ClassVar[int] = 1  # raised when what the step writes changes
+    format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
-    runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that the step reads and the content does not depend on
+    runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
     accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's own and is used as is
     resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
 
-    # Luigi's scheduler runs one task at a time of those that need the same resource.
+    # Of the tasks that need the same resource, Luigi's scheduler runs only one at a time.
     resources = {"data_dir": 1}
 
     @property
@@ -151,13 +151,13 @@ class Step(luigi.Task):
         return StepTarget(self)
 
     def work(self, draft: Path) -> StepResult:
-        """Write into the folder `draft`, which becomes the step's folder, and return what it came to."""
+        """Write into the folder `draft`, which becomes the step's folder, and return the result."""
         raise NotImplementedError
 
     # What a subclass may override
 
     def declared_settings(self) -> Json:
-        """Return the settings that the content depends on, as they are recorded."""
+        """Return the settings that the content depends on, in the form that is recorded."""
         return self.context.settings.public(self.params)
 
     def extra_inputs(self) -> dict[str, str]:
@@ -165,10 +165,10 @@ class Step(luigi.Task):
         return {}
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
-        """Return whether the outside world has changed since the folder was made."""
+        """Return what has changed outside the pipeline since the folder was made, or None."""
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
-        """Return the fingerprint of what the step will write, or None where only the work can tell."""
+        """Return the fingerprint of what the step will write, or None if only the work reveals it."""
         return digest([self.folder, self.format_version, self.declared_settings(), inputs])
 
     def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
@@ -177,34 +177,34 @@ class Step(luigi.Task):
         return digest([self.folder, self.format_version, self.declared_settings(), inputs])
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
-        """Return how many images the step will get, as far as the plans of its inputs tell."""
+        """Return how many images the step will get, or None if the plans of its inputs do not say."""
         return next((plan.images for plan in upstream if plan.images is not None), None)
 
     def estimated_bytes(self) -> int | None:
-        """Return about how many bytes the step will write, where that can be told."""
+        """Return about how many bytes the step will write, or None if that is unknown."""
         record = read_record(self.path)
         return record.bytes if record else None
 
     # The contract
 
     def outdated(self, record: StepRecord, inputs: Mapping[str, str]) -> list[Reason]:
-        """Return why a folder with this record is made again; nothing where it is up to date."""
+        """Return why a folder with this record is made again; an empty list if it is up to date."""
         if forced := self._forced():
             return [Reason("forced", forced)]
         return differences(record, self.declared_settings(), self.format_version, inputs)
 
     def _forced(self) -> str | None:
-        """Return why the step, or one before it, is done again in any case."""
+        """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
         forced, steps = self.context.forced, reversed(planning.upstream_steps(self))  # its own reason first
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
-        """Do the work, or nothing where the inputs' fingerprints turn out to be unchanged."""
+        """Do the work, or nothing if the fingerprints of the inputs turn out to be unchanged."""
         with self._locked():
             known = self.context.result.fingerprints
             inputs = {task.folder: str(task.output().fingerprint()) for task in self.deps()} | self.extra_inputs()
             record = read_record(self.path)
-            # Without an input that could turn out to be unchanged, a step is not asked to run without need.
+            # A step that needs no other step is started only if it is out of date, so it always works.
             if self.deps() and record and not self.outdated(record, inputs) and not self.check_upstream(record):
                 folders.sweep(self.path.parent, [self.folder])
                 known[self.folder] = record.identity
@@ -224,7 +224,7 @@ class Step(luigi.Task):
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
             folders.draft(self.path, to_resume if self.resumable else None) as draft,
         ):
-            (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before its last act
+            (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
             result = self.work(draft)
             self.context.check_stopped()
             record = StepRecord(
@@ -247,10 +247,10 @@ class Step(luigi.Task):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold DATA_DIR while the step runs, where the run does not hold it already.
+        """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        Worker processes end with the step: with `--workers 2` Luigi forks a process for each step, and that process
-        would wait for its worker processes for ever.
+        The executor's processes end with the step: with `--workers 2` Luigi forks a process for each step, which would
+        otherwise never end, because it waits for the executor's processes.
         """
         if self.context.holds_lock:
             yield
@@ -268,7 +268,7 @@ class Step(luigi.Task):
     def report(self, percent: int, text: str) -> None:
         """Show on the page of a Luigi scheduler how far the step is."""
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
-            if tell := getattr(self, name, None):  # while Luigi's worker runs the task
+            if tell := getattr(self, name, None):  # it exists only while Luigi's worker runs the task
                 tell(value)
 
     def on_failure(self, exception: BaseException) -> str:

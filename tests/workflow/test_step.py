@@ -239,9 +239,7 @@ def test_a_step_has_a_verb_and_a_folder_and_an_unknown_name_is_answered_with_bot
     with activate(RunContext(Settings(DATA_DIR=tmp_path))):
         line = planning.upstream_steps(Third())
     assert planning.select_steps(line, "begin") == planning.select_steps(line, "first") == [line[0]]
-    with pytest.raises(
-        SettingsError, match=r"'begni' is not a step of this run\. .* begin \(first\), go on \(second\)"
-    ):
+    with pytest.raises(SettingsError, match=r"begni' is not a step of this run\. .* begin \(first\), go on \(second\)"):
         planning.select_steps(line, "begni")
 
 
