@@ -1,4 +1,4 @@
-"""The environment -> one frozen `Settings`: every variable once, with its type, default, range and meaning.
+"""The environment -> one frozen `Settings`, which declares every variable with its type, default, range and meaning.
 
 No other module reads the environment. `load` also exports the variables of a `.env` file to the libraries that read the
 environment themselves (boto3, MLflow), and sets defaults for them.
@@ -25,23 +25,23 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
 
 LIBRARY_DEFAULTS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # only warnings and errors of TensorFlow's start
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
     "TF_ENABLE_ONEDNN_OPTS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # no usage statistics from a batch job
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 takes four minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow keeps two blocks of up to 16 MB for the next image: new memory pages take a third of writing a record.
+    # Pillow reuses two blocks of up to 16 MB for the next image: new memory takes a third of the time of a record.
     "PILLOW_BLOCKS_MAX": "2",
 }
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
-# one batch. docs/measurements/speed.md
+# one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 
 
 class Settings(BaseSettings):
-    """The settings of a run. Field names are the variables in lower case; docs/configuration.md is made from them."""
+    """The settings of a run. A field is named like its variable, in lower case. docs/configuration.md is generated."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -56,36 +56,39 @@ class Settings(BaseSettings):
     aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="Bucket that contains the images.")
     aws_data_path: str = Field(
         "train/downloaded-images",
-        description="Folder in the bucket: images are `<AWS_DATA_PATH>/<label>/<file>`. `/` is the whole bucket.",
+        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` means the "
+        "whole bucket.",
     )
     refresh: bool = Field(
         False,
-        description="`true`: list the bucket, download new and changed objects, and drop deleted ones. "
-        "`false`: use an existing `raw/` of the same bucket and folder as it is.",
+        description="`true`: list the bucket, download new and changed objects, and remove the images of deleted ones. "
+        "`false`: if `raw/` was downloaded from the same bucket and folder, use it without looking for changes.",
     )
     max_rejected_pcnt: float = Field(
-        0.5, ge=0, le=1, description="The run stops when more than this fraction of a label's files cannot be decoded."
+        0.5, ge=0, le=1, description="The run stops if more than this fraction of a label's files cannot be decoded."
     )
-    min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are not used.")
+    min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are left out.")
     balance_limit: float | None = Field(
         None,
         ge=1,
-        description="Classes larger than this multiple of the mean class size are reduced to it, for example 1.15. "
-        "Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. "
-        "That was more accurate on every data set measured.",
+        description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
+        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. This was more "
+        "accurate on every data set measured.",
     )
     validation_pcnt: float = Field(
-        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
+        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images that the validation split gets."
     )
     num_shards: int = Field(10, ge=1, le=99_999, description="Number of TFRecord files for each split.")
-    image_width: int = Field(256, ge=8, le=4096, description="Width of stored images and the model's input, in pixels.")
+    image_width: int = Field(
+        256, ge=8, le=4096, description="Width of the stored images and of the model's input, in pixels."
+    )
     image_height: int = Field(
-        192, ge=8, le=4096, description="Height of stored images and the model's input, in pixels."
+        192, ge=8, le=4096, description="Height of the stored images and of the model's input, in pixels."
     )
     image_fit: Literal["stretch", "letterbox", "crop"] = Field(
         "stretch",
-        description="How images with another aspect ratio are fitted to that size: "
-        "`letterbox` adds black bars, `crop` keeps the centre.",
+        description="How images with another aspect ratio are fitted to that size: `stretch` changes the aspect ratio, "
+        "`letterbox` adds black bars, `crop` cuts off two edges.",
     )
     backbone: str = Field(
         "EfficientNetV2-B1",
@@ -99,23 +102,25 @@ class Settings(BaseSettings):
     batch_size: int = Field(
         128,
         ge=1,
-        description="Maximum number of images in a training step. For `cnn` a step is smaller where an epoch would "
-        "have fewer than 50 steps. Fine-tuning uses at most 32.",
+        description="Maximum number of images in a training step. For `cnn`, steps have fewer images if an epoch would "
+        "otherwise have fewer than 50 steps. Fine-tuning uses at most 32.",
     )
     head: Literal["auto", "linear", "hidden"] = Field(
         "auto",
         description="Classifier on the features of a frozen backbone: `linear` is a logistic regression, `hidden` has "
-        "two hidden layers, `auto` takes the one with the lower log loss in a cross-validation on the training "
+        "two hidden layers, `auto` selects the one with the lower log loss in a cross-validation on the training "
         "images. Not used by `cnn`.",
     )
     epochs: int = Field(
         15,
         ge=1,
-        description="Number of epochs of `cnn`. For a hidden head the maximum: cross-validation chooses the number.",
+        description="Number of epochs of `cnn`. For a hidden head, the maximum: cross-validation chooses the number.",
     )
     learning_rate: float = Field(0.01, gt=0, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
-        0.5, ge=0, description="The learning rate of epoch e, from 0, is `LEARNING_RATE / (1 + DECAY_RATE * e)`."
+        0.5,
+        ge=0,
+        description="The learning rate of epoch e, counted from 0, is `LEARNING_RATE / (1 + DECAY_RATE * e)`.",
     )
     patience: int = Field(
         3,
@@ -125,38 +130,46 @@ class Settings(BaseSettings):
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer, also for fine-tuning.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate of the head.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, also for fine-tuning.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the optimizer, also for fine-tuning.")
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
         "shift",
         description="Random changes of the training images of `cnn`. `shift` moves them. `flip` also mirrors them left "
-        "to right: do not use it for text, digits or other classes that mirroring changes. `strong` also rotates, "
-        "zooms, and changes contrast and brightness.",
+        "to right: do not use it for text, digits or other classes that mirroring changes. `strong` does all this, and "
+        "also rotates and zooms them and changes contrast and brightness.",
     )
     fine_tune: Literal["none", "top", "all"] = Field(
         "none",
-        description="After the head, train the last blocks of the frozen network (`top`) or the whole network (`all`). "
-        "The result is kept only if its log loss is lower on training images that were held out. Not used by `cnn`.",
+        description="After the head has been trained, also train the last blocks of the backbone (`top`) or the whole "
+        "backbone (`all`). The result is kept only if it lowers the log loss on held-out training images. Not used by "
+        "`cnn`.",
     )
     fine_tune_epochs: int = Field(
         6,
         ge=1,
-        description="Maximum number of fine-tuning epochs. The number that is best on the held-out images is used.",
+        description="Maximum number of fine-tuning epochs. The number that is best on held-out images is used.",
     )
     fine_tune_learning_rate: float = Field(
-        3e-4, gt=0, description="Learning rate of the first fine-tuning epoch. That of epoch e is divided by 1 + e."
+        3e-4,
+        gt=0,
+        description="Learning rate of the first fine-tuning epoch. In epoch e, counted from 0, it is divided by 1 + e.",
     )
     class_weights: bool = Field(
         True,
         description="Weight the loss of each class by the inverse square root of its number of images.",
     )
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Makes a training on a CPU repeatable.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**32 - 1,
+        description="Makes trainings on a CPU repeatable. Unset: each training uses a random seed.",
+    )
     model_name: str = Field("dgmd_model", min_length=1, description="Name of the registered model.")
     max_class_drop: float = Field(
         0.15,
         ge=0,
         le=1,
-        description="`promote` refuses a version if the recall of a class is lower than in production by more than "
-        "this. Classes with fewer than 3 images do not count.",
+        description="`promote` refuses a version if its recall of a class is lower than production's by more than this "
+        "fraction. Classes with fewer than 3 images are not checked.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -164,29 +177,34 @@ class Settings(BaseSettings):
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
     )
-    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment. Unset: `MODEL_NAME`.")
+    mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
-        None, description="MLflow server, version 3, or its database. Unset: an embedded store in `DATA_DIR/mlflow`."
+        None,
+        description="URI of an MLflow 3 server or an MLflow database. Unset: an embedded store in `DATA_DIR/mlflow`.",
     )
 
     schedule: str | None = Field(
         None,
         description="Cron expression (minute, hour, day of month, month, day of week), for example `0 3 * * *`. "
-        "`python pipeline.py` then stays up and runs at these times, with `REFRESH`. Unset: it runs once, now.",
+        "`python pipeline.py` then keeps running and starts a run at these times, with `REFRESH=true`. Unset: it runs "
+        "once, immediately.",
     )
     tz: str | None = Field(
         None,
-        description="Time zone of `SCHEDULE`, for example `Europe/Berlin`. Unset: the system's; in a container, UTC.",
+        description="Time zone of `SCHEDULE`, for example `Europe/Berlin`. Unset: the time zone of the system; in a "
+        "container, this is UTC.",
     )
     luigi_scheduler_url: str | None = Field(
-        None, description="Luigi scheduler (`luigid`) whose page shows the run, for example `http://luigid:8082`."
+        None,
+        description="Address of a Luigi scheduler (`luigid`), whose page then shows the run, for example "
+        "`http://luigid:8082`.",
     )
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
-    notify_url: SecretStr | None = Field(None, description="Receives a JSON message by POST after each run.")
+    notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
 
-    keras_home: Path = Field(Path.home() / ".keras", description="Folder where Keras stores downloaded weights.")
+    keras_home: Path = Field(Path.home() / ".keras", description="Folder for downloaded ImageNet weights.")
     git_revision: str | None = Field(
         None, description="Commit that the container image was built from. It is recorded with each version."
     )
@@ -200,7 +218,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_bucket(cls, value: str) -> str:
         if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
-            raise ValueError("the name of a bucket, without s3:// and slashes")
+            raise ValueError("the name of a bucket, without s3:// and without slashes")
         return value
 
     @field_validator("backbone_weights")
@@ -230,7 +248,7 @@ class Settings(BaseSettings):
             except CronSimError:
                 raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
             except StopIteration:
-                raise ValueError("a schedule with a time in the future, such as 0 3 * * *") from None
+                raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
         return value
 
     @field_validator("notify_url")
@@ -243,14 +261,14 @@ class Settings(BaseSettings):
             except ValueError:
                 known = False
             if not known or not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-                raise ValueError("http://... or https://... in ASCII, without user and password")
+                raise ValueError("http://... or https://... in ASCII, without a user name or password")
         return value
 
     @field_validator("model_name")
     @classmethod
     def _is_one_name(cls, value: str) -> str:
         if re.search(r"[/:'\"]", value):
-            raise ValueError("a name without / : and quotes, which MLflow's URIs and searches reserve")
+            raise ValueError("a name without /, : and quotes, which MLflow reserves")
         return value
 
     @field_validator("backbone")
@@ -286,23 +304,23 @@ def mlflow_login() -> str | None:
 
 
 def operator() -> str:
-    """Return "user@host" for the history. The user is MLflow's if one is set, else the system's."""
+    """Return "user@host" for the history of promotions: MLflow's user if one is set, else the system's."""
     try:
         user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         user = f"user {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 
 
 def variable(name: str) -> str:
-    """Return the environment variable of a field."""
+    """Return the name of the environment variable for a field of `Settings`."""
     return name.upper()
 
 
 def load(env_file: str | Path | None = None) -> Settings:
     """Read `env_file` (default: `.env`, if it exists) and the environment, which takes precedence.
 
-    Raises SettingsError with one line for each invalid variable: its name, its value, what is expected.
+    Raises SettingsError with one line for each invalid variable: its name, its value and what is expected.
     """
     path = Path(env_file or ".env")
     if env_file and not path.is_file():
@@ -328,7 +346,7 @@ def load(env_file: str | Path | None = None) -> Settings:
 
 
 def serving_environment() -> dict[str, str]:
-    """Return the environment of a process that serves a model: without the variables that speed up a training."""
+    """Return the environment for a process that serves a model, without the defaults that are only for training."""
     return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
 
 
@@ -337,7 +355,7 @@ def _mistake(name: str, value: object, message: str) -> str:
     allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
     shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
     if name.endswith("_URI"):
-        shown = shown.rpartition("@")[2]  # a user and password without a scheme
+        shown = shown.rpartition("@")[2]  # removes user and password from a URI without a scheme
     line = f"{name}={shown}: expected {allowed}."
     if name.endswith("_PCNT"):
         try:
@@ -372,4 +390,4 @@ def expected_values(field: FieldInfo) -> str:
                 bounds.append(f"below {high}")
             case Le(le=high):
                 bounds.append(f"at most {high}")
-    return " ".join([words.get(kind, "a text that is not empty"), " and ".join(bounds)]).strip()
+    return " ".join([words.get(kind, "a non-empty text"), " and ".join(bounds)]).strip()

@@ -62,7 +62,7 @@ def test_forced_registration_notes_the_version_that_is_there(data, tmp_path):
     before = folders(data_dir)
     result = run_pipeline(tmp_path, "--force", "register", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "finished version 1, was registered already" in result.stdout
+    assert "finished version 1, already registered" in result.stdout
     assert redone(before, data_dir) == {"registered_model"}
 
 

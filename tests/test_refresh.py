@@ -24,7 +24,7 @@ def test_pictures_put_there_by_hand_are_used_as_they_are(tmp_path):
     variables = {**TINY, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     result = run_pipeline(tmp_path, "--until", "label", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "put there by hand: used as it is" in result.stdout
+    assert "no record of a download: used as it is" in result.stdout
     assert "loose.png,,no label," in (tmp_path / "data" / "inspected" / "rejected.csv").read_text()
     result = run_pipeline(tmp_path, "--until", "label", **variables)
     assert "Nothing to do" in result.stdout
@@ -113,7 +113,7 @@ def test_pictures_put_there_by_hand_are_never_replaced(tmp_path, how):
     for command in ([], ["plan"]):
         result = run_pipeline(tmp_path, *command, *how, BACKBONE="cnn")
         assert result.returncode == 20, result.stdout + result.stderr
-        assert "was put there by hand or by an older version" in result.stdout
+        assert "was not downloaded by this version of the pipeline" in result.stdout
         assert "Traceback" not in result.stdout + result.stderr
     assert (folder / "own.png").read_bytes() == picture("label", 1)
 
@@ -177,7 +177,9 @@ mount -o remount,size=$2k '{mounted}'
         return first, second
 
     said, after = run(60, 4000)
-    assert re.search(r"the disk is full: raw needs 1\d\d\.\d kB, \d\d\.\d kB are free\. Free space and run again", said)
+    assert re.search(
+        r"the disk is full: raw needs 1\d\d\.\d kB, but only \d\d\.\d kB are free\. Free space and run again", said
+    )
     assert after.startswith((".lock\n", ".draft-raw\n.lock\n"))
     said, after = run(200, 4000)
     assert re.search(r"the disk is full: \w+ needs (about|more than) .* free\. Free space and run again", said)

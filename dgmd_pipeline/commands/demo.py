@@ -1,8 +1,8 @@
-"""The command `demo`: a small real data set behind a local S3 endpoint, and the pipeline run on it.
+"""The command `demo`: serves a small real data set at a local S3 endpoint and runs the pipeline on it.
 
 The 1,797 handwritten digits of scikit-learn (E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
 UCI Machine Learning Repository, 1998) become image files of mixed formats and sizes. The bucket has the defects of real
-ones: imbalanced classes, duplicates, damaged files, objects that are not images.
+data: imbalanced classes, duplicates, damaged files, and objects that are not images.
 """
 
 import io
@@ -35,18 +35,18 @@ SETTINGS = {
     "BACKBONE": "cnn",
     "IMAGE_WIDTH": "32",
     "IMAGE_HEIGHT": "32",
-    "BALANCE_LIMIT": "1.15",  # low enough to cut some classes
-    "SEED": "7",  # reproducible on the same CPU; other seeds give similar models, see docs/measurements.md
+    "BALANCE_LIMIT": "1.15",  # low enough to reduce some classes
+    "SEED": "7",  # repeatable on the same CPU; docs/measurements/training.md compares seeds
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
-HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # variables that do not change the demo
+HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect the demo
 # File name extension and content; scraped files often have a wrong extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
-SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images that the bucket gets
+SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images, put into the bucket
 
 
 def run(pipeline: Callable[[list[str]], int]) -> int:
-    """Fill a bucket, write `demo.env`, call `pipeline` with it and print what to do next; return its exit code.
+    """Fill a bucket, write `demo.env`, run `pipeline` with it and print what to do next. Return the exit code.
 
     Raises PipelineError if the `demo` extra is not installed.
     """
@@ -77,11 +77,11 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
 
 
 def serve(port: int) -> NoReturn:
-    """Fill a bucket and serve it at `port` to other containers, until a signal comes.
+    """Fill a bucket and serve it at `port` to other containers until a signal arrives.
 
-    Raises PipelineError if the port cannot be used or the `demo` extra is not installed.
+    Raises PipelineError if the port cannot be used, or if the `demo` extra is not installed.
     """
-    try:  # moto waits forever for a server that could not bind its port
+    try:  # moto would wait forever if its server could not bind the port
         socket.create_server(("", port)).close()
     except (OSError, OverflowError) as error:
         raise PipelineError(f"Port {port} cannot be used ({error}): choose another one.") from None
@@ -101,7 +101,7 @@ def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
     try:
         from moto.server import ThreadedMotoServer
     except ImportError:
-        raise PipelineError("The demo needs a local S3 endpoint: pip install -e '.[demo]'") from None
+        raise PipelineError("The demo needs a local S3 endpoint. Install it with: pip install -e '.[demo]'") from None
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(host, port=port, verbose=False)
@@ -112,14 +112,17 @@ def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
 def _write_env_file(variables: dict[str, str]) -> None:
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     head = (
-        "# Settings of the demo; variables of the environment override them.\n"
+        "# Settings of the demo. Environment variables override them.\n"
         "# The S3 endpoint answers only while `python pipeline.py demo` runs.\n"
     )
     ENV_FILE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _remove_own_settings() -> list[str]:
-    """Remove the caller's settings and return their names: the demo must not reach the caller's bucket or MLflow."""
+    """Remove the caller's settings from the environment and return their names.
+
+    The demo must not use the caller's bucket or MLflow server.
+    """
     from dgmd_pipeline.settings import Settings, variable
 
     settings = {variable(name) for name in Settings.model_fields}
@@ -130,7 +133,7 @@ def _remove_own_settings() -> list[str]:
 
 
 def _fill_bucket(mark_ready: bool = False) -> None:
-    """Create the bucket and its objects; `mark_ready` adds the public object READY at the end."""
+    """Create the bucket and its objects. With `mark_ready`, add the public object READY at the end."""
     from dgmd_pipeline.s3 import client as s3_client
 
     client = s3_client.connect()
@@ -145,7 +148,7 @@ def _fill_bucket(mark_ready: bool = False) -> None:
 
 
 def _objects() -> Iterator[tuple[str, bytes]]:
-    """Yield key below the prefix and content of each object."""
+    """Yield the key relative to the prefix and the content of each object."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -169,7 +172,7 @@ def _objects() -> Iterator[tuple[str, bytes]]:
 
 
 def encode_digit(digit: "np.ndarray", size: int, file_format: str) -> bytes:
-    """Return a digit (8 x 8 numbers, 0 to 16) as an image file of `size` x `size` pixels, black on white."""
+    """Return a digit (8 x 8 numbers from 0 to 16) as an image file of `size` x `size` pixels, black on white."""
     import numpy as np
 
     levels = (255 - digit * (255 / 16)).round().astype(np.uint8)
@@ -202,13 +205,13 @@ What next?
   {_command("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
   # show what the next run would do
   {pipeline} plan --env-file {ENV_FILE}
-  # train again from the converted files (change parameters in {ENV_FILE})
+  # train again on the same images (edit {ENV_FILE} to change parameters)
   rm -r {DATA_DIR}/trained_model
   {pipeline} --env-file {ENV_FILE}"""
     )
 
 
 def _command(name: str) -> str:
-    """Return how to call a command of this Python environment from the working directory."""
+    """Return the shell command that calls a command of this Python environment from the working directory."""
     path = Path(sys.executable).with_name(name)
     return name if shutil.which(name) == str(path) else shlex.quote(os.path.relpath(path))

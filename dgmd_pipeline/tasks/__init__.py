@@ -2,9 +2,9 @@
 
     luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
 
-runs the pipeline with the settings of the environment. A task only connects: it reads its inputs, calls a few
-functions, and writes. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they are used, so that
-a run with nothing to do starts without them.
+runs the pipeline with the settings of the environment. A task contains no algorithm: it reads its inputs, calls one or
+a few functions, and writes the results. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they
+are used, so that a run with nothing to do starts without them.
 """
 
 from dgmd_pipeline.tasks import model

@@ -1,4 +1,4 @@
-"""The bucket -> TFRecords."""
+"""The bucket -> TFRecords: the steps that prepare the data."""
 
 import logging
 from collections import Counter
@@ -20,11 +20,11 @@ from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.step_record import Json, StepRecord, digest, read_record
 
 log = logging.getLogger(__name__)
-SOURCE = ("aws_data_bucket", "aws_data_path")  # settings: where the images come from
+SOURCE = ("aws_data_bucket", "aws_data_path")  # the settings that say where the images come from
 
 
 class DownloadImages(Step):
-    """An object in the bucket -> a file under `raw/`."""
+    """Objects in the bucket -> files under `raw/`."""
 
     name, verb = names.RAW, "download"
     params = SOURCE
@@ -56,13 +56,14 @@ class DownloadImages(Step):
         return self.settings.aws_data_bucket, self.settings.aws_data_path
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
-        """Compare the folder with a new listing of the bucket, where REFRESH asks for it."""
+        """Compare the folder with a new listing of the bucket if REFRESH is set."""
         from dgmd_pipeline.s3 import client, listing, sync
 
         if record is None and (self.settings.refresh or self.name in self.context.forced):
             raise NoUsableInput(
-                f"{self.path} was put there by hand or by an older version: it cannot be brought up to date from the "
-                "bucket. Delete it (or move it away) to download, or unset REFRESH and leave --force download out."
+                f"{self.path} was not downloaded by this version of the pipeline, so it cannot be updated from the "
+                "bucket. To download the images, delete it or move it away. To use it as it is, unset REFRESH and omit "
+                "--refresh and --force download."
             )
         if record is None or not self.settings.refresh:
             return None
@@ -88,7 +89,7 @@ def _warn_of_rejected(reasons: Mapping[str, int], what: str, folder: Path) -> No
 
 
 class InspectImages(Step):
-    """A file under `raw/` -> a row in `images.csv`, or in `rejected.csv` with the reason."""
+    """Files under `raw/` -> rows in `images.csv` (usable images) and `rejected.csv` (other files, with the reason)."""
 
     name, verb, format_version = names.INSPECTED, "inspect", 2
 
@@ -97,7 +98,7 @@ class InspectImages(Step):
 
     @cached_property
     def _corrections(self) -> dict[str, str]:
-        """The operator's corrections. They are read once in a run, so that what is recorded is what was applied."""
+        """The operator's corrections. They are read once in a run, so that those recorded are those applied."""
         return corrections.read(self.path.with_name(corrections.NAME))
 
     def extra_inputs(self) -> dict[str, str]:
@@ -125,7 +126,7 @@ class InspectImages(Step):
 
 
 class MapLabels(Step):
-    """A row -> its label's class index. The map is append-only within one bucket and prefix."""
+    """Labels -> class indexes. Within one bucket and prefix, labels are only added to the map, never removed."""
 
     name, verb = names.LABEL_MAP, "label"
     params = (*SOURCE, "max_rejected_pcnt", "min_images_per_label")
@@ -146,13 +147,13 @@ class MapLabels(Step):
         return StepResult(counts=counts, images_processed=len(images), summary=summary)
 
     def declared_settings(self) -> Json:
-        """Return the settings; a `raw/` that was put there by hand comes from no bucket."""
+        """Return the settings; without the bucket and prefix if `raw/` was not downloaded from there."""
         declared, raw = super().declared_settings(), DownloadImages().path
         by_hand = raw.exists() and read_record(raw) is None
         return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
 
     def _known(self) -> list[str]:
-        """Return the labels of the map that is there, by class index, where it is of the same source."""
+        """Return the labels of the existing map, by class index; none if the map is missing or has another source."""
         from dgmd_pipeline.data import labels
 
         record, mapping, now = read_record(self.path), self.path / "mapping.json", self.declared_settings()
@@ -164,7 +165,7 @@ class MapLabels(Step):
         return None
 
     def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
-        """Return the fingerprint of the content: which label has which index, and which ones are used."""
+        """Return the fingerprint of the content: the class index of each label, and whether the label is used."""
         from dgmd_pipeline.data.labels import LabelRow
 
         rows = manifest.read(folder / "labels.csv", LabelRow)
@@ -172,7 +173,7 @@ class MapLabels(Step):
 
 
 class BalanceClasses(Step):
-    """A row -> fewer rows, and class weights for the imbalance that remains."""
+    """Rows -> the rows to use, and class weights that correct the remaining imbalance."""
 
     name, verb, format_version = names.BALANCED, "balance", 2
     params = ("balance_limit",)
@@ -196,7 +197,7 @@ class BalanceClasses(Step):
 
 
 class SplitImages(Step):
-    """A row -> a row in one split."""
+    """Rows -> rows of the training split and of the validation split."""
 
     name, verb = names.SPLIT, "split"
     params = ("validation_pcnt",)
@@ -214,7 +215,7 @@ class SplitImages(Step):
 
 
 class PerSplitStep(Step):
-    """A step that is done for each split, in a folder of its own."""
+    """A step that exists once for each split, with a folder for each."""
 
     split: str = luigi.ChoiceParameter(choices=names.SPLITS)
 
@@ -228,10 +229,10 @@ class PerSplitStep(Step):
 
 
 class WriteTFRecords(PerSplitStep):
-    """A row of a split -> a record in one of the split's shards."""
+    """Rows of a split -> records in the shards of the split."""
 
     name, verb, format_version = names.TFRECORD, "convert", 3
-    priority = 1  # Luigi's: both splits before the first features, for which the network is still being built
+    priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
     params = ("num_shards", "image_width", "image_height", "image_fit")
 
     def requires(self) -> dict[str, Step]:
@@ -249,7 +250,7 @@ class WriteTFRecords(PerSplitStep):
         size, fit = (given.image_width, given.image_height), given.image_fit
         counts = shards.write(rows, self.input()["raw"].path, draft, self.split, given.num_shards, *size, fit, run)
         if counts["shards"] < given.num_shards:
-            log.warning("%s: %d images make only %d shards", self.folder, len(rows), counts["shards"])
+            log.warning("%s: %d images fill only %d shards", self.folder, len(rows), counts["shards"])
         images, size_mb = counts["images"], counts["bytes"] / 1e6
         summary = f"{images:,} images in {counts['shards']:,} shards, {size_mb:,.1f} MB"
         return StepResult(counts=counts, images=images, bytes_processed=counts["bytes"], summary=summary)

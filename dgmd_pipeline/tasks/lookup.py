@@ -1,4 +1,4 @@
-"""What commands read from the step folders of a run."""
+"""Step folders -> what commands need from them."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def registered(data_dir: Path, result: RunResult) -> Json:
-    """Return version, accuracy and difference (to production's) of what this run leaves registered; {} if nothing."""
+    """Return the registered version, its accuracy, and the difference from production; {} if none is registered."""
     version, measured = (read_record(data_dir / name) for name in (names.REGISTERED_MODEL, names.EVALUATION))
     if names.REGISTERED_MODEL not in result.fingerprints or not version or not measured:
         return {}
@@ -28,7 +28,7 @@ def registered(data_dir: Path, result: RunResult) -> Json:
 
 
 def store(settings: "Settings") -> "Store | None":
-    """Return the registry: the server that is set, or the embedded store, or None where that is not there yet."""
+    """Return the MLflow store that is set, or the embedded one; None if that does not exist yet."""
     from dgmd_pipeline.registry import store as registry_store
 
     if settings.mlflow_tracking_uri:
@@ -39,7 +39,7 @@ def store(settings: "Settings") -> "Store | None":
 
 
 def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: Path) -> "CandidateModel":
-    """Download a registered version into `folder`, to be compared."""
+    """Download a registered version into `folder` and return it as a model to compare."""
     from dgmd_pipeline.evaluation import review
     from dgmd_pipeline.registry import versions
 
@@ -48,7 +48,7 @@ def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: 
 
 
 def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
-    """Download the production version into `folder`; None where there is none."""
+    """Download the production version into `folder` and return it; None if there is none."""
     from dgmd_pipeline.registry import versions
 
     if (place := store(settings)) and (now := versions.read(place, settings.model_name).production):
@@ -58,12 +58,12 @@ def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
 
 
 def validation_images(settings: "Settings") -> "ValidationImages | None":
-    """Return the validation images that lie in DATA_DIR; None where there are none."""
+    """Return the validation images in DATA_DIR; None if there are none, or their records are outdated."""
     from dgmd_pipeline.evaluation import review
 
     records = settings.data_dir / f"{names.TFRECORD}_validation"
     split = settings.data_dir / names.SPLIT
     made, cut = read_record(records), read_record(split)
     if made is None or cut is None or made.inputs.get(names.SPLIT) != cut.identity:
-        return None  # the records of another split, while a run is on its way
+        return None  # the records belong to an earlier split: a run is active or was interrupted
     return review.validation_images(records, manifest.read(split / "validation.csv", manifest.Example))

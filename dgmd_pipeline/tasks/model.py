@@ -38,7 +38,7 @@ FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # se
 
 
 class TrainModel(Step):
-    """Features or records -> a trained model. Every training is a new one and has an id of its own."""
+    """Features or records -> a trained model. Every training gets a new id, even if nothing has changed."""
 
     name, verb, format_version = names.TRAINED_MODEL, "train", 2
     resumable = True
@@ -64,7 +64,7 @@ class TrainModel(Step):
         """Return the settings that this kind of training uses."""
         from dgmd_pipeline.training import backbones
 
-        # Stored features are those of the images as they are; `cnn` has one head.
+        # Features are computed from images without augmentation; `cnn` always has the same head.
         unused = {"augmentation" if backbones.is_frozen(self.settings.backbone) else "head"}
         if not self._fine_tunes():
             unused |= set(FINE_TUNING)
@@ -77,7 +77,7 @@ class TrainModel(Step):
         backbone = resources.network(self.context, extracts=False)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
-        epochs: list[Epoch] = []  # of this run; one that was stopped may have run the others
+        epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
         ended = partial(self._epoch_ended, epochs)
         trained = train.train(data, options, backbone, draft / folders.RESUME, ended, in_threads)
         disk.check_space(draft, self.folder, trained.estimated_bytes)
@@ -87,7 +87,7 @@ class TrainModel(Step):
         return StepResult(counts=trained.counts, images_processed=processed, summary=trained.summary)
 
     def _data(self) -> "TrainingData":
-        """Read what a model is trained on, and check the records that training reads."""
+        """Collect the data for the training, and check the records that it reads."""
         from dgmd_pipeline.data import labels, shards
         from dgmd_pipeline.training.train import TrainingData
 
@@ -121,10 +121,10 @@ class TrainModel(Step):
 
 
 class EvaluateModel(Step):
-    """A model and the validation split -> metrics, comparison with production, and serving benchmark."""
+    """A model and the validation split -> metrics, a comparison with production, and a serving benchmark."""
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
-    params = ("model_name", "mlflow_tracking_uri")  # whose production it is compared with
+    params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
     runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio")
 
     def requires(self) -> dict[str, Step]:
@@ -148,7 +148,7 @@ class EvaluateModel(Step):
         return StepResult(counts=counts, images=images, summary=summary)
 
     def _data(self) -> "EvaluationData":
-        """Gather what a model is evaluated with, and what the report says of the run."""
+        """Collect the data for the evaluation and for the report."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation.evaluate import EvaluationData
 
@@ -173,7 +173,7 @@ class EvaluateModel(Step):
 
 
 class RegisterModel(Step):
-    """Everything about a training -> a run and a version in the registry that is not production. The last task."""
+    """A training and its evaluation -> an MLflow run and a registered, non-production version. The last task."""
 
     name, verb = names.REGISTERED_MODEL, "register"
     params = ("model_name", "mlflow_experiment_name", "mlflow_tracking_uri")
@@ -208,14 +208,14 @@ class RegisterModel(Step):
         version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
         self._finish_run(place, version, start)
         manifest.write_json(draft / "version.json", version._asdict())
-        state = "non-production" if version.new else "was registered already"
+        state = "non-production" if version.new else "already registered"
         return StepResult(
             counts={"name": version.name, "version": version.version, "run": version.run_id, "new": version.new},
             summary=f"{version.name} version {version.version}, {state}",
         )
 
     def _finish_run(self, place: "Store", version: "RegisteredVersion", start: float) -> None:
-        """Log how long the registration took, and link the run on the page of a Luigi scheduler."""
+        """Log the duration of the registration, and show a link to the run on the page of a Luigi scheduler."""
         from dgmd_pipeline.registry import registration
 
         try:
@@ -223,25 +223,25 @@ class RegisterModel(Step):
                 registration.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
             if tell := self.set_tracking_url:  # while Luigi's worker runs the task
                 tell(registration.run_url(place, version))
-        except PipelineError as error:  # the version is registered; these are no reason to fail
-            log.warning("The duration of the registration is missing in MLflow: %s", error)
+        except PipelineError as error:  # the version is registered, so the step must not fail
+            log.warning("The duration of the registration could not be logged in MLflow: %s", error)
 
     def _store(self, draft: Path, needed: int) -> "Store":
-        """Return where to register: the server that is set, or the embedded store, which needs room here."""
+        """Return the store to register in: the one that is set, or the embedded one, which is created if necessary."""
         from dgmd_pipeline.registry import store as registry_store
 
         if not self.settings.mlflow_tracking_uri:
             disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
             folder = self.settings.data_dir / names.STORE
-            if not folder.exists():  # a database that is cut off while its tables are made is lost
+            if not folder.exists():  # a database is unusable if the creation of its tables was interrupted
                 with folders.draft(folder) as new:
                     registry_store.create(new)
         found = lookup.store(self.settings)
-        assert found is not None  # noqa: S101 - it has just been made
+        assert found is not None  # noqa: S101 - it has just been created
         return found
 
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
-        """Gather what is registered from the folders of the steps before."""
+        """Collect from the earlier steps' folders everything that is registered."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate
         from dgmd_pipeline.registry import registration
@@ -276,7 +276,7 @@ class RegisterModel(Step):
 
 
 def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:
-    """Return the settings that the folders were made with, and others, by variable name."""
+    """Return the settings that the folders were made with, plus `others`, by variable name."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}
 

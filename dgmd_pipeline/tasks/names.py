@@ -7,13 +7,13 @@ LABEL_MAP = "label_map"
 BALANCED = "balanced"
 SPLIT = "split"
 TFRECORD = "tfrecord"  # one folder for each split: tfrecord_training, tfrecord_validation
-FEATURES = "features"  # the same
+FEATURES = "features"  # likewise one folder for each split
 TRAINED_MODEL = "trained_model"
 EVALUATION = "evaluation"
 REGISTERED_MODEL = "registered_model"
-STORE = "mlflow"  # the embedded MLflow store, which is no step's
+STORE = "mlflow"  # the embedded MLflow store, which is not a step folder
 
-ALL = (  # that there may be, whatever the settings
+ALL = (  # every folder that can exist, with any settings
     *(RAW, INSPECTED, LABEL_MAP, BALANCED, SPLIT),
     *(f"{name}_{split}" for name in (TFRECORD, FEATURES) for split in SPLITS),
     *(TRAINED_MODEL, EVALUATION, REGISTERED_MODEL, STORE),

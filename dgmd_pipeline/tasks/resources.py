@@ -1,4 +1,4 @@
-"""What a run keeps in memory from one step to the next: a listing, the frozen network, the trained model."""
+"""Objects that a run keeps in memory between steps: a listing, the frozen network, the trained model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Resources:
-    """What a run keeps in memory from one step to the next."""
+    """Objects that a run keeps in memory between steps."""
 
-    listing: "Listing | None" = None  # of the bucket, where planning needed it
-    network: "Callable[[], keras.Model] | None" = None  # waits for the frozen network, which is built once
-    trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, where this run has trained it
+    listing: "Listing | None" = None  # of the bucket, if planning needed it
+    network: "Callable[[], keras.Model] | None" = None  # waits until the frozen network is built and returns it
+    trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, if this run trained it
 
 
 def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
-    """Build the frozen network in a thread, if this run will need one, while the steps before it do their work.
+    """Build the frozen network in a background thread, if this run will need it, while earlier steps run.
 
-    It takes some 10 s of one core: TensorFlow's import, the layers and, where features are extracted, the forward pass.
+    This takes about 10 s of one core: for the import of TensorFlow, the layers and, if features are extracted, the
+    forward pass.
     """
-    listed = context.shared(Resources).listing is not None  # the bucket has changed: "maybe" is nearly certain
+    listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
     extracts = bool(due & {f"{names.FEATURES}_{split}" for split in names.SPLITS})
     if extracts or names.TRAINED_MODEL in due:
@@ -50,7 +51,7 @@ def _start_network(context: RunContext, extracts: bool) -> None:
 
 
 def network(context: RunContext, extracts: bool) -> "keras.Model | None":
-    """Return the frozen network of this run; None where the backbone is trained."""
+    """Return the frozen network of this run; None if the backbone is trained (`cnn`)."""
     resources = context.shared(Resources)
     if resources.network is None:
         _start_network(context, extracts)
@@ -58,7 +59,7 @@ def network(context: RunContext, extracts: bool) -> "keras.Model | None":
 
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":
-    """Return the trained model of a folder: from memory where this run has made it, loading takes 3 to 5 s."""
+    """Return the trained model of a folder, from memory if this run trained it, because loading takes 3 to 5 s."""
     from dgmd_pipeline.training import networks, runtime
 
     trained = context.shared(Resources).trained

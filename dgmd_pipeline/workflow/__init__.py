@@ -1,1 +1,1 @@
-"""Luigi and the step contract; knows nothing of images, TensorFlow, S3 or MLflow."""
+"""Luigi and the step contract. This package does not depend on images, TensorFlow, S3 or MLflow."""

@@ -1,4 +1,4 @@
-"""Free space, and disk errors explained."""
+"""Checks of free disk space, and explanations of disk errors."""
 
 import contextlib
 import errno
@@ -13,20 +13,20 @@ from dgmd_pipeline.formatting import format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BLOCK = 4096  # bytes; a file takes a multiple of this on most disks
+BLOCK = 4096  # bytes; on most disks, a file occupies a multiple of this
 
 
 def allocated_bytes(size: int) -> int:
-    """Return how many bytes a file of `size` bytes takes on most disks."""
+    """Return how many bytes a file of `size` bytes occupies on most disks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def check_space(place: Path, what: str, needed: int) -> None:
-    """Raise PipelineError where `what` needs more bytes than are free on the disk of `place`."""
+    """Raise PipelineError if `what` needs more bytes than are free on the disk of `place`."""
     free = shutil.disk_usage(place).free
     if needed > free:
         data_dir = next((path.parent for path in place.parents if path.name.startswith(".draft-")), place.parent)
-        raise _full(data_dir, f"{what} needs {format_bytes(needed)}, {format_bytes(free)} are free")
+        raise _full(data_dir, f"{what} needs {format_bytes(needed)}, but only {format_bytes(free)} are free")
 
 
 def _full(data_dir: Path, need: str) -> PipelineError:
@@ -35,9 +35,9 @@ def _full(data_dir: Path, need: str) -> PipelineError:
 
 @contextlib.contextmanager
 def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | None = None) -> Iterator[None]:
-    """Turn an OSError of the disk under `data_dir` into a PipelineError; any other OSError passes.
+    """Turn an OSError that an operator can fix into a PipelineError that says how; re-raise any other.
 
-    `needed` is about how many bytes `what` takes, where that is known.
+    `data_dir` is the folder in use. `needed` is the approximate number of bytes that `what` writes, if it is known.
     """
     before = _free(data_dir)
     try:
@@ -45,7 +45,7 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
     except OSError as error:
         if error.errno in FULL:
             known = needed is not None and needed > before
-            need = f"about {format_bytes(needed or 0)}, {format_bytes(before)} were free"
+            need = f"about {format_bytes(needed or 0)}, but only {format_bytes(before)} were free"
             raise _full(
                 data_dir,
                 f"{what} needs {need if known else f'more than the {format_bytes(before)} that were free'}",
@@ -64,18 +64,18 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
 
 
 def _access(place: Path) -> str:
-    """Return what to do where this user may not read or write `place`."""
+    """Return what to do if this user may not read or write `place`."""
     user, owner = os.getuid(), _nearest(place, os.stat).st_uid
     change = f"`chmod -R u+rwX` it, or `chown -R {user}` it" if owner == user else f"`chown -R {user}` it"
     as_owner = "" if owner in (0, user) else f", run as its owner (docker run --user {owner})"
     return (
-        f"must be readable and writable for user {user}, which the pipeline runs as: {change}{as_owner}, or choose "
+        f"must be readable and writable by user {user}, which the pipeline runs as: {change}{as_owner}, or choose "
         "another path."
     )
 
 
 def _free(folder: Path) -> int:
-    """Return how many bytes are free on the disk that has or will have `folder`."""
+    """Return how many bytes are free on the disk where `folder` is or will be."""
     return _nearest(folder, shutil.disk_usage).free
 
 
@@ -88,7 +88,7 @@ def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, or a file at its path, if there is one."""
+    """Remove the folder or file at this path, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Self-contained pieces of work -> their results, in processes or threads on all cores."""
+"""Pieces of work -> their results, computed in processes or threads on all cores."""
 
 import multiprocessing
 import os
@@ -24,16 +24,16 @@ def cores() -> int:
 
 
 class ProcessExecutor:
-    """Worker processes that start with the first piece of work and stay for the whole run."""
+    """Worker processes. They start with the first piece of work and exist until the end of the run."""
 
     def __init__(self, processes: int | None = None) -> None:
         self._processes = processes or cores()
         self._executor: ProcessPoolExecutor | None = None
 
     def map(self, function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-        """Yield `function(piece)` in the order of the pieces, which are read as they are needed.
+        """Yield `function(piece)` in the order of the pieces. Pieces are read only when they are needed.
 
-        Raises what `function` raises, and PipelineError where a process was killed.
+        Raises what `function` raises, and PipelineError if a process was killed.
         """
         if self._executor is None:
             # Never fork: TensorFlow may be imported by now, and its threads do not survive a fork.
@@ -45,11 +45,11 @@ class ProcessExecutor:
         except BrokenProcessPool:
             raise PipelineError(
                 "A worker process was killed, most likely by the system because memory ran out. "
-                "Give the run more memory or fewer cores, and run it again: finished steps are kept."
+                "Give the pipeline more memory or fewer cores, and run it again: finished steps are kept."
             ) from None
 
     def close(self) -> None:
-        """Terminate the processes, whatever they are doing."""
+        """Terminate the processes, even if they are working."""
         if self._executor is None:
             return
         for process in list((self._executor._processes or {}).values()):
@@ -59,13 +59,13 @@ class ProcessExecutor:
 
 
 def in_threads(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-    """Yield `function(piece)` in the order of the pieces, with one thread per core; for work that releases the GIL."""
+    """Yield `function(piece)` in the order of the pieces, with a thread per core, for work that releases the GIL."""
     with ThreadPoolExecutor(cores()) as executor:
         yield from _in_order(executor, function, pieces, 2 * cores())
 
 
 def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Call `function` in a thread now; return a function that waits for its result, and returns or raises it."""
+    """Start `function` in a thread; return a function that waits for the result and returns (or raises) it."""
     future: Future[Result] = Future()
 
     def work() -> None:
@@ -94,14 +94,14 @@ def _in_order(
 
 
 def _initialize_worker() -> None:
-    # Ctrl-C reaches the whole process group. The parent decides when its workers end.
+    # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent has ended; it would wait for work for ever."""
+    """End this worker when its parent has ended; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

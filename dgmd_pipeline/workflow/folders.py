@@ -1,7 +1,7 @@
-"""A draft -> a complete folder: commit, recovery after a kill, and the lock.
+"""A draft -> a complete folder; recovery after a kill; and the lock of DATA_DIR.
 
-A step writes into a draft folder beside its target, and renames the draft at the end. So a folder that exists is
-complete: docs/decisions/0001-a-step-is-a-folder.md.
+A step writes into a draft folder in the same parent folder as its target. Its last action renames the draft to the
+target, so a folder that exists is complete. See docs/decisions/0001-a-step-is-a-folder.md.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy
 from dgmd_pipeline.workflow import disk
 
-RESUME = ".resume"  # folder in a draft, with what is needed to resume it; never in a finished folder
-FINGERPRINT = "purpose"  # file in RESUME: the fingerprint of what the draft will become
+RESUME = ".resume"  # folder in a draft with the files needed to resume it; never in a finished folder
+FINGERPRINT = "purpose"  # file in RESUME with the fingerprint that the draft was started for
 
 
 @contextlib.contextmanager
 def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
-    """Provide a folder beside `target`. It replaces `target` when the block ends, and is removed if the block fails.
+    """Provide a draft folder. It replaces `target` when the block succeeds, and is removed when the block fails.
 
-    With a `fingerprint` the draft can be resumed: it has a folder RESUME. Once the caller has written a file there, the
-    draft stays if the block fails or the process is killed, and the next call with the same fingerprint provides it.
+    With a `fingerprint`, the draft can be resumed: it has a folder RESUME. If the block has written a file to RESUME
+    when it fails or the process is killed, the draft is kept, and the next call with the same fingerprint provides it.
     """
     folder, old = _beside(target)
     try:
@@ -52,7 +52,7 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
 
 
 def _discard(old: Path, folder: Path) -> None:
-    """Give a replaced folder the draft's name, then remove it: a partly removed folder must never be put back."""
+    """Remove a replaced folder. It is first renamed to a draft, so that it is never restored when partly removed."""
     disk.remove(folder)
     old.rename(folder)
     disk.remove(folder)
@@ -71,9 +71,9 @@ def _can_resume(folder: Path) -> bool:
 
 
 def recover(data_dir: Path, names: Iterable[str]) -> None:
-    """Repair what a killed run left of the folders `names`: put a folder back, or remove a draft.
+    """Clean up the folders `names` after a killed run: restore replaced folders and remove drafts.
 
-    A draft that can be resumed stays.
+    Drafts that can be resumed are kept.
     """
     for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
         if old.exists():
@@ -87,28 +87,29 @@ def recover(data_dir: Path, names: Iterable[str]) -> None:
 
 
 def current_path(target: Path) -> Path:
-    """Return where a folder is: at its path, or where a killed run left it until `recover` puts it back."""
+    """Return where a folder is: at its path, or where a killed run left it until `recover` restores it."""
     old = _beside(target)[1]
     return old if old.exists() and not target.exists() else target
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Return the paths of a folder's draft and of the folder that the draft replaces."""
+    """Return the path of a folder's draft, and the path that a replaced folder is renamed to."""
     return target.with_name(f".draft-{target.name}"), target.with_name(f".old-{target.name}")
 
 
 def sweep(data_dir: Path, done: Iterable[str]) -> None:
-    """Remove the drafts of steps that are `done`: nothing will resume them."""
+    """Remove the drafts of the steps in `done`, because nothing will resume them."""
     for name in done:
         disk.remove(_beside(data_dir / name)[0])
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return how many bytes the files in a folder have, at any depth, without those in RESUME."""
+    """Return the total size in bytes of all files in a folder and its subfolders, without RESUME."""
     total = 0
     for path, below, names in os.walk(folder):
         below[:] = [name for name in below if name != RESUME]
-        total += sum(os.lstat(f"{path}/{name}").st_size for name in names)  # a Path would take longer than the call
+        # Without Path objects: creating one would take longer than lstat.
+        total += sum(os.lstat(f"{path}/{name}").st_size for name in names)
     return total
 
 
@@ -116,7 +117,7 @@ def folder_bytes(folder: Path) -> int:
 def lock(data_dir: Path) -> Iterator[None]:
     """Lock `data_dir` for one run. The kernel releases the lock when the process ends.
 
-    Raises Busy, naming the process that has the lock.
+    Raises Busy, which names the process that holds the lock, if it is locked already.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / ".lock").open("a+b", buffering=0) as file:
@@ -134,12 +135,12 @@ def _write_holder(file: FileIO, text: str) -> None:
     try:
         file.write(text.encode())
     except OSError as error:
-        if error.errno not in disk.FULL:  # the lock works without the name of its holder
+        if error.errno not in disk.FULL:  # the lock also works without the name of its holder
             raise
 
 
 def _read_holder(file: FileIO) -> str:
-    """Return what the holder wrote. A holder that started at the same moment may not have written it yet."""
+    """Return the text that the holder wrote. Wait a moment for it: the holder may have only just taken the lock."""
     for _ in range(20):
         file.seek(0)
         if text := file.read():

@@ -1,19 +1,19 @@
-"""Luigi's own configuration: read once, so that nothing of it can change how a run works."""
+"""Luigi's configuration files -> the address of a scheduler. Everything else in them is discarded."""
 
 import configparser
 from pathlib import Path
 
 from dgmd_pipeline.errors import SettingsError
 
-PLACES = "luigi.cfg or client.cfg in the working folder or in /etc/luigi, or the file in LUIGI_CONFIG_PATH"
+PLACES = "luigi.cfg or client.cfg in the working directory or in /etc/luigi, or the file in LUIGI_CONFIG_PATH"
 
 
 def load(named: Path | None = None) -> str | None:
-    """Import Luigi, forget what its configuration files say, and return the scheduler's address in the file `named`.
+    """Import Luigi, discard its configuration, and return the address of the scheduler in the file `named`.
 
-    Luigi reads its configuration when it is imported. A file that was meant for other pipelines could ask for several
-    worker processes, time limits or task limits, which end a run of this one.
-    Raises SettingsError where a file cannot be read, or where there is no file `named`.
+    Luigi reads its configuration when it is imported. A file that was written for other pipelines could set several
+    worker processes, time limits or task limits, with which a run of this pipeline would fail.
+    Raises SettingsError if a file cannot be read, or if the file `named` does not exist.
     """
     if named and not named.is_file():
         raise SettingsError(f"LUIGI_CONFIG_PATH={named}: there is no such file.")

@@ -1,4 +1,4 @@
-"""Records of finished folders -> what will run, and why."""
+"""Records of finished folders -> which steps will run, and why."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +19,15 @@ class StepPlan:
     step: str  # name of its folder
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
-    fingerprint: str | None  # that the folder has or will have, if that is known beforehand
-    images: int | None = None  # that are in the folder; where it is missing, in its input
-    bytes: int | None = None  # of its files now
+    fingerprint: str | None  # of the folder now, or after the run if it is known beforehand
+    images: int | None = None  # in the folder, or in its input if the folder is missing
+    bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
-    waits_for: Sequence[str] = ()  # if "maybe": the steps whose results decide whether it runs
+    waits_for: Sequence[str] = ()  # for "maybe": the steps that certainly run and whose results decide
 
     @property
     def reason(self) -> str:
-        """The reasons in words."""
+        """The reasons as text."""
         return ", ".join(map(str, self.reasons))
 
     def as_json(self) -> Json:

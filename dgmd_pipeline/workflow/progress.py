@@ -1,4 +1,4 @@
-"""Finished pieces of long work -> a progress bar on a terminal, or lines in a log."""
+"""The progress of a long step -> a progress bar on a terminal, or lines in a log."""
 
 import logging
 import sys
@@ -23,13 +23,13 @@ def progress(
     size: Callable[[Item], int] | None = None,
     report: Callable[[int, str], None] | None = None,
 ) -> Iterator[Item]:
-    """Yield `items` and show how many `unit`s of `total` are done, how fast, and with `size` (bytes) also MB/s.
+    """Yield `items`, and show how many `unit`s of `total` are done and how fast; with `size` (bytes), also MB/s.
 
-    `report` is called about once a second, with the percentage that is done and the same in words.
+    `report` is called about once a second with the percentage that is done and a text with the same information.
     """
     done = volume = 0
     start = last = reported = time.monotonic()
-    # On a terminal tqdm draws; it is silent elsewhere.
+    # tqdm draws a bar on a terminal, and is disabled otherwise.
     with tqdm(total=total, desc=f"  {what}", unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
         for item in items:
             done += count(item)

@@ -1,4 +1,4 @@
-"""What the steps of one run share: settings, processes, what is forced, and what has happened so far."""
+"""The objects that all steps of a run share: settings, worker processes, forced steps, and results so far."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,23 +15,23 @@ Shared = TypeVar("Shared")
 
 
 class Values(Protocol):
-    """What a step needs of the settings object."""
+    """The part of the settings object that steps need."""
 
     @property
     def data_dir(self) -> Path:
-        """The folder of the step folders."""
+        """The folder that contains the step folders."""
 
     def public(self, names: Iterable[str] | None = None) -> Json:
-        """Return settings as JSON values without secrets."""
+        """Return all settings, or those in `names`, as JSON values without secrets."""
 
 
 @dataclass
 class RunResult:
     """What has happened in a run so far."""
 
-    fingerprints: dict[str, str] = field(default_factory=dict)  # of each step folder that is known to be up to date
-    records: list[StepRecord] = field(default_factory=list)  # of the steps that worked in this run, in their order
-    summaries: dict[str, str] = field(default_factory=dict)  # step -> what its work came to, for people
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the step folders that are known to be up to date
+    records: list[StepRecord] = field(default_factory=list)  # of the steps that did work in this run, in this order
+    summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None
     failed_step: str | None = None
 
@@ -43,14 +43,14 @@ class RunContext:
     settings: Values
     executor: ProcessExecutor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
-    forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why it is done again in any case
+    forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date
     name: str = "run"  # on the page of a Luigi scheduler
-    holds_lock: bool = True  # whoever made the context holds DATA_DIR; else each step takes the lock while it works
+    holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)
 
     def shared(self, kind: type[Shared]) -> Shared:
-        """Return the one object of a class that this run has; the first call makes it."""
+        """Return this run's only object of a class. The first call creates it."""
         return self._shared.setdefault(kind, kind())
 
 
@@ -63,25 +63,25 @@ _default: Callable[[], RunContext] = _no_context
 
 
 def current() -> RunContext:
-    """Return the context of this process's run; one from the environment where the run is Luigi's own command."""
-    global _active  # noqa: PLW0603 - Luigi makes tasks from their parameters alone; there is one run in a process
+    """Return the active run's context. If Luigi's own command started the run, create it from the environment."""
+    global _active  # noqa: PLW0603 - Luigi creates tasks from their parameters alone; a process has one run
     if _active is None:
         _active = _default()
     return _active
 
 
 def provide_default(make: Callable[[], RunContext]) -> None:
-    """Register what makes the context of a run that was started by Luigi's own command."""
+    """Register the function that creates the context of a run that Luigi's own command has started."""
     global _default  # noqa: PLW0603
     _default = make
 
 
 @contextlib.contextmanager
 def activate(context: RunContext) -> Iterator[RunContext]:
-    """Make a context the current one inside the block."""
+    """Make a context the current one within the block."""
     global _active  # noqa: PLW0603
     before, _active = _active, context
-    Register.clear_instance_cache()  # Luigi returns the same task object for the same parameters, in every run
+    Register.clear_instance_cache()  # Luigi would return the task objects of an earlier run
     try:
         yield context
     finally:

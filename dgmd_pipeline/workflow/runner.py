@@ -1,4 +1,4 @@
-"""Steps -> done: Luigi runs them one after another in this process."""
+"""Steps -> completed steps: Luigi runs them one after another in this process."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dgmd_pipeline.workflow.step import Step
 
 
 class _Factory:
-    """Luigi's worker and scheduler, as this pipeline wants them."""
+    """Creates Luigi's worker and scheduler with the options that this pipeline needs."""
 
     def __init__(self, scheduler_url: str | None) -> None:
         self._url = scheduler_url
@@ -31,9 +31,9 @@ class _Factory:
 def run_steps(last: Sequence[Step], scheduler_url: str | None = None, verbose: bool = False) -> None:
     """Run the steps that are not complete, up to `last`.
 
-    The run reports to the Luigi scheduler at `scheduler_url`, where there is one, for people to look at; it decides
-    itself what is run. What ends a step is in the run's result: Luigi's own verdict is not used.
-    Raises PipelineError where Luigi ends without an error and without the last step.
+    If there is a `scheduler_url`, the run reports to that Luigi scheduler, which only shows the run and does not decide
+    what runs. The run's result has the exception of a failed step; the return value of `luigi.build` is not used.
+    Raises PipelineError if Luigi ends without an error, but the last step is not complete.
     """
     for name in ("luigi", "luigi-interface", "luigi.scheduler"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
@@ -41,4 +41,6 @@ def run_steps(last: Sequence[Step], scheduler_url: str | None = None, verbose: b
     if last[0].context.result.failure is None:
         last[0].context.check_stopped()
         if missing := [step.folder for step in last if not step.complete()]:
-            raise PipelineError(f"Luigi ended without an error and without {missing[0]}; --verbose shows its log.")
+            raise PipelineError(
+                f"Luigi ended without an error, but {missing[0]} is not complete; --verbose shows Luigi's log."
+            )

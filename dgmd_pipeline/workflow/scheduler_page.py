@@ -15,24 +15,25 @@ from dgmd_pipeline.formatting import redact
 
 log = logging.getLogger(__name__)
 REPORTED = ("add_worker", "add_task", "ping", "announce_scheduling_failure", "set_task_status_message",
-    "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that tell what a run does
+    "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that report what a run does
 CONNECT_TIMEOUT = 5.0  # seconds
-FLUSH_SECONDS = 5.0  # that the end of a run waits for the page to be up to date
+FLUSH_SECONDS = 5.0  # that the end of a run waits at most for its last reports to be sent
 
 
 def _remote(url: str) -> RemoteScheduler:
     config = luigi.configuration.get_config()
-    config.set("core", "rpc_retry_attempts", "1")  # Luigi's default is three, with 30 s between them
+    config.set("core", "rpc_retry_attempts", "1")  # Luigi's default is three attempts, 30 s apart
     try:
         return RemoteScheduler(url, connect_timeout=CONNECT_TIMEOUT)
     finally:
-        config.remove_option("core", "rpc_retry_attempts")  # Luigi warns of options that no task reads
+        config.remove_option("core", "rpc_retry_attempts")  # Luigi warns about options that no task reads
 
 
 class ReportingScheduler:
-    """The local scheduler of a run, whose calls are repeated to a remote one.
+    """The local scheduler of a run. Calls that report progress are also sent to a remote scheduler.
 
-    The local scheduler decides. A remote one that does not answer is warned of once; the run goes on without it.
+    The local scheduler decides what runs. If the remote one cannot be reached, one warning is logged and the run
+    continues without it.
     """
 
     def __init__(self, local: Scheduler, url: str) -> None:
@@ -58,12 +59,12 @@ class ReportingScheduler:
         """Return the next task of the local scheduler, and show it as running on the page."""
         work = self._local.get_work(**named)
         if task_id := work.get("task_id"):
-            add_task = getattr(self._remote, "add_task")  # noqa: B009 - Luigi makes the method at run time
+            add_task = getattr(self._remote, "add_task")  # noqa: B009 - Luigi creates the method at run time
             self._report(partial(add_task, task_id=task_id, status=RUNNING, worker=named["worker"]))
         return work
 
     def close(self) -> None:
-        """Wait a moment until everything is reported."""
+        """Wait until all reports are sent, but at most FLUSH_SECONDS."""
         self._calls.put(None)
         self._thread.join(FLUSH_SECONDS)
 

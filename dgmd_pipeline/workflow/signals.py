@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM -> Stopped in the main thread, and the end of the process where that is not raised in time.
+"""SIGINT and SIGTERM -> Stopped in the main thread; if that does not end the run in time, the end of the process.
 
-Python calls a signal handler between two instructions, and a library can lose the exception that the handler raises:
-TensorFlow swallows it while it is imported or traces a function. A long call of native code delays it. So a signal is
-remembered as well as raised, and a thread that notices it at once ends the process when it still runs GRACE seconds
-later. What the process was writing is a draft, which the next run removes or resumes.
+Python calls a signal handler between two instructions. A library can suppress the exception that the handler raises:
+TensorFlow does so while it is imported and while it traces a function. A long call of native code delays the handler.
+So the handler also stores the signal, for `check_stopped`. In addition, a thread notices the signal at once, and ends
+the process if it still runs GRACE seconds later. A step that is interrupted in this way leaves only a draft, which the
+next run removes or resumes.
 """
 
 import contextlib
@@ -15,20 +16,20 @@ from collections.abc import Iterator
 
 from dgmd_pipeline.errors import Stopped
 
-GRACE = 3.0  # seconds; `docker stop` kills after ten
+GRACE = 3.0  # seconds; `docker stop` kills the process after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Raise Stopped in the block when a signal arrives; end the process when that does not end the block."""
+    """Raise Stopped in the block when a signal arrives; end the process if the block does not end in time."""
     received.clear()
     reader, writer = os.pipe()
     screen = os.dup(2)  # file descriptor 2 is /dev/null while TensorFlow is imported
     os.set_blocking(writer, False)
     former = {number: signal.signal(number, _remember) for number in WORDS}
-    # Python's C code writes to it the moment a signal arrives, whatever the main thread does.
+    # Python's C code writes to this pipe as soon as a signal arrives, even if the main thread is busy.
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader, screen), daemon=True).start()
     try:
@@ -41,13 +42,13 @@ def handle_signals() -> Iterator[None]:
 
 
 def check_stopped() -> None:
-    """Raise Stopped if a signal has arrived: the exception of the handler may have been lost."""
+    """Raise Stopped if a signal has arrived, because a library may have suppressed the handler's exception."""
     if received:
         raise Stopped
 
 
 def stop_message(number: int) -> str:
-    """Return the message of a run that a signal ended."""
+    """Return the message for a run that was ended by a signal."""
     return f"{WORDS[signal.Signals(number)]}; run the same command again to resume"
 
 
@@ -62,8 +63,8 @@ def _watch(reader: int, screen: int) -> None:
             again, _, _ = select.select([reader], [], [], GRACE)
             if again and not os.read(reader, 1):
                 break  # the block has ended
-            _, writable, _ = select.select([], [screen], [], 0)  # a full pipe would block
-            with contextlib.suppress(OSError):  # the reader has ended
+            _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
+            with contextlib.suppress(OSError):  # whoever reads the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
             os._exit(128 + heard[0])
     os.close(reader)

@@ -1,4 +1,4 @@
-"""What a finished folder was made from: `_SUCCESS` <-> StepRecord, fingerprints, and how two of them differ."""
+"""`_SUCCESS` <-> StepRecord, which says what a folder was made from; fingerprints; differences between records."""
 
 import hashlib
 import json
@@ -21,21 +21,21 @@ class StepRecord:
     identity: str  # fingerprint of the folder
     settings: Json  # those that the content depends on
     inputs: dict[str, str]  # name of an input -> its fingerprint
-    counts: Json  # for people and for later steps
+    counts: Json  # used by people and by later steps
     started: str  # ISO 8601, UTC
     seconds: float
     version: str  # of this package
     images: int | None = None  # that the folder contains or describes
-    bytes: int | None = None  # of its files
+    bytes: int | None = None  # total size of its files
     worked: int | None = None  # images that were processed in `seconds`
     volume: int | None = None  # bytes of images that were read or written in `seconds`
 
 
 def read_record(folder: Path) -> StepRecord | None:
-    """Return the record of a finished folder, or None where there is none that can be read."""
+    """Return the record of a finished folder, or None if it is missing or cannot be read."""
     try:
         values = json.loads((folder / SUCCESS).read_text(encoding="utf-8"))
-        # Another version may have written more.
+        # Another version may have written additional fields.
         return StepRecord(**{each.name: values[each.name] for each in fields(StepRecord) if each.name in values})
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
@@ -52,7 +52,7 @@ def digest(value: object) -> str:
 
 
 class FoundFiles(NamedTuple):
-    """Files without a record."""
+    """The files in a folder without a record."""
 
     fingerprint: str
     files: int
@@ -60,7 +60,7 @@ class FoundFiles(NamedTuple):
 
 
 def walk(folder: Path) -> FoundFiles:
-    """Return the fingerprint of files without a record: paths, sizes and modification times.
+    """Return the fingerprint of a folder without a record: a hash of paths, sizes and modification times.
 
     Only files in subfolders count. Names that begin with a dot are skipped.
     """
@@ -69,24 +69,24 @@ def walk(folder: Path) -> FoundFiles:
         below[:] = sorted(name for name in below if not name.startswith("."))
         if Path(path) != folder:
             for name in sorted(name for name in names if not name.startswith(".")):
-                status = os.lstat(f"{path}/{name}")  # a Path would take longer than the call
+                status = os.lstat(f"{path}/{name}")  # creating a Path would take longer than lstat
                 entries.append((f"{path[len(str(folder)) :]}/{name}", status.st_size, status.st_mtime_ns))
     return FoundFiles(digest(entries), len(entries), sum(size for _, size, _ in entries))
 
 
 class Reason(NamedTuple):
-    """Why a step is done again; `str` makes words of it."""
+    """Why a step has its state in the plan; `str` returns it as text."""
 
     kind: Literal["missing", "unreadable", "external", "forced", "setting", "format", "input", "upstream", "waiting"]
-    name: str = ""  # of the setting or input; of "forced", "upstream" and "waiting" the words
+    name: str = ""  # of the setting or input; for "forced", "upstream" and "waiting", a text
     before: str = ""
     now: str = ""
 
     def __str__(self) -> str:
         return {
             "missing": "folder is missing",
-            "unreadable": f"no readable {SUCCESS}: made by hand or by an older version",
-            "external": "put there by hand: used as it is",
+            "unreadable": f"no readable {SUCCESS}: made by an older version, or not by this pipeline",
+            "external": "no record of a download: used as it is",
             "setting": f"{self.name.upper()} {self.before} -> {self.now}",
             "format": f"format {self.before} -> {self.now}",
             "input": f"{self.name} changes",
@@ -95,7 +95,7 @@ class Reason(NamedTuple):
 
 
 def differences(record: StepRecord, settings: Json, format_version: int, inputs: Mapping[str, str]) -> list[Reason]:
-    """Return in what a folder with this record differs from what would be written now."""
+    """Return the differences between a folder with this record and the folder that would be written now."""
     found = [
         Reason("setting", name, _shown(record.settings, name), _shown(settings, name))
         for name in sorted({*record.settings, *settings})

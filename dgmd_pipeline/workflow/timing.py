@@ -1,4 +1,4 @@
-"""Records of the steps that ran -> a table of their times, and metrics."""
+"""Records of the steps that ran -> a table of their times, and metrics of them."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,22 +8,22 @@ from dgmd_pipeline import formatting
 if TYPE_CHECKING:
     from dgmd_pipeline.workflow.step_record import StepRecord
 
-REST = "the rest"  # of a run: start, planning, waiting
-SECONDS = "step_seconds/"  # MLflow's page groups metrics by what is before the slash
+REST = "the rest"  # the time of a run outside its steps: start, planning, waiting
+SECONDS = "step_seconds/"  # MLflow's page groups metrics by the part before the slash
 
 
 class Row(NamedTuple):
     """The time of a step."""
 
-    name: str  # of the step's folder
+    name: str  # of the step folder, or REST
     seconds: float
-    images: float | None  # per second; None where it is not defined
+    images: float | None  # per second; None if the step processes no images
     megabytes: float | None  # per second
-    share: int  # of the run, percent
+    share: int  # of the run's time, percent
 
 
 def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
-    """Return a row for each step and one for the rest of a run that took `total` seconds; shares sum to 100."""
+    """Return a row for each step, and one for the rest of a run of `total` seconds. The shares sum to 100."""
     rest = max(0.0, total - sum(record.seconds for record in records))
     *shares, rest_share = formatting.whole_percentages([*(record.seconds for record in records), rest])
     found = [
@@ -33,7 +33,7 @@ def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
-    """Return the table, at most 60 columns wide, and below it a line that names the slowest step."""
+    """Return the lines of the table, at most 60 columns wide, and a last line that names the slowest step."""
     table = [f"  {'step':19} {'seconds':>9} {'images/s':>10} {'MB/s':>8} {'share':>6}"]
     for row in rows:
         megabytes = "" if row.megabytes is None else f"{row.megabytes:,.1f}"
@@ -64,7 +64,7 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
 
 
 def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
-    """Return images and megabytes per second; None where the step processed none, or took no time."""
+    """Return images and megabytes per second; None for those that the step did not process, or if it took no time."""
 
     def rate(amount: int | None) -> float | None:
         return amount / record.seconds if amount and record.seconds else None

@@ -13,8 +13,9 @@ HEAD = """\
 # Configuration
 
 All settings are environment variables. They can also be in a file `.env` in the working directory,
-or in the file that `--env-file` names; the environment takes precedence. An empty variable is
-unset. Invalid values are reported all at once, before anything starts, with exit code 2.
+or in the file that `--env-file` names. The environment takes precedence over the file. An empty
+variable counts as unset. If values are invalid, the command reports all of them before anything
+starts, and exits with 2.
 
 This file is generated from `dgmd_pipeline/settings.py`: run `make docs` after a change there.
 """
@@ -46,8 +47,8 @@ TAIL = """\
 
 `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SHARED_CREDENTIALS_FILE`, `AWS_PROFILE`,
 `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_USERNAME`, `MLFLOW_TRACKING_PASSWORD`
-and the other variables of boto3 and MLflow have their usual meaning. Without any AWS credentials
-the bucket is read anonymously.
+and the other variables of boto3 and MLflow have their usual meaning. If there are no AWS
+credentials, the bucket is read anonymously.
 
 The pipeline sets these variables of libraries if they are unset:
 

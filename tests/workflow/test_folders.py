@@ -135,7 +135,7 @@ def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
     disk.check_space(draft, "raw", 1)
     with pytest.raises(
         PipelineError,
-        match=rf"{tmp_path}: the disk is full: raw needs 1000000.0 TB, .* are free. Free space and run",
+        match=rf"{tmp_path}: the disk is full: raw needs 1000000.0 TB, but only .* are free. Free space and run",
     ):
         disk.check_space(draft, "raw", 10**18)
 
