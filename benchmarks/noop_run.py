@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks import measure
 from dgmd_pipeline import manifest
-from dgmd_pipeline.workflow import step_record
+from dgmd_pipeline.workflow import success_file
 
 PIPELINE = Path(__file__).parent.parent / "pipeline.py"
 NOTHING = "Nothing to do: dgmd_model version 1 is registered."
@@ -65,7 +65,7 @@ def add_external_files(data_dir: Path, files: int) -> None:
     for path in (raw / source(number).path for number in range(files)):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    fingerprint = step_record.walk(raw).fingerprint
+    fingerprint = success_file.walk(raw).fingerprint
     for path in data_dir.glob("*/_SUCCESS"):
         record = json.loads(path.read_text())
         if "raw" in record["inputs"]:

@@ -27,6 +27,7 @@ ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
   0    success
+  1    health: the last run failed; elsewhere: a bug of the pipeline
   2    invalid setting or argument
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels or corrections.csv

@@ -72,7 +72,6 @@ before rename .draft-raw raw
 after rename .draft-raw raw
 before rename .old-split .draft-split
 after rename trained_model .old-trained_model
-after rename .draft-trained_model trained_model
 before rename registered_model .old-registered_model
 after rename .draft-registered_model registered_model
 """

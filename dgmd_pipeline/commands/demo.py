@@ -184,7 +184,7 @@ def encode_digit(digit: "np.ndarray", size: int, file_format: str) -> bytes:
 
 
 def _print_next_commands() -> None:
-    from dgmd_pipeline.workflow.step_record import read_record
+    from dgmd_pipeline.workflow.success_file import read_record
 
     registered, evaluation = read_record(DATA_DIR / "registered_model"), read_record(DATA_DIR / "evaluation")
     if not registered or not evaluation:
@@ -202,7 +202,7 @@ What next?
   # classify images with the production version
   {pipeline} predict --env-file {ENV_FILE} {DATA_DIR}/raw/6
   # view the registry at http://127.0.0.1:5050
-  {_command("mlflow")} server --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
+  {_command("mlflow")} server --workers 1 --port 5050 --backend-store-uri sqlite:///{DATA_DIR}/mlflow/mlflow.db
   # show what the next run would do
   {pipeline} plan --env-file {ENV_FILE}
   # train again on the same images (edit {ENV_FILE} to change parameters)

@@ -21,7 +21,7 @@ from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, tim
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
 from dgmd_pipeline.workflow.step import Step
-from dgmd_pipeline.workflow.step_record import read_record
+from dgmd_pipeline.workflow.success_file import read_record
 
 log = logging.getLogger(__name__)
 

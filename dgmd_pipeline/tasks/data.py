@@ -17,7 +17,7 @@ from dgmd_pipeline.tasks.resources import Resources
 from dgmd_pipeline.workflow import folders
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
-from dgmd_pipeline.workflow.step_record import Json, StepRecord, digest, read_record
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest, read_record
 
 log = logging.getLogger(__name__)
 SOURCE = ("aws_data_bucket", "aws_data_path")  # the settings that say where the images come from

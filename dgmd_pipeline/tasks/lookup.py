@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dgmd_pipeline import manifest
 from dgmd_pipeline.tasks import names
 from dgmd_pipeline.workflow.run_context import RunResult
-from dgmd_pipeline.workflow.step_record import Json, read_record
+from dgmd_pipeline.workflow.success_file import Json, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages

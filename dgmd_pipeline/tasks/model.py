@@ -24,7 +24,7 @@ from dgmd_pipeline.tasks.training_inputs import ExtractFeatures, training_inputs
 from dgmd_pipeline.workflow import disk, folders, timing
 from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
-from dgmd_pipeline.workflow.step_record import Json, StepRecord, read_record
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData

@@ -6,7 +6,7 @@ from dgmd_pipeline.tasks import names, resources
 from dgmd_pipeline.tasks.data import PerSplitStep, WriteTFRecords
 from dgmd_pipeline.workflow import disk
 from dgmd_pipeline.workflow.step import Step, StepResult
-from dgmd_pipeline.workflow.step_record import read_record
+from dgmd_pipeline.workflow.success_file import read_record
 
 
 def training_inputs(backbone: str) -> dict[str, Step]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dgmd_pipeline.errors import SettingsError
-from dgmd_pipeline.workflow import folders, step_record
-from dgmd_pipeline.workflow.step_record import Json, Reason
+from dgmd_pipeline.workflow import folders, success_file
+from dgmd_pipeline.workflow.success_file import Json, Reason
 
 if TYPE_CHECKING:
     from dgmd_pipeline.workflow.step import Step
@@ -87,7 +87,7 @@ def plan(*last: "Step") -> list[StepPlan]:
 
 def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
     name, path = step.folder, folders.current_path(step.path)
-    record = step_record.read_record(path)
+    record = success_file.read_record(path)
     known = step.context.result.fingerprints.get(name)
     if known:
         images, size = (record.images, record.bytes) if record else (None, None)
@@ -101,7 +101,7 @@ def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
     if record is None:
         if step.accepts_external_data:
             step.check_upstream(None)
-            found = step_record.walk(path)
+            found = success_file.walk(path)
             return StepPlan(name, "done", [Reason("external")], found.fingerprint, found.files, found.bytes)
         return StepPlan(name, "run", [Reason("unreadable")], expected, images)
     images = images if record.images is None else record.images

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from luigi.task_register import Register
 
 from dgmd_pipeline.workflow.executors import ProcessExecutor
-from dgmd_pipeline.workflow.step_record import Json, StepRecord
+from dgmd_pipeline.workflow.success_file import Json, StepRecord
 
 Shared = TypeVar("Shared")
 

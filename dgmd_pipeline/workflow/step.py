@@ -18,7 +18,7 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.workflow import disk, folders, planning, progress, run_context
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, Values
-from dgmd_pipeline.workflow.step_record import (
+from dgmd_pipeline.workflow.success_file import (
     SUCCESS,
     Json,
     Reason,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline import formatting
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.workflow.step_record import StepRecord
+    from dgmd_pipeline.workflow.success_file import StepRecord
 
 REST = "the rest"  # the time of a run outside its steps: start, planning, waiting
 SECONDS = "step_seconds/"  # MLflow's page groups metrics by the part before the slash

@@ -11,7 +11,7 @@ from dgmd_pipeline.manifest import RawFile
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks.data import InspectImages
 from dgmd_pipeline.workflow.run_context import RunContext, activate
-from dgmd_pipeline.workflow.step_record import digest, read_record
+from dgmd_pipeline.workflow.success_file import digest, read_record
 
 
 @pytest.fixture

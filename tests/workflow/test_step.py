@@ -7,7 +7,7 @@ import pytest
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, Stopped
 from dgmd_pipeline.settings import Settings
-from dgmd_pipeline.workflow import disk, planning, step_record
+from dgmd_pipeline.workflow import disk, planning, success_file
 from dgmd_pipeline.workflow.run_context import RunContext, activate
 from dgmd_pipeline.workflow.step import Step, StepResult
 
@@ -78,10 +78,10 @@ def test_everything_runs_once_and_then_nothing_does(tmp_path):
 
 def test_a_record_says_where_a_folder_comes_from(tmp_path):
     go(tmp_path, EPOCHS=7)
-    record = step_record.read_record(tmp_path / "second")
+    record = success_file.read_record(tmp_path / "second")
     assert record.step == "second"
     assert record.settings == {"batch_size": 128}
-    assert record.inputs == {"first": step_record.read_record(tmp_path / "first").identity}
+    assert record.inputs == {"first": success_file.read_record(tmp_path / "first").identity}
     assert record.counts == {"things": 2}
     assert record.seconds >= 0 and record.started and record.version
 
@@ -129,7 +129,7 @@ def test_a_raised_format_redoes_its_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": "second"}'])
 def test_a_folder_whose_record_cannot_be_read_is_made_anew(tmp_path, content):
     go(tmp_path)
-    record = tmp_path / "second" / step_record.SUCCESS
+    record = tmp_path / "second" / success_file.SUCCESS
     record.unlink() if content is None else record.write_text(content)
     plan, worked = go(tmp_path)
     assert worked == {"second"}
@@ -190,15 +190,15 @@ def test_files_without_a_record_are_told_apart_by_path_size_and_time(tmp_path):
     (tmp_path / "label").mkdir()
     (tmp_path / "label" / "a").write_text("1")
     (tmp_path / "notes.txt").write_text("not in a subfolder")
-    first = step_record.walk(tmp_path)
+    first = success_file.walk(tmp_path)
     (tmp_path / "notes.txt").write_text("changed")
     (tmp_path / "label" / ".hidden").mkdir()
     (tmp_path / "label" / ".DS_Store").write_text("")
-    assert step_record.walk(tmp_path) == first
+    assert success_file.walk(tmp_path) == first
     os.utime(tmp_path / "label" / "a", ns=(1, 1))
-    second = step_record.walk(tmp_path)
+    second = success_file.walk(tmp_path)
     (tmp_path / "label" / "a").rename(tmp_path / "label" / "b")
-    assert len({first, second, step_record.walk(tmp_path)}) == 3
+    assert len({first, second, success_file.walk(tmp_path)}) == 3
 
 
 def test_task_ids_show_no_setting(tmp_path):
@@ -249,7 +249,7 @@ def test_a_record_of_an_older_or_newer_version_is_read(tmp_path):
     values = json.loads(path.read_text())
     del values["bytes"], values["images"]
     path.write_text(json.dumps(values | {"of tomorrow": 1}))
-    assert step_record.read_record(tmp_path / "first").bytes is None
+    assert success_file.read_record(tmp_path / "first").bytes is None
     assert go(tmp_path)[1] == set()
 
 

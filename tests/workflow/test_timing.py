@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgmd_pipeline.workflow import timing
-from dgmd_pipeline.workflow.step_record import StepRecord
+from dgmd_pipeline.workflow.success_file import StepRecord
 
 
 def record(step, seconds, worked=None, volume=None):
