@@ -80,6 +80,7 @@ def plan(*last: "Step") -> list[StepPlan]:
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
         plans[step.folder] = _step_plan(step, [plans[task.folder] for task in step.deps()])
+        step.context.result.planned.add(step.folder)
         if plans[step.folder].state == "done" and (fingerprint := plans[step.folder].fingerprint):
             step.context.result.fingerprints[step.folder] = fingerprint
     return list(plans.values())

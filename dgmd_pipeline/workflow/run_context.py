@@ -30,6 +30,7 @@ class RunResult:
     """What has happened in a run so far."""
 
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the step folders that are known to be up to date
+    planned: set[str] = field(default_factory=set)  # step folders that have been examined
     records: list[StepRecord] = field(default_factory=list)  # of the steps that did work in this run, in this order
     summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None

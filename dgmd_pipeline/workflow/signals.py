@@ -64,7 +64,7 @@ def _watch(reader: int, screen: int) -> None:
             if again and not os.read(reader, 1):
                 break  # the block has ended
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
-            with contextlib.suppress(OSError):  # whoever reads the pipe has ended
+            with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
             os._exit(128 + heard[0])
     os.close(reader)

@@ -93,10 +93,13 @@ class StepTarget(luigi.Target):
 
     def fingerprint(self) -> str | None:
         """Return the fingerprint of the folder if the target exists, else None."""
-        known = self._step.context.result.fingerprints
-        if self._step.folder not in known:
+        context, folder = self._step.context, self._step.folder
+        known = context.result.fingerprints
+        # In a run of this process, only the step itself can bring its folder up to date after planning. Luigi's own
+        # command may run steps in other processes, so folders are examined again there.
+        if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
-        return known.get(self._step.folder)
+        return known.get(folder)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -169,12 +172,12 @@ class Step(luigi.Task):
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
         """Return the fingerprint of what the step will write, or None if only the work reveals it."""
-        return digest([self.folder, self.format_version, self.declared_settings(), inputs])
+        return self._input_fingerprint(inputs)
 
     def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
         """Return the fingerprint of what was written into `folder`."""
         del folder
-        return digest([self.folder, self.format_version, self.declared_settings(), inputs])
+        return self._input_fingerprint(inputs)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         """Return how many images the step will get, or None if the plans of its inputs do not say."""
@@ -186,6 +189,10 @@ class Step(luigi.Task):
         return record.bytes if record else None
 
     # The contract
+
+    def _input_fingerprint(self, inputs: Mapping[str, str]) -> str:
+        """Return the fingerprint of everything that the content depends on."""
+        return digest([self.folder, self.format_version, self.declared_settings(), inputs])
 
     def outdated(self, record: StepRecord, inputs: Mapping[str, str]) -> list[Reason]:
         """Return why a folder with this record is made again; an empty list if it is up to date."""
@@ -219,10 +226,9 @@ class Step(luigi.Task):
 
     def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
-        to_resume = digest([self.folder, self.format_version, self.declared_settings(), inputs])
         with (
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
-            folders.draft(self.path, to_resume if self.resumable else None) as draft,
+            folders.draft(self.path, self._input_fingerprint(inputs) if self.resumable else None) as draft,
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
             result = self.work(draft)

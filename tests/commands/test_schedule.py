@@ -10,7 +10,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import CREDENTIALS, picture, run_pipeline
+from conftest import picture, run_pipeline
 
 from dgmd_pipeline.commands import schedule
 from dgmd_pipeline.errors import SettingsError
@@ -95,17 +95,6 @@ def lines_until(process, wanted):
         if wanted in line:
             return lines
     raise AssertionError(f"no {wanted!r} in:\n{''.join(lines)}")
-
-
-@pytest.fixture
-def variables(bucket, s3_endpoint, tmp_path):
-    """The variables of a run; up to the label map it does not import TensorFlow."""
-    name, client = bucket
-    for label in ("anise", "cumin"):
-        for number in range(3):
-            client.put_object(Bucket=name, Key=f"p/{label}/{number}.png", Body=picture(label, number))
-    place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name, "AWS_DATA_PATH": "p"}
-    return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data"}
 
 
 def test_repeated_runs_download_what_is_new_and_continue_after_a_failure(variables, bucket, start, listener, tmp_path):

@@ -4,19 +4,9 @@ import json
 import os
 
 import pytest
-from conftest import COMMAND, CREDENTIALS, picture, run_in_own_mounts, run_pipeline
+from conftest import COMMAND, picture, run_in_own_mounts, run_pipeline
 
 from dgmd_pipeline.commands import notify
-
-
-@pytest.fixture
-def variables(bucket, s3_endpoint, tmp_path):
-    name, client = bucket
-    for label in ("anise", "cumin"):
-        for number in range(3):
-            client.put_object(Bucket=name, Key=f"p/{label}/{number}.png", Body=picture(label, number))
-    place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name, "AWS_DATA_PATH": "p"}
-    return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "spices"}
 
 
 def health(folder, variables, *arguments):

@@ -133,3 +133,14 @@ def times_of(lines):
     """The rows of the table of times as `{name: (seconds, share)}`."""
     found = [match.groups() for line in lines if (match := TIMES.search(line))]
     return {name: (float(seconds.replace(",", "")), int(share)) for name, seconds, _, _, share in found}
+
+
+@pytest.fixture
+def variables(bucket, s3_endpoint, tmp_path):
+    """The variables of a run on six images of two labels; up to the label map it does not import TensorFlow."""
+    name, client = bucket
+    for label in ("anise", "cumin"):
+        for number in range(3):
+            client.put_object(Bucket=name, Key=f"p/{label}/{number}.png", Body=picture(label, number))
+    place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": name, "AWS_DATA_PATH": "p"}
+    return {**CREDENTIALS, **place, "DATA_DIR": tmp_path / "data", "MODEL_NAME": "spices"}

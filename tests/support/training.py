@@ -44,7 +44,7 @@ def stripes(count, size=16):
 
 
 def write_stripe_records(folder):
-    """Write records of 90 training and 40 validation images with stripes below an existing folder."""
+    """Write records of 90 training and 40 validation images with stripes below an existing folder, and return it."""
     for split, count in (("training", 90), ("validation", 40)):
         (folder / split).mkdir()
         rows = []
@@ -53,6 +53,7 @@ def write_stripe_records(folder):
             Image.fromarray(pixels).save(folder / path)
             rows.append(Example(path, str(label), int(label), path, path))
         shards.write(rows, folder, folder / split, split, 3, 16, 16, "stretch")
+    return folder
 
 
 def train(config=CONFIG, splits=None, classes=3, class_weights=None, on_epoch=ignore, checkpoint=None):

@@ -48,9 +48,7 @@ def new_head(rows=None):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stripes")
-    write_stripe_records(folder)
-    return folder
+    return write_stripe_records(tmp_path_factory.mktemp("stripes"))
 
 
 @pytest.fixture(scope="module")

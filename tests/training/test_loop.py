@@ -19,9 +19,7 @@ from dgmd_pipeline.training.features import LabeledFeatures
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stripes")
-    write_stripe_records(folder)
-    return folder
+    return write_stripe_records(tmp_path_factory.mktemp("stripes"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dgmd_pipeline.errors import PipelineError, SettingsError, Stopped
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.workflow import disk, planning, success_file
 from dgmd_pipeline.workflow.run_context import RunContext, activate
-from dgmd_pipeline.workflow.step import Step, StepResult
+from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
 
 class First(Step):
@@ -263,3 +263,12 @@ def test_a_plan_knows_images_and_bytes(tmp_path):
     assert outlooks() == [(7, 2), (7, None), (7, None)]  # what is missing is given what is there
     go(tmp_path)
     assert outlooks() == [(7, 2), (7, 2), (7, 0)]
+
+
+def test_a_change_outside_the_pipeline_is_looked_for_once_in_a_run(tmp_path, monkeypatch):
+    go(tmp_path)
+    calls = []
+    monkeypatch.setattr(First, "check_upstream", lambda *_: calls.append("") or UpstreamChange("1 new"))
+    plan, _ = go(tmp_path)
+    assert plan["first"] == ("run", "1 new")
+    assert len(calls) == 1
