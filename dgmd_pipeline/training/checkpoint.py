@@ -1,5 +1,6 @@
 """The state of a training <-> a checkpoint file."""
 
+import os
 import secrets
 import zipfile
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with draft.open("wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut after the rename can leave an empty file
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

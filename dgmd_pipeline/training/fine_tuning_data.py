@@ -90,6 +90,7 @@ def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: P
     batches = images.read().batch(features.BATCH).prefetch(2)
     for _ in features.extract(batches, len(images.labels), bottom, draft, map_batches):
         pass
+    disk.sync(draft)
     draft.rename(folder)
 
 

@@ -25,6 +25,8 @@ FINGERPRINT = "purpose"  # file in RESUME with the fingerprint that the draft wa
 def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
     """Provide a draft folder. It replaces `target` when the block succeeds, and is removed when the block fails.
 
+    The content reaches the disk before the folder gets its name, so `target` is complete even after a power cut.
+
     With a `fingerprint`, the draft can be resumed: it has a folder RESUME. If the block has written a file to RESUME
     when it fails or the process is killed, the draft is kept, and the next call with the same fingerprint provides it.
     """
@@ -37,10 +39,12 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
                 (folder / RESUME).mkdir()
                 (folder / RESUME / FINGERPRINT).write_text(fingerprint, "utf-8")
         yield folder
+        disk.sync(folder)
         # Two renames: a single one cannot replace a folder that is not empty. `recover` handles a kill between the two.
         if target.exists():
             target.rename(old)
         folder.rename(target)
+        disk.sync_names(target.parent)  # before the old folder is removed
         disk.remove(target / RESUME)
         if old.exists():
             _discard(old, folder)

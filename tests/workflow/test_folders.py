@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,33 @@ def test_a_draft_takes_its_targets_place_when_the_block_ends(tmp_path):
         assert (tmp_path / "step" / "old").exists()
     assert [path.name for path in (tmp_path / "step").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_files_reach_the_disk_before_the_folder_gets_its_name_and_the_old_folder_is_removed_last(tmp_path):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "old").write_text("")
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from dgmd_pipeline.workflow import folders
+        with folders.draft(Path(sys.argv[1])) as draft:
+            (draft / "new").write_text("content")
+    """
+    calls = "trace=write,syncfs,fsync,?rename,?renameat,?renameat2,?unlinkat"
+    command = ["strace", "-f", "-y", "-e", calls, sys.executable, "-c", code, str(tmp_path / "step")]
+    trace = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    lines = [re.sub(r"(\w+)\((\d+<)?", r"\1 ", line) for line in trace.splitlines() if str(tmp_path) in line]
+    found = [line.replace(f"{tmp_path}/", "").replace(str(tmp_path), "the parent folder") for line in lines]
+    assert [line.split(")")[0] for line in found if "exit" not in line] == [
+        'write .draft-step/new>, "content", 7',
+        "syncfs .draft-step>",
+        'rename "step", ".old-step"',
+        'rename ".draft-step", "step"',
+        "fsync the parent folder>",
+        'rename ".old-step", ".draft-step"',
+        'unlinkat .draft-step>, "old", 0',
+    ]
 
 
 def interrupted(target, purpose, note="note"):
