@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -58,7 +59,6 @@ class Rejected(NamedTuple):
 
 LISTING, REJECTED = "listing.csv", "rejected.csv"  # files in step folders
 EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet treats cells that begin with these as formulas
 
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
@@ -85,17 +85,37 @@ class ShardIndex(NamedTuple):
     shards: list[Shard]  # in the order of their records
 
 
+# What a spreadsheet takes for a formula: one of these characters at the start of a cell, or after a character at which
+# another program or locale begins a new cell. Source: owasp.org/www-community/attacks/CSV_Injection.
+_FORMULA = "=+\\-@\uff1d\uff0b\uff0d\uff20"
+_BEFORE_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)(?=[{_FORMULA}])")
+_ESCAPED_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)'(?=[{_FORMULA}])")
+_SUSPICIOUS = frozenset("=+-@\uff1d\uff0b\uff0d\uff20' ")
+
 Row = TypeVar("Row", bound=NamedTuple)
 
 
+def to_cell(value: object) -> object:
+    """Put an apostrophe before each part of a text that a spreadsheet would run as a formula."""
+    # The tests before the substitution exclude almost every text, in a tenth of its time.
+    if isinstance(value, str) and (value[:1] in _SUSPICIOUS or ";" in value or not value.isprintable()):
+        return _BEFORE_FORMULA.sub(r"\1'", value)
+    return value
+
+
+def from_cell(text: str) -> str:
+    """Return the text that `to_cell` was called with."""
+    return _ESCAPED_FORMULA.sub(r"\1", text) if "'" in text else text
+
+
 def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
-    """Write a CSV file with a header and return the number of rows."""
+    """Write a CSV file with a header and return the number of rows. `to_cell` describes what spreadsheets see."""
     count = 0
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(kind._fields)
         for row in rows:
-            writer.writerow(row)
+            writer.writerow(map(to_cell, row))
             count += 1
     return count
 
@@ -116,6 +136,8 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
             for values in reader:
                 if len(values) != len(types):
                     raise ValueError(f"line {reader.line_num} has {len(values)} values instead of {len(types)}")
+                if "'" in "".join(values):
+                    values[:] = map(from_cell, values)
                 for index, number in numbers:
                     values[index] = number(values[index])
                 yield kind(*values)  # type: ignore[arg-type]

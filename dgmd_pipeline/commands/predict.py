@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.manifest import to_cell
 from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.workflow.progress import progress
 
@@ -77,9 +78,9 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
     if form == "json":
         output.print_json(predictions)
     elif form == "csv":
-        writer = csv.DictWriter(sys.stdout, ["file", "label", "probability"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(predictions)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["file", "label", "probability"])
+        writer.writerows(map(to_cell, row.values()) for row in predictions)
     else:
         table = [(row["label"], f"{row['probability']:.4f}", row["file"]) for row in predictions]
         output.print_table([("label", "probability", "file"), *table])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dgmd_pipeline.errors import NoUsableInput
-from dgmd_pipeline.manifest import EXCLUDED, FORMULA, Image, RawFile, Rejected
+from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected, from_cell
 
 log = logging.getLogger(__name__)
 NAME = "corrections.csv"
@@ -133,7 +133,7 @@ def _parse(path: Path, line: int, row: list[str]) -> tuple[str, str]:
     """Return the key and the label of a row."""
     if len(row) != len(COLUMNS):
         raise _malformed(path, line, f"expected a key and a label, found {len(row)} values")
-    key, label = (cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell for cell in row)
+    key, label = map(from_cell, row)
     problem = None
     if not key:
         problem = "the key is empty"

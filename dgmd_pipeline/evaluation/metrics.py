@@ -10,7 +10,7 @@ import numpy as np
 
 from dgmd_pipeline.evaluation import predictions as evaluation_predictions
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.manifest import FORMULA
+from dgmd_pipeline.manifest import to_cell
 
 METRICS = "metrics.json"
 BINS = 15  # of confidence, equally wide
@@ -196,15 +196,7 @@ def _with_labels(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[objec
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file for people. Cells that a spreadsheet would run as a formula get an apostrophe in front."""
+    """Write a CSV file for people: spreadsheets find no formula in it (see `manifest.to_cell`)."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([_cell(value) for value in row] for row in (header, *rows))
-
-
-def _cell(value: object) -> object:
-    """Disarm a label or file name that looks like a formula.
-
-    Source: owasp.org/www-community/attacks/CSV_Injection.
-    """
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+        writer.writerows(map(to_cell, row) for row in (header, *rows))
