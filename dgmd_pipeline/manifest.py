@@ -5,9 +5,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from dgmd_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class SourceObject(NamedTuple):
@@ -62,7 +65,17 @@ EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
 
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
-INDEX_SCHEMA = 2  # increased when the format of the records or of the index changes
+INDEX_SCHEMA = 3  # increased when the format of the records or of the index changes
+RECORDS = "records.npy"  # in a folder of TFRecord shards: a RECORD for each record, in their order
+RECORD = [  # fields of a NumPy type
+    ("sha256", "S32"),  # of the image file
+    ("row", "S16"),  # hash of what the record depends on, apart from the settings: image file, label, path
+    ("label", "<i4"),  # class index
+    ("start", "<u8"),  # position of the record's frame in its shard, in bytes
+    ("length", "<u4"),  # of the frame
+    ("image", "<u4"),  # position of the encoded image in the frame
+    ("image_length", "<u4"),
+]
 
 
 class Shard(NamedTuple):
@@ -72,6 +85,7 @@ class Shard(NamedTuple):
     records: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
+    rows: str  # SHA-256 of the records' `row` hashes: shards with equal rows are equal
 
 
 class ShardIndex(NamedTuple):
@@ -174,6 +188,23 @@ def read_shard_index(folder: Path) -> ShardIndex:
         raise PipelineError(
             f"{path} is missing or is not an index of TFRecord shards. Delete the folder {folder} and run again."
         ) from None
+
+
+def read_records(folder: Path) -> "np.ndarray":
+    """Return the RECORD of each record in a folder of TFRecord shards, mapped from disk.
+
+    Raises PipelineError if the file is missing or damaged.
+    """
+    import numpy as np
+
+    path = folder / RECORDS
+    try:
+        found = np.load(path, mmap_mode="r")
+        if found.dtype != np.dtype(RECORD) or found.ndim != 1:
+            raise ValueError(f"expected records, found {found.dtype}")
+    except (OSError, EOFError, ValueError) as error:
+        raise changed_file_error(path, error) from error
+    return found
 
 
 def changed_file_error(path: Path, error: Exception) -> PipelineError:

@@ -13,35 +13,33 @@ TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `t
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
 
-from dgmd_pipeline.data import encoding, tfrecord
-from dgmd_pipeline.data.decoding import DAMAGED
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data import encoding, record_writing
+from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable, is_intact
+from dgmd_pipeline.data.record_writing import Piece
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
+from dgmd_pipeline.workflow import files
 
-# Images that a worker writes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
+# Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
 # cores and the last pieces end at about the same time.
 PIECE_IMAGES = 256
 
 
-class _Piece(NamedTuple):
-    """A part of a shard, for a worker to write."""
+class Written(NamedTuple):
+    """What `write` wrote."""
 
-    raw: Path
-    shard: Path
-    part: Path  # the file to write; the shard itself for the first part
-    rows: Sequence[Example]
-    width: int
-    height: int
-    fit: Fit
+    counts: dict[str, int]  # images, shards, bytes
+    new: int  # images that were decoded and encoded; the records of the others were reused
+    new_bytes: int  # of their records
 
 
 def write(
@@ -53,32 +51,86 @@ def write(
     width: int,
     height: int,
     fit: Fit,
-    map: Callable[[Callable[[_Piece], int], Iterable[_Piece]], Iterable[int]] = map,
-) -> dict[str, int]:
-    """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ... and `index.json`.
+    map: Callable[[Callable[[Piece], np.ndarray], Sequence[Piece]], Iterable[np.ndarray]] = map,
+    previous: Iterable[Path] = (),
+) -> Written:
+    """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
 
-    The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). There are `shards`
-    shards, or as many as images if those are fewer. The bytes depend on the set of rows and on the images only, not on
-    the order of `rows` or the number of processes. `map` works like the builtin. It may call its function for the
-    pieces in other processes, and yields the results (numbers of images) in order.
-    Returns the counts: images, shards, bytes. Raises PipelineError where an image is missing or no longer readable,
-    OSError where `folder` cannot be written.
+    The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). A hash of its content
+    assigns an image to one of the `shards` shards, so the shards differ in size and may be empty. `previous` are
+    finished folders of shards: a shard with equal rows is linked, and the record of an equal image file is copied. The
+    bytes depend on the set of rows and on the images only, not on the order of `rows`, the number of processes, or
+    `previous`. `map` works like the builtin. It may call its function for the pieces in other processes, and yields the
+    results (manifest.RECORD [images of the piece]) in order.
+    Raises PipelineError where an image is missing or no longer readable, OSError where `folder` cannot be written.
     """
-    ordered = record_order(rows)
-    shards = min(shards, len(ordered))
-    pieces = []
-    for number in range(shards):
-        start, stop = (len(ordered) * edge // shards for edge in (number, number + 1))
-        shard = folder / f"{split}-{number:05d}-of-{shards:05d}.tfrecord"
-        for first in range(start, stop, PIECE_IMAGES):
-            part = shard if first == start else shard.with_suffix(f".part{first - start}")
-            piece_rows = ordered[first : min(first + PIECE_IMAGES, stop)]
-            pieces.append(_Piece(raw, shard, part, piece_rows, width, height, fit))
-    results = zip(pieces, map(_write_piece, pieces), strict=True)
-    written = [_join(shard, parts) for shard, parts in groupby(results, key=lambda result: result[0].shard)]
-    counts = {"images": len(ordered), "shards": shards, "bytes": sum(shard.bytes for shard in written)}
-    _write_index(folder, width, height, fit, counts, written)
-    return counts
+    ordered = _ordered(rows)
+    examples = [row for _, row in ordered]
+    records = _expected_records(examples)
+    shard_of = np.array([int.from_bytes(key[:8]) * shards >> 64 for key, _ in ordered], np.int64)
+    slices = [slice(*each) for each in pairwise(np.searchsorted(shard_of, np.arange(shards + 1)).tolist())]
+    digests = [hashlib.sha256(records["row"][each].tobytes()).hexdigest() for each in slices]
+    names = [f"{split}-{number:05d}-of-{shards:05d}.tfrecord" for number in range(shards)]
+    stored = StoredRecords(previous, width, height, fit)
+    reuse = find_reusable(stored, digests, records["sha256"], shard_of)
+    pieces: list[Piece] = []
+    for number, rows_of_shard in enumerate(slices):
+        path = folder / names[number]
+        if number in reuse.shards:
+            files.link(reuse.shards[number].path, path)
+            records[rows_of_shard] = stored.records[reuse.shards[number].records]
+        else:
+            given = examples[rows_of_shard], records[rows_of_shard], reuse.positions[rows_of_shard]
+            pieces += _pieces(path, *given, stored, raw, (width, height), fit)
+    results = zip(pieces, map(record_writing.write_piece, pieces), strict=True)
+    slice_of = dict(zip(names, slices, strict=True))
+    for shard, parts in groupby(results, key=lambda result: result[0].shard):
+        records[slice_of[shard.name]] = record_writing.join(shard, parts)
+    np.save(folder / manifest.RECORDS, records, allow_pickle=False)
+    entries = [_entry(folder / name, each, digest) for name, each, digest in zip(names, slices, digests, strict=True)]
+    counts = {"images": len(examples), "shards": shards, "bytes": sum(entry.bytes for entry in entries)}
+    _write_index(folder, width, height, fit, counts, entries)
+    new = (reuse.positions == NEW) & ~np.isin(shard_of, list(reuse.shards))
+    return Written(counts, int(new.sum()), int(records["length"][new].sum()))
+
+
+def _expected_records(examples: Sequence[Example]) -> np.ndarray:
+    """Return the fields of the records that are known before they are written."""
+    records = np.zeros(len(examples), manifest.RECORD)
+    records["sha256"] = [bytes.fromhex(row.sha256) for row in examples]
+    records["label"] = [row.class_index for row in examples]
+    texts = (f"{row.sha256} {row.class_index} {row.path}" for row in examples)
+    records["row"] = [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:16] for text in texts]
+    return records
+
+
+def _pieces(
+    shard: Path,
+    examples: Sequence[Example],
+    records: np.ndarray,
+    positions: np.ndarray,
+    stored: StoredRecords,
+    raw: Path,
+    size: tuple[int, int],
+    fit: Fit,
+) -> Iterator[Piece]:
+    """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are those in `stored`, or NEW."""
+    new = positions == NEW
+    numbers = (np.cumsum(new) - new) // PIECE_IMAGES
+    for first, stop in pairwise(np.searchsorted(numbers, np.arange(numbers.max(initial=0) + 2)).tolist()):
+        each = slice(first, stop)
+        sources = [
+            None if position == NEW else stored.shards[stored.shard_of[position]].path
+            for position in positions[each].tolist()
+        ]
+        part = shard if first == 0 else shard.with_suffix(f".part{first}")
+        found = stored.records[positions[each]] if len(stored.records) else np.zeros(stop - first, manifest.RECORD)
+        yield Piece(raw, shard, part, examples[each], records[each], found, sources, *size, fit)
+
+
+def _ordered(rows: Iterable[Example]) -> list[tuple[bytes, Example]]:
+    keyed = [(hashlib.sha256(f"records {row.sha256}".encode()).digest(), row) for row in rows]
+    return sorted(keyed, key=lambda pair: (pair[0], pair[1].path))
 
 
 def record_order(rows: Iterable[Example]) -> list[Example]:
@@ -86,7 +138,7 @@ def record_order(rows: Iterable[Example]) -> list[Example]:
 
     A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
     """
-    return sorted(rows, key=lambda row: (hashlib.sha256(f"records {row.sha256}".encode()).digest(), row.path))
+    return [row for _, row in _ordered(rows)]
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:
@@ -97,8 +149,11 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
     return round(images * width * height * 1.15)
 
 
-def check(folder: Path) -> None:
-    """Compare the size and the SHA-256 of every shard with the index; raise PipelineError for the first difference."""
+def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
+    """Compare the size and the SHA-256 of shards with the index; raise PipelineError for the first difference.
+
+    `numbers` are the positions of the shards in the index; None checks all. A file is read once in a run.
+    """
 
     def find_problem(shard: Shard) -> str | None:
         path = folder / shard.file
@@ -106,12 +161,11 @@ def check(folder: Path) -> None:
             return f"{path} is missing"
         if (size := path.stat().st_size) != shard.bytes:
             return f"{path} has {size:,} bytes, expected {shard.bytes:,} according to {INDEX}"
-        if _digest(path) != shard.sha256:
-            return f"{path} does not have the checksum (SHA-256) in {INDEX}"
-        return None
+        return None if is_intact(path, shard) else f"{path} does not have the checksum (SHA-256) in {INDEX}"
 
+    shards = read_shard_index(folder).shards
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for problem in pool.map(find_problem, read_shard_index(folder).shards):
+        for problem in pool.map(find_problem, shards if numbers is None else [shards[number] for number in numbers]):
             if problem:
                 raise PipelineError(
                     f"{problem}: it was changed or damaged after it was written. "
@@ -119,41 +173,8 @@ def check(folder: Path) -> None:
                 )
 
 
-def _write_piece(piece: _Piece) -> int:
-    with piece.part.open("wb") as file:
-        for row in piece.rows:
-            features: dict[str, bytes | int] = {
-                "image": _encode(piece.raw / row.path, piece.width, piece.height, piece.fit),
-                "label": row.class_index,
-                "width": piece.width,
-                "height": piece.height,
-                "key": row.path.encode("utf-8", "surrogateescape"),
-            }
-            file.write(tfrecord.frame(tfrecord.serialize_example(features)))
-    return len(piece.rows)
-
-
-def _encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
-    try:
-        return encoding.encode(path, width, height, fit)
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise PipelineError(
-            f"{path} was readable when it was inspected, and is not any more ({type(error).__name__}: {error}). "
-            "Restore the file: if it was downloaded, delete the folder raw. Or accept the change: delete the folder "
-            "inspected. Then run again."
-        ) from error
-
-
-def _join(shard: Path, parts: Iterable[tuple[_Piece, int]]) -> Shard:
-    """Append the parts of a shard (pieces and their numbers of images) to the first one."""
-    images = 0
-    for piece, count in parts:
-        images += count
-        if piece.part != shard:
-            with piece.part.open("rb") as source, shard.open("ab") as file:
-                shutil.copyfileobj(source, file)
-            piece.part.unlink()
-    return Shard(shard.name, images, shard.stat().st_size, _digest(shard))
+def _entry(path: Path, records: slice, digest: str) -> Shard:
+    return Shard(path.name, records.stop - records.start, path.stat().st_size, files.sha256(path), digest)
 
 
 def _write_index(
@@ -163,8 +184,3 @@ def _write_index(
     index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
     text = json.dumps({**index, **counts, "files": [shard._asdict() for shard in shards]}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

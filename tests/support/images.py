@@ -1,5 +1,6 @@
 """Image files for tests."""
 
+import hashlib
 import io
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base as ExifTag
+
+from dgmd_pipeline.manifest import Example
 
 
 def scene(seed: int = 0, width: int = 96, height: int = 64) -> PIL.Image.Image:
@@ -80,3 +83,14 @@ def samples() -> dict[str, bytes]:
         "TIFF LAB": encode(image.convert("LAB"), "TIFF"),
         "TIFF pages": encode(image, "TIFF", save_all=True, append_images=[scene(1)]),
     }
+
+
+def put_image(raw: Path, path: str, index: int, size: tuple[int, int] = (40, 30)) -> Example:
+    """Write a file of smooth colours, different for each path, and return its row."""
+    rng = np.random.default_rng(list(path.encode("utf-8", "surrogateescape")))
+    corners = PIL.Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+    file = raw / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    corners.resize(size, PIL.Image.Resampling.BICUBIC).save(file, "PNG")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Example(path=path, label=path.partition("/")[0], class_index=index, sha256=digest, group=digest)

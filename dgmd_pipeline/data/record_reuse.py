@@ -1,0 +1,102 @@
+"""Records in finished folders of TFRecord shards -> the shards and records that a new folder takes over."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import Fit, Shard
+from dgmd_pipeline.workflow import files
+
+log = logging.getLogger(__name__)
+NEW = -1  # in place of a position: no record is stored
+
+
+class StoredShard(NamedTuple):
+    """A shard in a finished folder."""
+
+    path: Path
+    entry: Shard
+    records: slice  # of `StoredRecords.records`
+
+
+class StoredRecords:
+    """The records in finished folders whose images have this size and fit."""
+
+    def __init__(self, folders: Iterable[Path], width: int, height: int, fit: Fit) -> None:
+        self.shards: list[StoredShard] = []
+        records = [np.empty(0, manifest.RECORD)]
+        count = 0
+        for folder in folders:
+            try:
+                index, found = manifest.read_shard_index(folder), manifest.read_records(folder)
+            except PipelineError as error:
+                log.warning("The records of %s are not reused. %s", folder, error)
+                continue
+            if (index.width, index.height, index.fit) != (width, height, fit) or len(found) != index.images:
+                continue
+            records.append(found)
+            for shard in index.shards:
+                self.shards.append(StoredShard(folder / shard.file, shard, slice(count, count + shard.records)))
+                count += shard.records
+        self.records = np.concatenate(records)
+        self.shard_of = np.repeat(np.arange(len(self.shards)), [shard.entry.records for shard in self.shards])
+        self._order = np.argsort(self.records["sha256"], kind="stable")
+        self._sorted = self.records["sha256"][self._order]
+
+    def find(self, sha256: np.ndarray) -> np.ndarray:
+        """Return the position of the record of each image file (S32 [n]), or NEW: int64 [n]."""
+        if not len(self._sorted):
+            return np.full(len(sha256), NEW)
+        place = np.searchsorted(self._sorted, sha256).clip(max=len(self._sorted) - 1)
+        return np.where(self._sorted[place] == sha256, self._order[place], NEW)
+
+
+class Reuse(NamedTuple):
+    """What a new folder of shards takes over."""
+
+    shards: dict[int, StoredShard]  # number of a new shard -> a stored shard that is equal
+    positions: np.ndarray  # int64 [images]: the stored record of each image's file, or NEW
+
+
+def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray, shard_of: np.ndarray) -> Reuse:
+    """Find what a new folder can take over, and check the SHA-256 of every stored shard that it is taken from.
+
+    `rows` are the `Shard.rows` of the new shards; `sha256` (S32 [images]) and `shard_of` (int64 [images]) are the image
+    files and the numbers of their new shards. Logs a warning for each damaged shard, which is not used.
+    """
+    if not len(stored.records):
+        return Reuse({}, np.full(len(sha256), NEW))
+    damaged: set[int] = set()
+    while True:
+        by_rows = {shard.entry.rows: number for number, shard in enumerate(stored.shards) if number not in damaged}
+        shards = {number: by_rows[each] for number, each in enumerate(rows) if each in by_rows}
+        positions = stored.find(sha256)
+        positions[np.isin(shard_of, list(shards)) | np.isin(stored.shard_of[positions], list(damaged))] = NEW
+        sources = {*shards.values(), *stored.shard_of[positions[positions != NEW]].tolist()}
+        found = _damaged(stored, sorted(sources))
+        if not found:
+            return Reuse({number: stored.shards[each] for number, each in shards.items()}, positions)
+        damaged |= found
+
+
+def _damaged(stored: StoredRecords, numbers: Sequence[int]) -> set[int]:
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        intact = list(pool.map(lambda number: is_intact(*stored.shards[number][:2]), numbers))
+    damaged = {number for number, good in zip(numbers, intact, strict=True) if not good}
+    for number in sorted(damaged):
+        log.warning("%s is damaged: its images are converted again", stored.shards[number].path)
+    return damaged
+
+
+def is_intact(path: Path, entry: Shard) -> bool:
+    """Return whether a shard has the size and the SHA-256 of its entry in the index."""
+    try:
+        return path.stat().st_size == entry.bytes and files.sha256(path) == entry.sha256
+    except OSError:
+        return False
