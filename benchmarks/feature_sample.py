@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import datasets, measure
-from dgmd_pipeline.training import features
+from dgmd_pipeline.training import feature_store
 
 TARGET = measure.ROOT / "tests" / "support" / "clothing_features.npz"
 ROWS, DIMENSIONS = 2_000, 256
@@ -33,7 +33,7 @@ def main() -> None:
             DATA_DIR=scratch, BACKBONE=known.backbone, BACKBONE_WEIGHTS=known.weights(),
             BALANCE_LIMIT="", IMAGE_WIDTH=known.width, IMAGE_HEIGHT=known.height,
         )  # fmt: skip
-        splits = [features.load(Path(scratch, f"features_{split}")) for split in ("training", "validation")]
+        splits = [feature_store.load(Path(scratch, f"features_{split}")) for split in ("training", "validation")]
         vectors, labels = (np.concatenate([split[part] for split in splits]) for part in (0, 1))
     TARGET.parent.mkdir(exist_ok=True)
     np.savez_compressed(TARGET, **reduced(vectors, labels))

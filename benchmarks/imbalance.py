@@ -16,7 +16,7 @@ from benchmarks import datasets, heads, measure, quality_report
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import balance, labels, split
 from dgmd_pipeline.manifest import Example
-from dgmd_pipeline.training import dataset, features
+from dgmd_pipeline.training import dataset, feature_store
 
 NAME = "imbalance"
 TAILS = (None, 10, 50)  # size of the largest label / size of the smallest; None: the natural sizes
@@ -65,7 +65,7 @@ def everything(
         )  # fmt: skip
         vectors: dict[str, np.ndarray] = {}
         for name in ("training", "validation"):
-            values, _ = features.load(folder / f"features_{name}")
+            values, _ = feature_store.load(folder / f"features_{name}")
             vectors |= zip(dataset.keys(folder / f"tfrecord_{name}"), np.array(values), strict=True)
         return vectors, labels.read_mapping(folder / "label_map" / "mapping.json")
 

@@ -26,7 +26,7 @@ from benchmarks.quality_report import OURS, timed
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import decoding, labels, shards
 from dgmd_pipeline.settings import Settings
-from dgmd_pipeline.training import dataset, features, networks, runtime
+from dgmd_pipeline.training import dataset, feature_store, features, networks, runtime
 from dgmd_pipeline.training.backbones import is_frozen
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def of_features(laid: Repeat, repeat: int, variants: Sequence[str], alone: bool)
     weights = laid.known.weights()
     if is_frozen(laid.known.backbone):
         network = networks.build_backbone(laid.known.backbone, weights, *size, Path("unused"))
-        learned, _ = (features.load(laid.folder / f"features_{split}") for split in ("training", "validation"))
+        learned, _ = (feature_store.load(laid.folder / f"features_{split}") for split in ("training", "validation"))
         trained = list(trainings(laid, variants))
     else:
         network = lite0.build(Path(weights), *size)
@@ -180,12 +180,9 @@ def of_features(laid: Repeat, repeat: int, variants: Sequence[str], alone: bool)
 
 def extracted(folder: Path, split: str, network: "keras.Model") -> tuple[np.ndarray, np.ndarray]:
     """Return the features of a split's records, from a network that the package does not have."""
-    target = folder / f"features_{split}"
-    target.mkdir()
-    images = dataset.read(folder / f"tfrecord_{split}")
-    for _ in features.extract(images.batch(16).prefetch(2), len(images), network, target):
-        pass
-    return features.load(target)
+    batches = list(dataset.read(folder / f"tfrecord_{split}").batch(16).as_numpy_iterator())
+    vectors = np.concatenate(list(features.extract((images for images, _ in batches), network)))
+    return vectors, np.concatenate([labels for _, labels in batches])
 
 
 def of_images(laid: Repeat, repeat: int, variants: Sequence[str], alone: bool) -> Answers:

@@ -64,7 +64,9 @@ def main() -> None:
 
             def ours(rows: list = rows) -> int:
                 folder = Path(tempfile.mkdtemp(dir=scratch))
-                return shards.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map)["images"]
+                return shards.write(rows, raw, folder, "training", 10, WIDTH, HEIGHT, "stretch", pool.map).counts[
+                    "images"
+                ]
 
             def theirs(pieces: list = pieces) -> int:
                 return sum(pool.map(decode, pieces))

@@ -62,3 +62,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return one line of text for each row, with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def reuse_summary(images: int, new: int) -> str:
+    """Return a number of images, and how many of them are new and reused: "1,600 images (12 new, 1,588 reused)"."""
+    return f"{images:,} images" + (f" ({new:,} new, {images - new:,} reused)" if new < images else "")

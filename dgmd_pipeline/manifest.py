@@ -65,7 +65,7 @@ EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
 
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
-INDEX_SCHEMA = 3  # increased when the format of the records or of the index changes
+INDEX_SCHEMA = 3  # increased when the index, the format of the records, or the pixels of an image change
 RECORDS = "records.npy"  # in a folder of TFRecord shards: a RECORD for each record, in their order
 RECORD = [  # fields of a NumPy type
     ("sha256", "S32"),  # of the image file

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline import manifest
+from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.data import encoding, record_writing
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable, is_intact
 from dgmd_pipeline.data.record_writing import Piece
@@ -40,6 +40,11 @@ class Written(NamedTuple):
     counts: dict[str, int]  # images, shards, bytes
     new: int  # images that were decoded and encoded; the records of the others were reused
     new_bytes: int  # of their records
+
+    @property
+    def summary(self) -> str:
+        """The number of images as text, for example "1,600 images (12 new, 1,588 reused)"."""
+        return formatting.reuse_summary(self.counts["images"], self.new)
 
 
 def write(

@@ -34,7 +34,8 @@ from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.evaluation.review import CandidateModel, Review, ValidationImages
 from dgmd_pipeline.manifest import Example
-from dgmd_pipeline.training import dataset, features, fine_tuning, train
+from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
+from dgmd_pipeline.training.vectors import Vectors
 
 if TYPE_CHECKING:
     import keras
@@ -68,7 +69,7 @@ class _Splits(NamedTuple):
 
     training: list[Example]
     validation: list[Example]
-    features: list[np.ndarray]  # float32 [n, d] of training and of validation; empty: none are stored
+    features: list[Vectors]  # float32 [n, d] of training and of validation; empty: none are stored
 
     @property
     def both(self) -> tuple[list[Example], list[Example]]:
@@ -112,14 +113,14 @@ def _read_splits(data: EvaluationData) -> _Splits:
     training, validation = (
         shards.record_order(manifest.read(data.split / f"{name}.csv", Example)) for name in ("training", "validation")
     )
-    return _Splits(training, validation, [features.load(folder)[0] for folder in data.features or ()])
+    return _Splits(training, validation, [feature_store.load(folder)[0] for folder in data.features or ()])
 
 
 def _predict(data: EvaluationData, network: "keras.Model", splits: _Splits) -> Predictions:
     keys = [row.path for row in splits.validation]
     fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
     if data.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
-        vectors, truth = features.load(data.features[1])
+        vectors, truth = feature_store.load(data.features[1])
         return Predictions(predictions.predict_head(network, vectors), truth, data.labels, keys)
     probabilities, truth = predictions.predict(network, dataset.read(data.records))
     return Predictions(probabilities, truth, data.labels, keys)

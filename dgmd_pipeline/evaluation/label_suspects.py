@@ -15,6 +15,7 @@ import numpy as np
 from dgmd_pipeline.evaluation import metrics
 from dgmd_pipeline.evaluation.metrics import Misclassification
 from dgmd_pipeline.training import folds
+from dgmd_pipeline.training.vectors import Vectors
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -43,7 +44,7 @@ class LabelSuspects(NamedTuple):
 
 
 def find(
-    parts: Sequence[np.ndarray],
+    parts: Sequence[Vectors],
     given: np.ndarray | Sequence[int],
     groups: Sequence[str],
     keys: Sequence[str],
@@ -115,7 +116,7 @@ def _sample(given: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(order[place < wanted[given[order]]])
 
 
-def _gather(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+def _gather(parts: Sequence[Vectors], rows: np.ndarray) -> np.ndarray:
     """Return the given rows (sorted) of the concatenated parts."""
     ends = np.cumsum([len(part) for part in parts])
     pieces = np.split(rows, np.searchsorted(rows, ends[:-1]))
@@ -124,7 +125,7 @@ def _gather(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
     )
 
 
-def _blocks(parts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(parts: Sequence[Vectors]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the position of each block's first row among all parts, and its features."""
     done = 0
     for part in parts:
@@ -175,7 +176,7 @@ def _fit(vectors: np.ndarray, given: np.ndarray, fold_of: np.ndarray) -> list["L
 
 
 def _judge(
-    parts: Sequence[np.ndarray],
+    parts: Sequence[Vectors],
     project: Callable[[np.ndarray], np.ndarray],
     heads: Sequence["LogisticRegression"],
     given: np.ndarray,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgmd_pipeline.evaluation import metrics
+from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "leaks.csv"
 NEIGHBOURS = 5  # nearest training images of each validation image; an image with more copies is not found
@@ -41,8 +42,8 @@ class Leaks(NamedTuple):
 
 
 def find(
-    training: np.ndarray,
-    validation: np.ndarray,
+    training: Vectors,
+    validation: Vectors,
     keys: Sequence[Sequence[str]],
     labels: Sequence[Sequence[str]],
 ) -> Leaks:
@@ -90,7 +91,7 @@ def write(leaks: Leaks, folder: Path) -> None:
     metrics.write_table(folder / TABLE, columns, (leak[:5] for leak in leaks.pairs))
 
 
-def _neighbours(training: np.ndarray, validation: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(training: Vectors, validation: Vectors, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the similarities of each chosen validation image's nearest training images, and the nearest's position.
 
     The similarities are float32 [len(chosen), NEIGHBOURS], highest first; the positions are int64 [len(chosen)].

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgmd_pipeline.training.vectors import Vectors
+
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
@@ -58,7 +60,7 @@ def predict(network: "keras.Model", images: "tf.data.Dataset", batch: int = 64) 
     return np.concatenate(probabilities), np.concatenate(truth)
 
 
-def predict_head(network: "keras.Model", features: np.ndarray, batch: int = 1024) -> np.ndarray:
+def predict_head(network: "keras.Model", features: Vectors, batch: int = 1024) -> np.ndarray:
     """Return the probabilities (float32 [n, classes]) of stored features (float32 [n, d]).
 
     The features are the output of the frozen backbone, so only the network's head runs.

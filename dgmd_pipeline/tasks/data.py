@@ -227,11 +227,27 @@ class PerSplitStep(Step):
     def label(self) -> str:
         return self.folder
 
+    @property
+    def _other(self) -> "PerSplitStep":
+        """This step for the other split, which may hold images that were in that split before."""
+        return type(self)(split=next(split for split in names.SPLITS if split != self.split))
+
+    def reusable_folders(self) -> list[Path]:
+        own = super().reusable_folders()
+        return own and [*own, *folders.versions(self._other.path)]
+
+    def keeps_replaced(self) -> bool:
+        return not self._other.complete()
+
+    def run(self) -> None:
+        super().run()
+        folders.discard_replaced(self._other.path)
+
 
 class WriteTFRecords(PerSplitStep):
     """Rows of a split -> records in the shards of the split."""
 
-    name, verb, format_version = names.TFRECORD, "convert", 3
+    name, verb, format_version = names.TFRECORD, "convert", 4
     priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
     params = ("num_shards", "image_width", "image_height", "image_fit")
 
@@ -244,16 +260,20 @@ class WriteTFRecords(PerSplitStep):
         rows = list(manifest.read(self.input()["split"].path / f"{self.split}.csv", manifest.Example))
 
         def run(function: Callable[..., Any], pieces: Any) -> Any:
-            return self.progress(self.context.executor.map(function, pieces), len(rows), "images", count=int)
+            total = sum(len(piece.rows) for piece in pieces)
+            return self.progress(self.context.executor.map(function, pieces), total, "images", count=len)
 
         given = self.settings
         size, fit = (given.image_width, given.image_height), given.image_fit
-        counts = shards.write(rows, self.input()["raw"].path, draft, self.split, given.num_shards, *size, fit, run)
-        if counts["shards"] < given.num_shards:
-            log.warning("%s: %d images fill only %d shards", self.folder, len(rows), counts["shards"])
-        images, size_mb = counts["images"], counts["bytes"] / 1e6
-        summary = f"{images:,} images in {counts['shards']:,} shards, {size_mb:,.1f} MB"
-        return StepResult(counts=counts, images=images, bytes_processed=counts["bytes"], summary=summary)
+        previous, raw = self.reusable_folders(), self.input()["raw"].path
+        written = shards.write(rows, raw, draft, self.split, given.num_shards, *size, fit, run, previous)
+        return StepResult(
+            counts=written.counts,
+            images=len(rows),
+            images_processed=written.new,
+            bytes_processed=written.new_bytes,
+            summary=f"{written.summary} in {given.num_shards:,} shards, {written.counts['bytes'] / 1e6:,.1f} MB",
+        )
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         return upstream[0].counts.get(self.split, upstream[0].images)

@@ -1,12 +1,19 @@
 """What a model learns from: TFRecords, or features that a frozen backbone extracts from them."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.tasks import names, resources
 from dgmd_pipeline.tasks.data import PerSplitStep, WriteTFRecords
 from dgmd_pipeline.workflow import disk
 from dgmd_pipeline.workflow.step import Step, StepResult
-from dgmd_pipeline.workflow.success_file import read_record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dgmd_pipeline.training.feature_store import Reuse
 
 
 def training_inputs(backbone: str) -> dict[str, Step]:
@@ -20,7 +27,7 @@ def training_inputs(backbone: str) -> dict[str, Step]:
 class ExtractFeatures(PerSplitStep):
     """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
 
-    name, verb = names.FEATURES, "extract"
+    name, verb, format_version = names.FEATURES, "extract", 2
     params = ("backbone", "image_width", "image_height")
     runtime_params = ("backbone_weights", "keras_home")
 
@@ -34,20 +41,37 @@ class ExtractFeatures(PerSplitStep):
 
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import shards
+        from dgmd_pipeline.training import feature_store, features
+
+        records: Path = self.input()["records"].path
+        index = manifest.read_shard_index(records)
+        origin = self.declared_settings() | self.extra_inputs() | {"fit": index.fit, "records": manifest.INDEX_SCHEMA}
+        reuse = feature_store.find_reusable(records, self.reusable_folders(), origin)
+        shards.check(records, reuse.shards)
+        dimensions, computed = self._extract(records, reuse)
+        disk.check_space(draft, self.folder, features.estimate_bytes(index.images, dimensions))
+        written = feature_store.write(draft, records, reuse, origin, dimensions, computed)
+        for _ in self.progress(written, len(reuse.new), "images", count=int):
+            pass
+        return StepResult(
+            counts={"images": index.images, "dimensions": dimensions},
+            images=index.images,
+            images_processed=len(reuse.new),
+            bytes_processed=reuse.new_bytes,
+            summary=f"{formatting.reuse_summary(index.images, len(reuse.new))}, {dimensions:,} dimensions",
+        )
+
+    def _extract(self, records: Path, reuse: "Reuse") -> "tuple[int, Iterator[np.ndarray]]":
+        """Return the number of dimensions, and the vectors that are not reused, in batches.
+
+        Where all are reused, neither TensorFlow nor the network is needed.
+        """
+        if reuse.dimensions is not None and not len(reuse.new):
+            return reuse.dimensions, iter(())
         from dgmd_pipeline.training import dataset, features
         from dgmd_pipeline.workflow.executors import in_threads
 
-        records: Path = self.input()["records"].path
-        shards.check(records)
         network = resources.network(self.context, extracts=True)
         assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
-        images = dataset.read(records)
-        count, dimensions = len(images), int(network.output_shape[-1])
-        disk.check_space(draft, self.folder, features.estimate_bytes(count, dimensions))
-        extracted = features.extract(images.batch(features.BATCH).prefetch(2), count, network, draft, in_threads)
-        for _ in self.progress(extracted, count, "images", count=int):
-            pass
-        record, counts = read_record(records), {"images": count, "dimensions": dimensions}
-        summary = f"{count:,} images, {dimensions:,} dimensions"
-        volume = record.counts.get("bytes") if record else None
-        return StepResult(counts=counts, images=count, bytes_processed=volume, summary=summary)
+        batches = dataset.read_images(records, reuse.new).batch(features.BATCH).prefetch(2)
+        return int(network.output_shape[-1]), features.extract(batches, network, in_threads)

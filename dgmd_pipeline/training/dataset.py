@@ -1,11 +1,12 @@
 """TFRecord shards -> `tf.data` datasets."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgmd_pipeline.manifest import ShardIndex, read_shard_index
+from dgmd_pipeline.manifest import ShardIndex, read_records, read_shard_index
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -44,6 +45,35 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
     options.autotune.enabled = False
     count = index.images if chosen is None else int(chosen.sum())
     return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
+
+
+def read_images(folder: Path, positions: np.ndarray) -> "tf.data.Dataset":
+    """Return the images at `positions` (int64, ascending) among all records of a folder: uint8 [height, width, 3].
+
+    Reads only these. Raises PipelineError where there is no readable index.
+    """
+    import tensorflow as tf
+
+    index, records = read_shard_index(folder), read_records(folder)
+    shape = (index.height, index.width, 3)
+    ends = np.cumsum([shard.records for shard in index.shards])
+
+    def read_encoded() -> Iterator[bytes]:
+        shard_of = np.searchsorted(ends, positions, side="right")
+        for number in np.unique(shard_of).tolist():
+            with (folder / index.shards[number].file).open("rb") as file:
+                for record in records[positions[shard_of == number]]:
+                    file.seek(int(record["start"]) + int(record["image"]))
+                    yield file.read(int(record["image_length"]))
+
+    def decode(encoded: "tf.Tensor") -> "tf.Tensor":
+        return tf.ensure_shape(tf.io.decode_webp(encoded, channels=3)[0], shape)
+
+    images = tf.data.Dataset.from_generator(read_encoded, output_signature=tf.TensorSpec([], tf.string))
+    images = images.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # as in `read`
+    return images.apply(tf.data.experimental.assert_cardinality(len(positions))).with_options(options)
 
 
 def keys(folder: Path) -> list[str]:

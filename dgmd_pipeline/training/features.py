@@ -2,19 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline import manifest
+from dgmd_pipeline.training.vectors import Vectors
 
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-FEATURES = "features.npy"
-LABELS = "labels.npy"
 BATCH = 16  # images in each thread; larger batches are not faster and take more memory
 ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`: yields results in order
 
@@ -22,65 +19,25 @@ ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`
 class LabeledFeatures(NamedTuple):
     """The features and labels of a split, in the order of its records."""
 
-    vectors: np.ndarray  # float32 [n, d], or [n, height, width, d] at a cut; mapped from disk where `load` opened it
+    vectors: Vectors  # float32 [n, d], or [n, height, width, d] at a cut
     labels: np.ndarray  # class indexes, int64 [n]
 
 
 def extract(
-    batches: "Iterable[tuple[np.ndarray | tf.Tensor, np.ndarray | tf.Tensor]]",
-    count: int,
-    backbone: "keras.Model",
-    folder: Path,
-    map_batches: ParallelMap = map,
-) -> Iterator[int]:
-    """Write `features.npy` (float32 [count, d]) and `labels.npy` (int64 [count]) into `folder`, in the order of input.
+    batches: "Iterable[np.ndarray | tf.Tensor]", backbone: "keras.Model", map_batches: ParallelMap = map
+) -> Iterator[np.ndarray]:
+    """Yield the feature vectors (float32 [batch, d]) of each batch of images, in order.
 
-    `batches` are pairs of images (uint8 [batch, height, width, 3], of the backbone's size) and class indexes (int
-    [batch]), as tensors or arrays, `count` images in all. For the bottom part of a backbone the features are float32
-    [count, height, width, d]. `map_batches` may compute batches in threads.
-
-    Yields the number of images in each batch. Only a few batches and the labels are in memory. Raises ValueError where
-    the number of images is not `count`.
+    `batches` are uint8 [batch, height, width, 3], of the backbone's size. For the bottom part of a backbone, the
+    features are float32 [batch, height, width, d]. `map_batches` may compute batches in threads. Only a few batches are
+    in memory.
     """
-    forward = freeze(backbone)
-
-    def compute(batch: "tuple[np.ndarray | tf.Tensor, np.ndarray | tf.Tensor]") -> tuple[bytes, np.ndarray]:
-        images, indexes = batch
-        return forward(images).astype("<f4", copy=False).tobytes(), np.asarray(indexes, np.int64)
-
-    labels: list[np.ndarray] = []
-    done = 0
-    with (folder / FEATURES).open("wb") as file:
-        # Written in sequence and not through a memory map, whose pages would count as memory of this process.
-        shape = (count, *backbone.output_shape[1:])
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for vectors, indexes in map_batches(compute, batches):
-            file.write(vectors)
-            labels.append(indexes)
-            done += len(indexes)
-            yield len(indexes)
-    if done != count:
-        raise ValueError(f"{folder}: expected {count} images, the records held {done}")
-    np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
+    yield from map_batches(freeze(backbone), batches)
 
 
 def estimate_bytes(count: int, dimensions: int) -> int:
-    """Return how many bytes `extract` writes for `count` images of `dimensions` values each, file headers excluded."""
+    """Return how many bytes `count` stored vectors of `dimensions` values and their labels occupy."""
     return count * (4 * dimensions + 8)
-
-
-def load(folder: Path) -> LabeledFeatures:
-    """Open what `extract` wrote. Features are mapped from disk and read when they are used.
-
-    Raises PipelineError where a file is missing or damaged.
-    """
-    path = folder / FEATURES
-    try:
-        vectors = np.load(path, mmap_mode="r")
-        path = folder / LABELS
-        return LabeledFeatures(vectors, np.load(path))
-    except (OSError, EOFError, ValueError) as error:
-        raise manifest.changed_file_error(path, error) from error
 
 
 @lru_cache(maxsize=1)  # tracing takes 3 to 4 s, and both splits use the same backbone

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.training import features, folds
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.checkpoint import unusable_checkpoint
 from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
+from dgmd_pipeline.training.vectors import VectorFile
 from dgmd_pipeline.workflow import disk
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TRIAL_ROWS = 10_000  # training images that take part in the trial, maximum
 TRIAL_FOLDS = 5  # one of them is held out
 ACTIVATIONS = "activations"  # prefix of the folders
+VALUES, LABELS = "activations.npy", "labels.npy"  # files in such a folder
 Rows = np.ndarray  # int64, ascending: positions of images in the training split
 Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]  # rows, and seed and epoch where shuffled
 
@@ -87,19 +88,24 @@ def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: P
     """Write the activations of a split into a new folder, which appears when they are complete."""
     draft = folder.with_name(f"{folder.name}.part")
     draft.mkdir()
-    batches = images.read().batch(features.BATCH).prefetch(2)
-    for _ in features.extract(batches, len(images.labels), bottom, draft, map_batches):
-        pass
+    batches = images.read().map(lambda image, _: image).batch(features.BATCH).prefetch(2)
+    file, done = VectorFile(draft / VALUES, (len(images.labels), *bottom.output_shape[1:])), 0
+    for block in features.extract(batches, bottom, map_batches):
+        file.write(done, block)
+        done += len(block)
+    np.save(draft / LABELS, images.labels)
     disk.sync(draft)
     draft.rename(folder)
 
 
 def _load(folder: Path) -> LabeledFeatures:
+    path = folder / VALUES
     try:
-        return features.load(folder)
-    except PipelineError as error:
-        cause = error.__cause__
-        raise unusable_checkpoint(folder, cause if isinstance(cause, Exception) else error) from error
+        values = np.load(path, mmap_mode="r")
+        path = folder / LABELS
+        return LabeledFeatures(values, np.load(path))
+    except (OSError, EOFError, ValueError) as error:
+        raise unusable_checkpoint(path, error) from error
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:

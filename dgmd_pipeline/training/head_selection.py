@@ -130,7 +130,7 @@ def _cv_folds(data: LabeledFeatures, groups: Sequence[str], seed: int) -> Iterat
 
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
     """Return the best logistic regression over shrinkages and strengths."""
-    products = cv_folds[0].fitted.vectors.size * len(class_weights)
+    products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
     shrinkages = SHRINKAGES if products <= MAX_PRODUCTS else SHRINKAGES[:1]
     options = [
         option for shrinkage in shrinkages for option in _linear_path(cv_folds, components, shrinkage, class_weights)

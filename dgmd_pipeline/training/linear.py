@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training.vectors import Vectors
 
 COMPONENT_ROWS = 20_000  # vectors that the components are computed from: about 10 for each of up to 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
@@ -28,7 +29,7 @@ class Basis(NamedTuple):
     kernel: np.ndarray  # float32 [d, r]
 
 
-def principal_components(features: np.ndarray) -> Components:
+def principal_components(features: Vectors) -> Components:
     """Return the components of features (float32 [n, d]), computed from at most COMPONENT_ROWS evenly spaced rows.
 
     Raises PipelineError for features that are not finite.
@@ -60,7 +61,7 @@ def build_basis(components: Components, shrinkage: float) -> Basis:
 
 
 def fit(
-    features: np.ndarray,
+    features: Vectors,
     labels: np.ndarray,
     class_weights: np.ndarray,
     basis: Basis,
@@ -89,7 +90,7 @@ def fit(
 
 
 def _objective(
-    features: np.ndarray,
+    features: Vectors,
     labels: np.ndarray,
     class_weights: np.ndarray,
     basis: Basis,
@@ -129,7 +130,7 @@ def unproject(coefficients: np.ndarray, basis: Basis) -> tuple[np.ndarray, np.nd
     return kernel, (coefficients[-1] - basis.mean @ kernel).astype(np.float32)
 
 
-def mean_and_deviation(features: np.ndarray) -> tuple[np.ndarray, float]:
+def mean_and_deviation(features: Vectors) -> tuple[np.ndarray, float]:
     """Return the mean vector (float64 [d]) of features (float32 [n, d]) and the root of their mean variance, above 0.
 
     Raises PipelineError for features that are not finite.
@@ -144,15 +145,15 @@ def mean_and_deviation(features: np.ndarray) -> tuple[np.ndarray, float]:
     return mean, float(np.sqrt((squares / len(features) - mean**2).clip(0).mean())) or 1.0
 
 
-def log_probabilities(features: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+def log_probabilities(features: Vectors, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return the logarithms of the probabilities (float32 [n, classes]) of features (float32 [n, d])."""
     from scipy.special import log_softmax
 
-    return log_softmax(features @ kernel + bias, axis=1)
+    return log_softmax(np.asarray(features) @ kernel + bias, axis=1)
 
 
 def evaluate(
-    features: np.ndarray, labels: np.ndarray, kernel: np.ndarray, bias: np.ndarray, class_weights: np.ndarray | None
+    features: Vectors, labels: np.ndarray, kernel: np.ndarray, bias: np.ndarray, class_weights: np.ndarray | None
 ) -> tuple[float, float]:
     """Return the mean cross-entropy in nats and the accuracy; `class_weights` (float [classes]) weigh the former."""
     loss, correct = 0.0, 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Fit
-from dgmd_pipeline.training import dataset, features, fine_tuning, from_scratch, head, head_selection, networks
+from dgmd_pipeline.training import dataset, feature_store, fine_tuning, from_scratch, head, head_selection, networks
 from dgmd_pipeline.training.checkpoint import UnusableCheckpoint
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
@@ -158,7 +158,7 @@ def train(
     if backbone is None:
         trained = _resume(partial(_train_cnn, data, options, on_epoch), resume_dir)
         return FinishedTraining(uuid.uuid4().hex, trained.model, trained.history, trained.seed, None, None)
-    stored = [features.load(folder) for folder in (data.training, data.validation)]
+    stored = [feature_store.load(folder) for folder in (data.training, data.validation)]
     trained = _resume(partial(_train_head, data, options, stored, on_epoch), resume_dir)
     parts, history, outcome = (backbone, trained.model), list(trained.history), None
     if options.fine_tune != "none":

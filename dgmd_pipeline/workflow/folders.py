@@ -22,13 +22,15 @@ FINGERPRINT = "purpose"  # file in RESUME with the fingerprint that the draft wa
 
 
 @contextlib.contextmanager
-def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
+def draft(target: Path, fingerprint: str | None = None, keep_replaced: bool = False) -> Iterator[Path]:
     """Provide a draft folder. It replaces `target` when the block succeeds, and is removed when the block fails.
 
     The content reaches the disk before the folder gets its name, so `target` is complete even after a power cut.
 
     With a `fingerprint`, the draft can be resumed: it has a folder RESUME. If the block has written a file to RESUME
     when it fails or the process is killed, the draft is kept, and the next call with the same fingerprint provides it.
+
+    With `keep_replaced`, the replaced folder is kept under its other name, for `versions`, until `discard_replaced`.
     """
     folder, old = _beside(target)
     try:
@@ -46,7 +48,7 @@ def draft(target: Path, fingerprint: str | None = None) -> Iterator[Path]:
         folder.rename(target)
         disk.sync_names(target.parent)  # before the old folder is removed
         disk.remove(target / RESUME)
-        if old.exists():
+        if old.exists() and not keep_replaced:
             _discard(old, folder)
     finally:
         if old.exists() and not target.exists():
@@ -60,6 +62,18 @@ def _discard(old: Path, folder: Path) -> None:
     disk.remove(folder)
     old.rename(folder)
     disk.remove(folder)
+
+
+def discard_replaced(target: Path) -> None:
+    """Remove the folder that `target` has replaced, if it was kept."""
+    folder, old = _beside(target)
+    if old.exists() and target.exists():
+        _discard(old, folder)
+
+
+def versions(target: Path) -> list[Path]:
+    """Return the folder `target` and the one that it has replaced, as far as they exist."""
+    return [path for path in (target, _beside(target)[1]) if path.exists()]
 
 
 def _fingerprint(folder: Path) -> str | None:
@@ -80,11 +94,9 @@ def recover(data_dir: Path, names: Iterable[str]) -> None:
     Drafts that can be resumed are kept.
     """
     for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
+        discard_replaced(target)
         if old.exists():
-            if target.exists():
-                _discard(old, folder)
-            else:
-                old.rename(target)
+            old.rename(target)
         if not _can_resume(folder):
             disk.remove(folder)
         disk.remove(target / RESUME)

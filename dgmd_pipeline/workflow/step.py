@@ -183,6 +183,10 @@ class Step(luigi.Task):
         """Return how many images the step will get, or None if the plans of its inputs do not say."""
         return next((plan.images for plan in upstream if plan.images is not None), None)
 
+    def keeps_replaced(self) -> bool:
+        """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
+        return False
+
     def estimated_bytes(self) -> int | None:
         """Return about how many bytes the step will write, or None if that is unknown."""
         record = read_record(self.path)
@@ -199,6 +203,10 @@ class Step(luigi.Task):
         if forced := self._forced():
             return [Reason("forced", forced)]
         return differences(record, self.declared_settings(), self.format_version, inputs)
+
+    def reusable_folders(self) -> list[Path]:
+        """Return the finished folders of this step, from which `work` may take what is unchanged; none if forced."""
+        return [] if self._forced() else folders.versions(self.path)
 
     def _forced(self) -> str | None:
         """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
@@ -228,7 +236,9 @@ class Step(luigi.Task):
         started, start = formatting.utc_now(), time.monotonic()
         with (
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
-            folders.draft(self.path, self._input_fingerprint(inputs) if self.resumable else None) as draft,
+            folders.draft(
+                self.path, self._input_fingerprint(inputs) if self.resumable else None, self.keeps_replaced()
+            ) as draft,
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
             result = self.work(draft)

@@ -1,11 +1,13 @@
 """Small trainings for tests."""
 
+import hashlib
+
 import numpy as np
 from PIL import Image
 
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.manifest import Example
-from dgmd_pipeline.training import dataset, from_scratch, head_fitting
+from dgmd_pipeline.training import dataset, feature_store, features, from_scratch, head_fitting
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures
@@ -51,9 +53,18 @@ def write_stripe_records(folder):
         for index, (pixels, label) in enumerate(zip(*stripes(count), strict=True)):
             path = f"{split} {index}.png"
             Image.fromarray(pixels).save(folder / path)
-            rows.append(Example(path, str(label), int(label), path, path))
+            name = hashlib.sha256(path.encode()).hexdigest()
+            rows.append(Example(path, str(label), int(label), name, name))
         shards.write(rows, folder, folder / split, split, 3, 16, 16, "stretch")
     return folder
+
+
+def store_features(folder, records, backbone):
+    """Write the features of a folder of records into a new folder."""
+    folder.mkdir()
+    reuse = feature_store.find_reusable(records, (), {})
+    computed = features.extract(dataset.read_images(records, reuse.new).batch(16), backbone)
+    list(feature_store.write(folder, records, reuse, {}, backbone.output_shape[-1], computed))
 
 
 def train(config=CONFIG, splits=None, classes=3, class_weights=None, on_epoch=ignore, checkpoint=None):

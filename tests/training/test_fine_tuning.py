@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support.training import Stopped, ignore, write_stripe_records
+from support.training import Stopped, ignore, store_features, write_stripe_records
 
-from dgmd_pipeline.training import dataset, features, fine_tuning, fine_tuning_data, networks, train
+from dgmd_pipeline.training import dataset, fine_tuning, fine_tuning_data, networks, train
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.config import TrainingConfig
 from dgmd_pipeline.training.fine_tuning import Trial
@@ -187,9 +187,8 @@ def test_the_fine_tuned_model_is_loaded_by_keras_alone(tuned, splits, tmp_path):
 
 def test_fine_tuning_starts_again_where_its_stored_activations_are_damaged(backbone, records, splits, tmp_path, caplog):
     stored = [tmp_path / name for name in ("training", "validation")]
-    for folder, images in zip(stored, splits, strict=True):
-        folder.mkdir()
-        list(features.extract(images.read().batch(16), len(images.labels), backbone, folder))
+    for folder, images in zip(stored, ("training", "validation"), strict=True):
+        store_features(folder, records / images, backbone)
     groups = [str(row) for row in range(len(splits[0].labels))]
     folders = [records / "training", records / "validation"]
     data = train.TrainingData(*stored, groups, 2, {}, folders)
@@ -205,10 +204,10 @@ def test_fine_tuning_starts_again_where_its_stored_activations_are_damaged(backb
 
     with pytest.raises(Stopped):
         train.train(data, options, backbone, resume_dir, stop_in_trial)
-    with (resume_dir / "activations_training" / features.FEATURES).open("r+b") as file:
+    with (resume_dir / "activations_training" / fine_tuning_data.VALUES).open("r+b") as file:
         file.truncate(1000)
     trained = train.train(data, options, backbone, resume_dir, ignore)
-    assert "activations_training should hold the state of this training" in caplog.text
+    assert "activations.npy should hold the state of this training" in caplog.text
     assert "Fine-tuning starts again." in caplog.text
     assert trained.fine_tuning["held_out"] == 18
-    assert len(features.load(resume_dir / "activations_training").vectors) == 90
+    assert len(np.load(resume_dir / "activations_training" / fine_tuning_data.VALUES)) == 90

@@ -1,0 +1,222 @@
+"""Folders of stored features <-> vectors; and what a new folder takes over from finished ones.
+
+A folder has a file of vectors for each shard of the records, `features-00000-of-00010.npy` (float32 [n, d]), in the
+order of the records; `images.npy` (S32 [n]), the SHA-256 of the image files; `labels.npy` (int64 [n]), the class
+indexes; and `index.json`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training.features import LabeledFeatures
+from dgmd_pipeline.training.vectors import ShardedVectors, VectorFile
+from dgmd_pipeline.workflow import files
+
+log = logging.getLogger(__name__)
+IMAGES, LABELS = "images.npy", "labels.npy"
+SCHEMA = 1  # of index.json
+COPY_ROWS = 4096  # vectors that are copied at a time
+IN_MEMORY_BYTES = 32_000_000  # of vectors: `load` reads no more than that into memory
+Origin = Mapping[str, object]  # what the vector of an image depends on, apart from the image: JSON values
+
+
+class FeatureShard(NamedTuple):
+    """A file of vectors."""
+
+    file: str  # name
+    images: int
+    bytes: int
+    sha256: str  # 64 hexadecimal digits
+    images_sha256: str  # SHA-256 of the shard's part of images.npy: equal images have equal vectors
+
+
+class _Stored(NamedTuple):
+    """A file of vectors in a finished folder."""
+
+    path: Path
+    entry: FeatureShard
+    images: np.ndarray  # S32 [n]
+
+
+class _Copy(NamedTuple):
+    """Vectors of a stored file that are copied."""
+
+    stored: _Stored
+    rows: np.ndarray  # int64 [m], in the stored file
+    target: np.ndarray  # int64 [m], in the new file
+
+
+class Reuse(NamedTuple):
+    """What a new folder takes over from finished ones, and what is left to compute."""
+
+    dimensions: int | None  # of the stored vectors; None if none are reused
+    linked: dict[int, _Stored]  # number of a shard -> a stored file that is equal
+    copied: dict[int, list[_Copy]]  # number of another shard -> what is copied into it
+    new: np.ndarray  # int64, ascending: positions of the images, among all records, whose vectors are to be computed
+    new_bytes: int  # of their records
+    shards: list[int]  # numbers of the shards that hold them
+
+
+def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:
+    """Find the vectors of a folder of records in finished folders, whose vectors have the same origin.
+
+    The SHA-256 of each file that is used is checked. Logs a warning for damaged files and folders, which are not used.
+    """
+    rows, edges = manifest.read_records(records), _edges(records)
+    stored = [each for folder in previous for each in _open(folder, origin)]
+    damaged: set[Path] = set()
+    while True:
+        reuse = _match(rows, edges, [each for each in stored if each.path not in damaged])
+        used = {each.path: each for each in reuse.linked.values()}
+        used |= {copy.stored.path: copy.stored for copies in reuse.copied.values() for copy in copies}
+        found = {path for path, each in used.items() if not _is_intact(each)}
+        if not found:
+            return reuse
+        damaged |= found
+
+
+def _edges(records: Path) -> list[tuple[int, int]]:
+    """Return the positions of the records of each shard: the first one, and the one after the last."""
+    counts = [shard.records for shard in manifest.read_shard_index(records).shards]
+    return [*pairwise(np.cumsum([0, *counts]).tolist())]
+
+
+def _open(folder: Path, origin: Origin) -> list[_Stored]:
+    try:
+        index = manifest.read_json(folder / manifest.INDEX)
+        if index["schema"] != SCHEMA or index["origin"] != dict(origin):
+            return []
+        images = np.load(folder / IMAGES)
+        entries = [FeatureShard(**entry) for entry in index["files"]]
+        edges = np.cumsum([0, *(entry.images for entry in entries)])
+        parts = np.split(images, edges[1:-1])
+        return [_Stored(folder / entry.file, entry, part) for entry, part in zip(entries, parts, strict=True)]
+    except (PipelineError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        log.warning("The features of %s are not reused. They are damaged (%s).", folder, type(error).__name__)
+        return []
+
+
+def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[_Stored]) -> Reuse:
+    """Find the images of some records (manifest.RECORD [n]) in stored files."""
+    by_images = {each.entry.images_sha256: each for each in stored}
+    names = np.concatenate([np.empty(0, "S32"), *(each.images for each in stored)])
+    sizes = [len(each.images) for each in stored]
+    file_of, row_of = np.repeat(np.arange(len(stored)), sizes), np.concatenate([[0], *map(np.arange, sizes)])[1:]
+    order = np.argsort(names, kind="stable")
+    linked, copied, new, dimensions = {}, {}, [np.empty(0, np.int64)], None
+    for number, (start, stop) in enumerate(edges):
+        wanted = rows["sha256"][start:stop]
+        if equal := by_images.get(_digest(wanted)):
+            linked[number] = equal
+            continue
+        place = np.searchsorted(names, wanted, sorter=order).clip(max=max(len(names) - 1, 0))
+        found = order[place] if len(names) else np.zeros(len(wanted), np.int64)
+        known = names[found] == wanted if len(names) else np.zeros(len(wanted), bool)
+        new.append(start + np.flatnonzero(~known))
+        copied[number] = [
+            _Copy(stored[each], row_of[found[at]], np.flatnonzero(at))
+            for each in np.unique(file_of[found[known]]).tolist()
+            if (at := known & (file_of[found] == each)).any()
+        ]
+    first = next(iter([*linked.values(), *(copy.stored for copies in copied.values() for copy in copies)]), None)
+    if first is not None:
+        dimensions = int(np.load(first.path, mmap_mode="r").shape[1])
+    positions = np.concatenate(new)
+    shards = [number for number, part in zip(copied, new[1:], strict=True) if len(part)]
+    return Reuse(dimensions, linked, copied, positions, int(rows["length"][positions].sum()), shards)
+
+
+def write(
+    folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int, computed: Iterable[np.ndarray]
+) -> Iterator[int]:
+    """Write a folder of features for a folder of records.
+
+    `computed` are the vectors (float32 [m, dimensions]) of the images at `reuse.new`, in this order, in blocks of any
+    length. Yields the length of each block. Only a few blocks are in memory. Raises ValueError where vectors are
+    missing, OSError where the folder cannot be written.
+    """
+    record_table, edges = manifest.read_records(records), _edges(records)
+    images = np.ascontiguousarray(record_table["sha256"])
+    paths = [folder / f"features-{number:05d}-of-{len(edges):05d}.npy" for number in range(len(edges))]
+    for number, stored in reuse.linked.items():
+        files.link(stored.path, paths[number])
+    open_files = {
+        number: VectorFile(paths[number], (stop - start, dimensions))
+        for number, (start, stop) in enumerate(edges)
+        if number not in reuse.linked
+    }
+    for number, copies in reuse.copied.items():
+        for stored, rows, target in copies:
+            vectors = np.load(stored.path, mmap_mode="r")
+            for first in range(0, len(rows), COPY_ROWS):
+                chunk = slice(first, first + COPY_ROWS)
+                _write_runs(open_files[number], target[chunk], vectors[rows[chunk]])
+    ends, done = np.array([stop for _, stop in edges]), 0
+    for block in computed:
+        positions = reuse.new[done : done + len(block)]
+        shard_of = np.searchsorted(ends, positions, side="right")
+        for number in np.unique(shard_of).tolist():
+            at = shard_of == number
+            _write_runs(open_files[number], positions[at] - edges[number][0], block[at])
+        done += len(block)
+        yield len(block)
+    if done != len(reuse.new):
+        raise ValueError(f"{folder}: expected {len(reuse.new)} vectors, got {done}")
+    np.save(folder / IMAGES, images, allow_pickle=False)
+    np.save(folder / LABELS, record_table["label"].astype(np.int64), allow_pickle=False)
+    entries = [
+        FeatureShard(path.name, int(stop - start), path.stat().st_size, files.sha256(path), _digest(images[start:stop]))
+        for path, (start, stop) in zip(paths, edges, strict=True)
+    ]
+    index = {"schema": SCHEMA, "origin": dict(origin), "images": len(images), "dimensions": dimensions}
+    manifest.write_json(folder / manifest.INDEX, index | {"files": [entry._asdict() for entry in entries]})
+
+
+def load(folder: Path) -> LabeledFeatures:
+    """Open a folder of features. Raises PipelineError where a file is missing or damaged."""
+    path = folder / manifest.INDEX
+    try:
+        entries = [FeatureShard(**entry) for entry in manifest.read_json(path)["files"]]
+        parts = []
+        for entry in entries:
+            path = folder / entry.file
+            parts.append(np.load(path, mmap_mode="r" if entry.images else None))  # an empty file cannot be mapped
+        path = folder / LABELS
+        labels = np.load(path)
+        if [len(part) for part in parts] != [entry.images for entry in entries] or sum(map(len, parts)) != len(labels):
+            raise ValueError("expected as many labels as vectors")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise manifest.changed_file_error(path, error) from error
+    vectors = ShardedVectors(parts)
+    in_memory = sum(entry.bytes for entry in entries) <= IN_MEMORY_BYTES
+    return LabeledFeatures(vectors[:] if in_memory else vectors, labels)
+
+
+def _write_runs(file: VectorFile, rows: np.ndarray, vectors: np.ndarray) -> None:
+    """Write vectors at ascending positions, adjacent ones at once."""
+    starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    for start, stop in pairwise(starts):
+        if start < stop:
+            file.write(int(rows[start]), vectors[start:stop])
+
+
+def _is_intact(stored: _Stored) -> bool:
+    try:
+        intact = stored.path.stat().st_size == stored.entry.bytes and files.sha256(stored.path) == stored.entry.sha256
+    except OSError:
+        intact = False
+    if not intact:
+        log.warning("%s is damaged: its vectors are computed again", stored.path)
+    return intact
+
+
+def _digest(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()

@@ -1,0 +1,74 @@
+"""Feature vectors in one or several `.npy` files <-> an array that is read from the disk when it is used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Vectors(Protocol):
+    """The part of a NumPy array that readers of feature vectors use: float32 [n, d]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of vectors, and the shape of one."""
+
+    def __len__(self) -> int:
+        """Return the number of vectors."""
+
+    def __getitem__(self, rows: "slice | np.ndarray", /) -> np.ndarray:
+        """Return some of the vectors, in memory or mapped from disk."""
+
+
+class ShardedVectors:
+    """The vectors of several arrays, one after another. Only those that are asked for are read into memory."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """Take arrays [n1, d], [n2, d], ... of one type, at least one, which may be mapped from disk."""
+        self._parts = parts
+        self._edges = np.cumsum([0, *map(len, parts)])
+        self.shape: tuple[int, ...] = (int(self._edges[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        """Return the vectors of a slice, of positions (int [m]) or of a mask (bool [n]), in that order."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"a position is outside of {len(self)} vectors")
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        part_of = np.searchsorted(self._edges, rows, side="right") - 1
+        for number in np.unique(part_of):
+            at = part_of == number
+            found[at] = self._parts[number][rows[at] - self._edges[number]]
+        return found
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """Return all vectors in memory."""
+        del copy
+        return np.asarray(self[:], dtype)
+
+
+class VectorFile:
+    """A new `.npy` file of float32 vectors, which are written at any position."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        """Create the file for vectors of this shape [n, ...]. What is not written is 0."""
+        self._path = path
+        self._row_bytes = 4 * int(np.prod(shape[1:]))
+        with path.open("wb") as file:
+            # Written in sequence and not through a memory map, whose pages would count as memory of this process.
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            self._first = file.tell()
+            file.truncate(self._first + self._row_bytes * shape[0])
+
+    def write(self, position: int, vectors: np.ndarray) -> None:
+        """Write consecutive vectors, float [m, ...], of which the first has this position."""
+        with self._path.open("r+b") as file:
+            file.seek(self._first + position * self._row_bytes)
+            file.write(vectors.astype("<f4", copy=False).tobytes())

@@ -1,0 +1,145 @@
+"""Folders of stored features: what is reused, and damage."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.images import put_image
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data import shards
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training import feature_store
+from dgmd_pipeline.training.vectors import ShardedVectors
+
+POOL = 10
+ORIGIN = {"backbone": "a", "weights": "b"}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> tuple[Path, list[manifest.Example]]:
+    raw = tmp_path_factory.mktemp("raw")
+    return raw, [put_image(raw, f"mint/{number}.png", number % 3) for number in range(POOL)]
+
+
+def write_records(folder: Path, pool, chosen, count: int) -> Path:
+    folder.mkdir()
+    shards.write([pool[1][index] for index in chosen], pool[0], folder, "training", count, 8, 8, "stretch")
+    return folder
+
+
+def vectors_of(records: Path) -> np.ndarray:
+    """Vectors that depend on the image alone."""
+    names = manifest.read_records(records)["sha256"].tolist()
+    return np.array([list(name[:3]) for name in names], np.float32).reshape(-1, 3)
+
+
+def store(folder: Path, records: Path, previous=(), origin=ORIGIN) -> feature_store.Reuse:
+    folder.mkdir()
+    reuse = feature_store.find_reusable(records, previous, origin)
+    computed = np.array_split(vectors_of(records)[reuse.new], 2)
+    assert sum(feature_store.write(folder, records, reuse, origin, 3, computed)) == len(reuse.new)
+    return reuse
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    history=st.lists(st.tuples(st.sets(st.integers(0, POOL - 1)), st.integers(1, 4)), min_size=2, max_size=4),
+    two=st.booleans(),
+)
+def test_a_folder_brought_up_to_date_equals_one_computed_from_nothing(history, two, pool, tmp_path_factory):
+    base = tmp_path_factory.mktemp("history")
+    previous, known = [], []
+    for number, (chosen, count) in enumerate(history):
+        records = write_records(base / f"records{number}", pool, chosen, count)
+        reuse = store(base / f"{number}", records, previous)
+        assert len(reuse.new) == len(chosen - set().union(*known))
+        store(base / "scratch", records)
+        assert contents(base / f"{number}") == contents(base / "scratch")
+        loaded = feature_store.load(base / f"{number}")
+        np.testing.assert_array_equal(loaded.vectors, vectors_of(records))
+        np.testing.assert_array_equal(loaded.labels, manifest.read_records(records)["label"])
+        shutil.rmtree(base / "scratch")
+        previous, known = [*previous, base / f"{number}"], [*known, chosen]
+        if not two:
+            previous, known = previous[-1:], known[-1:]
+    shutil.rmtree(base)
+
+
+def test_vectors_of_another_origin_are_not_reused(pool, tmp_path):
+    records = write_records(tmp_path / "records", pool, range(POOL), 2)
+    store(tmp_path / "before", records)
+    reuse = store(tmp_path / "after", records, [tmp_path / "before"], ORIGIN | {"backbone": "another"})
+    assert len(reuse.new) == POOL
+
+
+def test_equal_shards_are_linked(pool, tmp_path):
+    store(tmp_path / "before", write_records(tmp_path / "records", pool, range(POOL), 2))
+    store(tmp_path / "after", tmp_path / "records", [tmp_path / "before"])
+    files = [sorted(tmp_path.glob(f"{name}/features-*.npy")) for name in ("before", "after")]
+    assert all(one.samefile(other) for one, other in zip(*files, strict=True))
+
+
+def test_a_damaged_file_is_not_reused_and_its_vectors_are_computed_again(pool, tmp_path, caplog):
+    records = write_records(tmp_path / "records", pool, range(POOL), 2)
+    store(tmp_path / "before", records)
+    file = tmp_path / "before" / "features-00001-of-00002.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    reuse = store(tmp_path / "after", records, [tmp_path / "before"])
+    assert reuse.shards == [1]
+    assert f"{file} is damaged: its vectors are computed again" in caplog.text
+    np.testing.assert_array_equal(feature_store.load(tmp_path / "after").vectors, vectors_of(records))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"no JSON"])
+def test_a_folder_with_a_damaged_index_is_not_reused(content, pool, tmp_path, caplog):
+    records = write_records(tmp_path / "records", pool, range(POOL), 2)
+    store(tmp_path / "before", records)
+    (tmp_path / "before" / "index.json").write_bytes(content)
+    assert len(store(tmp_path / "after", records, [tmp_path / "before"]).new) == POOL
+    assert f"The features of {tmp_path / 'before'} are not reused. They are damaged" in caplog.text
+
+
+def test_missing_vectors_are_an_error(pool, tmp_path):
+    records = write_records(tmp_path / "records", pool, range(POOL), 2)
+    reuse = feature_store.find_reusable(records, (), ORIGIN)
+    (tmp_path / "after").mkdir()
+    with pytest.raises(ValueError, match="expected 10 vectors, got 4"):
+        list(feature_store.write(tmp_path / "after", records, reuse, ORIGIN, 3, [vectors_of(records)[:4]]))
+
+
+@pytest.mark.parametrize("file", ["index.json", "labels.npy", "features-00001-of-00002.npy"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
+def test_a_missing_or_damaged_file_is_named(file, damage, pool, tmp_path):
+    store(tmp_path / "features", write_records(tmp_path / "records", pool, range(POOL), 2))
+    path = tmp_path / "features" / file
+    content = path.read_bytes()
+    path.write_bytes(content[: 0 if damage == "empty" else -9])
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(PipelineError, match=f"{file}.* was changed after it was written: delete the folder"):
+        feature_store.load(tmp_path / "features")
+
+
+def test_many_vectors_stay_on_the_disk(pool, tmp_path, monkeypatch):
+    records = write_records(tmp_path / "records", pool, range(POOL), 3)
+    store(tmp_path / "features", records)
+    assert isinstance(feature_store.load(tmp_path / "features").vectors, np.ndarray)
+    monkeypatch.setattr(feature_store, "IN_MEMORY_BYTES", 0)
+    stored = feature_store.load(tmp_path / "features").vectors
+    assert isinstance(stored, ShardedVectors)
+    expected = vectors_of(records)
+    positions = np.array([9, 0, 5, 5, -1])
+    for rows in (slice(None), slice(2, 9, 3), slice(4, 4), positions, positions[:0], np.arange(POOL) % 2 == 0):
+        np.testing.assert_array_equal(stored[rows], expected[rows])
+    with pytest.raises(IndexError):
+        stored[np.array([POOL])]
