@@ -234,7 +234,7 @@ class PerSplitStep(Step):
 
     def reusable_folders(self) -> list[Path]:
         own = super().reusable_folders()
-        return own and [*own, *folders.versions(self._other.path)]
+        return own and [*own, *self._other._finished_folders()]
 
     def keeps_replaced(self) -> bool:
         return not self._other.complete()

@@ -206,7 +206,12 @@ class Step(luigi.Task):
 
     def reusable_folders(self) -> list[Path]:
         """Return the finished folders of this step, from which `work` may take what is unchanged; none if forced."""
-        return [] if self._forced() else folders.versions(self.path)
+        return [] if self._forced() else self._finished_folders()
+
+    def _finished_folders(self) -> list[Path]:
+        """Return the step's folder and the one that it has replaced, if they exist and have the current format."""
+        records = {path: read_record(path) for path in folders.versions(self.path)}
+        return [path for path, record in records.items() if record and record.format == self.format_version]
 
     def _forced(self) -> str | None:
         """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
