@@ -219,7 +219,7 @@ def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage
         message = f"not an image in the format {', '.join(decoding.FORMATS[:-1])} or {decoding.FORMATS[-1]}"
     truncated = "truncated" in message.lower() or len(data) < _announced_size(data)
     detail = "; ".join(dict.fromkeys([message, *(str(warning.message) for warning in caught)]))
-    return "truncated" if truncated else "unreadable", " ".join(detail.split())
+    return "truncated" if truncated else "unreadable", detail
 
 
 def _announced_size(data: bytes) -> int:
