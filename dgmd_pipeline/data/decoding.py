@@ -18,6 +18,8 @@ import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin
 from PIL.ExifTags import Base as ExifTag
 
+from dgmd_pipeline.data import colour_modes
+
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -81,41 +83,14 @@ def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> di
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the first frame in mode RGB, with the EXIF orientation applied, on a white background.
+    """Return the first frame in mode RGB, with the orientation applied, on a white background.
 
-    16-bit grey is scaled to 8 bits, not clipped. The range of floating-point grey is taken as 0 to 1, or as 0 to 255
-    where a value exceeds 1. Pillow converts the other modes (CMYK with Adobe's inversion, LAB through littleCMS).
-    Colour profiles are not applied. Raises one of `DAMAGED`.
+    `colour_modes.to_rgb` documents the conversion of other modes. Raises one of `DAMAGED`.
     """
     if image.tell():
         image.seek(0)
-    image.load()
-    orientation = read_orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = PIL.Image.new("RGB", image.size, "white")
-        background.paste(image, mask=image)
-        image = background
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
-    return apply_orientation(image, orientation)
-
-
-def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scale integer grey (clipped to 16 bits) or floating-point grey to 8 bits. Pillow's conversion clips at 255."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values)
-        white = 1 if values.max() <= 1 else 255
-        grey = np.rint(np.clip(values, 0, white) * (255 // white))
-    else:
-        grey = (np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-    return PIL.Image.fromarray(grey.astype(np.uint8))
+    rgb = colour_modes.to_rgb(image)
+    return apply_orientation(rgb, read_orientation(image))
 
 
 def open_header(data: bytes) -> PIL.Image.Image:
