@@ -18,7 +18,7 @@ import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin
 from PIL.ExifTags import Base as ExifTag
 
-from dgmd_pipeline.data import colour_modes
+from dgmd_pipeline.data import colour_modes, png
 
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
@@ -95,6 +95,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def open_header(data: bytes) -> PIL.Image.Image:
     """Read the header of an image in one of `FORMATS`. Call it inside `guard`. Raises one of `DAMAGED`."""
+    if data.startswith(png.SIGNATURE):
+        data = png.without_metadata(data)
     return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
 
 
