@@ -52,7 +52,9 @@ def test_a_cmyk_jpeg_keeps_its_colours(tmp_path):
     assert centre_colour(open_rgb(tmp_path / "x.jpg")) == pytest.approx((200, 60, 30), abs=4)
 
 
-@pytest.mark.parametrize("name", ["JPEG of two images", "PNG animated", "WEBP animated", "GIF animated", "TIFF pages"])
+@pytest.mark.parametrize(
+    "name", ["JPEG of two images", "PNG animated", "WEBP animated", "AVIF animated", "GIF animated", "TIFF pages"]
+)
 def test_the_first_of_several_images_in_a_file_is_used(name, tmp_path):
     (tmp_path / "x").write_bytes(samples()[name])
     first = np.asarray(scene(), np.float64)
@@ -62,7 +64,7 @@ def test_the_first_of_several_images_in_a_file_is_used(name, tmp_path):
         assert np.abs(np.asarray(to_rgb(image)) - first).mean() < 12
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_upright_as_pillow_does(kind, orientation, tmp_path):
     data = encode_with_orientation(scene(0, 400, 240), kind, orientation)
@@ -70,6 +72,16 @@ def test_an_image_is_turned_upright_as_pillow_does(kind, orientation, tmp_path):
     image = open_rgb(tmp_path / "x")
     assert image.size == ((240, 400) if orientation > 4 else (400, 240))
     assert np.array_equal(image, upright(data))
+
+
+def test_the_properties_of_an_avif_count_and_not_the_orientation_in_its_exif_or_xmp_data(tmp_path):
+    tags = PIL.Image.Exif()
+    tags[ExifTag.ImageWidth] = 6
+    in_exif = encode(scene(), "AVIF", exif=tags.tobytes()).replace(b"\x01\0\0\x04", b"\x01\x12\0\x04")
+    in_xmp = encode(scene(), "AVIF", xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    for data in (in_exif, in_xmp):
+        (tmp_path / "x").write_bytes(data)
+        assert open_rgb(tmp_path / "x").size == (96, 64)
 
 
 def test_damage_to_another_exif_tag_does_not_affect_the_orientation(tmp_path):
