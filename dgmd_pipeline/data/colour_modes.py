@@ -129,7 +129,7 @@ def _tag(image: PIL.Image.Image, number: int) -> object:
 
 def _is_alpha_unset(image: PIL.Image.Image) -> bool:
     may_be = image.format == "BMP" or (image.format == "TIFF" and _tag(image, _EXTRA) is None)
-    return may_be and image.mode == "RGBA" and image.getextrema()[3] == (0, 0)
+    return may_be and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _transparent_pixel(value: object, samples: str) -> object:
@@ -142,7 +142,7 @@ def _transparent_pixel(value: object, samples: str) -> object:
 
 
 def _check_colours(image: PIL.Image.Image) -> None:
-    high = max(high for _, high in image.getextrema())
+    high = int(np.asarray(image).max())
     if high < 16:
         raise UnknownRange(
             f"its 16-bit colours are nearly black, at most {high * 256 + 255:,} of 65,535. Convert it to 8 bits"

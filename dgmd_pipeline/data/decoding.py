@@ -20,6 +20,7 @@ import PIL.WebPImagePlugin
 from PIL.ExifTags import Base as ExifTag
 
 from dgmd_pipeline.data import colour_modes, file_types, png
+from dgmd_pipeline.formatting import one_line
 
 PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all cores
 
@@ -120,6 +121,12 @@ def _why_unidentified(data: bytes) -> str:
             return f"{file_type} that cannot be read: {error}"
         return f"{file_type} with a damaged header"
     return f"{file_type}; expected an image in the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
+
+def describe(error: Exception) -> str:
+    """Return the message of an error in `DAMAGED` as a bounded line, with the error's type if the library chose it."""
+    own = isinstance(error, PIL.UnidentifiedImageError | colour_modes.UnknownRange)
+    return one_line(str(error) if own else f"{type(error).__name__}: {error}")
 
 
 def read_orientation(image: PIL.Image.Image) -> int:

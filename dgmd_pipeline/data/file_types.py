@@ -54,6 +54,7 @@ _LATER_SIGNATURES = (
 _BRANDS = (  # of an ISO base media file, in any of its first boxes' brands
     (rb"avif|avis", "AVIF"),
     (rb"hei[cxms]|hev[cxms]", "HEIC"),
+    (rb"mif1|msf1", "HEIF"),
     (rb"crx ", "camera raw"),
     (rb"qt  ", "QuickTime video"),
     (rb"", "MP4 video"),
@@ -82,7 +83,7 @@ def identify(data: bytes) -> str:
     if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # two bytes alone also begin many a text
         return "BMP"
     if not data[:4096].strip(b"\0"):
-        return "file of zero bytes"
+        return "file of NUL bytes" if data else "empty file"
     return _identify_text(data) or f"unknown type of file (its first bytes are {data[:8].hex(' ')})"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.data import colour_modes, corrections, decoding, near_duplicates
+from dgmd_pipeline.data import corrections, decoding, near_duplicates
 from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
@@ -214,8 +214,7 @@ def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage
     """Return the reason and the detail for an error of a reader and the warnings before it."""
     if isinstance(error, PIL.Image.DecompressionBombError):
         return "too many pixels", str(error).split(",", 1)[0]
-    own = isinstance(error, PIL.UnidentifiedImageError | colour_modes.UnknownRange)
-    message = str(error) if own else f"{type(error).__name__}: {error}"
+    message = decoding.describe(error)
     truncated = "truncated" in message.lower() or len(data) < _announced_size(data)
     detail = "; ".join(dict.fromkeys([message, *(str(warning.message) for warning in caught)]))
     return "truncated" if truncated else "unreadable", detail
@@ -232,8 +231,9 @@ def _announced_size(data: bytes) -> int:
         return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
     end = 0
     if data[4:8] == b"ftyp":  # boxes, each with its size; 0 means "to the end of the file"
-        while end < len(data):
-            end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
+        for _ in range(100):  # an image has fewer
+            if end < len(data):
+                end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
     return end
 
 

@@ -18,7 +18,8 @@ def without_metadata(data: bytes) -> bytes:
     wrong checksum of one. libpng, and so the browsers, leave out the chunk. Frames of an animation after the first are
     left out too. A file whose chunks cannot be followed to the end is left as it is from there on.
     """
-    view, kept, at = memoryview(data), [data[:8]], 8
+    view, at = memoryview(data), len(SIGNATURE)
+    kept = [view[:at]]
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(view[at : at + 4])
         kind = data[at + 4 : at + 8]

@@ -111,12 +111,12 @@ def test_a_file_of_another_format_is_rejected_with_its_type(data, detail, raw, s
     assert inspect(find(raw), raw, scratch) == ([], [Rejected("a/image.jpg", "a", "unreadable", expected)])
 
 
-def test_a_file_that_pillow_does_not_identify_is_rejected_with_pillows_reason(raw, scratch):
+def test_an_image_whose_header_is_damaged_or_cut_is_rejected_with_the_reason(raw, scratch):
     data = samples()["PNG"]
     put(raw, "a/header.png", data[:20] + b"\xff" + data[21:])
     put(raw, "a/cut.png", data[:20])
     _, (cut, header) = inspect(find(raw), raw, scratch)
-    assert cut[2:] == ("truncated", "PNG that cannot be read: Truncated File Read")
+    assert cut[2:] == ("truncated", "OSError: Truncated File Read")
     assert header[2:] == ("unreadable", "PNG that cannot be read: broken PNG file (bad header checksum in b'IHDR')")
 
 
