@@ -142,7 +142,7 @@ def _transparent_pixel(value: object, samples: str) -> object:
 
 
 def _check_colours(image: PIL.Image.Image) -> None:
-    high = int(np.asarray(image).max())
+    high = int(np.max(image.getextrema()))
     if high < 16:
         raise UnknownRange(
             f"its 16-bit colours are nearly black, at most {high * 256 + 255:,} of 65,535. Convert it to 8 bits"
