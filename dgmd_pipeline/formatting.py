@@ -44,6 +44,19 @@ def printable(key: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
 
 
+def one_line(text: str, limit: int = 1000) -> str:
+    """Return a text from a file or a library as one line of printable characters, `limit` at most.
+
+    Where it is longer, "..." replaces the middle: errors begin with what is wrong, and paths end with a file's name.
+    """
+    return _cut(printable(_cut(" ".join(text.split()), limit)), limit)
+
+
+def _cut(line: str, limit: int) -> str:
+    end = limit // 4
+    return line if len(line) <= limit else f"{line[: limit - end - 5]} ... {line[-end:]}"
+
+
 def whole_percentages(parts: Sequence[float]) -> list[int]:
     """Return the shares of `parts` in whole percent, rounded so that they sum to 100. At least one part is not 0.
 

@@ -58,7 +58,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
                 image = np.asarray(decoding.open_rgb(path))[np.newaxis]
             except (*decoding.DAMAGED, Image.DecompressionBombError) as error:
                 unreadable.append(path)
-                log.warning("%s is not a readable image (%s)", path, type(error).__name__)
+                log.warning("%s is not a readable image (%s)", path, decoding.describe(error))
                 continue
             probabilities = network.predict_on_batch(image)[0]
             best = int(probabilities.argmax())

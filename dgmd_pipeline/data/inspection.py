@@ -214,16 +214,14 @@ def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage
     """Return the reason and the detail for an error of a reader and the warnings before it."""
     if isinstance(error, PIL.Image.DecompressionBombError):
         return "too many pixels", str(error).split(",", 1)[0]
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, PIL.UnidentifiedImageError):  # Pillow's message contains an address in memory
-        message = f"not an image in the format {', '.join(decoding.FORMATS[:-1])} or {decoding.FORMATS[-1]}"
+    message = decoding.describe(error)
     truncated = "truncated" in message.lower() or len(data) < _announced_size(data)
     detail = "; ".join(dict.fromkeys([message, *(str(warning.message) for warning in caught)]))
-    return "truncated" if truncated else "unreadable", " ".join(detail.split())
+    return "truncated" if truncated else "unreadable", detail
 
 
 def _announced_size(data: bytes) -> int:
-    """Return the size in bytes that a WebP or TIFF header announces, 0 for other formats.
+    """Return the size in bytes that the headers of a WebP, TIFF or AVIF announce, 0 for other formats.
 
     Pillow's readers of these formats raise the same errors for truncated and for damaged files.
     """
@@ -231,7 +229,12 @@ def _announced_size(data: bytes) -> int:
         return int.from_bytes(data[4:8], "little") + 8
     if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which most writers put at the end
         return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
-    return 0
+    end = 0
+    if data[4:8] == b"ftyp":  # boxes, each with its size; 0 means "to the end of the file"
+        for _ in range(100):  # an image has fewer
+            if end < len(data):
+                end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
+    return end
 
 
 def _collect(outcomes: Iterable[_Outcome], thumbnails: BinaryIO) -> tuple[list[Image], list[Rejected]]:

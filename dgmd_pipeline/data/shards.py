@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dgmd_pipeline.data import encoding, tfrecord
-from dgmd_pipeline.data.decoding import DAMAGED
+from dgmd_pipeline.data.decoding import DAMAGED, describe
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
 
@@ -138,9 +138,9 @@ def _encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
         return encoding.encode(path, width, height, fit)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, and is not any more ({type(error).__name__}: {error}). "
-            "Restore the file: if it was downloaded, delete the folder raw. Or accept the change: delete the folder "
-            "inspected. Then run again."
+            f"{path} was readable when it was inspected, and is not any more ({describe(error)}). "
+            "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
+            "with --force inspect."
         ) from error
 
 

@@ -253,7 +253,7 @@ def test_an_image_lost_since_its_inspection_is_an_error_with_a_remedy(content, r
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"allspice 5\.png was .*folder inspected"):
+    with pytest.raises(PipelineError, match=r"allspice 5\.png was .*run with --force inspect"):
         write(rows, raw, tmp_path / "records")
 
 
