@@ -19,7 +19,7 @@ import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin
 from PIL.ExifTags import Base as ExifTag
 
-from dgmd_pipeline.data import colour_modes, file_types, png
+from dgmd_pipeline.data import colour_modes, file_types, limits, png
 from dgmd_pipeline.formatting import one_line
 
 PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all cores
@@ -27,8 +27,6 @@ PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all co
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 100_000_000  # a photograph has 12 megapixels, the largest mode of a phone 200; 4 to 8 bytes a pixel
-MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
 # What Pillow's readers raise for damaged content. 440,000 damaged files (bytes changed, cut, inserted; 22 encodings
 # of the six formats; Pillow 13.0) raised the first three. Pillow's own code expects the others of damaged data, or
 # older versions raised them.
@@ -60,15 +58,18 @@ _TRANSPOSE = {
 _SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
 
 
-def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def open_rgb(path: Path, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
     """Read an image file as RGB (see `to_rgb`). The content determines the format, not the name.
 
     Call it from one thread at a time: `guard` changes settings of the process.
-    Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels`, and one of `DAMAGED`.
+    Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels` or exceeds another of `limits`, and
+    one of `DAMAGED`.
     """
     data = path.read_bytes()
     with guard(data, max_pixels):
-        return to_rgb(open_header(data))
+        header = open_header(data)
+        limits.check(header, data)
+        return to_rgb(header)
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -153,15 +154,16 @@ def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def guard(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
+def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
     """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
-    number, so it is set to half of `max_pixels`. libtiff writes to stderr by itself, so stderr is redirected for files
-    that begin like a TIFF. Both are settings of the process: use one guard at a time.
+    number, so it is set to half of `max_pixels`, or of what `limits` allows for the format. libtiff writes to stderr
+    by itself, so stderr is redirected for files that begin like a TIFF. Both are settings of the process: use one
+    guard at a time.
     """
     previous = PIL.Image.MAX_IMAGE_PIXELS
-    PIL.Image.MAX_IMAGE_PIXELS = max_pixels // 2
+    PIL.Image.MAX_IMAGE_PIXELS = min(max_pixels, limits.max_pixels(data)) // 2
     silence = _discard_stderr() if data[:2] in (b"II", b"MM") else contextlib.nullcontext()
     try:
         with warnings.catch_warnings(record=True) as caught, silence:

@@ -11,6 +11,7 @@ TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `t
 `tf.io.decode_webp(image, channels=3)[0]`. `index.json` in the same folder names the encoding and the fit.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -22,14 +23,18 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dgmd_pipeline.data import encoding, tfrecord
+from dgmd_pipeline.data import encoding, limits, tfrecord
 from dgmd_pipeline.data.decoding import DAMAGED, describe
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
 
 # Images that a worker writes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
 # cores and the last pieces end at about the same time.
 PIECE_IMAGES = 256
+_EXCLUDE = (
+    "Raise the memory limit of the pipeline, or exclude the image with a row in corrections.csv (docs/operating.md). "
+    "Then run again."
+)
 
 
 class _Piece(NamedTuple):
@@ -42,6 +47,7 @@ class _Piece(NamedTuple):
     width: int
     height: int
     fit: Fit
+    reserve_memory: limits.ReserveMemory
 
 
 def write(
@@ -53,16 +59,18 @@ def write(
     width: int,
     height: int,
     fit: Fit,
-    map: Callable[[Callable[[_Piece], int], Iterable[_Piece]], Iterable[int]] = map,
+    map: Callable[[Callable[[_Piece], int], Iterable[_Piece]], Iterable[int | WorkerDied]] = map,
+    reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
 ) -> dict[str, int]:
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ... and `index.json`.
 
     The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). There are `shards`
     shards, or as many as images if those are fewer. The bytes depend on the set of rows and on the images only, not on
     the order of `rows` or the number of processes. `map` works like the builtin. It may call its function for the
-    pieces in other processes, and yields the results (numbers of images) in order.
-    Returns the counts: images, shards, bytes. Raises PipelineError where an image is missing or no longer readable,
-    OSError where `folder` cannot be written.
+    pieces in other processes, and yields the results (numbers of images) in order; for a piece whose process died, a
+    WorkerDied. `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
+    Returns the counts: images, shards, bytes. Raises PipelineError where an image is missing or no longer readable, or
+    needs too much memory or time, OSError where `folder` cannot be written.
     """
     ordered = record_order(rows)
     shards = min(shards, len(ordered))
@@ -73,8 +81,8 @@ def write(
         for first in range(start, stop, PIECE_IMAGES):
             part = shard if first == start else shard.with_suffix(f".part{first - start}")
             piece_rows = ordered[first : min(first + PIECE_IMAGES, stop)]
-            pieces.append(_Piece(raw, shard, part, piece_rows, width, height, fit))
-    results = zip(pieces, map(_write_piece, pieces), strict=True)
+            pieces.append(_Piece(raw, shard, part, piece_rows, width, height, fit, reserve_memory))
+    results = ((piece, _count(piece, done)) for piece, done in zip(pieces, map(_write_piece, pieces), strict=True))
     written = [_join(shard, parts) for shard, parts in groupby(results, key=lambda result: result[0].shard)]
     counts = {"images": len(ordered), "shards": shards, "bytes": sum(shard.bytes for shard in written)}
     _write_index(folder, width, height, fit, counts, written)
@@ -123,19 +131,32 @@ def _write_piece(piece: _Piece) -> int:
     with piece.part.open("wb") as file:
         for row in piece.rows:
             features: dict[str, bytes | int] = {
-                "image": _encode(piece.raw / row.path, piece.width, piece.height, piece.fit),
+                "image": _encode(piece, row),
                 "label": row.class_index,
                 "width": piece.width,
                 "height": piece.height,
                 "key": row.path.encode("utf-8", "surrogateescape"),
             }
             file.write(tfrecord.frame(tfrecord.serialize_example(features)))
+            file.flush()  # if the process dies, `_count` sees at which image
     return len(piece.rows)
 
 
-def _encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
+def _count(piece: _Piece, done: int | WorkerDied) -> int:
+    """Return the number of images in a piece. Raises PipelineError with the file at which the process died."""
+    if isinstance(done, WorkerDied):
+        written = tfrecord.count(piece.part) if piece.part.exists() else 0
+        path = piece.raw / piece.rows[min(written, len(piece.rows) - 1)].path
+        raise PipelineError(f"{path} cannot be converted: {limits.explain(done)}. {_EXCLUDE}")
+    return done
+
+
+def _encode(piece: _Piece, row: Example) -> bytes:
+    path = piece.raw / row.path
     try:
-        return encoding.encode(path, width, height, fit)
+        return encoding.encode(path, piece.width, piece.height, piece.fit, piece.reserve_memory)
+    except TooLittleMemory as error:
+        raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
             f"{path} was readable when it was inspected, and is not any more ({describe(error)}). "

@@ -18,6 +18,7 @@ from dgmd_pipeline.workflow import folders
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest, read_record
+from dgmd_pipeline.workflow.worker import reserve_memory
 
 log = logging.getLogger(__name__)
 SOURCE = ("aws_data_bucket", "aws_data_path")  # the settings that say where the images come from
@@ -110,11 +111,11 @@ class InspectImages(Step):
         raw: Path = self.input()["raw"].path
         record = read_record(raw)
 
-        def run(function: Callable[..., Any], pieces: Any) -> Any:
-            done = self.context.executor.map(function, pieces)
-            return self.progress(done, sum(map(len, pieces)), "images", count=len)
+        def run(function: Callable[..., Any], files: Any) -> Any:
+            done = self.context.executor.map(function, files, inspection.CHUNK)
+            return self.progress(done, len(files), "images")
 
-        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run)
+        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run, reserve_memory)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
             counts=dict(counts),
@@ -244,11 +245,13 @@ class WriteTFRecords(PerSplitStep):
         rows = list(manifest.read(self.input()["split"].path / f"{self.split}.csv", manifest.Example))
 
         def run(function: Callable[..., Any], pieces: Any) -> Any:
-            return self.progress(self.context.executor.map(function, pieces), len(rows), "images", count=int)
+            done = self.context.executor.map(function, pieces)
+            return self.progress(done, len(rows), "images", count=lambda count: count if isinstance(count, int) else 0)
 
         given = self.settings
         size, fit = (given.image_width, given.image_height), given.image_fit
-        counts = shards.write(rows, self.input()["raw"].path, draft, self.split, given.num_shards, *size, fit, run)
+        raw = self.input()["raw"].path
+        counts = shards.write(rows, raw, draft, self.split, given.num_shards, *size, fit, run, reserve_memory)
         if counts["shards"] < given.num_shards:
             log.warning("%s: %d images fill only %d shards", self.folder, len(rows), counts["shards"])
         images, size_mb = counts["images"], counts["bytes"] / 1e6
