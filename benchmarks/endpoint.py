@@ -32,6 +32,7 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 512
     folder: Path
     objects: list[tuple[str, int]]  # key below the prefix, bytes
+    etags: dict[Path, str]  # with quotes
 
 
 class _Handler(socketserver.StreamRequestHandler):
@@ -74,7 +75,7 @@ class _Handler(socketserver.StreamRequestHandler):
                 first, last = int(start), min(int(end or last), last)
                 status, more = "206 Partial Content", f"Content-Range: bytes {first}-{last}/{size}\r\n"
             self.wfile.write(
-                f"HTTP/1.1 {status}\r\nContent-Length: {last - first + 1}\r\nETag: {_etag(path.name)}\r\n{more}"
+                f"HTTP/1.1 {status}\r\nContent-Length: {last - first + 1}\r\nETag: {self.server.etags[path]}\r\n{more}"
                 "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nContent-Type: image/jpeg\r\n\r\n".encode()
             )
             while first <= last:
@@ -87,7 +88,7 @@ class _Handler(socketserver.StreamRequestHandler):
         encoded = quote if "encoding-type" in query else escape
         items = "".join(
             f"<Contents><Key>{encoded(f'{PREFIX}/{key}')}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>{_etag(key)}</ETag><Size>{size}</Size></Contents>"
+            f"<ETag>{self.server.etags[self.server.folder / key]}</ETag><Size>{size}</Size></Contents>"
             for key, size in self.server.objects[first:last]
         )
         encoding = "<EncodingType>url</EncodingType>" if "encoding-type" in query else ""
@@ -99,14 +100,12 @@ class _Handler(socketserver.StreamRequestHandler):
         ).encode()
 
 
-def _etag(key: str) -> str:
-    return f'"{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}"'
-
-
 def _serve(folder: Path, port: "multiprocessing.Queue[int]") -> None:
     with _Server(("127.0.0.1", 0), _Handler) as server:
-        files = (path for path in folder.glob("*/**/*") if path.is_file())
+        files = [path for path in folder.glob("*/**/*") if path.is_file()]
         server.folder = folder
+        digests = ((path, hashlib.md5(path.read_bytes(), usedforsecurity=False)) for path in files)
+        server.etags = {path: f'"{digest.hexdigest()}"' for path, digest in digests}
         server.objects = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
         port.put(server.server_address[1])
         server.serve_forever()

@@ -43,7 +43,6 @@ def connect(threads: int = 32) -> Client:
         max_pool_connections=threads,
         connect_timeout=5,
         read_timeout=30,
-        retries={"mode": "standard"},
     )
     region = session.get_config_variable("region") or "us-east-1"
     try:

@@ -193,7 +193,7 @@ def downloads(monkeypatch):
 def download_folder(draft, objects, rejected=(), previous=None):
     folder, resume_listing = draft
     listing = Listing("bucket", "p", objects, list(rejected))
-    return sync.download_folder(None, listing, folder, resume_listing.parent, previous, "raw", show)
+    return sync.download_folder(None, listing, folder, resume_listing.parent, previous, "raw", 0.5, show)
 
 
 def test_a_download_writes_both_lists_and_counts_what_it_did(draft, downloads, tmp_path):
