@@ -88,8 +88,8 @@ def remedy(client: Client, rejected: Rejected) -> str:
 def throttled(client: Client, what: str) -> str:
     """Return the sentence for a server that answers nothing but "slow down"; `what` says which request failed."""
     return (
-        f"{endpoint_host(client)} has answered nothing but 'slow down' for {throttling.PATIENCE:g} s: {what}. It limits "
-        "the rate of requests, or is overloaded. Run again later: downloaded objects are kept."
+        f"{endpoint_host(client)} has answered nothing but 'slow down' for {throttling.PATIENCE:g} s: {what}. It "
+        "limits the rate of requests, or is overloaded. Run again later: downloaded objects are kept."
     )
 
 
