@@ -97,7 +97,7 @@ def unanswered(client: Client, what: str, error: Exception) -> NoUsableInput:
     """Return the error about a server that answered before, and now does not even list an object."""
     _, detail = object_problem(error) or ("", "")
     return NoUsableInput(
-        f"{endpoint_host(client)} has stopped to send objects: {what}. A listing fails as well: {detail}. Check the "
+        f"{endpoint_host(client)} has stopped sending objects: {what}. A listing fails as well: {detail}. Check the "
         "network and the server, and run again: downloaded objects are kept."
     )
 

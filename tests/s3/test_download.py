@@ -168,7 +168,7 @@ def test_an_object_that_always_fails_is_set_aside_with_the_answer_of_s3(monkeypa
 
 
 @pytest.mark.usefixtures("no_pauses", "signed")
-def test_a_server_that_stops_to_answer_stops_the_download_and_the_error_names_the_key(fake_s3, tmp_path):
+def test_a_server_that_stops_answering_stops_the_download_and_the_error_names_the_key(fake_s3, tmp_path):
     answers = [0]
 
     def answer(request, _key, _query):
@@ -180,7 +180,7 @@ def test_a_server_that_stops_to_answer_stops_the_download_and_the_error_names_th
 
     fake_s3(answer)
     objects = sources(*(f"cat/{number}" for number in range(8)))
-    with pytest.raises(NoUsableInput, match=r"stopped to send objects: s3://images/train/cat/\d could not") as caught:
+    with pytest.raises(NoUsableInput, match=r"stopped sending objects: s3://images/train/cat/\d could not") as caught:
         list(download(connect(), "images", objects, tmp_path / "raw", threads=1))
     assert "AWS_ENDPOINT_URL" not in str(caught.value)
     assert len(read_files(tmp_path / "raw")) == 3
