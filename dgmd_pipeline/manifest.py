@@ -71,6 +71,11 @@ class Rejected(_RejectedFields):
 LISTING, REJECTED = "listing.csv", "rejected.csv"  # files in step folders
 EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
 
+# Names, in lower case, of files and folders that operating systems, archivers and NAS devices add to folders.
+SYSTEM_NAMES = frozenset(
+    ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+)
+
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
 INDEX_SCHEMA = 2  # increased when the format of the records or of the index changes
@@ -102,6 +107,22 @@ _FORMULA = "=+\\-@\uff1d\uff0b\uff0d\uff20"
 _BEFORE_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)(?=[{_FORMULA}])")
 _ESCAPED_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)'(?=[{_FORMULA}])")
 _SUSPICIOUS = frozenset("=+-@\uff1d\uff0b\uff0d\uff20' ")
+
+
+def is_system_file(path: str) -> bool:
+    """Return whether a part of a path (separated by "/") is in SYSTEM_NAMES, or begins with a dot.
+
+    The parts "." and ".." are not names.
+    """
+    if path.startswith(".") or "/." in path:
+        return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+    return not SYSTEM_NAMES.isdisjoint(path.lower().split("/"))
+
+
+def describe_system_files(count: int, what: str) -> str:
+    """Return the text for the log about `count` system files that are ignored; `what` is their kind in plural."""
+    return f"{count:,} {what} are ignored, because their names begin with a dot or belong to a system (Thumbs.db, ...)"
+
 
 Row = TypeVar("Row", bound=NamedTuple)
 

@@ -65,7 +65,10 @@ class Settings(BaseSettings):
         "`false`: if `raw/` was downloaded from the same bucket and folder, use it without looking for changes.",
     )
     max_rejected_pcnt: float = Field(
-        0.5, ge=0, le=1, description="The run stops if more than this fraction of a label's files cannot be decoded."
+        0.5,
+        ge=0,
+        le=1,
+        description="The run stops if more than this fraction of a label's files cannot be downloaded or decoded.",
     )
     min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are left out.")
     balance_limit: float | None = Field(

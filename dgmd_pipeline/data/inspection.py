@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
 from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
 
+log = logging.getLogger(__name__)
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
 CHUNK = 64  # files that a worker gets at once
 UNDECODABLE = (
@@ -123,10 +125,10 @@ def inspect(
 def find(raw: Path) -> Iterator[RawFile]:
     """Yield the files of a `raw/` folder that was not downloaded, sorted by path.
 
-    The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are files
-    and folders whose name begins with a dot. Links to files count as files. Links to folders are not followed, because
-    they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect` rejects
-    them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
+    The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
+    files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
+    because they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect`
+    rejects them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -134,16 +136,19 @@ def find(raw: Path) -> Iterator[RawFile]:
             f"Cannot list the folder {error.filename} ({error.strerror}). Make it readable, or remove it."
         ) from error
 
-    found = []
+    found, ignored = [], 0
     for folder, subfolders, names in os.walk(raw, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        ignored += sum(map(manifest.is_system_file, names + subfolders))
+        subfolders[:] = [name for name in subfolders if not manifest.is_system_file(name)]
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
         below = Path(folder).relative_to(raw).as_posix()
         if below == ".":
             found += [RawFile(name, name) for name in links]
         else:
             label = below.split("/", 1)[0]
-            found += [RawFile(f"{below}/{name}", label) for name in names + links if not name.startswith(".")]
+            found += [RawFile(f"{below}/{name}", label) for name in names + links if not manifest.is_system_file(name)]
+    if ignored:
+        log.info("  %s: %s", raw, manifest.describe_system_files(ignored, "files and folders"))
     yield from sorted(found)
 
 
@@ -176,7 +181,7 @@ def _listed_files(raw: Path) -> Iterator[RawFile]:
 
 def _unlabelled_files(raw: Path) -> Iterator[Rejected]:
     for path in sorted(raw.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not manifest.is_system_file(path.name):
             yield Rejected(path.name, "", "no label", "directly in raw/, not in the folder of a label")
 
 

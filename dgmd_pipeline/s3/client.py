@@ -4,6 +4,7 @@ boto3 reads the endpoint, region, profile and credentials from its own environme
 ~/.aws.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -33,6 +34,7 @@ def connect(threads: int = 32) -> Client:
     from botocore.exceptions import BotoCoreError
     from botocore.loaders import create_loader
 
+    logging.getLogger("botocore.credentials").addFilter(_without_traceback)
     session = botocore.session.Session()
     # botocore reads AWS_DATA_PATH, our prefix in the bucket, as local folders of service descriptions.
     session.register_component("data_loader", create_loader())
@@ -43,7 +45,6 @@ def connect(threads: int = 32) -> Client:
         max_pool_connections=threads,
         connect_timeout=5,
         read_timeout=30,
-        retries={"mode": "standard"},
     )
     region = session.get_config_variable("region") or "us-east-1"
     try:
@@ -58,6 +59,14 @@ def connect(threads: int = 32) -> Client:
     no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
     client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Replace the traceback in a message of botocore about credentials that it cannot renew by the error's text."""
+    if record.exc_info and (error := record.exc_info[1]):
+        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__}: {error})", None
+        record.exc_info = None
+    return True
 
 
 def endpoint_host(client: Client) -> str:

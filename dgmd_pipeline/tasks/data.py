@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import luigi
 
@@ -20,6 +20,10 @@ from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest, read_record
 from dgmd_pipeline.workflow.worker import reserve_memory
 
+if TYPE_CHECKING:
+    from dgmd_pipeline.s3.client import Client
+    from dgmd_pipeline.s3.listing import Listing
+
 log = logging.getLogger(__name__)
 SOURCE = ("aws_data_bucket", "aws_data_path")  # the settings that say where the images come from
 
@@ -29,20 +33,21 @@ class DownloadImages(Step):
 
     name, verb = names.RAW, "download"
     params = SOURCE
-    runtime_params = ("refresh",)
+    runtime_params = ("refresh", "max_rejected_pcnt")
     accepts_external_data = True
     resumable = True
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.s3 import client, listing, sync
+        from dgmd_pipeline.s3 import client, sync
 
         s3, record, resources = client.connect(), read_record(self.path), self.context.shared(Resources)
         if record:
             sync.check_untracked_files(self.path)
-        listed, resources.listing = resources.listing or listing.list_objects(s3, *self._source), None
+        listed, resources.listing = resources.listing or self._list(s3), None
         previous = self.path if self.settings.refresh and record and not self.outdated(record, {}) else None
         resume_dir = draft / folders.RESUME
-        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, self.progress)
+        limit = self.settings.max_rejected_pcnt
+        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, limit, self.progress)
         _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
             counts=result.counts,
@@ -52,13 +57,15 @@ class DownloadImages(Step):
             summary=result.summary,
         )
 
-    @property
-    def _source(self) -> tuple[str, str]:
-        return self.settings.aws_data_bucket, self.settings.aws_data_path
+    def _list(self, s3: "Client") -> "Listing":
+        from dgmd_pipeline.s3 import listing
+
+        source = self.settings.aws_data_bucket, self.settings.aws_data_path
+        return listing.list_objects(s3, *source, listing.ignores_case(self.path.parent))
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
         """Compare the folder with a new listing of the bucket if REFRESH is set."""
-        from dgmd_pipeline.s3 import client, listing, sync
+        from dgmd_pipeline.s3 import client, sync
 
         if record is None and (self.settings.refresh or self.name in self.context.forced):
             raise NoUsableInput(
@@ -69,7 +76,7 @@ class DownloadImages(Step):
         if record is None or not self.settings.refresh:
             return None
         resources = self.context.shared(Resources)
-        resources.listing = resources.listing or listing.list_objects(client.connect(), *self._source)
+        resources.listing = resources.listing or self._list(client.connect())
         changes = sync.compare_folder(folders.current_path(self.path), resources.listing.objects)
         return changes and UpstreamChange(*changes)
 

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from support.images import chunk, encode, exif, put, samples, scene
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.data.decoding import open_rgb
 from dgmd_pipeline.data.inspection import check_rejected, find, inspect
 from dgmd_pipeline.errors import NoUsableInput
@@ -50,10 +51,12 @@ def test_files_at_any_depth_are_found_sorted_by_path_with_the_first_folder_as_th
     ]
 
 
-def test_names_that_begin_with_a_dot_are_skipped(raw):
-    for path in (".git/x", "a/.DS_Store", "a/.cache/x", "a/x"):
+def test_hidden_and_system_files_are_ignored_and_counted_in_one_line(raw, caplog):
+    caplog.set_level("INFO")
+    for path in (".git/x", "a/.DS_Store", "a/.cache/x", "a/x", "a/Thumbs.db", "__MACOSX/a/x", "a/@eaDir/x", ".y/z"):
         put(raw, path, b"x")
     assert list(find(raw)) == [RawFile("a/x", "a")]
+    assert caplog.messages == [f"  {raw}: {manifest.describe_system_files(7, 'files and folders')}"]
 
 
 def test_links_to_files_are_usable_and_other_links_and_pipes_are_rejected(raw, scratch, tmp_path):

@@ -98,6 +98,16 @@ def test_a_folder_in_place_of_the_default_credentials_file_is_an_error(aws_home)
         connect()
 
 
+def test_a_web_identity_token_that_cannot_be_read_is_an_error_without_a_traceback(monkeypatch, caplog):
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/no/such/token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
+    with pytest.raises(NoUsableInput, match="cannot be used .*/no/such/token"):
+        connect()
+    assert caplog.records
+    assert "Traceback" not in caplog.text
+    assert "/no/such/token" in caplog.text
+
+
 @contextmanager
 def without_root_privileges():
     """Run as the user nobody if the tests run as root, which can read every file."""

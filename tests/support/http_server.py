@@ -2,6 +2,8 @@
 
 import contextlib
 import http.server
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -47,3 +49,11 @@ def send(request: Request, status: int, body: bytes = b"", length: int | None = 
     request.wfile.write(body)
     if length is not None:
         request.close_connection = True
+
+
+def reset(request: Request) -> None:
+    """Answer a request with a reset of the connection."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.close_connection = True
+    request.rfile.close()  # the connection is closed with the last file that uses it
+    request.connection.close()
