@@ -5,6 +5,7 @@ environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
+import io
 import os
 import re
 import socket
@@ -15,13 +16,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import dotenv
-from annotated_types import Ge, Gt, Le, Lt
 from cronsim import CronSim, CronSimError
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dgmd_pipeline import formatting
+from dgmd_pipeline import env_file, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
 
 LIBRARY_DEFAULTS = {
@@ -317,26 +316,27 @@ def variable(name: str) -> str:
     return name.upper()
 
 
-def load(env_file: str | Path | None = None) -> Settings:
-    """Read `env_file` (default: `.env`, if it exists) and the environment, which takes precedence.
+def load(path: str | Path | None = None) -> Settings:
+    """Read the file of variables at `path` (default: `.env`, if it exists) and the environment, which takes precedence.
 
     Raises SettingsError with one line for each invalid variable: its name, its value and what is expected.
     """
-    path = Path(env_file or ".env")
-    if env_file and not path.is_file():
-        raise SettingsError(f"--env-file {path}: there is no such file.")
-    if path.is_file():
-        try:
-            dotenv.load_dotenv(path, override=False)
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 ({error}).") from None
+    fields = {variable(name): field for name, field in Settings.model_fields.items()}
+    try:
+        text = env_file.read(Path(path or ".env"), fields)
+        dotenv.load_dotenv(stream=io.StringIO(text), override=False)
+    except FileNotFoundError:
+        if path:
+            raise SettingsError(f"--env-file {path}: there is no such file.") from None
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
         settings = Settings()
     except ValidationError as error:
-        mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
-        raise SettingsError("\n".join(mistakes)) from None
+        mistakes = [(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
+        raise SettingsError(
+            "\n".join(invalid_settings.describe(name, fields[name], *rest) for name, *rest in mistakes)
+        ) from None
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
@@ -348,46 +348,3 @@ def load(env_file: str | Path | None = None) -> Settings:
 def serving_environment() -> dict[str, str]:
     """Return the environment for a process that serves a model, without the defaults that are only for training."""
     return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
-
-
-def _mistake(name: str, value: object, message: str) -> str:
-    field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
-    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
-    shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
-    if name.endswith("_URI"):
-        shown = shown.rpartition("@")[2]  # removes user and password from a URI without a scheme
-    line = f"{name}={shown}: expected {allowed}."
-    if name.endswith("_PCNT"):
-        try:
-            percent = float(str(value))
-        except ValueError:
-            return line
-        if 1 < percent < 100:
-            line += f" It is a fraction: did you mean {percent / 100:g}?"
-    return line
-
-
-def expected_values(field: FieldInfo) -> str:
-    """Return the type and range of a field in words, as in "a number above 0 and below 1"."""
-    kind = field.annotation
-    if getattr(kind, "__origin__", None) is Literal:
-        return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
-    words: dict[object, str] = {
-        int: "a whole number",
-        int | None: "a whole number",
-        float: "a number",
-        float | None: "a number",
-        bool: "true or false",
-    }
-    bounds = []
-    for item in field.metadata:
-        match item:
-            case Gt(gt=low):
-                bounds.append(f"above {low}")
-            case Ge(ge=low):
-                bounds.append(f"of at least {low}")
-            case Lt(lt=high):
-                bounds.append(f"below {high}")
-            case Le(le=high):
-                bounds.append(f"at most {high}")
-    return " ".join([words.get(kind, "a non-empty text"), " and ".join(bounds)]).strip()

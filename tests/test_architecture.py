@@ -23,7 +23,10 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "data": {"manifest"} | BASE,
     "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
     "workflow": BASE,
-    "settings": {"training.backbones"} | BASE,  # the names of the backbones and their smallest images
+    "settings": {"env_file", "invalid_settings", "training.backbones"}
+    | BASE,  # the names of the backbones and their smallest images
+    "env_file": {"errors"},
+    "invalid_settings": {"formatting"},
     "manifest": {"errors"},
     "errors": set(),
     "formatting": set(),

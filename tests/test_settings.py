@@ -105,10 +105,76 @@ def test_what_is_one_is_taken(monkeypatch, uri):
     assert load().mlflow_tracking_uri == uri
 
 
-def test_a_file_of_variables_that_is_not_text_is_a_mistake(tmp_path):
-    (tmp_path / "my.env").write_bytes(b"NAME=M\xfcller\n")
-    with pytest.raises(SettingsError, match=r"my\.env: expected lines NAME=value in UTF-8"):
-        load("my.env")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# mine\n\nAWS_DATA_BUCKET: s3cr3t\n", 3),
+        ("EPOCHS=3\nAWS_DATA_BUCKET:s3cr3t\n", 2),
+        ("AWS_DATA_BUCKET s3cr3t\n", 1),
+        ("set EPOCHS=3\n", 1),
+        ("=s3cr3t\n", 1),
+        ("AWS_PROFILE='s3cr3t\nAWS_DATA_BUCKET=mine\n", 1),
+        ("\r\nAWS_PROFILE='s3cr3t\r\nAWS_DATA_BUCKET=mine\r\nAWS_REGION='x'\n", 2),
+        ("AWS_PROFILE='s3cr3t\nAWS_DATA_BUCKET=mine\nAWS_REGION='\n", 1),
+        ('AWS_PROFILE="s3cr3t" x\n', 1),
+        ("EPOCHS=3\nAWS_PROFILE=s3cr\0t\n", 2),
+        ("AWS_PROFILE='s3cr3t'\nE\0P\0O\0C\0H\0S\0=\0003\0", 2),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_is_a_mistake_and_is_not_shown(monkeypatch, tmp_path, text, line):
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    (tmp_path / ".env").write_bytes(text.encode())
+    with pytest.raises(SettingsError, match=rf"\A\.env, line {line}: expected [^\n]*\.\Z") as caught:
+        load()
+    assert "s3cr" not in str(caught.value)
+    assert "AWS_PROFILE" not in os.environ
+
+
+def test_all_lines_that_cannot_be_parsed_are_listed(tmp_path):
+    (tmp_path / ".env").write_text("EPOCHS: 3\nSEED=1\nBATCH_SIZE: 7\n")
+    with pytest.raises(SettingsError, match=r"\A\.env, line 1: .*\n\.env, line 3: .*\Z"):
+        load()
+
+
+def test_what_a_file_of_variables_may_contain(monkeypatch, tmp_path):
+    key = "-----BEGIN KEY-----\nQUJDRA==\n-----END KEY-----"
+    lines = ["\ufeff# comment = here", "export EPOCHS = 3 # few", "MODEL_NAME='a b'", "SEED", "", f'MY_KEY="{key}"']
+    (tmp_path / ".env").write_bytes("\r\n".join([*lines, "MLFLOW_TRACKING_URI=http://${MY_HOST}:5000"]).encode())
+    monkeypatch.setenv("MY_HOST", "mlflow")
+    settings = load()
+    assert (settings.epochs, settings.model_name, settings.seed) == (3, "a b", None)
+    assert settings.mlflow_tracking_uri == "http://mlflow:5000"
+    assert os.environ["MY_KEY"] == key
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "Is a directory"), (b"NAME=M\xfcller\n", "UTF-8"), (b"\xff\xfeE\0", "UTF-8")],
+)
+def test_a_file_of_variables_that_cannot_be_read_is_a_mistake(tmp_path, content, reason):
+    if content is None:  # Docker makes a folder where the file to mount is missing
+        (tmp_path / ".env").mkdir()
+    else:
+        (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(SettingsError, match=rf"\.env: expected lines NAME=value in UTF-8 \(.*{reason}\)"):
+        load()
+
+
+def test_a_name_in_the_file_that_is_almost_ours_is_a_warning(monkeypatch, tmp_path, caplog):
+    almost = {"EPOCS": "EPOCHS", "aws_data_bucket": "AWS_DATA_BUCKET", "MLFLOW_TRACKING_URL": "MLFLOW_TRACKING_URI"}
+    library = [
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_EXPERIMENT_ID",
+        "AWS_PROFILE",
+        "PIPELINE_DATA",
+    ]
+    (tmp_path / ".env").write_text("".join(f"{name}=\n" for name in [*almost, *library, "EPOCHS"]))
+    monkeypatch.setenv("BATCHSIZE", "7")  # the environment belongs to other programs, too
+    load()
+    assert caplog.messages == [
+        f".env: {name} is not a variable of the pipeline. Did you mean {meant}?" for name, meant in almost.items()
+    ]
 
 
 def test_settings_are_frozen():
