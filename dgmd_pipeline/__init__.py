@@ -9,7 +9,7 @@ commands/            the commands, and what they share
 tasks/               the graph: which step needs which; names the step folders
 settings.py          environment -> Settings
 env_file.py          mistakes in a file of variables -> sentences
-invalid_settings.py  an invalid setting -> a sentence
+invalid_settings.py  checks of values; an invalid setting -> a sentence
 manifest.py          row types and their files
 errors.py            the exceptions for operators, with their exit codes
 formatting.py        bytes, durations, shares, tables, URIs -> text that is safe to show

@@ -6,23 +6,22 @@ environment themselves (boto3, MLflow), and sets defaults for them.
 
 import getpass
 import io
+import logging
 import os
 import re
 import socket
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import dotenv
-from cronsim import CronSim, CronSimError
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dgmd_pipeline import env_file, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
 
+log = logging.getLogger(__name__)
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
     "TF_ENABLE_ONEDNN_OPTS": "1",
@@ -37,6 +36,7 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+MAX_NAME = 256  # characters of a name in MLflow's database
 
 
 class Settings(BaseSettings):
@@ -66,10 +66,11 @@ class Settings(BaseSettings):
     max_rejected_pcnt: float = Field(
         0.5, ge=0, le=1, description="The run stops if more than this fraction of a label's files cannot be decoded."
     )
-    min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are left out.")
+    min_images_per_label: int = Field(2, ge=2, le=10**9, description="Labels with fewer usable images are left out.")
     balance_limit: float | None = Field(
         None,
         ge=1,
+        le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
         "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. This was more "
         "accurate on every data set measured.",
@@ -101,6 +102,7 @@ class Settings(BaseSettings):
     batch_size: int = Field(
         128,
         ge=1,
+        le=10**6,
         description="Maximum number of images in a training step. For `cnn`, steps have fewer images if an epoch would "
         "otherwise have fewer than 50 steps. Fine-tuning uses at most 32.",
     )
@@ -113,23 +115,28 @@ class Settings(BaseSettings):
     epochs: int = Field(
         15,
         ge=1,
+        le=10**6,
         description="Number of epochs of `cnn`. For a hidden head, the maximum: cross-validation chooses the number.",
     )
-    learning_rate: float = Field(0.01, gt=0, description="Learning rate of the first epoch.")
+    learning_rate: float = Field(0.01, gt=0, le=1000, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
         0.5,
         ge=0,
+        le=10**6,
         description="The learning rate of epoch e, counted from 0, is `LEARNING_RATE / (1 + DECAY_RATE * e)`.",
     )
     patience: int = Field(
         3,
         ge=1,
+        le=10**6,
         description="Cross-validation of a hidden head stops after this many epochs without a lower held-out loss. "
         "Not used by `cnn`.",
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer, also for fine-tuning.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate of the head.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the optimizer, also for fine-tuning.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1000, description="Decoupled weight decay of the optimizer, also for fine-tuning."
+    )
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
         "shift",
         description="Random changes of the training images of `cnn`. `shift` moves them. `flip` also mirrors them left "
@@ -145,11 +152,13 @@ class Settings(BaseSettings):
     fine_tune_epochs: int = Field(
         6,
         ge=1,
+        le=10**6,
         description="Maximum number of fine-tuning epochs. The number that is best on held-out images is used.",
     )
     fine_tune_learning_rate: float = Field(
         3e-4,
         gt=0,
+        le=1000,
         description="Learning rate of the first fine-tuning epoch. In epoch e, counted from 0, it is divided by 1 + e.",
     )
     class_weights: bool = Field(
@@ -173,6 +182,7 @@ class Settings(BaseSettings):
     max_latency_ratio: float = Field(
         1.5,
         gt=0,
+        le=10**6,
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
     )
@@ -203,10 +213,29 @@ class Settings(BaseSettings):
     )
     notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
 
-    keras_home: Path = Field(Path.home() / ".keras", description="Folder for downloaded ImageNet weights.")
+    keras_home: Path = Field(
+        Path("~/.keras"), validate_default=True, description="Folder for downloaded ImageNet weights."
+    )
     git_revision: str | None = Field(
         None, description="Commit that the container image was built from. It is recorded with each version."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_one_line(cls, value: object) -> object:
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f]", value):
+            raise ValueError("a value without line breaks and other control characters")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_negative_zero(cls, value: object) -> object:
+        return value + 0.0 if isinstance(value, float) else value
+
+    @field_validator("keras_home")
+    @classmethod
+    def _is_below_home(cls, value: Path) -> Path:
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - Path.expanduser raises for a user without a home folder
 
     @field_validator("aws_data_path")
     @classmethod
@@ -240,27 +269,14 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_cron_expression(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
-                    raise CronSimError
-                next(CronSim(value, datetime.now()))
-            except CronSimError:
-                raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
-            except StopIteration:
-                raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
+            invalid_settings.check_cron_expression(value)
         return value
 
     @field_validator("notify_url")
     @classmethod
     def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            try:
-                url = urlsplit(value.get_secret_value())
-                known = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
-            except ValueError:
-                known = False
-            if not known or not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-                raise ValueError("http://... or https://... in ASCII, without a user name or password")
+            invalid_settings.check_page(value.get_secret_value())
         return value
 
     @field_validator("model_name")
@@ -268,6 +284,15 @@ class Settings(BaseSettings):
     def _is_one_name(cls, value: str) -> str:
         if re.search(r"[/:'\"]", value):
             raise ValueError("a name without /, : and quotes, which MLflow reserves")
+        if value == "." or value.startswith(".."):
+            raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+        return value
+
+    @field_validator("model_name", "mlflow_experiment_name")
+    @classmethod
+    def _is_not_blank(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or len(value) > MAX_NAME):
+            raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
         return value
 
     @field_validator("backbone")
@@ -328,6 +353,8 @@ def load(path: str | Path | None = None) -> Settings:
     except FileNotFoundError:
         if path:
             raise SettingsError(f"--env-file {path}: there is no such file.") from None
+    _remove_carriage_returns()
+    _provide_home()
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -337,12 +364,29 @@ def load(path: str | Path | None = None) -> Settings:
         raise SettingsError(
             "\n".join(invalid_settings.describe(name, fields[name], *rest) for name, *rest in mistakes)
         ) from None
+    size = settings.image_width, settings.image_height
+    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
     return settings
+
+
+def _remove_carriage_returns() -> None:
+    """Remove the carriage return that a file with Windows line endings leaves at the end of a value."""
+    ended = {name: value.rstrip("\r") for name, value in os.environ.items() if value.endswith("\r")}
+    if ended:
+        log.warning("A carriage return at the end of these variables is ignored: %s", ", ".join(sorted(ended)))
+    os.environ.update(ended)
+
+
+def _provide_home() -> None:
+    """Make DATA_DIR the home folder of a user who has none, because libraries fail without one."""
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - Path.home raises
+        data_dir = os.environ.get("DATA_DIR") or Settings.model_fields["data_dir"].default
+        os.environ["HOME"] = str(Path(data_dir).absolute())
 
 
 def serving_environment() -> dict[str, str]:

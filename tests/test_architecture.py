@@ -26,7 +26,7 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "settings": {"env_file", "invalid_settings", "training.backbones"}
     | BASE,  # the names of the backbones and their smallest images
     "env_file": {"errors"},
-    "invalid_settings": {"formatting"},
+    "invalid_settings": BASE,
     "manifest": {"errors"},
     "errors": set(),
     "formatting": set(),

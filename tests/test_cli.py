@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("_own_process")
 def test_options_may_stand_before_and_after_the_command(arguments, capsys, tmp_path):
     (tmp_path / "my.env").write_text("EPOCHS=0\n")
     assert cli.main(arguments) == 2
-    assert "EPOCHS=0: expected a whole number of at least 1." in capsys.readouterr().out
+    assert "EPOCHS=0: expected a whole number of at least 1 and at most 1,000,000." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["plan", "too much"]])

@@ -81,7 +81,7 @@ def _default(value: object) -> str:
     if isinstance(value, bool):
         return f"`{value}`".lower()
     if isinstance(value, Path):
-        return f"`~/{value.name}`" if value.is_absolute() else f"`./{value}`"
+        return f"`{value}`" if value.parts[0] == "~" else f"`./{value}`"
     return f"`{value}`"
 
 
