@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dgmd_pipeline.commands import logs
 from dgmd_pipeline.errors import PipelineError, SettingsError
-from dgmd_pipeline.workflow import signals
+from dgmd_pipeline.workflow import process, signals
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -53,11 +53,11 @@ STEPS = "download, inspect, label, balance, split, convert, extract, train, eval
 def command() -> NoReturn:
     """Run `main` as this process and exit with its code."""
     gc.set_threshold(ROWS_BETWEEN_COLLECTIONS)
+    logs.protect_streams()
     code = main()
+    if lost := logs.lost_output():
+        print(f"error: {lost}. Lines are missing there.", file=sys.stderr)  # noqa: T201 - the log may be what is lost
     # A normal exit waits for threads of libraries (up to 9 s were measured) and for TensorFlow's clean-up (1 s).
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the reader of a pipe has gone
-            stream.flush()
     os._exit(code)
 
 
@@ -72,13 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals.handle_signals():
             logs.start(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
             try:
-                return options.command(options)
+                process.check()
+                code = options.command(options)
             except PipelineError as error:
                 log.error("%s", error)
                 return error.exit_code
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
+    # A run has succeeded without its log, too. For other commands, what they print is all that they do.
+    is_run = options.command in (_run, _run_or_schedule)
+    return PipelineError.exit_code if not code and not is_run and logs.lost_output() else code
 
 
 def _parser() -> argparse.ArgumentParser:
