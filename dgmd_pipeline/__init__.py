@@ -8,6 +8,7 @@ cli.py               the command line: parses the arguments and calls a command
 commands/            the commands, and what they share
 tasks/               the graph: which step needs which; names the step folders
 settings.py          environment -> Settings
+environment.py       a user's environment -> one that libraries accept
 env_file.py          mistakes in a file of variables -> sentences
 invalid_settings.py  checks of values; an invalid setting -> a sentence
 manifest.py          row types and their files

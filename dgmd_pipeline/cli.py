@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dgmd_pipeline.commands import logs
 from dgmd_pipeline.errors import PipelineError, SettingsError
-from dgmd_pipeline.workflow import process, signals
+from dgmd_pipeline.workflow import disk, process, signals
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -238,6 +238,12 @@ def _demo(options: argparse.Namespace) -> int:
 def _registry_command(options: argparse.Namespace) -> int:
     values = _settings(options)
     _load_luigi(values)
+    with disk.disk_errors_explained(values.data_dir, options.name):
+        _call_registry_command(options, values)
+    return 0
+
+
+def _call_registry_command(options: argparse.Namespace, values: "Settings") -> None:
     from dgmd_pipeline.commands import compare, history, models, predict, promotion
 
     match options.name:
@@ -254,4 +260,3 @@ def _registry_command(options: argparse.Namespace) -> int:
         case "predict":
             form: predict.Format = "json" if options.json else "csv" if options.csv else "table"
             predict.predict(values, options.files, options.version or f"@{options.alias}", form)
-    return 0

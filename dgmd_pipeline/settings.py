@@ -1,12 +1,11 @@
 """The environment -> one frozen `Settings`, which declares every variable with its type, default, range and meaning.
 
-No other module reads the environment. `load` also exports the variables of a `.env` file to the libraries that read the
-environment themselves (boto3, MLflow), and sets defaults for them.
+Besides `environment` and the demo, no other module reads it. `load` also exports the variables of a `.env` file to the
+libraries that read the environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
 import io
-import logging
 import os
 import re
 import socket
@@ -18,10 +17,9 @@ import dotenv
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dgmd_pipeline import env_file, formatting, invalid_settings
+from dgmd_pipeline import env_file, environment, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
 
-log = logging.getLogger(__name__)
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
     "TF_ENABLE_ONEDNN_OPTS": "1",
@@ -36,6 +34,7 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
 MAX_NAME = 256  # characters of a name in MLflow's database
 
 
@@ -353,8 +352,8 @@ def load(path: str | Path | None = None) -> Settings:
     except FileNotFoundError:
         if path:
             raise SettingsError(f"--env-file {path}: there is no such file.") from None
-    _remove_carriage_returns()
-    _provide_home()
+    environment.remove_carriage_returns()
+    environment.provide_home(Settings.model_fields["data_dir"].default)
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -365,6 +364,7 @@ def load(path: str | Path | None = None) -> Settings:
             "\n".join(invalid_settings.describe(name, fields[name], *rest) for name, *rest in mistakes)
         ) from None
     size = settings.image_width, settings.image_height
+    environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
     invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
     from dgmd_pipeline.training.backbones import is_frozen
 
@@ -372,21 +372,6 @@ def load(path: str | Path | None = None) -> Settings:
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
     return settings
-
-
-def _remove_carriage_returns() -> None:
-    """Remove the carriage return that a file with Windows line endings leaves at the end of a value."""
-    ended = {name: value.rstrip("\r") for name, value in os.environ.items() if value.endswith("\r")}
-    if ended:
-        log.warning("A carriage return at the end of these variables is ignored: %s", ", ".join(sorted(ended)))
-    os.environ.update(ended)
-
-
-def _provide_home() -> None:
-    """Make DATA_DIR the home folder of a user who has none, because libraries fail without one."""
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 - Path.home raises
-        data_dir = os.environ.get("DATA_DIR") or Settings.model_fields["data_dir"].default
-        os.environ["HOME"] = str(Path(data_dir).absolute())
 
 
 def serving_environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
-from dgmd_pipeline.settings import Settings, mlflow_login
+from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_login
 from dgmd_pipeline.tasks import LAST, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
@@ -87,6 +87,7 @@ def _finish(
 ) -> tuple[int, str]:
     """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
+    disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
     forced = _forced(values, force, until)
     context = RunContext(
         values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
+SECONDS_KEPT = 24 * 60 * 60  # of temporary files that no run of today can be using
 BLOCK = 4096  # bytes; on most disks, a file occupies a multiple of this
 
 
@@ -162,6 +164,15 @@ def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
         with contextlib.suppress(OSError):
             return look(place)
     raise FileNotFoundError(path)
+
+
+def prepare_temporary_folder(folder: Path) -> None:
+    """Make `folder` if temporary files go there, and remove what killed processes left in it more than a day ago."""
+    if folder.absolute() == Path(tempfile.gettempdir()):
+        folder.mkdir(exist_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if time.time() - path.lstat().st_mtime > SECONDS_KEPT:
+            remove(path)
 
 
 def remove(folder: Path) -> None:
