@@ -44,6 +44,13 @@ def run(
     code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
         with disk.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+            # The message to NOTIFY_URL is left out: it could take longer than the system waits.
+            quiet = values.model_copy(update={"notify_url": None})
+            signals.before_end.append(
+                lambda number: publish_status(
+                    quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start
+                )
+            )
             code, message = _finish(values, result, force, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
