@@ -28,12 +28,13 @@ ROWS_BETWEEN_COLLECTIONS = 100_000
 EXIT_CODES = """exit codes:
   0    success
   1    health: the last run failed; elsewhere: a bug of the pipeline
-  2    invalid setting or argument
+  2    invalid setting or argument, or an environment in which nothing can run
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels or corrections.csv
-  30   a step failed
+  30   a step failed, or the output of another command could not be written
   40   refused: a model does not meet the conditions for production
   130  interrupted (SIGINT)
+  137  killed (SIGKILL), in most cases because memory ran out
   143  terminated (SIGTERM)
 """
 DEFAULTS: dict[str, object] = {
