@@ -10,6 +10,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def local_time(time: datetime) -> str:
+    """Return a time in the local time zone, as in "2026-11-27 03:00:00+01:00"."""
+    return time.astimezone().isoformat(" ", "seconds")
+
+
 def format_bytes(size: int) -> str:
     """Return a number of bytes with a decimal unit, for example "382.7 MB"."""
     value, unit = float(size), "B"

@@ -15,7 +15,7 @@ from typing import Any
 from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
-from dgmd_pipeline.settings import Settings, mlflow_login
+from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_login
 from dgmd_pipeline.tasks import LAST, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
@@ -44,6 +44,13 @@ def run(
     code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
         with disk.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+            # The message to NOTIFY_URL is left out: it could take longer than the system waits.
+            quiet = values.model_copy(update={"notify_url": None})
+            signals.before_end.append(
+                lambda number: publish_status(
+                    quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start
+                )
+            )
             code, message = _finish(values, result, force, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
@@ -87,6 +94,7 @@ def _finish(
 ) -> tuple[int, str]:
     """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
+    disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
     forced = _forced(values, force, until)
     context = RunContext(
         values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
