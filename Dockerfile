@@ -57,7 +57,9 @@ EXPOSE 5000
 # The start period includes the upgrade of a large database.
 HEALTHCHECK --interval=10s --timeout=8s --start-period=30m --retries=5 \
     CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:5000/health', timeout=4)"]
-CMD ["sh", "-c", "python -m dgmd_pipeline.registry.database \"$MLFLOW_BACKEND_STORE_URI\" && exec mlflow server --host 0.0.0.0 --port 5000 --workers 1"]
+# Before any command: MLflow itself refuses a database of an older schema, or changes it without a copy.
+ENTRYPOINT ["sh", "-c", "python -m dgmd_pipeline.registry.database \"$MLFLOW_BACKEND_STORE_URI\" && exec \"$@\"", "sh"]
+CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
 
 
 FROM runtime AS code
