@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dgmd_pipeline import env_file, environment, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
+from dgmd_pipeline.registry.database import check_driver
 
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
@@ -191,7 +192,9 @@ class Settings(BaseSettings):
     mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
         None,
-        description="URI of an MLflow 3 server or an MLflow database. Unset: an embedded store in `DATA_DIR/mlflow`.",
+        description="URI of an MLflow 3 server or an MLflow database. An SQLite database, such as "
+        "`sqlite:////srv/mlflow/mlflow.db`, stores artifacts in the folder `artifacts` beside it. Unset: an embedded "
+        "store in `DATA_DIR/mlflow`.",
     )
 
     schedule: str | None = Field(
@@ -263,8 +266,10 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_store(cls, value: str | None) -> str | None:
         known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
-        if value is not None and not re.fullmatch(known, value):
+        if value is not None and (not re.fullmatch(known, value) or ":memory:" in value):
             raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+        if value is not None:
+            check_driver(value)
         return value
 
     @field_validator("schedule")
@@ -323,10 +328,9 @@ class Settings(BaseSettings):
         }
 
 
-def mlflow_login() -> str | None:
-    """Return "user:password" for the MLflow server, or None if the environment has no user."""
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
+def mlflow_variables() -> dict[str, str]:
+    """Return the variables of the environment with which MLflow's client reaches its server."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
 
 
 def operator() -> str:

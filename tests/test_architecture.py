@@ -23,8 +23,8 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "data": {"manifest"} | BASE,
     "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
     "workflow": BASE,
-    "settings": {"env_file", "environment", "invalid_settings", "training.backbones"}
-    | BASE,  # the names of the backbones and their smallest images
+    # the names of the backbones and their smallest images; whether the driver of a database is installed
+    "settings": {"env_file", "environment", "invalid_settings", "training.backbones", "registry.database"} | BASE,
     "env_file": {"errors"},
     "environment": set(),
     "invalid_settings": BASE,

@@ -238,6 +238,7 @@ class RegisterModel(Step):
                     registry_store.create(new)
         found = lookup.store(self.settings)
         assert found is not None  # noqa: S101 - it has just been created
+        registry_store.move_artifacts(found)
         return found
 
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":

@@ -1,12 +1,9 @@
 """Registrations in the embedded store and on a real MLflow server over HTTP."""
 
-import base64
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import mlflow
 import numpy as np
@@ -18,78 +15,6 @@ from dgmd_pipeline.registry import store as registry_store
 from dgmd_pipeline.training.networks import load
 
 pytest_plugins = ["support.registry"]
-
-
-@pytest.fixture
-def answering():
-    """Start a server that answers each GET with a status and a body; its address and the requests that it got."""
-    servers = []
-
-    def start(status, body=b""):
-        asked = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                asked.append((self.path, self.headers.get("Authorization")))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"127.0.0.1:{server.server_port}", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_server_of_version_3_is_accepted(mlflow_server):
-    assert registry_store.check_server(mlflow_server) is None
-
-
-def test_an_older_server_is_refused(answering):
-    host, _ = answering(200, b"2.22.1")
-    with pytest.raises(PipelineError, match="is version 2.22.1; .* upgrade the server"):
-        registry_store.check_server(f"http://{host}")
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "said"),
-    [
-        (401, b"", "MLFLOW_TRACKING_USERNAME"),
-        (403, b"Invalid Host header", "MLFLOW_SERVER_ALLOWED_HOSTS"),
-        (502, b"", "answers 502"),
-        (200, b"<html>welcome</html>", "does not identify itself as an MLflow server"),
-    ],
-)
-def test_a_server_that_does_not_tell_its_version_is_a_warning(answering, status, body, said):
-    host, _ = answering(status, body)
-    warning = registry_store.check_server(f"http://me:s3cr3t@{host}/")
-    assert said in warning
-    assert "the registration at its end tries again" in warning
-    assert "s3cr3t" not in warning
-
-
-def test_a_server_that_cannot_be_reached_is_a_warning():
-    assert "cannot be reached" in registry_store.check_server("http://127.0.0.1:9/")
-    assert "cannot be reached" in registry_store.check_server("http://no such host/")
-
-
-@pytest.mark.parametrize(("uri", "login"), [("http://me:p%40ss@{}", None), ("http://{}/", "me:p@ss")])
-def test_a_login_is_sent_as_a_header(answering, uri, login):
-    host, asked = answering(200, b"3.17.2")
-    assert registry_store.check_server(uri.format(host), login) is None
-    assert asked == [("/version", "Basic " + base64.b64encode(b"me:p@ss").decode())]
-
-
-def test_a_store_that_is_not_a_server_is_not_checked():
-    assert registry_store.check_server("sqlite:////data/mlflow.db") is None
 
 
 @pytest.fixture(scope="session")
