@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
 NON_PRODUCTION = "non-production"
+TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 SERVER_MAJOR = 3
 REGISTRATION_FAILED = "could not register the model: {}. The training is kept; the next run only registers the model."
 REQUEST_FAILED = "did not answer as expected: {}. Check the server and repeat the command."
