@@ -54,16 +54,16 @@ class DownloadedVersion(NamedTuple):
     trained_on: frozenset[str]  # SHA-256 of each training image's file
 
 
-def read(store: Store, name: str) -> ModelState:
+def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
     """Read a registered model and all its versions: one request for the model and one for each page of versions.
 
-    Raises PipelineError if MLflow cannot be reached or refuses.
+    Raises PipelineError if MLflow cannot be reached or refuses; `message` is as in `errors_explained`.
     """
     from mlflow import MlflowClient
 
-    with errors_explained(store, REQUEST_FAILED):
+    with errors_explained(store, message):
         client = MlflowClient(store.uri)
-        model = _registered_model(client, name)
+        model = registered_model(client, name)
         if model is None:
             return ModelState(name, {}, [])
         found = []
@@ -124,6 +124,18 @@ def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Pa
         return path
 
 
+def registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
+    """Return a registered model; None if the registry has none of this name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelVersion]":
     """Yield all versions of a model as MLflow returns them, page after page."""
     token = None
@@ -141,14 +153,3 @@ def _files(store: Store, uri: str) -> "ArtifactRepository":
 
     place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)
     return get_artifact_repository(place, tracking_uri=store.uri)
-
-
-def _registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
