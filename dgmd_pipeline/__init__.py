@@ -8,6 +8,7 @@ cli.py         the command line: parses the arguments and calls a command
 commands/      the commands, and what they share
 tasks/         the graph: which step needs which; names the step folders
 settings.py    environment -> Settings
+certificates.py  variables that name certificate files -> mistakes
 manifest.py    row types and their files
 errors.py      the exceptions for operators, with their exit codes
 formatting.py  bytes, durations, shares, tables, URIs -> text that is safe to show

@@ -21,7 +21,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dgmd_pipeline import formatting
+from dgmd_pipeline import certificates, formatting
 from dgmd_pipeline.errors import SettingsError
 
 LIBRARY_DEFAULTS = {
@@ -38,6 +38,8 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
+UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
@@ -330,6 +332,9 @@ def load(env_file: str | Path | None = None) -> Settings:
             dotenv.load_dotenv(path, override=False)
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 ({error}).") from None
+    for name in UNSET_IF_EMPTY:
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -337,6 +342,8 @@ def load(env_file: str | Path | None = None) -> Settings:
     except ValidationError as error:
         mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
         raise SettingsError("\n".join(mistakes)) from None
+    if mistakes := certificates.mistakes(os.environ):
+        raise SettingsError("\n".join(mistakes))
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
