@@ -11,6 +11,7 @@ settings.py          environment -> Settings
 environment.py       a user's environment -> one that libraries accept
 env_file.py          mistakes in a file of variables -> sentences
 invalid_settings.py  checks of values; an invalid setting -> a sentence
+certificates.py      variables that name certificate files -> mistakes
 manifest.py          row types and their files
 errors.py            the exceptions for operators, with their exit codes
 formatting.py        bytes, durations, shares, tables, URIs -> text that is safe to show

@@ -76,6 +76,11 @@ def whole_percentages(parts: Sequence[float]) -> list[int]:
     return percents
 
 
+def as_user(user: int) -> str:
+    """Return how the container is started as a user."""
+    return f"`docker run --user {user}`, or PIPELINE_USER={user} in .env with Docker Compose"
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return one line of text for each row, with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -17,7 +17,7 @@ import dotenv
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dgmd_pipeline import env_file, environment, formatting, invalid_settings
+from dgmd_pipeline import certificates, env_file, environment, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
 
@@ -37,6 +37,8 @@ LIBRARY_DEFAULTS = {
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
 MAX_NAME = 256  # characters of a name in MLflow's database
+# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
+UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
@@ -361,6 +363,9 @@ def load(path: str | Path | None = None) -> Settings:
             raise SettingsError(f"--env-file {path}: there is no such file.") from None
     environment.remove_carriage_returns()
     environment.provide_home(Settings.model_fields["data_dir"].default)
+    for name in UNSET_IF_EMPTY:
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -373,6 +378,10 @@ def load(path: str | Path | None = None) -> Settings:
     size = settings.image_width, settings.image_height
     environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
     invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
+        mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
+        raise SettingsError("\n".join(mistakes)) from None
+    if mistakes := certificates.mistakes(os.environ):
+        raise SettingsError("\n".join(mistakes))
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time

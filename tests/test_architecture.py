@@ -24,9 +24,18 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
     "workflow": BASE,
     # the names of the backbones and their smallest images; whether the driver of a database is installed
-    "settings": {"env_file", "environment", "invalid_settings", "training.backbones", "registry.database"} | BASE,
+    "settings": {
+        "certificates",
+        "env_file",
+        "environment",
+        "invalid_settings",
+        "training.backbones",
+        "registry.database",
+    }
+    | BASE,
     "env_file": {"errors"},
     "environment": set(),
+    "certificates": set(),
     "invalid_settings": BASE,
     "manifest": BASE,
     "errors": set(),
@@ -124,11 +133,12 @@ def test_the_package_docstring_names_every_package_and_module_at_the_top():
 
 
 def test_compose_passes_every_variable_on():
-    from dgmd_pipeline.settings import Settings, variable
+    from dgmd_pipeline.settings import UNSET_IF_EMPTY, Settings, variable
 
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["model-pipeline-scheduled"]
     of_the_image = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION"}
     assert set(map(variable, Settings.model_fields)) - of_the_image <= set(service["environment"])
+    assert set(UNSET_IF_EMPTY) - {"CURL_CA_BUNDLE"} <= set(service["environment"])
 
 
 def test_every_exit_code_is_in_the_operating_document_and_in_the_help():

@@ -179,7 +179,7 @@ def test_a_folder_or_a_credentials_file_of_somebody_else_is_answered_with_the_co
     assert done.returncode == 30
     assert len(done.stdout.splitlines()) == 1
     assert "chown -R 1000" in done.stdout and "--user" in done.stdout
-    assert "--user 4321" in done.stdout
+    assert "docker run --user 4321" in done.stdout and "PIPELINE_USER=4321" in done.stdout
     assert deployment.run("python", "pipeline.py", "health").returncode  # no run can say so there
     container = deployment.start("python", "pipeline.py", "--time", "0.5")
     assert "Traceback" not in logs_until(container, "the schedule continues", times=2)

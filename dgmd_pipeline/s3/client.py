@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.formatting import as_user
 
 if TYPE_CHECKING:
     from botocore.session import Session
@@ -183,5 +184,5 @@ def _check_file(session: "Session", name: str) -> None:
         raise NoUsableInput(
             f"{subject} cannot be read by this process, user {user} ({error.strerror}): {closed} belongs to user "
             f"{status.st_uid} with mode {status.st_mode & 0o777:o}. Run `chown {user} {closed}` and `chmod u+rX "
-            f"{closed}` on the host, or run as its owner (docker run --user {status.st_uid})."
+            f"{closed}` on the host, or run as its owner ({as_user(status.st_uid)})."
         ) from None

@@ -77,7 +77,6 @@ class CrtTransfer:
     def _adopt(self, request: "AWSPreparedRequest", quoted_key: str) -> None:
         """Create the awscrt client. Raises ValueError if awscrt would send a different request."""
         from botocore.httpsession import get_cert_path
-        from botocore.session import Session
         from botocore.utils import get_environ_proxies
         from s3transfer.crt import BotocoreCRTCredentialsWrapper, create_s3_crt_client
 
@@ -98,7 +97,7 @@ class CrtTransfer:
             scope[-3] if signature else self._client.meta.region_name,
             credentials.to_crt_credentials_provider() if signature else None,
             use_ssl=parts.scheme == "https",
-            verify=Session().get_config_variable("ca_bundle") or get_cert_path(True),
+            verify=get_cert_path(self._client._endpoint.http_session._verify),
         )
 
     def accepts(self, size: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.formatting import format_bytes
+from dgmd_pipeline.formatting import as_user, format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -148,7 +148,7 @@ def _access(place: Path) -> str:
     """Return what to do if this user may not read or write `place`."""
     user, owner = os.getuid(), _nearest(place, os.stat).st_uid
     change = f"`chmod -R u+rwX` it, or `chown -R {user}` it" if owner == user else f"`chown -R {user}` it"
-    as_owner = "" if owner in (0, user) else f", run as its owner (docker run --user {owner})"
+    as_owner = "" if owner in (0, user) else f", run as its owner ({as_user(owner)})"
     return (
         f"must be readable and writable by user {user}, which the pipeline runs as: {change}{as_owner}, or choose "
         "another path."

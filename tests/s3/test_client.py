@@ -142,7 +142,8 @@ def test_the_error_about_an_unreadable_credentials_file_names_its_owner(monkeypa
         assert f"{path} (AWS_SHARED_CREDENTIALS_FILE) cannot be read by this process, user {user}" in str(caught.value)
         assert f"{folder / closed} belongs to user {os.geteuid()} with mode 0" in str(caught.value)
         assert f"chown {user} {folder / closed}" in str(caught.value)
-        assert f"--user {os.geteuid()}" in str(caught.value)
+        assert f"docker run --user {os.geteuid()}" in str(caught.value)
+        assert f"PIPELINE_USER={os.geteuid()} in .env" in str(caught.value)
 
 
 @pytest.mark.parametrize(
