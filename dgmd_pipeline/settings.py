@@ -378,10 +378,8 @@ def load(path: str | Path | None = None) -> Settings:
     size = settings.image_width, settings.image_height
     environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
     invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
-        mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
-        raise SettingsError("\n".join(mistakes)) from None
-    if mistakes := certificates.mistakes(os.environ):
-        raise SettingsError("\n".join(mistakes))
+    if problems := certificates.mistakes(os.environ):
+        raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
