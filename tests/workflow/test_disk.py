@@ -69,7 +69,5 @@ except PipelineError as error:
 """
     script = 'mount -t tmpfs -o size=64k tmpfs "$2" || exit 77; TMPDIR="$2" "$1" -c "$3"'
     done = run_in_own_mounts(tmp_path, script, sys.executable, tmp_path / "small", code, PYTHONPATH=ROOT)
-    assert done.stdout.startswith(
-        f"{tmp_path / 'small'}: the disk is full: step needs more for temporary files, or set"
-    )
-    assert "TMPDIR to a folder on another disk" in done.stdout
+    assert done.stdout.startswith(f"{tmp_path / 'small'}: the disk for temporary files is full: step needs more. ")
+    assert "set TMPDIR to a folder on another disk" in done.stdout
