@@ -91,7 +91,10 @@ def _explain_full(
             "again: finished steps are kept."
         )
     if place != data_dir:
-        return _full(place, f"{what} needs more for temporary files, or set TMPDIR to a folder on another disk")
+        return PipelineError(
+            f"{place}: the disk for temporary files is full: {what} needs more. Free space, or set TMPDIR to a folder "
+            "on another disk, and run again: finished steps are kept."
+        )
     known = needed is not None and needed > before
     need = f"about {format_bytes(needed or 0)}, but only {format_bytes(before)} were free"
     return _full(data_dir, f"{what} needs {need if known else f'more than the {format_bytes(before)} that were free'}")

@@ -2,10 +2,12 @@
 
 import contextlib
 import multiprocessing
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -41,9 +43,10 @@ class ProcessExecutor:
     ) -> Iterator[Result | WorkerDied]:
         """Yield `function(item)` in the order of the items, which a worker gets in chunks and only when it needs them.
 
-        If a worker ends while it works on an item, all workers are started again. The item is then tried once more,
-        while no other is worked on, because it may have had too little memory next to others. If its worker ends
-        again, or if it was ended by a timer for processor time, the WorkerDied is the item's result.
+        If a worker dies while it works on an item, all workers are started again. The item is then tried once more,
+        while no other is worked on, because it may have had too little memory next to others. If its worker dies again,
+        or if a timer for processor time ended it, the WorkerDied is the item's result. Other items of the chunk may be
+        worked on twice.
         Raises what `function` raises, and PipelineError if workers do not start. Close one iterator before the next.
         """
         source = iter(items)
@@ -55,17 +58,14 @@ class ProcessExecutor:
                 if not window:
                     return
                 self._assign(function, window)
-                first = window[0]
-                while not first.outcomes and not first.is_done:
-                    self._receive()
-                    self._assign(function, window)
-                while first.outcomes:
-                    succeeded, value = first.outcomes.popleft()
+                if window[0].outcomes is None:
+                    self._receive(window)
+                    continue
+                for succeeded, value in window[0].outcomes:
                     if not succeeded:
                         raise value
                     yield value
-                if first.is_done:
-                    window.popleft()
+                window.popleft()
         finally:
             if window:  # the iterator was closed, or something was raised
                 self.close()
@@ -75,53 +75,44 @@ class ProcessExecutor:
         for each in self._workers:
             each.process.terminate()
         for each in self._workers:
-            each.process.join()
-            each.connection.close()
-            for chunk in each.chunks:
-                chunk.is_assigned = False
+            each.close()
         self._workers = []
         if self._budget:
             self._budget.close()
         self._budget = None
 
-    def _assign(self, function: Callable[..., object], window: Iterable["_Chunk"]) -> None:
-        """Send the chunks that no worker has; after the end of a worker, the item that it worked on first and alone."""
-        for chunk in window:
-            if chunk.is_suspect and chunk.is_assigned:
-                return
-        waiting = [chunk for chunk in window if not chunk.is_assigned and not chunk.is_done]
-        suspects = [chunk for chunk in waiting if chunk.is_suspect]
-        for chunk in suspects or waiting:
+    def _assign(self, function: Callable[..., object], window: "Iterable[_Chunk]") -> None:
+        """Send the chunks that no worker has; a suspect goes first, and alone."""
+        suspects = [chunk for chunk in window if chunk.is_suspect and chunk.outcomes is None]
+        if any(chunk.is_assigned for chunk in suspects):
+            return
+        for chunk in suspects[:1] or [chunk for chunk in window if not chunk.is_assigned and chunk.outcomes is None]:
             free = min(self._workers, key=lambda each: len(each.chunks), default=None)
             if (free is None or free.chunks) and len(self._workers) < self._processes:
                 free = self._start_worker()
             if free is None or len(free.chunks) >= CHUNKS_OF_A_WORKER:
                 return
             free.send(function, chunk)
-            if chunk.is_suspect:
-                return
 
     def _start_worker(self) -> "_Worker":
         self._budget = self._budget or worker.Budget.of(self._memory)
         self._workers.append(_Worker(self._budget))
         return self._workers[-1]
 
-    def _receive(self) -> None:
-        """Wait for outcomes, and store them with their chunks."""
+    def _receive(self, window: "deque[_Chunk]") -> None:
+        """Wait for the outcomes of chunks. Where a worker has died, end all, and single its item out in `window`."""
         ready = wait([each.connection for each in self._workers])
         for each in [each for each in self._workers if each.connection in ready]:
             if not each.receive():
                 each.process.join()
-                self._mourn([each for each in self._workers if not each.process.is_alive()])
+                self._mourn(window)
                 return
 
-    def _mourn(self, dead: "list[_Worker]") -> None:
-        """End all workers, and decide about the items that the dead ones worked on."""
-        for each in dead:
-            while each.receive():  # what it sent before its end
-                pass
+    def _mourn(self, window: "deque[_Chunk]") -> None:
+        dead = [each for each in self._workers if not each.process.is_alive()]
+        positions = [each.receive_rest() for each in dead]
         self.close()
-        for each in dead:
+        for each, position in zip(dead, positions, strict=True):
             death = WorkerDied(each.process.exitcode or 0)
             if not each.is_started:
                 raise PipelineError(
@@ -129,72 +120,80 @@ class ProcessExecutor:
                     "it again: finished steps are kept."
                 )
             if each.chunks:
-                each.chunks[0].lose(death)
+                _single_out(window, each.chunks[0], position, death)
 
 
+@dataclass(eq=False)
 class _Chunk:
-    """Some items, and the outcomes that have come for them."""
+    """Some items, and when they are done, for each whether it succeeded, and the result or the exception."""
 
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items  # without outcome
-        self.outcomes: deque[tuple[bool, Any]] = deque()  # whether it succeeded, and the result or the exception
-        self.is_assigned = False
-        self.is_suspect = False  # the worker of the first item has ended
+    items: list[Any]
+    outcomes: list[tuple[bool, Any]] | None = None
+    is_assigned: bool = False
+    is_suspect: bool = False  # one item, whose worker has died
 
-    @property
-    def is_done(self) -> bool:
-        return not self.items
 
-    def add(self, outcome: tuple[bool, Any]) -> None:
-        del self.items[0]
-        self.outcomes.append(outcome)
-        self.is_suspect = False
-
-    def lose(self, death: WorkerDied) -> None:
-        """Note that the worker of the first item died: the second time and after a timer, this is its outcome."""
-        if self.is_suspect or death.by_timer:
-            self.add((True, death))
-        else:
-            self.is_suspect = True
+def _single_out(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
+    """Replace a chunk by its items before a position, the item there, whose worker has died, and those after it."""
+    suspect = _Chunk(chunk.items[position : position + 1], is_suspect=True)
+    if chunk.is_suspect or death.by_timer:
+        suspect.outcomes = [(True, death)]
+    parts = [_Chunk(chunk.items[:position]), suspect, _Chunk(chunk.items[position + 1 :])]
+    index = window.index(chunk)
+    window.remove(chunk)
+    for part in reversed([part for part in parts if part.items]):
+        window.insert(index, part)
 
 
 class _Worker:
-    """A worker process, its chunks, and how many outcomes it still owes for the first of them."""
+    """A worker process, its connections, and the chunks that it has."""
 
     def __init__(self, budget: worker.Budget) -> None:
         # Never fork: TensorFlow may be imported by now, and its threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, far_end = context.Pipe()
-        self.process = context.Process(target=worker.run, args=(far_end, budget), daemon=True)
+        self._progress, far_progress = context.Pipe(duplex=False)
+        self.process = context.Process(target=worker.run, args=(far_end, far_progress, budget), daemon=True)
         self.process.start()
         far_end.close()
+        far_progress.close()
         self.is_started = False
         self.chunks: deque[_Chunk] = deque()
-        self._owed: deque[int] = deque()
 
     def send(self, function: Callable[..., object], chunk: _Chunk) -> None:
-        items = chunk.items[:1] if chunk.is_suspect else chunk.items
         chunk.is_assigned = True
         self.chunks.append(chunk)
-        self._owed.append(len(items))
-        with contextlib.suppress(OSError):  # if it has ended, `_receive` finds it
-            self.connection.send((function, items))
+        with contextlib.suppress(OSError):  # if it has died, `receive` finds it
+            self.connection.send((function, chunk.items))
 
     def receive(self) -> bool:
-        """Wait for an outcome, and store it with its chunk. Return False if the process has ended."""
+        """Wait for the outcomes of a chunk. Return False if the process has died."""
         try:
-            outcome = self.connection.recv()
+            outcomes = self.connection.recv()
         except (EOFError, OSError):
             return False
-        if outcome is None:
-            self.is_started = True
-            return True
-        self.chunks[0].add(outcome)
-        self._owed[0] -= 1
-        if not self._owed[0]:
-            self._owed.popleft()
-            self.chunks.popleft().is_assigned = False
+        if self.is_started:
+            chunk = self.chunks.popleft()
+            chunk.outcomes = outcomes
+            for _ in outcomes:
+                os.read(self._progress.fileno(), 1)
+        self.is_started = True
         return True
+
+    def receive_rest(self) -> int:
+        """Receive what a dead process has sent. Return the position of the item that it worked on in its chunk."""
+        while self.receive():
+            pass
+        finished = len(os.read(self._progress.fileno(), 2**16))
+        return min(finished, len(self.chunks[0].items) - 1) if self.chunks else 0
+
+    def close(self) -> None:
+        """Wait for the end of the process, which has been terminated."""
+        self.process.join()
+        self.connection.close()
+        self._progress.close()
+        for chunk in self.chunks:
+            chunk.is_assigned = False
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -1,4 +1,4 @@
-"""A worker process: receives chunks of items, and sends the outcome of each item as soon as it is there.
+"""A worker process: receives chunks of items, and sends the outcomes of a chunk back.
 
 All workers of an executor share one budget of memory. An item that needs memory takes its part of the budget before it
 starts, and waits while others have it.
@@ -118,24 +118,30 @@ def limit_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def run(connection: Connection, budget: Budget) -> None:
-    """Do the work that comes in over a connection, until the process at its other end ends."""
+def run(connection: Connection, progress: Connection, budget: Budget) -> None:
+    """Do the chunks of work that come in over a connection, until the process at its other end ends.
+
+    A byte for each finished item goes to `progress`. It says later where the process died, and costs next to nothing:
+    nobody waits for it.
+    """
     _initialize(budget)
     chunks: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
     connection.send(None)  # started
     while True:
         function, items = chunks.get()
+        outcomes: list[tuple[bool, Any]] = []
         for item in items:
             try:
-                outcome = True, function(item)
+                outcomes.append((True, function(item)))
             except Exception as error:  # noqa: BLE001 - raised where the result is used
                 error.add_note("In a worker process:\n" + traceback.format_exc())
-                outcome = False, error
-            try:
-                connection.send(outcome)
-            except Exception as error:  # noqa: BLE001 - the outcome cannot be sent
-                connection.send((False, error))
+                outcomes.append((False, error))
+            os.write(progress.fileno(), b"\0")
+        try:
+            connection.send(outcomes)
+        except Exception as error:  # noqa: BLE001 - an outcome cannot be sent
+            connection.send([(False, error)])
 
 
 def _initialize(budget: Budget) -> None:

@@ -63,6 +63,25 @@ def test_a_traceback_of_the_worker_comes_with_the_exception(pool):
     assert "in fail" in raised.value.__notes__[0]
 
 
+class Fails:
+    """An item that cannot be unpickled."""
+
+    def __reduce__(self):
+        return fail, (7,)
+
+
+def return_a_function(_):
+    return lambda: None
+
+
+def test_items_and_results_that_cannot_be_sent_are_errors(pool):
+    with pytest.raises(ValueError, match="not 7"):
+        list(pool.map(square, [1, 2, Fails()], 3))
+    with pytest.raises(Exception, match="pickle"):
+        list(pool.map(return_a_function, range(3), 3))
+    assert list(pool.map(square, [3])) == [9]
+
+
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_an_item_whose_process_dies_twice_costs_this_item_only(chunk, pool, tmp_path):
     results = list(pool.map(partial(die_at, folder=tmp_path, numbers=(5, 6), number_of_signal=9), range(12), chunk))
