@@ -1,9 +1,11 @@
 """A minimal S3 endpoint in a separate process: listings and objects of a local folder.
 
 It answers `ListObjectsV2` and `GetObject` (also with a range) without authentication, and sends files by `sendfile`. A
-complete server would dominate the measurement on two cores.
+complete server would dominate the measurement on two cores. Like S3 for objects uploaded since December 2024, it sends
+the checksum CRC-64/NVME to a client that asks for checksums.
 """
 
+import base64
 import hashlib
 import multiprocessing
 import os
@@ -13,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from awscrt import checksums
 
 BUCKET, PREFIX = "benchmark", "images"
 PAGE = 1000
@@ -32,6 +36,8 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 512
     folder: Path
     objects: list[tuple[str, int]]  # key below the prefix, bytes
+    etags: dict[Path, str]  # with quotes
+    checksums: dict[Path, str]  # CRC-64/NVME, base64
 
 
 class _Handler(socketserver.StreamRequestHandler):
@@ -51,7 +57,7 @@ class _Handler(socketserver.StreamRequestHandler):
             url = urlsplit(words[1].decode())
             key = unquote(url.path).removeprefix(f"/{BUCKET}").lstrip("/")
             if key:
-                self._send_object(self.server.folder / key.removeprefix(f"{PREFIX}/"), headers.get(b"range"))
+                self._send_object(self.server.folder / key.removeprefix(f"{PREFIX}/"), headers)
             else:
                 self._send("200 OK", self._page(parse_qs(url.query)))
 
@@ -59,7 +65,7 @@ class _Handler(socketserver.StreamRequestHandler):
         lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/xml", *more]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    def _send_object(self, path: Path, span: bytes | None) -> None:
+    def _send_object(self, path: Path, headers: dict[bytes, bytes]) -> None:
         try:
             file = path.open("rb")
         except FileNotFoundError:
@@ -69,12 +75,14 @@ class _Handler(socketserver.StreamRequestHandler):
             size = os.fstat(file.fileno()).st_size
             first, last = 0, size - 1
             status, more = "200 OK", ""
-            if span:
+            if headers.get(b"x-amz-checksum-mode") == b"ENABLED":
+                more = f"x-amz-checksum-crc64nvme: {self.server.checksums[path]}\r\n"
+            if span := headers.get(b"range"):
                 start, _, end = span.removeprefix(b"bytes=").partition(b"-")
                 first, last = int(start), min(int(end or last), last)
                 status, more = "206 Partial Content", f"Content-Range: bytes {first}-{last}/{size}\r\n"
             self.wfile.write(
-                f"HTTP/1.1 {status}\r\nContent-Length: {last - first + 1}\r\nETag: {_etag(path.name)}\r\n{more}"
+                f"HTTP/1.1 {status}\r\nContent-Length: {last - first + 1}\r\nETag: {self.server.etags[path]}\r\n{more}"
                 "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nContent-Type: image/jpeg\r\n\r\n".encode()
             )
             while first <= last:
@@ -87,7 +95,7 @@ class _Handler(socketserver.StreamRequestHandler):
         encoded = quote if "encoding-type" in query else escape
         items = "".join(
             f"<Contents><Key>{encoded(f'{PREFIX}/{key}')}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>{_etag(key)}</ETag><Size>{size}</Size></Contents>"
+            f"<ETag>{self.server.etags[self.server.folder / key]}</ETag><Size>{size}</Size></Contents>"
             for key, size in self.server.objects[first:last]
         )
         encoding = "<EncodingType>url</EncodingType>" if "encoding-type" in query else ""
@@ -99,14 +107,15 @@ class _Handler(socketserver.StreamRequestHandler):
         ).encode()
 
 
-def _etag(key: str) -> str:
-    return f'"{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}"'
-
-
 def _serve(folder: Path, port: "multiprocessing.Queue[int]") -> None:
     with _Server(("127.0.0.1", 0), _Handler) as server:
-        files = (path for path in folder.glob("*/**/*") if path.is_file())
+        files = [path for path in folder.glob("*/**/*") if path.is_file()]
         server.folder = folder
+        server.etags, server.checksums = {}, {}
+        for path in files:
+            content = path.read_bytes()
+            server.etags[path] = f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
+            server.checksums[path] = base64.b64encode(checksums.crc64nvme(content).to_bytes(8, "big")).decode()
         server.objects = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
         port.put(server.server_address[1])
         server.serve_forever()

@@ -5,6 +5,7 @@ python -m benchmarks.inspecting [--repeats 5]
 
 import hashlib
 import io
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -33,14 +34,15 @@ def main() -> None:
     repeats = measure.arguments(__doc__, repeats=5).repeats
     raw = dataset.make(measure.WORK / "spice")
     pool = executors.ProcessExecutor()
+    map_files = partial(pool.map, chunk=inspection.CHUNK)
     claims = []
     with measure.folder() as scratch:
         for suffix, of, goal in VARIANTS:
             files = [file for file in inspection.find(raw) if file.path.endswith(suffix)]
-            pieces = dataset.pieces(raw, files, inspection.PIECE)
+            pieces = dataset.pieces(raw, files, inspection.CHUNK)
 
             def ours(files: list = files) -> int:
-                usable, _ = inspection.inspect(files, raw, Path(scratch), pool.map)
+                usable, _ = inspection.inspect(files, raw, Path(scratch), map_files)
                 return len(usable)
 
             def theirs(pieces: list = pieces) -> int:

@@ -43,9 +43,9 @@ def main() -> None:
     import tensorflow as tf
 
     from dgmd_pipeline.training import dataset as training_dataset
-    from dgmd_pipeline.workflow import executors
+    from dgmd_pipeline.workflow import machine
 
-    threads = ThreadPoolExecutor(executors.cores())
+    threads = ThreadPoolExecutor(machine.cores())
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), dataset.FILES)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dgmd_pipeline.commands import logs
 from dgmd_pipeline.errors import PipelineError, SettingsError
-from dgmd_pipeline.workflow import signals
+from dgmd_pipeline.workflow import disk, process, signals
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -28,12 +28,13 @@ ROWS_BETWEEN_COLLECTIONS = 100_000
 EXIT_CODES = """exit codes:
   0    success
   1    health: the last run failed; elsewhere: a bug of the pipeline
-  2    invalid setting or argument
+  2    invalid setting or argument, or an environment in which nothing can run
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels or corrections.csv
-  30   a step failed
+  30   a step failed, or the output of another command could not be written
   40   refused: a model does not meet the conditions for production
   130  interrupted (SIGINT)
+  137  killed (SIGKILL), in most cases because memory ran out
   143  terminated (SIGTERM)
 """
 DEFAULTS: dict[str, object] = {
@@ -53,11 +54,11 @@ STEPS = "download, inspect, label, balance, split, convert, extract, train, eval
 def command() -> NoReturn:
     """Run `main` as this process and exit with its code."""
     gc.set_threshold(ROWS_BETWEEN_COLLECTIONS)
+    logs.protect_streams()
     code = main()
+    if lost := logs.lost_output():
+        print(f"error: {lost}. Lines are missing there.", file=sys.stderr)  # noqa: T201 - the log may be what is lost
     # A normal exit waits for threads of libraries (up to 9 s were measured) and for TensorFlow's clean-up (1 s).
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the reader of a pipe has gone
-            stream.flush()
     os._exit(code)
 
 
@@ -72,13 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals.handle_signals():
             logs.start(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
             try:
-                return options.command(options)
+                process.check()
+                code = options.command(options)
             except PipelineError as error:
                 log.error("%s", error)
                 return error.exit_code
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
+    # A run has succeeded without its log, too. For other commands, what they print is all that they do.
+    is_run = options.command in (_run, _run_or_schedule)
+    return PipelineError.exit_code if not code and not is_run and logs.lost_output() else code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,6 +239,12 @@ def _demo(options: argparse.Namespace) -> int:
 def _registry_command(options: argparse.Namespace) -> int:
     values = _settings(options)
     _load_luigi(values)
+    with disk.disk_errors_explained(values.data_dir, options.name):
+        _call_registry_command(options, values)
+    return 0
+
+
+def _call_registry_command(options: argparse.Namespace, values: "Settings") -> None:
     from dgmd_pipeline.commands import compare, history, models, predict, promotion
 
     match options.name:
@@ -250,4 +261,3 @@ def _registry_command(options: argparse.Namespace) -> int:
         case "predict":
             form: predict.Format = "json" if options.json else "csv" if options.csv else "table"
             predict.predict(values, options.files, options.version or f"@{options.alias}", form)
-    return 0

@@ -4,6 +4,8 @@ The message of a `PipelineError` is complete: what was expected, what was found,
 without a traceback. Any other exception is a bug and is printed with one.
 """
 
+import signal
+
 
 class PipelineError(Exception):
     """A failure that the operator can fix. Exit code 30: a step failed."""
@@ -33,6 +35,22 @@ class Refused(PipelineError):
     """A model does not meet the conditions for promotion, or there is no version to roll back to. Exit code 40."""
 
     exit_code = 40
+
+
+class TooLittleMemory(PipelineError):
+    """Something needs more memory than the run may use for it. The message is what it needs, without a subject."""
+
+
+class WorkerDied(PipelineError):
+    """A worker process ended while it worked on an item. The message is how it ended, as a clause."""
+
+    def __init__(self, exit_code: int) -> None:
+        """Take the exit code of the process, which is -N if signal N ended it."""
+        self.by_timer = exit_code == -signal.SIGPROF
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+        text = f"was ended by {name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        cause = ", most likely because memory ran out" if exit_code == -signal.SIGKILL else ""
+        super().__init__(f"the process {text}{cause}")
 
 
 class Stopped(KeyboardInterrupt):

@@ -10,6 +10,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def local_time(time: datetime) -> str:
+    """Return a time in the local time zone, as in "2026-11-27 03:00:00+01:00"."""
+    return time.astimezone().isoformat(" ", "seconds")
+
+
 def format_bytes(size: int) -> str:
     """Return a number of bytes with a decimal unit, for example "382.7 MB"."""
     value, unit = float(size), "B"
@@ -44,6 +49,19 @@ def printable(key: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
 
 
+def one_line(text: str, limit: int = 1000) -> str:
+    """Return a text from a file or a library as one line of printable characters, `limit` at most.
+
+    Where it is longer, "..." replaces the middle: errors begin with what is wrong, and paths end with a file's name.
+    """
+    return _cut(printable(_cut(" ".join(text.split()), limit)), limit)
+
+
+def _cut(line: str, limit: int) -> str:
+    end = limit // 4
+    return line if len(line) <= limit else f"{line[: limit - end - 5]} ... {line[-end:]}"
+
+
 def whole_percentages(parts: Sequence[float]) -> list[int]:
     """Return the shares of `parts` in whole percent, rounded so that they sum to 100. At least one part is not 0.
 
@@ -56,6 +74,11 @@ def whole_percentages(parts: Sequence[float]) -> list[int]:
     for index in by_remainder[: 100 - sum(percents)]:
         percents[index] += 1
     return percents
+
+
+def as_user(user: int) -> str:
+    """Return how the container is started as a user."""
+    return f"`docker run --user {user}`, or PIPELINE_USER={user} in .env with Docker Compose"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

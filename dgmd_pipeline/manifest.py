@@ -5,9 +5,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_type_hints
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.formatting import one_line
+
+csv.field_size_limit(2**31 - 1)  # earlier versions wrote details of more than the default, 131,072 characters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,17 +54,30 @@ class Example(NamedTuple):
     group: str  # as in Image
 
 
-class Rejected(NamedTuple):
-    """A file or object that is left out, and the reason."""
-
+class _RejectedFields(NamedTuple):
     path: str  # below raw/; the key of an object that was not downloaded
     label: str  # "" if there is none
     reason: str  # a category for counting: "unreadable", "duplicate", EXCLUDED, ...
-    detail: str  # an explanation
+    detail: str  # an explanation, as `formatting.one_line` returns it
+
+
+class Rejected(_RejectedFields):
+    """A file or object that is left out, and the reason."""
+
+    __slots__ = ()
+
+    def __new__(cls, path: str, label: str, reason: str, detail: str) -> Self:
+        """Bound `detail`: libraries quote the file in it. A TIFF of 35 kB with damaged tags made 133 kB."""
+        return super().__new__(cls, path, label, reason, one_line(detail))
 
 
 LISTING, REJECTED = "listing.csv", "rejected.csv"  # files in step folders
 EXCLUDED = "excluded"  # the reason for a file that corrections.csv excludes
+
+# Names, in lower case, of files and folders that operating systems, archivers and NAS devices add to folders.
+SYSTEM_NAMES = frozenset(
+    ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+)
 
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
@@ -106,6 +122,22 @@ _BEFORE_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)(?=[{_FORMULA}])")
 _ESCAPED_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)'(?=[{_FORMULA}])")
 _SUSPICIOUS = frozenset("=+-@\uff1d\uff0b\uff0d\uff20' ")
 
+
+def is_system_file(path: str) -> bool:
+    """Return whether a part of a path (separated by "/") is in SYSTEM_NAMES, or begins with a dot.
+
+    The parts "." and ".." are not names.
+    """
+    if path.startswith(".") or "/." in path:
+        return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+    return not SYSTEM_NAMES.isdisjoint(path.lower().split("/"))
+
+
+def describe_system_files(count: int, what: str) -> str:
+    """Return the text for the log about `count` system files that are ignored; `what` is their kind in plural."""
+    return f"{count:,} {what} are ignored, because their names begin with a dot or belong to a system (Thumbs.db, ...)"
+
+
 Row = TypeVar("Row", bound=NamedTuple)
 
 
@@ -139,7 +171,8 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
 
     Raises PipelineError if the file is missing, has other columns, or was edited.
     """
-    types = [kind.__annotations__[name] for name in kind._fields]
+    hints = get_type_hints(kind)
+    types = [hints[name] for name in kind._fields]
     numbers = [(index, type_) for index, type_ in enumerate(types) if type_ in (int, float)]
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -209,7 +242,7 @@ def read_records(folder: Path) -> "np.ndarray":
 
 def changed_file_error(path: Path, error: Exception) -> PipelineError:
     """Return the error about a file that differs from what its step wrote."""
-    reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else one_line(str(error))
     return PipelineError(
         f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
     )

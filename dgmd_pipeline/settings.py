@@ -1,28 +1,25 @@
 """The environment -> one frozen `Settings`, which declares every variable with its type, default, range and meaning.
 
-No other module reads the environment. `load` also exports the variables of a `.env` file to the libraries that read the
-environment themselves (boto3, MLflow), and sets defaults for them.
+Besides `environment` and the demo, no other module reads it. `load` also exports the variables of a `.env` file to the
+libraries that read the environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
+import io
 import os
 import re
 import socket
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import dotenv
-from annotated_types import Ge, Gt, Le, Lt
-from cronsim import CronSim, CronSimError
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dgmd_pipeline import formatting
+from dgmd_pipeline import certificates, env_file, environment, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
+from dgmd_pipeline.registry.database import check_driver
 
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
@@ -38,6 +35,10 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
+MAX_NAME = 256  # characters of a name in MLflow's database
+# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
+UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
@@ -65,12 +66,16 @@ class Settings(BaseSettings):
         "`false`: if `raw/` was downloaded from the same bucket and folder, use it without looking for changes.",
     )
     max_rejected_pcnt: float = Field(
-        0.5, ge=0, le=1, description="The run stops if more than this fraction of a label's files cannot be decoded."
+        0.5,
+        ge=0,
+        le=1,
+        description="The run stops if more than this fraction of a label's files cannot be downloaded or decoded.",
     )
-    min_images_per_label: int = Field(2, ge=2, description="Labels with fewer usable images are left out.")
+    min_images_per_label: int = Field(2, ge=2, le=10**9, description="Labels with fewer usable images are left out.")
     balance_limit: float | None = Field(
         None,
         ge=1,
+        le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
         "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. This was more "
         "accurate on every data set measured.",
@@ -102,6 +107,7 @@ class Settings(BaseSettings):
     batch_size: int = Field(
         128,
         ge=1,
+        le=10**6,
         description="Maximum number of images in a training step. For `cnn`, steps have fewer images if an epoch would "
         "otherwise have fewer than 50 steps. Fine-tuning uses at most 32.",
     )
@@ -114,23 +120,28 @@ class Settings(BaseSettings):
     epochs: int = Field(
         15,
         ge=1,
+        le=10**6,
         description="Number of epochs of `cnn`. For a hidden head, the maximum: cross-validation chooses the number.",
     )
-    learning_rate: float = Field(0.01, gt=0, description="Learning rate of the first epoch.")
+    learning_rate: float = Field(0.01, gt=0, le=1000, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
         0.5,
         ge=0,
+        le=10**6,
         description="The learning rate of epoch e, counted from 0, is `LEARNING_RATE / (1 + DECAY_RATE * e)`.",
     )
     patience: int = Field(
         3,
         ge=1,
+        le=10**6,
         description="Cross-validation of a hidden head stops after this many epochs without a lower held-out loss. "
         "Not used by `cnn`.",
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer, also for fine-tuning.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate of the head.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the optimizer, also for fine-tuning.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1000, description="Decoupled weight decay of the optimizer, also for fine-tuning."
+    )
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
         "shift",
         description="Random changes of the training images of `cnn`. `shift` moves them. `flip` also mirrors them left "
@@ -146,11 +157,13 @@ class Settings(BaseSettings):
     fine_tune_epochs: int = Field(
         6,
         ge=1,
+        le=10**6,
         description="Maximum number of fine-tuning epochs. The number that is best on held-out images is used.",
     )
     fine_tune_learning_rate: float = Field(
         3e-4,
         gt=0,
+        le=1000,
         description="Learning rate of the first fine-tuning epoch. In epoch e, counted from 0, it is divided by 1 + e.",
     )
     class_weights: bool = Field(
@@ -174,13 +187,16 @@ class Settings(BaseSettings):
     max_latency_ratio: float = Field(
         1.5,
         gt=0,
+        le=10**6,
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
     )
     mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
         None,
-        description="URI of an MLflow 3 server or an MLflow database. Unset: an embedded store in `DATA_DIR/mlflow`.",
+        description="URI of an MLflow 3 server or an MLflow database. An SQLite database, such as "
+        "`sqlite:////srv/mlflow/mlflow.db`, stores artifacts in the folder `artifacts` beside it. Unset: an embedded "
+        "store in `DATA_DIR/mlflow`.",
     )
 
     schedule: str | None = Field(
@@ -204,10 +220,29 @@ class Settings(BaseSettings):
     )
     notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
 
-    keras_home: Path = Field(Path.home() / ".keras", description="Folder for downloaded ImageNet weights.")
+    keras_home: Path = Field(
+        Path("~/.keras"), validate_default=True, description="Folder for downloaded ImageNet weights."
+    )
     git_revision: str | None = Field(
         None, description="Commit that the container image was built from. It is recorded with each version."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_one_line(cls, value: object) -> object:
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f]", value):
+            raise ValueError("a value without line breaks and other control characters")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_negative_zero(cls, value: object) -> object:
+        return value + 0.0 if isinstance(value, float) else value
+
+    @field_validator("keras_home")
+    @classmethod
+    def _is_below_home(cls, value: Path) -> Path:
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - Path.expanduser raises for a user without a home folder
 
     @field_validator("aws_data_path")
     @classmethod
@@ -233,35 +268,24 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_store(cls, value: str | None) -> str | None:
         known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
-        if value is not None and not re.fullmatch(known, value):
+        if value is not None and (not re.fullmatch(known, value) or ":memory:" in value):
             raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+        if value is not None:
+            check_driver(value)
         return value
 
     @field_validator("schedule")
     @classmethod
     def _is_a_cron_expression(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
-                    raise CronSimError
-                next(CronSim(value, datetime.now()))
-            except CronSimError:
-                raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
-            except StopIteration:
-                raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
+            invalid_settings.check_cron_expression(value)
         return value
 
     @field_validator("notify_url")
     @classmethod
     def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            try:
-                url = urlsplit(value.get_secret_value())
-                known = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
-            except ValueError:
-                known = False
-            if not known or not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-                raise ValueError("http://... or https://... in ASCII, without a user name or password")
+            invalid_settings.check_page(value.get_secret_value())
         return value
 
     @field_validator("model_name")
@@ -269,6 +293,15 @@ class Settings(BaseSettings):
     def _is_one_name(cls, value: str) -> str:
         if re.search(r"[/:'\"]", value):
             raise ValueError("a name without /, : and quotes, which MLflow reserves")
+        if value == "." or value.startswith(".."):
+            raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+        return value
+
+    @field_validator("model_name", "mlflow_experiment_name")
+    @classmethod
+    def _is_not_blank(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or len(value) > MAX_NAME):
+            raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
         return value
 
     @field_validator("backbone")
@@ -297,10 +330,9 @@ class Settings(BaseSettings):
         }
 
 
-def mlflow_login() -> str | None:
-    """Return "user:password" for the MLflow server, or None if the environment has no user."""
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
+def mlflow_variables() -> dict[str, str]:
+    """Return the variables of the environment with which MLflow's client reaches its server."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
 
 
 def operator() -> str:
@@ -317,26 +349,37 @@ def variable(name: str) -> str:
     return name.upper()
 
 
-def load(env_file: str | Path | None = None) -> Settings:
-    """Read `env_file` (default: `.env`, if it exists) and the environment, which takes precedence.
+def load(path: str | Path | None = None) -> Settings:
+    """Read the file of variables at `path` (default: `.env`, if it exists) and the environment, which takes precedence.
 
     Raises SettingsError with one line for each invalid variable: its name, its value and what is expected.
     """
-    path = Path(env_file or ".env")
-    if env_file and not path.is_file():
-        raise SettingsError(f"--env-file {path}: there is no such file.")
-    if path.is_file():
-        try:
-            dotenv.load_dotenv(path, override=False)
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: expected lines NAME=value in UTF-8 ({error}).") from None
+    fields = {variable(name): field for name, field in Settings.model_fields.items()}
+    try:
+        text = env_file.read(Path(path or ".env"), fields)
+        dotenv.load_dotenv(stream=io.StringIO(text), override=False)
+    except FileNotFoundError:
+        if path:
+            raise SettingsError(f"--env-file {path}: there is no such file.") from None
+    environment.remove_carriage_returns()
+    environment.provide_home(Settings.model_fields["data_dir"].default)
+    for name in UNSET_IF_EMPTY:
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
     for name, value in LIBRARY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
         settings = Settings()
     except ValidationError as error:
-        mistakes = [_mistake(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
-        raise SettingsError("\n".join(mistakes)) from None
+        mistakes = [(str(item["loc"][0]), item["input"], item["msg"]) for item in error.errors()]
+        raise SettingsError(
+            "\n".join(invalid_settings.describe(name, fields[name], *rest) for name, *rest in mistakes)
+        ) from None
+    size = settings.image_width, settings.image_height
+    environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
+    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
+    if problems := certificates.mistakes(os.environ):
+        raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
@@ -348,46 +391,3 @@ def load(env_file: str | Path | None = None) -> Settings:
 def serving_environment() -> dict[str, str]:
     """Return the environment for a process that serves a model, without the defaults that are only for training."""
     return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
-
-
-def _mistake(name: str, value: object, message: str) -> str:
-    field = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
-    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
-    shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
-    if name.endswith("_URI"):
-        shown = shown.rpartition("@")[2]  # removes user and password from a URI without a scheme
-    line = f"{name}={shown}: expected {allowed}."
-    if name.endswith("_PCNT"):
-        try:
-            percent = float(str(value))
-        except ValueError:
-            return line
-        if 1 < percent < 100:
-            line += f" It is a fraction: did you mean {percent / 100:g}?"
-    return line
-
-
-def expected_values(field: FieldInfo) -> str:
-    """Return the type and range of a field in words, as in "a number above 0 and below 1"."""
-    kind = field.annotation
-    if getattr(kind, "__origin__", None) is Literal:
-        return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
-    words: dict[object, str] = {
-        int: "a whole number",
-        int | None: "a whole number",
-        float: "a number",
-        float | None: "a number",
-        bool: "true or false",
-    }
-    bounds = []
-    for item in field.metadata:
-        match item:
-            case Gt(gt=low):
-                bounds.append(f"above {low}")
-            case Ge(ge=low):
-                bounds.append(f"of at least {low}")
-            case Lt(lt=high):
-                bounds.append(f"below {high}")
-            case Le(le=high):
-                bounds.append(f"at most {high}")
-    return " ".join([words.get(kind, "a non-empty text"), " and ".join(bounds)]).strip()

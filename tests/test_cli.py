@@ -1,5 +1,6 @@
 import contextlib
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("_own_process")
 def test_options_may_stand_before_and_after_the_command(arguments, capsys, tmp_path):
     (tmp_path / "my.env").write_text("EPOCHS=0\n")
     assert cli.main(arguments) == 2
-    assert "EPOCHS=0: expected a whole number of at least 1." in capsys.readouterr().out
+    assert "EPOCHS=0: expected a whole number of at least 1 and at most 1,000,000." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["plan", "too much"]])
@@ -55,6 +56,14 @@ def test_log_lines_hide_passwords_in_arguments_and_tracebacks(capsys):
     assert "error: failed" in output
     assert "Traceback" in output
     assert "s3cr3t" not in output
+
+
+def test_log_lines_have_a_time_with_its_zone_and_no_control_characters(capsys):
+    logs.start(sys.stdout, verbose=False)
+    logging.getLogger("dgmd_pipeline.test").warning("%s\n%s", "a\rb\x1b[2J\x07\x9b\tc", "café\U0001f600")
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d warning: a\\rb\\x1b\[2J\\x07\\x9b\tc", first)
+    assert second == "café\U0001f600"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

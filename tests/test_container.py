@@ -179,7 +179,7 @@ def test_a_folder_or_a_credentials_file_of_somebody_else_is_answered_with_the_co
     assert done.returncode == 30
     assert len(done.stdout.splitlines()) == 1
     assert "chown -R 1000" in done.stdout and "--user" in done.stdout
-    assert "--user 4321" in done.stdout
+    assert "docker run --user 4321" in done.stdout and "PIPELINE_USER=4321" in done.stdout
     assert deployment.run("python", "pipeline.py", "health").returncode  # no run can say so there
     container = deployment.start("python", "pipeline.py", "--time", "0.5")
     assert "Traceback" not in logs_until(container, "the schedule continues", times=2)
@@ -216,7 +216,7 @@ def test_a_training_is_kept_when_mlflow_is_away_at_the_end_and_registered_when_i
     docker("stop", mlflow_container)
     try:
         assert docker("wait", container, timeout=200).stdout.strip() == "30"
-        assert "the next run only registers" in docker("logs", container).stdout
+        assert "The training is kept" in docker("logs", container).stdout
     finally:
         docker("start", mlflow_container)
         wait_for_mlflow()
@@ -224,6 +224,23 @@ def test_a_training_is_kept_when_mlflow_is_away_at_the_end_and_registered_when_i
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{deployment.name} version 1, non-production" in done.stdout
     assert "epoch" not in done.stdout
+
+
+def test_the_server_upgrades_the_database_of_an_older_mlflow_and_keeps_a_copy(images):
+    volume = f"dgmd-test-old-{secrets.token_hex(4)}"
+    docker("volume", "create", volume)
+    try:
+        words = ["run", "--rm", *LOCKED, "--volume", f"{volume}:/mlflow"]
+        dump = ["--volume", f"{ROOT}/tests/support/mlflow-3.10.sql:/old.sql:ro", "--entrypoint", "python"]
+        fill = "import sqlite3; sqlite3.connect('/mlflow/mlflow.db').executescript(open('/old.sql').read())"
+        docker(*words, *dump, "dgmd-test-mlflow", "-c", fill)
+        ask = "import mlflow; print(mlflow.MlflowClient('sqlite:////mlflow/mlflow.db').get_registered_model('jars'))"
+        done = docker(*words, "dgmd-test-mlflow", "python", "-c", ask)
+        assert "aliases={'candidate': '1'}" in done.stdout
+        assert "upgraded from schema 1b5f0d9ad7c1 to" in done.stderr
+        assert "mlflow.db.1b5f0d9ad7c1.backup" in docker(*words, "dgmd-test-mlflow", "ls", "/mlflow").stdout
+    finally:
+        docker("volume", "rm", volume)
 
 
 def test_a_schedule_takes_what_is_new_and_a_stop_ends_it_in_time(deployment):

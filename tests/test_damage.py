@@ -18,7 +18,7 @@ def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(dat
     result = run_pipeline(tmp_path, **{**variables, **away})
     assert result.returncode == 30, result.stdout + result.stderr
     assert "warning: The MLflow server at http://127.0.0.1:9 cannot be reached" in result.stdout
-    assert "The training is kept; the next run only registers the model." in result.stdout
+    assert "The training is kept: the next run with the same images and settings uses it." in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
     assert "pa55word" not in result.stdout + result.stderr
     variables["MODEL_NAME"] = "later"

@@ -65,7 +65,7 @@ assert not heavy, heavy
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "did you mean 0.2?" in result.stdout
-    assert "EPOCHS=0: expected a whole number of at least 1." in result.stdout
+    assert "EPOCHS=0: expected a whole number of at least 1 and at most 1,000,000." in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,5 @@
 import os
+from typing import get_args
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_all_mistakes_come_in_one_message(monkeypatch):
         assert any(line.startswith(f"{name}={value}: expected ") for line in lines)
     text = str(caught.value)
     assert "VALIDATION_PCNT=20: expected a number above 0 and below 1. It is a fraction: did you mean 0.2?" in text
-    assert "EPOCHS=many: expected a whole number of at least 1." in text
+    assert "EPOCHS=many: expected a whole number of at least 1 and at most 1,000,000." in text
     assert "OPTIMIZER=best: expected one of adam, " in text
     assert "CLASS_WEIGHTS=perhaps: expected true or false." in text
 
@@ -105,10 +106,76 @@ def test_what_is_one_is_taken(monkeypatch, uri):
     assert load().mlflow_tracking_uri == uri
 
 
-def test_a_file_of_variables_that_is_not_text_is_a_mistake(tmp_path):
-    (tmp_path / "my.env").write_bytes(b"NAME=M\xfcller\n")
-    with pytest.raises(SettingsError, match=r"my\.env: expected lines NAME=value in UTF-8"):
-        load("my.env")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# mine\n\nAWS_DATA_BUCKET: s3cr3t\n", 3),
+        ("EPOCHS=3\nAWS_DATA_BUCKET:s3cr3t\n", 2),
+        ("AWS_DATA_BUCKET s3cr3t\n", 1),
+        ("set EPOCHS=3\n", 1),
+        ("=s3cr3t\n", 1),
+        ("AWS_PROFILE='s3cr3t\nAWS_DATA_BUCKET=mine\n", 1),
+        ("\r\nAWS_PROFILE='s3cr3t\r\nAWS_DATA_BUCKET=mine\r\nAWS_REGION='x'\n", 2),
+        ("AWS_PROFILE='s3cr3t\nAWS_DATA_BUCKET=mine\nAWS_REGION='\n", 1),
+        ('AWS_PROFILE="s3cr3t" x\n', 1),
+        ("EPOCHS=3\nAWS_PROFILE=s3cr\0t\n", 2),
+        ("AWS_PROFILE='s3cr3t'\nE\0P\0O\0C\0H\0S\0=\0003\0", 2),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_is_a_mistake_and_is_not_shown(monkeypatch, tmp_path, text, line):
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    (tmp_path / ".env").write_bytes(text.encode())
+    with pytest.raises(SettingsError, match=rf"\A\.env, line {line}: expected [^\n]*\.\Z") as caught:
+        load()
+    assert "s3cr" not in str(caught.value)
+    assert "AWS_PROFILE" not in os.environ
+
+
+def test_all_lines_that_cannot_be_parsed_are_listed(tmp_path):
+    (tmp_path / ".env").write_text("EPOCHS: 3\nSEED=1\nBATCH_SIZE: 7\n")
+    with pytest.raises(SettingsError, match=r"\A\.env, line 1: .*\n\.env, line 3: .*\Z"):
+        load()
+
+
+def test_what_a_file_of_variables_may_contain(monkeypatch, tmp_path):
+    key = "-----BEGIN KEY-----\nQUJDRA==\n-----END KEY-----"
+    lines = ["\ufeff# comment = here", "export EPOCHS = 3 # few", "MODEL_NAME='a b'", "SEED", "", f'MY_KEY="{key}"']
+    (tmp_path / ".env").write_bytes("\r\n".join([*lines, "MLFLOW_TRACKING_URI=http://${MY_HOST}:5000"]).encode())
+    monkeypatch.setenv("MY_HOST", "mlflow")
+    settings = load()
+    assert (settings.epochs, settings.model_name, settings.seed) == (3, "a b", None)
+    assert settings.mlflow_tracking_uri == "http://mlflow:5000"
+    assert os.environ["MY_KEY"] == key
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "Is a directory"), (b"NAME=M\xfcller\n", "UTF-8"), (b"\xff\xfeE\0", "UTF-8")],
+)
+def test_a_file_of_variables_that_cannot_be_read_is_a_mistake(tmp_path, content, reason):
+    if content is None:  # Docker makes a folder where the file to mount is missing
+        (tmp_path / ".env").mkdir()
+    else:
+        (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(SettingsError, match=rf"\.env: expected lines NAME=value in UTF-8 \(.*{reason}\)"):
+        load()
+
+
+def test_a_name_in_the_file_that_is_almost_ours_is_a_warning(monkeypatch, tmp_path, caplog):
+    almost = {"EPOCS": "EPOCHS", "aws_data_bucket": "AWS_DATA_BUCKET", "MLFLOW_TRACKING_URL": "MLFLOW_TRACKING_URI"}
+    library = [
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_EXPERIMENT_ID",
+        "AWS_PROFILE",
+        "PIPELINE_DATA",
+    ]
+    (tmp_path / ".env").write_text("".join(f"{name}=\n" for name in [*almost, *library, "EPOCHS"]))
+    monkeypatch.setenv("BATCHSIZE", "7")  # the environment belongs to other programs, too
+    load()
+    assert caplog.messages == [
+        f".env: {name} is not a variable of the pipeline. Did you mean {meant}?" for name, meant in almost.items()
+    ]
 
 
 def test_settings_are_frozen():
@@ -147,6 +214,82 @@ def test_a_login_without_a_scheme_is_not_shown_either(monkeypatch):
 def test_infinity_is_not_a_number_here(monkeypatch, name):
     monkeypatch.setenv(name, "inf")
     with pytest.raises(SettingsError, match=f"{name}=inf: expected a number"):
+        load()
+
+
+NUMBERS = [
+    name
+    for name, field in Settings.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", f"1{'0' * 30}", "1e308", f"1{'0' * 5000}"])
+def test_every_number_has_a_largest_value(monkeypatch, value):
+    for name in NUMBERS:
+        monkeypatch.setenv(variable(name), value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    lines = str(caught.value).splitlines()
+    assert [line.partition("=")[0] for line in lines] == [variable(name) for name in NUMBERS]
+    assert max(map(len, lines)) < 400
+
+
+def test_zero_has_no_sign(monkeypatch):
+    monkeypatch.setenv("WEIGHT_DECAY", "-0.0")
+    assert str(load().weight_decay) == "0.0"  # its text is part of fingerprints
+
+
+@pytest.mark.parametrize(
+    "value", [" ", ".", "..", "../model", "..model", "a/b", "a:b", "a'b", 257 * "a", "a\rb", "a\x1bb"]
+)
+def test_a_name_that_mlflow_would_refuse_after_the_training_is_refused(monkeypatch, value):
+    monkeypatch.setenv("MODEL_NAME", value)
+    with pytest.raises(SettingsError, match=r"\AMODEL_NAME=[^\x00-\x1f]*: expected .*\Z"):
+        load()
+    monkeypatch.setenv("MODEL_NAME", " ~ spaces, 100 % and Ünicode.v2 ~")
+    assert load().model_name == " ~ spaces, 100 % and Ünicode.v2 ~"
+
+
+@pytest.mark.parametrize("value", [" ", 257 * "a"])
+def test_the_name_of_an_experiment_is_checked_too(monkeypatch, value):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", value)
+    with pytest.raises(SettingsError, match="MLFLOW_EXPERIMENT_NAME=.*: expected a name of at most 256 characters"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"BACKBONE": "cnn", "BATCH_SIZE": "1000000"}, "BATCH_SIZE=1000000: .* 1,000,000 images .* at least 671.1 TB"),
+        ({"BACKBONE": "Xception", "BATCH_SIZE": "1000000"}, None),  # of which the batch size is that of stored features
+        ({"BACKBONE": "cnn", "BATCH_SIZE": "8"}, None),
+    ],
+)
+def test_images_that_cannot_be_in_memory_at_once_are_refused(monkeypatch, variables, sentence):
+    size = {"IMAGE_WIDTH": "4096", "IMAGE_HEIGHT": "4096"} if sentence else {}
+    for name, value in (variables | size).items():
+        monkeypatch.setenv(name, value)
+    if not sentence:
+        load()
+        return
+    with pytest.raises(SettingsError, match=rf"\AIMAGE_WIDTH=4096, IMAGE_HEIGHT=4096, {sentence}, and there are "):
+        load()
+
+
+def test_a_carriage_return_at_the_end_of_a_value_is_ignored_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setenv("EPOCHS", "3\r")
+    monkeypatch.setenv("AWS_PROFILE", "team\r")
+    monkeypatch.setenv("SCHEDULE", "\r")
+    assert (load().epochs, load().schedule, os.environ["AWS_PROFILE"]) == (3, None, "team")
+    (message,) = caplog.messages
+    assert message == "A carriage return at the end of these variables is ignored: AWS_PROFILE, EPOCHS, SCHEDULE"
+
+
+@pytest.mark.parametrize("name", ["AWS_DATA_PATH", "DATA_DIR", "AWS_DATA_BUCKET", "KERAS_HOME", "TZ", "EPOCHS"])
+def test_control_characters_are_refused_and_not_shown(monkeypatch, name):
+    monkeypatch.setenv(name, "3\rx\x1b[2Jy")
+    with pytest.raises(SettingsError, match=rf"{name}=3\\rx\\x1b\[2Jy: expected a value without line breaks"):
         load()
 
 

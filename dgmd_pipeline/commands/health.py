@@ -5,8 +5,10 @@ import errno
 import json
 import logging
 import os
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from dgmd_pipeline import formatting
 from dgmd_pipeline.commands import status
 from dgmd_pipeline.workflow import disk
 
@@ -22,7 +24,7 @@ def health(values: "Settings", as_json: bool) -> int:
     Raises PipelineError if DATA_DIR cannot be read or written.
     """
     with disk.disk_errors_explained(values.data_dir):
-        last = status.read(values.data_dir)
+        last = status.last(values.data_dir, values.model_name)
         if not values.data_dir.is_dir():
             log.error("%s does not exist: no run has ended there.", values.data_dir)
             return 1
@@ -34,5 +36,6 @@ def health(values: "Settings", as_json: bool) -> int:
     elif last is None:
         log.info("No run has ended yet in %s.", values.data_dir)
     else:
-        log.info("%s: %s after %.0f s. %s", last.ended, last.outcome, last.seconds, last.message)
+        ended = formatting.local_time(datetime.fromisoformat(last.ended))
+        log.info("%s: %s after %.0f s. %s", ended, last.outcome, last.seconds, last.message)
     return 0 if last is None or last.is_good else 1

@@ -1,12 +1,70 @@
-"""Log lines on a stream, without secrets."""
+"""Log lines on a stream, without secrets; standard streams that cannot stop a run."""
 
+import errno
 import io
 import logging
+import os
+import select
 import sys
 import traceback
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from dgmd_pipeline import formatting
 
 log = logging.getLogger("dgmd_pipeline")
+# Control characters, which a file name or the answer of a server may contain, would change what a terminal shows.
+ESCAPED = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class _Output(io.FileIO):
+    """A standard stream. What cannot be written is lost, and the first error is kept."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # a pipe that another process has made non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def protect_streams() -> None:
+    """Replace the standard streams by ones on which a closed pipe or a full disk does not raise.
+
+    If a stream is closed, it becomes /dev/null: otherwise the next file that is opened would get its number, and the
+    messages of libraries.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _protected(1, sys.stdout), _protected(2, sys.stderr)
+
+
+def _protected(number: int, stream: TextIO | None) -> TextIO:
+    raw = _Output(number, "w", closefd=False)
+    if not isinstance(stream, io.TextIOWrapper):  # Python had found it closed
+        raw.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8")
+    lines = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=lines)
+
+
+def lost_output() -> str | None:
+    """Return why lines are missing on the standard streams, or None. A reader that has gone away is no error."""
+    problems = []
+    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+        stream.flush()
+        error = getattr(getattr(getattr(stream, "buffer", None), "raw", None), "error", None)
+        if isinstance(error, OSError) and error.errno != errno.EPIPE:
+            problems.append(f"{name}: {error.strerror}")
+    return "; ".join(problems) or None
 
 
 def start(stream: TextIO, verbose: bool) -> None:
@@ -14,8 +72,8 @@ def start(stream: TextIO, verbose: bool) -> None:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # a line with a file name that is not UTF-8 would be lost
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Lines("%(message)s" if stream.isatty() else "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.raiseExceptions = False  # no traceback about a closed pipe, as with `pipeline.py plan | head`
+    handler.setFormatter(_Lines("%(message)s" if stream.isatty() else "%(asctime)s %(message)s"))
+    logging.raiseExceptions = False  # no traceback about a log line that cannot be written
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -23,12 +81,13 @@ def start(stream: TextIO, verbose: bool) -> None:
 
 
 class _Lines(logging.Formatter):
-    """Removes secrets, and marks warnings and errors."""
+    """Removes secrets and control characters, and marks warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from dgmd_pipeline.formatting import redact
+        return formatting.redact(super().format(record)).translate(ESCAPED)
 
-        return redact(super().format(record))
+    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802
+        return formatting.local_time(datetime.fromtimestamp(record.created, UTC))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if record.levelno >= logging.WARNING:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline import formatting
@@ -95,6 +95,7 @@ def confirm(question: str, yes: bool) -> None:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Provide a folder that is removed when the block ends."""
+    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # only that in DATA_DIR may not exist
     with TemporaryDirectory(prefix="dgmd-") as folder:
         yield Path(folder)
 

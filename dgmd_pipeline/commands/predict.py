@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import to_cell
@@ -58,7 +59,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
                 image = np.asarray(decoding.open_rgb(path))[np.newaxis]
             except (*decoding.DAMAGED, Image.DecompressionBombError) as error:
                 unreadable.append(path)
-                log.warning("%s is not a readable image (%s)", path, type(error).__name__)
+                log.warning("%s is not a readable image (%s)", path, decoding.describe(error))
                 continue
             probabilities = network.predict_on_batch(image)[0]
             best = int(probabilities.argmax())
@@ -89,7 +90,8 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith("."))
+            found = (each for each in path.rglob("*") if each.is_file())
+            yield from sorted(each for each in found if not manifest.is_system_file(str(each.relative_to(path))))
         elif path.is_file():
             yield path
         else:

@@ -15,7 +15,7 @@ from typing import Any
 from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
-from dgmd_pipeline.settings import Settings, mlflow_login
+from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_variables
 from dgmd_pipeline.tasks import LAST, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
@@ -44,6 +44,13 @@ def run(
     code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
         with disk.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+            # The message to NOTIFY_URL is left out: it could take longer than the system waits.
+            quiet = values.model_copy(update={"notify_url": None})
+            signals.before_end.append(
+                lambda number: publish_status(
+                    quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start
+                )
+            )
             code, message = _finish(values, result, force, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
@@ -87,6 +94,7 @@ def _finish(
 ) -> tuple[int, str]:
     """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
+    disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
     forced = _forced(values, force, until)
     context = RunContext(
         values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
@@ -166,16 +174,16 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
 
 
 def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:
-    """Check before the first step what would otherwise fail hours later: weights and the MLflow server."""
-    from dgmd_pipeline.registry import store as registry_store
+    """Check before the first step what would otherwise fail hours later: weights and the registry."""
+    from dgmd_pipeline.registry import preflight
     from dgmd_pipeline.training import backbones
 
     learning = {names.TRAINED_MODEL, *(f"{names.FEATURES}_{split}" for split in names.SPLITS)}
     if any(plan.state != "done" for plan in plans if plan.step in learning):
         backbones.weights_file(values.backbone, values.backbone_weights, values.keras_home)
-    if values.mlflow_tracking_uri and any(plan.step == names.REGISTERED_MODEL for plan in plans):
-        warning = registry_store.check_server(values.mlflow_tracking_uri, mlflow_login())
-        if warning:
+    if any(plan.step == names.REGISTERED_MODEL for plan in plans) and (store := lookup.store(values)):
+        experiment = values.mlflow_experiment_name or values.model_name
+        if warning := preflight.check(store, experiment, mlflow_variables()):
             log.warning("%s", warning)
 
 

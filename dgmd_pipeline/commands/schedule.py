@@ -54,14 +54,13 @@ def _report(values: "Settings", code: int, seconds: float, published: bool) -> N
     """Log a failed run, and publish its status if the run was killed or ended before it could `publish` its own."""
     from dgmd_pipeline.commands import run
 
+    killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""
+    may_end_before_it_begins = code in (1, SettingsError.exit_code)
+    code = 128 - code if killed else code  # as in a shell, and as Docker shows it
     if code:
-        log.error("Run failed with exit code %d; the schedule continues.", code)
-    if code >= 0 and code not in (1, SettingsError.exit_code):  # only with these two may a run end before it begins
-        return
-    if not published:
-        killed = f"killed by signal {-code}, for example because memory ran out"
-        message = killed if code < 0 else "the run could not start; see the log"
-        run.publish_status(values, None, 128 - code if code < 0 else code, message, seconds)
+        log.error("Run failed with exit code %d%s; the schedule continues.", code, f" ({killed})" if killed else "")
+    if not published and (killed or may_end_before_it_begins):
+        run.publish_status(values, None, code, killed or "the run could not start; see the log", seconds)
 
 
 def _now() -> datetime:

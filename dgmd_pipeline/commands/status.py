@@ -1,9 +1,13 @@
 """The outcome of a run <-> `status.json` in DATA_DIR, which the health check reads."""
 
 import json
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dgmd_pipeline.workflow import folders
+
+KILLED = "for example because memory ran out. Give it more memory, or fewer cores, and run it again"
 NAME = "status.json"
 SUCCEEDED, UNCHANGED, STOPPED, FAILED = "succeeded", "unchanged", "stopped", "failed"
 
@@ -50,8 +54,20 @@ def write(status: Status, data_dir: Path) -> None:
 
 
 def read(data_dir: Path) -> Status | None:
-    """Return the last run's status; None if no run has ended yet. Raises OSError if the file cannot be read."""
+    """Return the status that was written last, or None. Raises OSError if the file cannot be read."""
     try:
         return Status(**json.loads((data_dir / NAME).read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):  # TypeError: written by another version
         return None
+
+
+def last(data_dir: Path, model: str) -> Status | None:
+    """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
+
+    A killed run has written none: its status says so, `ended` is when it started, and `model` is its model.
+    """
+    known, killed = read(data_dir), folders.killed_run(data_dir)
+    if killed and (known is None or known.ended < killed.started):
+        message = f"the run that started at {killed.started} ({killed.process}) was killed, {KILLED}"
+        return Status(FAILED, 128 + signal.SIGKILL, message, killed.started, 0.0, model)
+    return known

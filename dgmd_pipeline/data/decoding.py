@@ -11,18 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-# Pillow registers these two readers on import. Without the imports, it would load all its readers for the first file
+# Pillow registers these three readers on import. Without the imports, it would load all its readers for the first file
 # that is not JPEG, PNG, GIF or BMP.
+import PIL.AvifImagePlugin
 import PIL.Image
 import PIL.TiffImagePlugin
 import PIL.WebPImagePlugin
 from PIL.ExifTags import Base as ExifTag
 
+from dgmd_pipeline.data import colour_modes, file_types, limits, png
+from dgmd_pipeline.formatting import one_line
+
+PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all cores
+
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 100_000_000  # a photograph has 12 megapixels, the largest mode of a phone 200; 4 to 8 bytes a pixel
-MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 # What Pillow's readers raise for damaged content. 440,000 damaged files (bytes changed, cut, inserted; 22 encodings
 # of the six formats; Pillow 13.0) raised the first three. Pillow's own code expects the others of damaged data, or
 # older versions raised them.
@@ -37,6 +41,7 @@ DAMAGED = (
     zlib.error,
     ArithmeticError,  # OverflowError, ZeroDivisionError
     AssertionError,
+    RuntimeError,  # by the reader of AVIF, for most kinds of damage
     MemoryError,  # the header asks for more memory than the machine has
 )
 # ImageOps.exif_transpose does the same, but it also rewrites the EXIF data: it takes 0.2 ms longer, and it fails where
@@ -53,15 +58,18 @@ _TRANSPOSE = {
 _SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
 
 
-def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def open_rgb(path: Path, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
     """Read an image file as RGB (see `to_rgb`). The content determines the format, not the name.
 
     Call it from one thread at a time: `guard` changes settings of the process.
-    Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels`, and one of `DAMAGED`.
+    Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels` or exceeds another of `limits`, and
+    one of `DAMAGED`.
     """
     data = path.read_bytes()
     with guard(data, max_pixels):
-        return to_rgb(open_header(data))
+        header = open_header(data)
+        limits.check(header, data)
+        return to_rgb(header)
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -81,50 +89,54 @@ def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> di
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the first frame in mode RGB, with the EXIF orientation applied, on a white background.
+    """Return the first frame in mode RGB, with the orientation applied, on a white background.
 
-    16-bit grey is scaled to 8 bits, not clipped. The range of floating-point grey is taken as 0 to 1, or as 0 to 255
-    where a value exceeds 1. Pillow converts the other modes (CMYK with Adobe's inversion, LAB through littleCMS).
-    Colour profiles are not applied. Raises one of `DAMAGED`.
+    `colour_modes.to_rgb` documents the conversion of other modes. Raises one of `DAMAGED`.
     """
     if image.tell():
         image.seek(0)
-    image.load()
-    orientation = read_orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = PIL.Image.new("RGB", image.size, "white")
-        background.paste(image, mask=image)
-        image = background
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
-    return apply_orientation(image, orientation)
-
-
-def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scale integer grey (clipped to 16 bits) or floating-point grey to 8 bits. Pillow's conversion clips at 255."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values)
-        white = 1 if values.max() <= 1 else 255
-        grey = np.rint(np.clip(values, 0, white) * (255 // white))
-    else:
-        grey = (np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-    return PIL.Image.fromarray(grey.astype(np.uint8))
+    rgb = colour_modes.to_rgb(image)
+    return apply_orientation(rgb, read_orientation(image))
 
 
 def open_header(data: bytes) -> PIL.Image.Image:
-    """Read the header of an image in one of `FORMATS`. Call it inside `guard`. Raises one of `DAMAGED`."""
-    return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    """Read the header of an image in one of `FORMATS`. Call it inside `guard`.
+
+    Raises one of `DAMAGED`; PIL.UnidentifiedImageError says what the file is instead.
+    """
+    if data.startswith(png.SIGNATURE):
+        data = png.without_metadata(data)
+    try:
+        return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        raise PIL.UnidentifiedImageError(_why_unidentified(data)) from None
+
+
+def _why_unidentified(data: bytes) -> str:
+    file_type = file_types.identify(data)
+    if file_type in FORMATS:
+        reader, _ = PIL.Image.OPEN[file_type]
+        try:
+            reader(io.BytesIO(data), "")
+        except DAMAGED as error:  # PIL.Image.open drops it
+            return f"{file_type} that cannot be read: {error}"
+        return f"{file_type} with a damaged header"
+    return f"{file_type}; expected an image in the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
+
+def describe(error: Exception) -> str:
+    """Return the message of an error in `DAMAGED` as a bounded line, with the error's type if the library chose it."""
+    own = isinstance(error, PIL.UnidentifiedImageError | colour_modes.UnknownRange)
+    return one_line(str(error) if own else f"{type(error).__name__}: {error}")
 
 
 def read_orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation, or 1 (upright) where the EXIF data is missing or damaged."""
+    """Return the EXIF orientation, or 1 (upright) where the EXIF data is missing or damaged.
+
+    For AVIF, it is the orientation of the file's own properties, which Pillow puts into the EXIF data.
+    """
+    if image.format == "AVIF":
+        image.info.pop("xmp", None)  # Pillow would take the orientation from it where the properties say "upright"
     try:
         return image.getexif().get(ExifTag.Orientation, 1)
     except DAMAGED:
@@ -142,15 +154,16 @@ def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def guard(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
+def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
     """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
-    number, so it is set to half of `max_pixels`. libtiff writes to stderr by itself, so stderr is redirected for files
-    that begin like a TIFF. Both are settings of the process: use one guard at a time.
+    number, so it is set to half of `max_pixels`, or of what `limits` allows for the format. libtiff writes to stderr
+    by itself, so stderr is redirected for files that begin like a TIFF. Both are settings of the process: use one
+    guard at a time.
     """
     previous = PIL.Image.MAX_IMAGE_PIXELS
-    PIL.Image.MAX_IMAGE_PIXELS = max_pixels // 2
+    PIL.Image.MAX_IMAGE_PIXELS = min(max_pixels, limits.max_pixels(data)) // 2
     silence = _discard_stderr() if data[:2] in (b"II", b"MM") else contextlib.nullcontext()
     try:
         with warnings.catch_warnings(record=True) as caught, silence:

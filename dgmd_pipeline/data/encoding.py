@@ -6,27 +6,37 @@ of its two passes. docs/measurements/records.md compares other ways to decode, r
 model's predictions.
 """
 
+import contextlib
 import io
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
-from dgmd_pipeline.data import decoding
+from dgmd_pipeline.data import decoding, limits
 from dgmd_pipeline.manifest import Fit
 
 FORMAT = "WEBP"
+RECORD_MEMORY = 48  # bytes for each pixel of a record: its channels in floating point, the encoder; measured
 BAND_PIXELS = 2**18  # converted to floating point at a time; halves the time of a 12-megapixel image
 
 
-def encode(path: Path, width: int, height: int, fit: Fit) -> bytes:
+def encode(
+    path: Path, width: int, height: int, fit: Fit, reserve_memory: limits.ReserveMemory = contextlib.nullcontext
+) -> bytes:
     """Return the image of a file, resized with `resize`, as a lossless WebP.
 
-    Raises what `decoding.open_rgb` and `resize` raise.
+    `reserve_memory` is entered with the bytes that this needs, while it needs them.
+    Raises what `decoding.open_rgb`, `resize` and `reserve_memory` raise.
     """
-    pixels = PIL.Image.fromarray(resize(decoding.open_rgb(path), width, height, fit))
-    file = io.BytesIO()
-    pixels.save(file, FORMAT, lossless=True, quality=0, method=0)  # the fastest; slower methods save 5 % of the bytes
+    data, file = path.read_bytes(), io.BytesIO()
+    with decoding.guard(data), limits.limit_time():
+        images = [decoding.open_header(data)]
+        needed = limits.check(images[0], data) + _memory_to_resize(images[0].size, width, height)
+        with reserve_memory(needed):
+            # Popped, so that the pixels before the conversion are not kept.
+            pixels = PIL.Image.fromarray(resize(decoding.to_rgb(images.pop()), width, height, fit))
+            pixels.save(file, FORMAT, lossless=True, quality=0, method=0)  # the fastest; slower ones save 5 % of bytes
     return file.getvalue()
 
 
@@ -36,25 +46,32 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: Fit) -> np.ndar
     "stretch" changes the aspect ratio. "letterbox" keeps it and adds black bars. "crop" keeps it and cuts off two
     edges. Bars and edges are whole pixels of `image`, as many as `keras.layers.Resizing` adds with
     `pad_to_aspect_ratio` and cuts off with `crop_to_aspect_ratio`.
-    Raises PIL.Image.DecompressionBombError if the first pass would produce more than `decoding.MAX_PIXELS` pixels.
+    Raises PIL.Image.DecompressionBombError if the first pass would produce more than `limits.MAX_PIXELS` pixels.
     """
     # The width and the height that give the image the target's aspect ratio. Keras divides in float32.
     target_width = int(np.float32(image.height * width) / np.float32(height))
     target_height = int(np.float32(image.width * height) / np.float32(width))
     # The first pass changes the width, along an axis without bars. So the image is transposed if its bars are left and
     # right, or if it is so narrow and tall that the first pass would produce too many pixels.
-    narrow = width * image.height > decoding.MAX_PIXELS > height * image.width
+    narrow = width * image.height > limits.MAX_PIXELS > height * image.width
     if target_width > image.width if fit == "letterbox" else narrow:
-        return resize(image.transpose(PIL.Image.Transpose.TRANSPOSE), height, width, fit).transpose(1, 0, 2)
+        image = image.transpose(PIL.Image.Transpose.TRANSPOSE)  # not in the call, which would keep both
+        return resize(image, height, width, fit).transpose(1, 0, 2)
     bar = max(target_height - image.height, 0) // 2 if fit == "letterbox" else 0
     if fit == "crop":
         image = _crop_centre(image, max(min(image.width, target_width), 1), max(min(image.height, target_height), 1))
-    if width * (image.height + 2 * bar) > decoding.MAX_PIXELS:
+    if width * (image.height + 2 * bar) > limits.MAX_PIXELS:
         raise PIL.Image.DecompressionBombError(
             f"{image.width} x {image.height} pixels are too narrow to be resized to {width} x {height}"
         )
     channels = [_resize_channel(channel, width, height, bar) for channel in image.split()]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def _memory_to_resize(size: tuple[int, int], width: int, height: int) -> int:
+    """Return how many bytes `resize` and the encoder of a record need at most beside the image of this size."""
+    first_pass = min(max(width * size[1], height * size[0]), limits.MAX_PIXELS)
+    return 4 * first_pass + RECORD_MEMORY * width * height
 
 
 def _crop_centre(image: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:

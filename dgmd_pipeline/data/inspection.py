@@ -1,12 +1,13 @@
 """Files under `raw/` -> rows: a usable `Image`, or a `Rejected` with the reason why the file is left out."""
 
+import contextlib
 import hashlib
+import logging
 import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -14,18 +15,21 @@ import numpy as np
 import PIL.Image
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.data import corrections, decoding, near_duplicates
+from dgmd_pipeline.data import corrections, decoding, limits, near_duplicates
 from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
-from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
 
+log = logging.getLogger(__name__)
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
-PIECE = 64  # files that a worker inspects in one call
-UNDECODABLE = ("unreadable", "truncated", "empty", "too many pixels", "too many bytes")
+CHUNK = 64  # files that a worker gets at once
+UNDECODABLE = (
+    "unreadable", "truncated", "empty", "too many pixels", "too many bytes", "too many scans", "too little memory",
+)  # fmt: skip
 _DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
 
 _Outcome = Rejected | tuple[Image, bytes]  # a usable image and its thumbnail
-MapPieces = Callable[[Callable[[list[RawFile]], list[_Outcome]], Iterable[list[RawFile]]], Iterable[list[_Outcome]]]
+Map = Callable[[Callable[[RawFile], _Outcome], Iterable[RawFile]], Iterable[_Outcome | WorkerDied]]
 InspectionCounts = TypedDict(
     "InspectionCounts",
     {"files": int, "images": int, "rejected": dict[str, int], "near-duplicates": int, "relabelled": int},
@@ -33,12 +37,18 @@ InspectionCounts = TypedDict(
 
 
 def inspect_folder(
-    raw: Path, downloaded: bool, corrected_labels: Mapping[str, str], folder: Path, map: MapPieces = map
+    raw: Path,
+    downloaded: bool,
+    corrected_labels: Mapping[str, str],
+    folder: Path,
+    map: Map = map,
+    reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
 ) -> InspectionCounts:
     """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
 
     If `raw` was `downloaded`, the files are those of its listing; otherwise they are all files in its subfolders.
-    `corrected_labels` comes from `corrections.read`; `map` is as in `inspect`. Raises NoUsableInput without files.
+    `corrected_labels` comes from `corrections.read`; `map` and `reserve_memory` are as in `inspect`. Raises
+    NoUsableInput without files.
     """
     files = list(_listed_files(raw) if downloaded else find(raw))
     if not files:
@@ -48,7 +58,7 @@ def inspect_folder(
         )
     corrected = corrections.apply(files, corrected_labels)
     corrections.warn_of_mismatches(corrected)
-    images, rejected = inspect(corrected.files, raw, folder, map)
+    images, rejected = inspect(corrected.files, raw, folder, map, reserve_memory)
     images, copies = corrections.exclude_copies(images, corrected.excluded, raw)
     rejected = sorted(rejected + corrected.excluded + copies)
     not_inspected = manifest.read(raw / manifest.REJECTED, Rejected) if downloaded else _unlabelled_files(raw)
@@ -78,29 +88,33 @@ def inspect(
     files: Iterable[RawFile],
     raw: Path,
     scratch: Path,
-    map: MapPieces = map,
+    map: Map = map,
+    reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
     min_side: int = MIN_SIDE,
-    max_pixels: int = decoding.MAX_PIXELS,
+    max_pixels: int = limits.MAX_PIXELS,
 ) -> tuple[list[Image], list[Rejected]]:
     """Read, hash and decode every file once; return the usable images and the rejected files, each sorted by path.
 
-    `map` works like the builtin. It may call its function for the pieces (lists of at most 64 files) in other
-    processes, and yields the results in order. `scratch` is an existing folder for a temporary file of 768 bytes an
-    image. The rows depend on the files only.
+    `map` works like the builtin. It may call its function in other processes, and yields the results in order; for a
+    file whose process died, it yields a WorkerDied. `reserve_memory` is entered with the bytes that an image needs
+    while it is decoded, and may raise TooLittleMemory. `scratch` is an existing folder for a temporary file of 768
+    bytes an image. The rows depend on the files only, unless there is too little memory for one of them.
 
-    Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, or a disk error); "truncated" (the data ends
-    before the image does); "too many bytes" (more than MAX_BYTES); "too many pixels" (more than `max_pixels`, checked
-    before decoding); "too small" (the shortest side is below `min_side` pixels); "duplicate" (the same bytes under the
-    same label; the first path is used); "conflict" (the same bytes under several labels; none is used). A corrected
-    label of one copy applies to all copies.
+    Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, a disk error, or the process that decoded it
+    died); "truncated" (the data ends before the image does); "too many bytes", "too many pixels" (more than
+    `max_pixels`, or more than MAX_MEMORY to decode them) and "too many scans" (`limits`, checked before decoding);
+    "too little memory" (for this image, on this machine); "too small" (the shortest side is below `min_side` pixels);
+    "duplicate" (the same bytes under the same label; the first path is used); "conflict" (the same bytes under several
+    labels; none is used). A corrected label of one copy applies to all copies.
     """
     files = sorted(files)
-    pieces = [files[start : start + PIECE] for start in range(0, len(files), PIECE)]
-    inspect_piece = partial(_inspect_piece, raw=raw, min_side=min_side, max_pixels=max_pixels)
+    inspect_file = partial(
+        _inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
+    )
     thumbnails = scratch / "thumbnails"
     try:
         with thumbnails.open("wb") as file:
-            decoded, rejected = _collect(chain.from_iterable(map(inspect_piece, pieces)), file)
+            decoded, rejected = _collect(files, map(inspect_file, files), file)
         unique, copies = _remove_copies(decoded)
         images = _group_near_duplicates(unique, thumbnails, len(decoded))
     finally:
@@ -111,10 +125,10 @@ def inspect(
 def find(raw: Path) -> Iterator[RawFile]:
     """Yield the files of a `raw/` folder that was not downloaded, sorted by path.
 
-    The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are files
-    and folders whose name begins with a dot. Links to files count as files. Links to folders are not followed, because
-    they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect` rejects
-    them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
+    The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
+    files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
+    because they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect`
+    rejects them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -122,16 +136,19 @@ def find(raw: Path) -> Iterator[RawFile]:
             f"Cannot list the folder {error.filename} ({error.strerror}). Make it readable, or remove it."
         ) from error
 
-    found = []
+    found, ignored = [], 0
     for folder, subfolders, names in os.walk(raw, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        ignored += sum(map(manifest.is_system_file, names + subfolders))
+        subfolders[:] = [name for name in subfolders if not manifest.is_system_file(name)]
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
         below = Path(folder).relative_to(raw).as_posix()
         if below == ".":
             found += [RawFile(name, name) for name in links]
         else:
             label = below.split("/", 1)[0]
-            found += [RawFile(f"{below}/{name}", label) for name in names + links if not name.startswith(".")]
+            found += [RawFile(f"{below}/{name}", label) for name in names + links if not manifest.is_system_file(name)]
+    if ignored:
+        log.info("  %s: %s", raw, manifest.describe_system_files(ignored, "files and folders"))
     yield from sorted(found)
 
 
@@ -164,28 +181,30 @@ def _listed_files(raw: Path) -> Iterator[RawFile]:
 
 def _unlabelled_files(raw: Path) -> Iterator[Rejected]:
     for path in sorted(raw.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not manifest.is_system_file(path.name):
             yield Rejected(path.name, "", "no label", "directly in raw/, not in the folder of a label")
 
 
-def _inspect_piece(files: list[RawFile], raw: Path, min_side: int, max_pixels: int) -> list[_Outcome]:
-    return [_inspect_file(file, raw / file.path, min_side, max_pixels) for file in files]
-
-
-def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> _Outcome:
+def _inspect_file(
+    file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
+) -> _Outcome:
+    path = raw / file.path
     try:
         if not path.is_file():  # reading a named pipe would block forever
             return Rejected(*file, "unreadable", "not a regular file, or a broken link")
-        if (size := path.stat().st_size) > decoding.MAX_BYTES:
-            return Rejected(*file, "too many bytes", f"{size:,}, expected at most {decoding.MAX_BYTES:,}")
+        if (size := path.stat().st_size) > limits.MAX_BYTES:
+            return Rejected(*file, "too many bytes", f"{size:,}, expected at most {limits.MAX_BYTES:,}")
         data = path.read_bytes()
     except OSError as error:
         return Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}")
     if not data:
         return Rejected(*file, "empty", "0 bytes")
-    with decoding.guard(data, max_pixels) as caught:
+    with decoding.guard(data, max_pixels) as caught, limits.limit_time():
         try:
-            kind, (width, height), thumbnail = _decode(data)
+            kind, (width, height), thumbnail = _decode(data, reserve_memory)
+        except TooLittleMemory as error:
+            advice = "raise the memory limit, and inspect again with --force inspect"
+            return Rejected(*file, "too little memory", f"{error}; {advice}")
         except (PIL.Image.DecompressionBombError, *decoding.DAMAGED) as error:
             return Rejected(*file, *_explain(error, data, caught))
     if min(width, height) < min_side:
@@ -194,36 +213,39 @@ def _inspect_file(file: RawFile, path: Path, min_side: int, max_pixels: int) -> 
     return Image(*file, sha256, kind, width, height, sha256), thumbnail.tobytes()
 
 
-def _decode(data: bytes) -> tuple[str, tuple[int, int], PIL.Image.Image]:
+def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tuple[int, int], PIL.Image.Image]:
     """Return the format, the width and height of the upright image, and its thumbnail."""
     square, bilinear = (THUMBNAIL_SIZE, THUMBNAIL_SIZE), PIL.Image.Resampling.BILINEAR
-    image = decoding.open_header(data)
-    if image.format not in ("JPEG", "MPO"):
-        rgb = decoding.to_rgb(image)
-        return str(image.format), rgb.size, rgb.resize(square, bilinear)
-    orientation = decoding.read_orientation(image)
-    size = decoding.oriented_size(image.size, orientation)
-    draft = image.draft("RGB", _DRAFT_SIZE)
-    # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ by
-    # a shift.
-    thumbnail = image.convert("RGB").resize(square, bilinear, draft and draft[1])
-    return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
+    images = [decoding.open_header(data)]
+    kind = str(images[0].format)
+    with reserve_memory(limits.check(images[0], data)):
+        if kind not in ("JPEG", "MPO"):
+            rgb = decoding.to_rgb(images.pop())  # popped, so that the pixels before the conversion are not kept
+            return kind, rgb.size, rgb.resize(square, bilinear)
+        image = images[0]
+        orientation = decoding.read_orientation(image)
+        size = decoding.oriented_size(image.size, orientation)
+        draft = image.draft("RGB", _DRAFT_SIZE)
+        # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
+        # by a shift.
+        thumbnail = image.convert("RGB").resize(square, bilinear, draft and draft[1])
+        return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
 
 
 def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage]) -> tuple[str, str]:
     """Return the reason and the detail for an error of a reader and the warnings before it."""
+    if isinstance(error, limits.TooManyScans):
+        return "too many scans", str(error)
     if isinstance(error, PIL.Image.DecompressionBombError):
         return "too many pixels", str(error).split(",", 1)[0]
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, PIL.UnidentifiedImageError):  # Pillow's message contains an address in memory
-        message = f"not an image in the format {', '.join(decoding.FORMATS[:-1])} or {decoding.FORMATS[-1]}"
+    message = decoding.describe(error)
     truncated = "truncated" in message.lower() or len(data) < _announced_size(data)
     detail = "; ".join(dict.fromkeys([message, *(str(warning.message) for warning in caught)]))
-    return "truncated" if truncated else "unreadable", " ".join(detail.split())
+    return "truncated" if truncated else "unreadable", detail
 
 
 def _announced_size(data: bytes) -> int:
-    """Return the size in bytes that a WebP or TIFF header announces, 0 for other formats.
+    """Return the size in bytes that the headers of a WebP, TIFF or AVIF announce, 0 for other formats.
 
     Pillow's readers of these formats raise the same errors for truncated and for damaged files.
     """
@@ -231,15 +253,24 @@ def _announced_size(data: bytes) -> int:
         return int.from_bytes(data[4:8], "little") + 8
     if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which most writers put at the end
         return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
-    return 0
+    end = 0
+    if data[4:8] == b"ftyp":  # boxes, each with its size; 0 means "to the end of the file"
+        for _ in range(100):  # an image has fewer
+            if end < len(data):
+                end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
+    return end
 
 
-def _collect(outcomes: Iterable[_Outcome], thumbnails: BinaryIO) -> tuple[list[Image], list[Rejected]]:
+def _collect(
+    files: Iterable[RawFile], outcomes: Iterable[_Outcome | WorkerDied], thumbnails: BinaryIO
+) -> tuple[list[Image], list[Rejected]]:
     """Separate the decoded images from the rejected files, and write the thumbnails to a file."""
     decoded: list[Image] = []
     rejected: list[Rejected] = []
-    for outcome in outcomes:
-        if isinstance(outcome, Rejected):
+    for file, outcome in zip(files, outcomes, strict=True):
+        if isinstance(outcome, WorkerDied):
+            rejected.append(Rejected(*file, "unreadable", limits.explain(outcome)))
+        elif isinstance(outcome, Rejected):
             rejected.append(outcome)
         else:
             image, thumbnail = outcome

@@ -8,12 +8,16 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dgmd_pipeline.data import encoding, tfrecord
-from dgmd_pipeline.data.decoding import DAMAGED
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.data import encoding, limits, tfrecord
+from dgmd_pipeline.data.decoding import DAMAGED, describe
+from dgmd_pipeline.errors import PipelineError, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import Example, Fit
 
 COPY_BYTES = 1 << 20  # read at a time
+_EXCLUDE = (
+    "Raise the memory limit of the pipeline, or exclude the image with a row in corrections.csv (docs/operating.md). "
+    "Then run again."
+)
 
 
 class Piece(NamedTuple):
@@ -29,6 +33,7 @@ class Piece(NamedTuple):
     width: int
     height: int
     fit: Fit
+    reserve_memory: limits.ReserveMemory
 
 
 def write_piece(piece: Piece) -> np.ndarray:
@@ -43,6 +48,7 @@ def write_piece(piece: Piece) -> np.ndarray:
                 output.copy(source, int(stored["start"]), int(stored["length"]))
                 lengths.append((stored["length"], stored["image"], stored["image_length"]))
             else:
+                output.close()  # if the process dies, `check` sees at which image
                 image = _encode(piece, row) if source is None else _read_image(source, stored)
                 frame = tfrecord.frame(tfrecord.serialize_example(_features(piece, row, image)))
                 output.write(frame)
@@ -52,6 +58,15 @@ def write_piece(piece: Piece) -> np.ndarray:
     written["length"], written["image"], written["image_length"] = fields.T
     written["start"] = np.cumsum(fields[:, 0]) - fields[:, 0]
     return written
+
+
+def check(piece: Piece, outcome: np.ndarray | WorkerDied) -> np.ndarray:
+    """Return the records of a piece. Raises PipelineError with the image at which the process died, if it did."""
+    if isinstance(outcome, WorkerDied):
+        written = tfrecord.count(piece.part) if piece.part.exists() else 0
+        path = piece.raw / piece.rows[min(written, len(piece.rows) - 1)].path
+        raise PipelineError(f"{path} cannot be converted: {limits.explain(outcome)}. {_EXCLUDE}")
+    return outcome
 
 
 def join(shard: Path, parts: Iterable[tuple[Piece, np.ndarray]]) -> np.ndarray:
@@ -87,6 +102,7 @@ class _Output:
         """Append bytes."""
         self.close()
         self._file.write(content)
+        self._file.flush()
 
     def close(self) -> None:
         """Copy what is still to be copied."""
@@ -98,6 +114,7 @@ class _Output:
             while left and (content := source.read(min(left, COPY_BYTES))):
                 self._file.write(content)
                 left -= len(content)
+        self._file.flush()
         self._source = None
 
 
@@ -120,10 +137,12 @@ def _read_image(source: Path, stored: np.void) -> bytes:
 def _encode(piece: Piece, row: Example) -> bytes:
     path = piece.raw / row.path
     try:
-        return encoding.encode(path, piece.width, piece.height, piece.fit)
+        return encoding.encode(path, piece.width, piece.height, piece.fit, piece.reserve_memory)
+    except TooLittleMemory as error:
+        raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, and is not any more ({type(error).__name__}: {error}). "
-            "Restore the file: if it was downloaded, delete the folder raw. Or accept the change: delete the folder "
-            "inspected. Then run again."
+            f"{path} was readable when it was inspected, and is not any more ({describe(error)}). "
+            "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
+            "with --force inspect."
         ) from error

@@ -11,6 +11,7 @@ TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `t
 `tf.io.decode_webp(image, channels=3)[0]`. `index.json` in the same folder names the encoding and the fit.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dgmd_pipeline import formatting, manifest
-from dgmd_pipeline.data import encoding, record_writing
+from dgmd_pipeline.data import encoding, limits, record_writing
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable, is_intact
 from dgmd_pipeline.data.record_writing import Piece
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, WorkerDied
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
 from dgmd_pipeline.workflow import files
 
@@ -56,7 +57,8 @@ def write(
     width: int,
     height: int,
     fit: Fit,
-    map: Callable[[Callable[[Piece], np.ndarray], Sequence[Piece]], Iterable[np.ndarray]] = map,
+    map: Callable[[Callable[[Piece], np.ndarray], Sequence[Piece]], Iterable[np.ndarray | WorkerDied]] = map,
+    reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
     previous: Iterable[Path] = (),
 ) -> Written:
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
@@ -66,8 +68,10 @@ def write(
     finished folders of shards: a shard with equal rows is linked, and the record of an equal image file is copied. The
     bytes depend on the set of rows and on the images only, not on the order of `rows`, the number of processes, or
     `previous`. `map` works like the builtin. It may call its function for the pieces in other processes, and yields the
-    results (manifest.RECORD [images of the piece]) in order.
-    Raises PipelineError where an image is missing or no longer readable, OSError where `folder` cannot be written.
+    results (manifest.RECORD [images of the piece]) in order; for a piece whose process died, a WorkerDied.
+    `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
+    Raises PipelineError where an image is missing or no longer readable, or needs too much memory or time, OSError
+    where `folder` cannot be written.
     """
     ordered = _ordered(rows)
     examples = [row for _, row in ordered]
@@ -86,8 +90,9 @@ def write(
             records[rows_of_shard] = stored.records[reuse.shards[number].records]
         else:
             given = examples[rows_of_shard], records[rows_of_shard], reuse.positions[rows_of_shard]
-            pieces += _pieces(path, *given, stored, raw, (width, height), fit)
-    results = zip(pieces, map(record_writing.write_piece, pieces), strict=True)
+            pieces += _pieces(path, *given, stored, raw, (width, height), fit, reserve_memory)
+    outcomes = zip(pieces, map(record_writing.write_piece, pieces), strict=True)
+    results = ((piece, record_writing.check(piece, outcome)) for piece, outcome in outcomes)
     slice_of = dict(zip(names, slices, strict=True))
     for shard, parts in groupby(results, key=lambda result: result[0].shard):
         records[slice_of[shard.name]] = record_writing.join(shard, parts)
@@ -118,6 +123,7 @@ def _pieces(
     raw: Path,
     size: tuple[int, int],
     fit: Fit,
+    reserve_memory: limits.ReserveMemory,
 ) -> Iterator[Piece]:
     """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are those in `stored`, or NEW."""
     new = positions == NEW
@@ -130,7 +136,7 @@ def _pieces(
         ]
         part = shard if first == 0 else shard.with_suffix(f".part{first}")
         found = stored.records[positions[each]] if len(stored.records) else np.zeros(stop - first, manifest.RECORD)
-        yield Piece(raw, shard, part, examples[each], records[each], found, sources, *size, fit)
+        yield Piece(raw, shard, part, examples[each], records[each], found, sources, *size, fit, reserve_memory)
 
 
 def _ordered(rows: Iterable[Example]) -> list[tuple[bytes, Example]]:

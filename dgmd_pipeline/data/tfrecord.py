@@ -1,6 +1,7 @@
 """`tf.train.Example` and the frame of a TFRecord file, as bytes."""
 
 import struct
+from pathlib import Path
 
 import google_crc32c
 
@@ -39,6 +40,18 @@ def frame(record: bytes) -> bytes:
     """
     length = struct.pack("<Q", len(record))
     return length + _masked_crc(length) + record + _masked_crc(record)
+
+
+def count(path: Path) -> int:
+    """Return how many complete records a TFRecord file has; the last one may be cut."""
+    records, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while header := file.read(12):
+            file.seek(int.from_bytes(header[:8], "little") + 4, 1)
+            if len(header) < 12 or file.tell() > size:
+                break
+            records += 1
+    return records
 
 
 def _masked_crc(content: bytes) -> bytes:

@@ -1,41 +1,55 @@
-"""Where the registry is and whether it answers; names of its tags, aliases and artifacts; errors explained."""
+"""Where the registry and its artifacts are; names of its tags and aliases; errors explained."""
 
-import base64
 import contextlib
-import http.client
 import logging
-import re
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.formatting import redact
+from dgmd_pipeline.registry import database
 
-log = logging.getLogger(__name__)
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
 NON_PRODUCTION = "non-production"
-SERVER_MAJOR = 3
-REGISTRATION_FAILED = "could not register the model: {}. The training is kept; the next run only registers the model."
-REQUEST_FAILED = "did not answer as expected: {}. Check the server and repeat the command."
+TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
+REGISTRATION_FAILED = (
+    "could not register the model: {}. The training is kept: the next run with the same images and settings uses it."
+)
+REQUEST_FAILED = "did not answer as expected: {}. Correct this and repeat the command."
+REASON_LENGTH = 400
 EMBEDDED_BYTES = 2_000_000  # an embedded store without its models: the database has 0.96 MB after the first version
 
 
 class Store(NamedTuple):
-    """An MLflow tracking server and model registry."""
+    """An MLflow tracking server and model registry, or a database that is both."""
 
     uri: str  # of both
     artifacts: str | None  # URI of the folder for a new experiment's files; None: the server chooses
 
+    def place(self, recorded: str) -> str:
+        """Return the URI where artifacts are now that the database recorded at `recorded`.
+
+        It is another one if the folder of the database was moved, or has another path on this machine or in this
+        container. If there is nothing at the new place, it is `recorded`.
+        """
+        if self.artifacts is None or not recorded.startswith("file:"):
+            return recorded
+        name = "/".join(self.artifacts.split("/")[-2:])
+        moved = f"{self.artifacts}/{recorded.rpartition(f'/{name}/')[2]}"
+        return moved if f"/{name}/" in recorded and database.local_path(moved).exists() else recorded
+
+
+def at(uri: str) -> Store:
+    """Return the store at a URI of MLflow. An SQLite database gets the folder `artifacts` beside it."""
+    path = database.path_of(uri)
+    return Store(uri, (path.parent / "artifacts").as_uri() if path else None)
+
 
 def embedded(folder: Path) -> Store:
     """Return the store that `create` made in `folder`: an SQLite database and artifact files."""
-    folder = folder.resolve()
-    return Store(f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
+    return at(database.uri_of(folder.resolve() / "mlflow.db"))
 
 
 def create(folder: Path) -> None:
@@ -48,46 +62,16 @@ def create(folder: Path) -> None:
         MlflowClient(store.uri).search_experiments()
 
 
-def check_server(uri: str, login: str | None = None, timeout: float = 5) -> str | None:
-    """Ask an MLflow server for its version, without importing MLflow. Return a warning if the server does not tell.
-
-    `login` is "user:password"; a login in the URI takes precedence. `timeout` is in seconds. A URI that is not HTTP is
-    not checked.
-
-    Raises PipelineError if the server is older than MLflow 3: the client of MLflow 3 does not support older servers.
-    """
-    if not uri.startswith(("http://", "https://")):
-        return None
-    parts = urllib.parse.urlsplit(uri.rstrip("/"))
-    login_in_uri, _, host = parts.netloc.rpartition("@")
-    shown = parts._replace(netloc=host).geturl()
-    login = urllib.parse.unquote(login_in_uri) or login
-    later = "The run continues; the registration at its end tries again."
-    request = urllib.request.Request(f"{shown}/version", headers=_authorization(login) if login else {})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
-            found = answer.read(100).decode("utf-8", "replace").strip()
-    except urllib.error.HTTPError as error:
-        hint = {
-            401: "It requires a user and a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. ",
-            403: "It may not accept the host name of the request: set MLFLOW_SERVER_ALLOWED_HOSTS on the server. ",
-        }.get(error.code, "")
-        return f"The MLflow server at {shown} answers {error.code} {error.reason}. {hint}{later}"
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"The MLflow server at {shown} cannot be reached ({getattr(error, 'reason', error)}). {later}"
-    major = re.match(r"(\d+)\.\d", found)
-    if major is None:
-        return f"The server at {shown} does not identify itself as an MLflow server. {later}"
-    if int(major[1]) < SERVER_MAJOR:
-        raise PipelineError(
-            f"The MLflow server at {shown} is version {found}; this pipeline requires version {SERVER_MAJOR} or later: "
-            "upgrade the server."
-        )
-    return None
+def upgrade(store: Store) -> None:
+    """Upgrade the schema of an SQLite database to that of the installed MLflow: see `database.upgrade`."""
+    if path := database.path_of(store.uri):
+        database.upgrade(path)
 
 
-def _authorization(login: str) -> dict[str, str]:
-    return {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+def move_artifacts(store: Store) -> None:
+    """Let an SQLite database that was moved with its folder find its artifacts: see `database.move_artifacts`."""
+    if (path := database.path_of(store.uri)) and store.artifacts:
+        database.move_artifacts(path, store.artifacts)
 
 
 @contextlib.contextmanager
@@ -107,6 +91,15 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
         # exception is a bug of this package, except for disk errors and a missing database driver.
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
-        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         # Redacted here, because the message is also stored: in reports, the history and MLflow.
-        raise PipelineError(redact(f"MLflow at {store.uri} {message.format(reason)}")) from error
+        raise PipelineError(redact(f"MLflow at {store.uri} {message.format(reason(error))}")) from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an exception says: the first line, or all of them if the first one announces the others."""
+    text = str(error).strip()
+    first = text.partition("\n")[0]
+    text = " ".join(text.split()) if first.endswith(":") else first
+    if len(text) > REASON_LENGTH:
+        text = text[:REASON_LENGTH].rpartition(" ")[0] + " ..."
+    return text.rstrip(".")

@@ -13,6 +13,7 @@ from dgmd_pipeline.registry.store import PRODUCTION, REQUEST_FAILED, Store, erro
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import model_registry
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 
 class ForeignVersion(PipelineError):
@@ -53,16 +54,16 @@ class DownloadedVersion(NamedTuple):
     trained_on: frozenset[str]  # SHA-256 of each training image's file
 
 
-def read(store: Store, name: str) -> ModelState:
+def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
     """Read a registered model and all its versions: one request for the model and one for each page of versions.
 
-    Raises PipelineError if MLflow cannot be reached or refuses.
+    Raises PipelineError if MLflow cannot be reached or refuses; `message` is as in `errors_explained`.
     """
     from mlflow import MlflowClient
 
-    with errors_explained(store, REQUEST_FAILED):
+    with errors_explained(store, message):
         client = MlflowClient(store.uri)
-        model = _registered_model(client, name)
+        model = registered_model(client, name)
         if model is None:
             return ModelState(name, {}, [])
         found = []
@@ -86,7 +87,11 @@ def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> Downl
 
     with errors_explained(store, REQUEST_FAILED):
         mlflow.set_tracking_uri(store.uri)
-        mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder / "model"))
+        uri = f"models:/{name}/{version.version}"
+        if store.artifacts:
+            uri = mlflow.MlflowClient().get_model_version_download_uri(name, str(version.version))
+        (folder / "model").mkdir()
+        _files(store, uri).download_artifacts("", str(folder / "model"))
         metadata = Model.load(str(folder / "model")).metadata or {}
     path, labels = folder / "model" / "data" / "model.keras", metadata.get("labels")
     rows = artifact(store, version, "split/training.csv", folder)
@@ -107,16 +112,28 @@ def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Pa
     from mlflow import MlflowClient
 
     with errors_explained(store, REQUEST_FAILED):
-        client = MlflowClient(store.uri)
+        files = _files(store, MlflowClient(store.uri).get_run(version.run_id).info.artifact_uri)
         parent = name.rpartition("/")[0]
-        if name not in (file.path for file in client.list_artifacts(version.run_id, parent or None)):
+        if name not in (file.path for file in files.list_artifacts(parent or None)):
             return None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # Some artifact stores create the parent folders below the target, others do not: move the file to its place.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            Path(client.download_artifacts(version.run_id, name, scratch)).replace(path)
+            Path(files.download_artifacts(name, scratch)).replace(path)
         return path
+
+
+def registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
+    """Return a registered model; None if the registry has none of this name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelVersion]":
@@ -130,12 +147,9 @@ def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelV
             return
 
 
-def _registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
-    from mlflow.exceptions import MlflowException
+def _files(store: Store, uri: str) -> "ArtifactRepository":
+    """Return the files at a URI that MLflow recorded, from where they are now."""
+    from mlflow.tracking.artifact_utils import add_databricks_profile_info_to_artifact_uri, get_artifact_repository
 
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)
+    return get_artifact_repository(place, tracking_uri=store.uri)

@@ -4,6 +4,7 @@ boto3 reads the endpoint, region, profile and credentials from its own environme
 ~/.aws.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.formatting import as_user
 
 if TYPE_CHECKING:
     from botocore.session import Session
@@ -33,6 +35,7 @@ def connect(threads: int = 32) -> Client:
     from botocore.exceptions import BotoCoreError
     from botocore.loaders import create_loader
 
+    logging.getLogger("botocore.credentials").addFilter(_without_traceback)
     session = botocore.session.Session()
     # botocore reads AWS_DATA_PATH, our prefix in the bucket, as local folders of service descriptions.
     session.register_component("data_loader", create_loader())
@@ -43,7 +46,6 @@ def connect(threads: int = 32) -> Client:
         max_pool_connections=threads,
         connect_timeout=5,
         read_timeout=30,
-        retries={"mode": "standard"},
     )
     region = session.get_config_variable("region") or "us-east-1"
     try:
@@ -58,6 +60,14 @@ def connect(threads: int = 32) -> Client:
     no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
     client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Replace the traceback in a message of botocore about credentials that it cannot renew by the error's text."""
+    if record.exc_info and (error := record.exc_info[1]):
+        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__}: {error})", None
+        record.exc_info = None
+    return True
 
 
 def endpoint_host(client: Client) -> str:
@@ -174,5 +184,5 @@ def _check_file(session: "Session", name: str) -> None:
         raise NoUsableInput(
             f"{subject} cannot be read by this process, user {user} ({error.strerror}): {closed} belongs to user "
             f"{status.st_uid} with mode {status.st_mode & 0o777:o}. Run `chown {user} {closed}` and `chmod u+rX "
-            f"{closed}` on the host, or run as its owner (docker run --user {status.st_uid})."
+            f"{closed}` on the host, or run as its owner ({as_user(status.st_uid)})."
         ) from None

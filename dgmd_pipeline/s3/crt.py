@@ -5,17 +5,18 @@ here. botocore fetches every object that awscrt cannot fetch; it retries longer 
 fetches large objects, and all objects if there is a proxy.
 """
 
-import base64
-import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from dgmd_pipeline.manifest import SourceObject
 from dgmd_pipeline.s3.client import Client
+from dgmd_pipeline.s3.integrity import file_difference
+from dgmd_pipeline.s3.throttling import STATUSES, Gate
 
 if TYPE_CHECKING:
     from awscrt.s3 import S3Client, S3Request
@@ -32,8 +33,7 @@ MIN_BYTES_PER_SECOND = 10_000
 class PendingTransfer(NamedTuple):
     """A transfer in progress."""
 
-    key: str
-    size: int  # bytes
+    source: SourceObject
     path: Path
     headers: dict[str, str]  # of the response; names in lower case
     request: "S3Request"
@@ -47,9 +47,9 @@ class PendingTransfer(NamedTuple):
 class CrtTransfer:
     """Fetches objects of one bucket by awscrt, after botocore has fetched one."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
         """Observe the requests that `client` sends."""
-        self._client = client
+        self._client, self._bucket, self._gate = client, bucket, gate
         self._sent = threading.local()
         self._lock = threading.Lock()
         self._runtime: S3Client | None = None
@@ -77,7 +77,6 @@ class CrtTransfer:
     def _adopt(self, request: "AWSPreparedRequest", quoted_key: str) -> None:
         """Create the awscrt client. Raises ValueError if awscrt would send a different request."""
         from botocore.httpsession import get_cert_path
-        from botocore.session import Session
         from botocore.utils import get_environ_proxies
         from s3transfer.crt import BotocoreCRTCredentialsWrapper, create_s3_crt_client
 
@@ -98,17 +97,19 @@ class CrtTransfer:
             scope[-3] if signature else self._client.meta.region_name,
             credentials.to_crt_credentials_provider() if signature else None,
             use_ssl=parts.scheme == "https",
-            verify=Session().get_config_variable("ca_bundle") or get_cert_path(True),
+            verify=get_cert_path(self._client._endpoint.http_session._verify),
         )
 
     def accepts(self, size: int) -> bool:
-        """Return whether an object of `size` bytes can be fetched."""
-        return self._runtime is not None and self._failures < MAX_FAILURES and 0 < size <= MAX_BYTES
+        """Return whether an object of `size` bytes can be fetched now. While S3 throttles, botocore fetches objects."""
+        usable = self._runtime is not None and self._failures < MAX_FAILURES
+        return usable and 0 < size <= MAX_BYTES and self._gate.is_open
 
-    def start(self, key: str, size: int, path: Path, completed: Callable[[], None]) -> PendingTransfer | None:
-        """Start to write an object of `size` bytes to `path`; another thread calls `completed` at the end.
+    def start(self, source: SourceObject, path: Path, completed: Callable[[], None]) -> PendingTransfer | None:
+        """Start to write an object to `path`; another thread calls `completed` at the end.
 
-        Returns None if the transfer cannot start, for example because of a disk error. `accepts(size)` must be true.
+        Returns None if the transfer cannot start, for example because of a disk error. `accepts(source.size)` must be
+        true.
         """
         from awscrt.exceptions import AwsCrtError
         from awscrt.http import HttpHeaders, HttpRequest
@@ -123,51 +124,38 @@ class CrtTransfer:
                 # A plain GET. GET_OBJECT sends range requests, and 0.38.0 crashed on empty objects.
                 type=S3RequestType.DEFAULT,
                 operation_name="GetObject",
-                request=HttpRequest("GET", self._path + _quoted(key), headers),
+                request=HttpRequest("GET", self._path + _quoted(source.key), headers),
                 recv_filepath=str(path),
                 on_headers=lambda headers, **_: received.update((name.lower(), value) for name, value in headers),
                 on_done=lambda **_: completed(),
             )
         except (AwsCrtError, OSError, ValueError, RuntimeError) as error:  # awscrt also raises built-in errors
-            log.debug("awscrt could not start to fetch %s: %s", key, error)
+            log.debug("awscrt could not start to fetch %s: %s", source.key, error)
             self._failures += 1
             return None
-        deadline = monotonic() + STALL_TIMEOUT + size / MIN_BYTES_PER_SECOND
-        return PendingTransfer(key, size, path, received, request, deadline)
+        deadline = monotonic() + STALL_TIMEOUT + source.size / MIN_BYTES_PER_SECOND
+        return PendingTransfer(source, path, received, request, deadline)
 
     def is_complete(self, transfer: PendingTransfer) -> bool:
-        """Return whether a completed transfer wrote the whole object. If not, the file's content is undefined."""
+        """Return whether a completed transfer wrote the listed object. If not, the file's content is undefined."""
         problem: object = transfer.request.finished_future.exception()
-        try:
-            if problem is None and transfer.path.stat().st_size != transfer.size:
-                problem = "the size differs"
-            elif problem is None and not _is_intact(transfer.path, transfer.headers):
-                problem = "the checksum differs"
-        except (OSError, ValueError) as error:  # ValueError: a malformed checksum
-            problem = error
+        if problem is None:
+            try:
+                problem = file_difference(self._bucket, transfer.source, transfer.headers, transfer.path)
+            except (OSError, ValueError) as error:
+                problem = error
+        elif (status := getattr(problem, "status_code", None)) in STATUSES:
+            self._gate.slow_down(str(status))
         if problem is None:
             self._failures = 0
+            self._gate.accepted()
             return True
-        log.debug("awscrt did not fetch %s: %s", transfer.key, problem)
-        self._failures += 1
+        log.debug("awscrt did not fetch %s: %s", transfer.source.key, problem)
         return False
 
-
-def _is_intact(path: Path, headers: Mapping[str, str]) -> bool:
-    """Return whether a file matches the checksum in the response, as botocore does; true if there is none."""
-    from awscrt import checksums
-
-    functions: dict[str, Callable[[bytes], bytes]] = {
-        "crc32": lambda content: checksums.crc32(content).to_bytes(4, "big"),
-        "crc32c": lambda content: checksums.crc32c(content).to_bytes(4, "big"),
-        "crc64nvme": lambda content: checksums.crc64nvme(content).to_bytes(8, "big"),
-        "sha256": lambda content: hashlib.sha256(content).digest(),
-    }
-    for name, function in functions.items():
-        expected = headers.get(f"x-amz-checksum-{name}", "-")
-        if "-" not in expected:  # "<checksum>-<parts>" is a checksum of the parts' checksums
-            return base64.b64decode(expected) == function(path.read_bytes())
-    return True
+    def count_failure(self) -> None:
+        """Count an object that awscrt could not fetch, although botocore could; only failures in a row matter."""
+        self._failures += 1
 
 
 def _quoted(key: str) -> str:

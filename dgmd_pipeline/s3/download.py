@@ -2,26 +2,22 @@
 
 import shutil
 from collections.abc import Generator, Iterable
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Rejected, SourceObject
-from dgmd_pipeline.s3.client import Client, endpoint_host
+from dgmd_pipeline.s3 import throttling
+from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.crt import CrtTransfer, PendingTransfer
-from dgmd_pipeline.s3.errors import explain
-
-if TYPE_CHECKING:
-    from botocore.response import StreamingBody
+from dgmd_pipeline.s3.throttling import Gate
+from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
 
 PARTS = ".part"  # folder of unfinished files, named by number: no name is too long or conflicts with a key
-CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
-READ_ATTEMPTS = 4
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
 SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
@@ -32,33 +28,41 @@ def download(
 ) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
-    Yields a Rejected for an object that is "gone" or has "changed" (its size) since it was listed, or is "archived"
-    (its storage class requires that it is restored first). Fetches at most `threads` objects at a time. Unfinished
-    files are in `folder/.part`, which is removed at the start and at the end: every other file in `folder` is complete,
-    even after a kill. Closing the generator cancels the transfers in progress.
+    Yields a Rejected for an object that cannot be fetched. Its reason is "gone" (since it was listed), "archived" (its
+    storage class requires that it is restored first), "changed" (its size, its ETag, or bytes that do not match the
+    MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it, or
+    never completely). What may differ the next time is fetched up to four times.
 
-    Raises NoUsableInput if S3 denies access or cannot be reached, and OSError for errors of the disk.
+    Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
+    and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
+    transfers in progress.
+
+    Raises NoUsableInput if S3 does not accept the credentials, has no such bucket or does not answer at all, and
+    OSError for errors of the disk.
     """
     parts = folder / PARTS
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
     free = [parts / str(number) for number in range(threads)]
     remaining = iter(objects)
-    started = monotonic()
-    downloader = _Downloader(client, bucket)
-    try:
-        while True:
-            limit = threads if downloader.crt.decided or monotonic() > started + PROBE_TIMEOUT else 1
-            while threads - len(free) < limit and (source := next(remaining, None)):
-                downloader.start(source, free.pop())
-            if len(free) == threads:
-                break
-            if completed := downloader.next_completed():
-                free.append(completed.part)
-                yield completed.rejected or _move(completed.source, completed.part, folder)
-    finally:
-        downloader.close()
-        shutil.rmtree(parts, ignore_errors=True)
+    started, stop = monotonic(), Event()
+    with throttling.gate(client, stop) as gate:
+        downloader = _Downloader(client, bucket, gate, stop)
+        try:
+            while True:
+                limit = threads if downloader.crt.decided or monotonic() > started + PROBE_TIMEOUT else 1
+                while threads - len(free) < limit and (source := next(remaining, None)):
+                    downloader.start(source, free.pop())
+                if len(free) == threads:
+                    break
+                if completed := downloader.next_completed():
+                    free.append(completed.part)
+                    if completed.throttled and next(remaining, None):
+                        raise completed.throttled
+                    yield completed.rejected or _move(completed.source, completed.part, folder)
+        finally:
+            downloader.close()
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 class _Completed(NamedTuple):
@@ -67,26 +71,28 @@ class _Completed(NamedTuple):
     source: SourceObject
     part: Path  # the object's whole content, unless it was rejected
     rejected: Rejected | None
+    throttled: Throttled | None  # the error if the object was rejected only because S3 accepts no request at all
 
 
 class _Downloader:
     """Fetches objects by awscrt where possible, else by botocore in threads, which start when they are needed."""
 
-    def __init__(self, client: Client, bucket: str) -> None:
-        self.client, self.bucket = client, bucket
-        self.crt = CrtTransfer(client)
+    def __init__(self, client: Client, bucket: str, gate: Gate, stop: Event) -> None:
+        self.crt = CrtTransfer(client, bucket, gate)
+        self._botocore = BotocoreTransfer(client, bucket, gate, stop)
         self._transfers: dict[Path, PendingTransfer] = {}  # of awscrt, by part
         self._queue: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()  # for the threads
         self._completed: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
         self._threads: list[Thread] = []
         self._queued = 0  # objects that threads fetch or will fetch
-        self._stop = Event()
+        self._failed: set[Path] = set()  # parts of objects that awscrt could not fetch
+        self._gate, self._stop = gate, stop
 
     def start(self, source: SourceObject, part: Path) -> None:
         """Start to write an object to the file `part`."""
         if self.crt.accepts(source.size):
             completed = partial(self._completed.put, (source, part, None))
-            if transfer := self.crt.start(source.key, source.size, part, completed):
+            if transfer := self.crt.start(source, part, completed):
                 self._transfers[part] = transfer
                 return
         self._start_in_thread(source, part)
@@ -104,7 +110,7 @@ class _Downloader:
             source, part = item
             result: Rejected | Exception | None
             try:
-                result = _fetch(self.client, self.bucket, source, part, self._stop)
+                result = self._botocore.fetch(source, part)
                 if result is None:
                     self.crt.adopt(source.key)
             except Exception as error:  # noqa: BLE001 - `next_completed` raises it
@@ -124,11 +130,19 @@ class _Downloader:
         if transfer is None:
             self._queued -= 1
         elif not self.crt.is_complete(transfer):
+            if self._gate.is_open:  # not while S3 throttles
+                self._failed.add(part)
             self._start_in_thread(source, part)
             return None
+        if part in self._failed:
+            self._failed.remove(part)
+            if result is None:
+                self.crt.count_failure()
+        if isinstance(result, Throttled):
+            return _Completed(source, part, result.rejected, result)
         if isinstance(result, Exception):
             raise result
-        return _Completed(source, part, result)
+        return _Completed(source, part, result, None)
 
     def close(self) -> None:
         """Cancel all transfers, and wait up to SHUTDOWN_TIMEOUT until they no longer write to their files."""
@@ -145,46 +159,6 @@ class _Downloader:
             thread.join(max(0.0, deadline - monotonic()))
 
 
-def _fetch(client: Client, bucket: str, source: SourceObject, part: Path, stop: Event) -> Rejected | None:
-    """Write one object to the file `part` by botocore. The file is complete unless `stop` was set meanwhile."""
-    import urllib3
-    from botocore import exceptions as boto
-
-    # botocore repeats a failed request, but not a response whose body breaks off.
-    interruptions = (
-        boto.HTTPClientError,
-        boto.ResponseStreamingError,
-        boto.IncompleteReadError,
-        boto.FlexibleChecksumError,
-        urllib3.exceptions.HTTPError,
-    )
-    label = source.path.partition("/")[0]
-    for attempt in range(READ_ATTEMPTS):
-        if stop.wait(attempt and 0.1 * 4**attempt):
-            return None
-        try:
-            response = client.get_object(Bucket=bucket, Key=source.key)
-        except (boto.BotoCoreError, boto.ClientError) as error:
-            code = error.response.get("Error", {}).get("Code") if isinstance(error, boto.ClientError) else None
-            if code in ("NoSuchKey", "404"):
-                return Rejected(source.key, label, "gone", "deleted from the bucket after it was listed")
-            if code == "InvalidObjectState":
-                return Rejected(source.key, label, "archived", "its storage class requires that it is restored first")
-            raise explain(error, client, bucket, source.key) from error
-        try:
-            with closing(response["Body"]) as body:
-                size = _copy(body, part, stop)
-        except interruptions:
-            continue
-        if size != source.size and not stop.is_set():
-            return Rejected(source.key, label, "changed", f"{source.size} bytes when it was listed, now {size}")
-        return None
-    raise NoUsableInput(
-        f"The transfer of s3://{bucket}/{source.key} from {endpoint_host(client)} broke off {READ_ATTEMPTS} times: "
-        "check the network and run again."
-    )
-
-
 def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     """Move a complete file to its place."""
     target = folder / source.path
@@ -194,14 +168,3 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source
-
-
-def _copy(body: "StreamingBody", part: Path, stop: Event) -> int:
-    """Write the body to `part` until `stop` is set, and return the number of bytes written."""
-    size = 0
-    with part.open("wb") as file:
-        for chunk in body.iter_chunks(CHUNK):
-            if stop.is_set():
-                break
-            size += file.write(chunk)
-    return size

@@ -1,14 +1,23 @@
-"""botocore's errors -> sentences for the operator."""
+"""botocore's errors -> sentences for the operator, and reasons to set one object aside."""
 
 from typing import TYPE_CHECKING
 
+from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.manifest import Rejected
+from dgmd_pipeline.s3 import throttling
 from dgmd_pipeline.s3.client import Client, endpoint_host
+from dgmd_pipeline.s3.throttling import STATUSES
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-ACCESS_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden"}
+# Reasons to set an object aside that count for MAX_REJECTED_PCNT: S3 refuses to send it; S3 does not send it, or not
+# completely; S3 sends another content than it listed.
+REFUSED, FAILED, CHANGED = "refused", "failed", "changed"
+MAX_TEXT = 200  # characters of S3's text that are stored
+ACCOUNT_DISABLED = {"AllAccessDisabled", "AccountProblem"}
+ACCESS_DENIED = {"AccessDenied", "Forbidden"} | ACCOUNT_DISABLED
 WRONG_CREDENTIALS = {
     "AuthFailure",
     "ExpiredToken",
@@ -27,6 +36,75 @@ OTHER_REGION = {
     "PermanentRedirect",
     "TemporaryRedirect",
 }
+WRONG_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
+WRONG_CLOCK = {"RequestTimeTooSkewed"}
+# Codes of errors that every request gets, whatever its key is.
+GENERAL = ACCOUNT_DISABLED | WRONG_CREDENTIALS | OTHER_REGION | WRONG_BUCKET | WRONG_CLOCK
+
+
+def object_problem(error: Exception) -> tuple[str, str] | None:
+    """Return reason and detail for setting the requested object aside; None if the cause is not the object."""
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
+        return FAILED, f"no answer ({type(error).__name__})"
+    if not isinstance(error, boto.ClientError):
+        return None
+    code, status = _code(error), _status(error)
+    if code in GENERAL or 300 <= status < 400 or not _is_about_objects(error):
+        return None
+    if code in ("NoSuchKey", "404"):
+        return "gone", "deleted from the bucket after it was listed"
+    if code == "InvalidObjectState":
+        return "archived", "its storage class requires that it is restored first"
+    text = formatting.printable(str(error.response.get("Error", {}).get("Message") or "no text")[:MAX_TEXT])
+    return FAILED if status >= 500 or status in STATUSES else REFUSED, f"S3 answered {status} {code}: {text}"
+
+
+def is_worth_repeating(error: Exception) -> bool:
+    """Return whether the answer to a repeated request may differ.
+
+    botocore has repeated requests without an answer for more than a minute, and `throttling` throttled ones for longer.
+    """
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        return _status(error) >= 500 and _status(error) not in STATUSES
+    return not isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError)
+
+
+def remedy(client: Client, rejected: Rejected) -> str:
+    """Return what to do about many objects that were set aside for the reason of `rejected`."""
+    if rejected.reason == REFUSED and any(code in rejected.detail for code in ACCESS_DENIED):
+        return access_remedy(client)
+    return {
+        REFUSED: "Make these objects readable, or remove them.",
+        FAILED: "Check the server, and run again later.",
+        CHANGED: "Run again when nothing writes to the bucket. An ETag of 32 hexadecimal digits must be the MD5 sum of "
+        "the content.",
+    }[rejected.reason]
+
+
+def throttled(client: Client, what: str) -> str:
+    """Return the sentence for a server that answers nothing but "slow down"; `what` says which request failed."""
+    return (
+        f"{endpoint_host(client)} has answered nothing but 'slow down' for {throttling.PATIENCE:g} s: {what}. It "
+        "limits the rate of requests, or is overloaded. Run again later: downloaded objects are kept."
+    )
+
+
+def unanswered(client: Client, what: str, error: Exception) -> NoUsableInput:
+    """Return the error about a server that answered before, and now does not even list an object."""
+    _, detail = object_problem(error) or ("", "")
+    return NoUsableInput(
+        f"{endpoint_host(client)} has stopped sending objects: {what}. A listing fails as well: {detail}. Check the "
+        "network and the server, and run again: downloaded objects are kept."
+    )
+
+
+def _is_about_objects(error: "ClientError") -> bool:
+    """Return whether S3 answered, and not a service for credentials."""
+    return error.operation_name in ("GetObject", "ListObjectsV2")
 
 
 def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoUsableInput:
@@ -60,6 +138,7 @@ def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoU
             boto.BotoCoreError,
             f"boto3 could not request the bucket {bucket!r} from {host} ({kind}): correct the AWS settings.",
         ),
+        ((OSError, ValueError, KeyError), f"The AWS credentials could not be renewed ({kind}: {error}): correct them."),
         # ResponseParserError: its message quotes the whole response.
         (Exception, f"The server at {host} is not an S3 endpoint: correct AWS_ENDPOINT_URL."),
     )
@@ -68,9 +147,8 @@ def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoU
 
 def _s3_error(client_error: "ClientError", client: Client, bucket: str, key: str) -> str:
     """Return the sentence for an error that S3 itself returned."""
-    response, host = client_error.response, endpoint_host(client)
+    response, host, code = client_error.response, endpoint_host(client), _code(client_error)
     error, meta = response.get("Error", {}), response.get("ResponseMetadata", {})
-    code = str(error.get("Code") or meta.get("HTTPStatusCode"))
     region = meta.get("HTTPHeaders", {}).get("x-amz-bucket-region") or error.get("Region") or "the bucket's region"
     sentences = (
         (
@@ -78,13 +156,13 @@ def _s3_error(client_error: "ClientError", client: Client, bucket: str, key: str
             f"The bucket {bucket!r} does not exist at {host}: correct AWS_DATA_BUCKET or AWS_ENDPOINT_URL.",
         ),
         ({"InvalidBucketName"}, f"{bucket!r} is not a valid bucket name: correct AWS_DATA_BUCKET."),
-        (ACCESS_DENIED, f"{host} denied access to s3://{bucket}/{key} ({code}). {_access_remedy(client)}"),
+        (ACCESS_DENIED, f"{host} denied access to s3://{bucket}/{key} ({code}). {access_remedy(client)}"),
         (
             WRONG_CREDENTIALS,
             f"{host} does not accept the AWS credentials ({code}): they are wrong or have expired. Set valid ones.",
         ),
         (
-            {"RequestTimeTooSkewed"},
+            WRONG_CLOCK,
             f"The clocks of this machine and of {host} differ too much ({code}): set this machine's clock.",
         ),
         (
@@ -93,6 +171,10 @@ def _s3_error(client_error: "ClientError", client: Client, bucket: str, key: str
             f"{region}.",
         ),
     )
+    if not _is_about_objects(client_error):
+        return f"The AWS credentials could not be renewed ({client_error.operation_name}: {code}): correct them."
+    if _status(client_error) in STATUSES:
+        return throttled(client, f"s3://{bucket}/{key} ({_status(client_error)} {code})")
     if code.isdigit():  # S3's own codes are words
         return (
             f"{host} answered {code} without an S3 error code: it is a proxy, or not an S3 endpoint. Correct "
@@ -102,7 +184,16 @@ def _s3_error(client_error: "ClientError", client: Client, bucket: str, key: str
     return next((sentence for codes, sentence in sentences if code in codes), other)
 
 
-def _access_remedy(client: Client) -> str:
+def _code(error: "ClientError") -> str:
+    """Return S3's own code, or the HTTP status if there is none."""
+    return str(error.response.get("Error", {}).get("Code") or _status(error))[:50]
+
+
+def _status(error: "ClientError") -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def access_remedy(client: Client) -> str:
     """Return why access can be denied to this client, and what to do."""
     from botocore import UNSIGNED
 

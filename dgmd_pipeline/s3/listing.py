@@ -1,20 +1,25 @@
 """The keys of a bucket -> safe paths below raw/."""
 
+import logging
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from dgmd_pipeline import formatting
+from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
+from dgmd_pipeline.s3 import throttling
 from dgmd_pipeline.s3.client import Client
-from dgmd_pipeline.s3.download import PARTS
 from dgmd_pipeline.s3.errors import explain
 
-# Names that the pipeline itself uses in raw/, case-folded.
-RESERVED = {"_success", ".resume", LISTING, REJECTED, PARTS}
+log = logging.getLogger(__name__)
+# Names that the pipeline itself uses in raw/, case-folded. Its other names begin with a dot.
+RESERVED = {"_success", LISTING, REJECTED}
 MAX_NAME_BYTES = 255  # the limit of common file systems
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of Windows
 
@@ -37,13 +42,14 @@ class _ListedObject(TypedDict):
     ETag: NotRequired[str]
 
 
-def list_objects(client: Client, bucket: str, prefix: str) -> Listing:
+def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = False) -> Listing:
     """List the objects below exactly `<prefix>/` (no outer slashes; "" for the whole bucket).
 
-    The key `<prefix>/<label>/<rest>` becomes the path `<label>/<rest>`. Folder markers are ignored. The reasons for a
-    rejection are "no label" (directly below the prefix), "unsafe name", "reserved name", "clash" (a file where another
-    object needs a folder) and "same name" (the same file on a disk that ignores case or normalises Unicode). If objects
-    exclude each other, the first one listed is used.
+    The key `<prefix>/<label>/<rest>` becomes the path `<label>/<rest>`. Folder markers and system files
+    (`manifest.is_system_file`) are ignored. The reasons for a rejection are "no label" (directly below the prefix),
+    "unsafe name", "reserved name", "clash" (a file where another object needs a folder) and "same name" (the same file
+    on a disk that normalises Unicode or, with `ignore_case`, ignores case). If objects exclude each other, the first
+    one listed is used.
 
     Raises NoUsableInput if the bucket or prefix does not exist, is empty or denies access, and if S3 does not answer.
     """
@@ -52,18 +58,54 @@ def list_objects(client: Client, bucket: str, prefix: str) -> Listing:
 
     root = f"{prefix}/" if prefix else ""
     try:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
-        items = (item for page in pages for item in page.get("Contents", ()))
-        objects, rejected = _assign_paths(items, root)
-        if not objects and not rejected:
-            raise NoUsableInput(f"There are no objects in s3://{bucket}/{root}{_hint(client, bucket, prefix)}")
-    except (BotoCoreError, ClientError, ResponseParserError) as error:
+        with throttling.gate(client):
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
+            items = (item for page in pages for item in page.get("Contents", ()))
+            objects, rejected, ignored = _assign_paths(items, root, ignore_case)
+            if not objects and not rejected:
+                but = " but system files: upload images as <path>/<label>/<file>."
+                hint = but if ignored else _hint(client, bucket, prefix)
+                raise NoUsableInput(f"There are no objects in s3://{bucket}/{root}{hint}")
+    except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:  # OSError: of a file with credentials
         raise explain(error, client, bucket) from error
+    if ignored:
+        log.info("  s3://%s/%s: %s", bucket, root, manifest.describe_system_files(ignored, "objects"))
+    _warn_of_lost_labels(objects, rejected)
     return Listing(bucket, prefix, objects, rejected)
 
 
-def _assign_paths(items: Iterable[_ListedObject], root: str) -> tuple[list[SourceObject], list[Rejected]]:
-    """Return every object with its path below `root`, or the reason why it cannot have one."""
+def ignores_case(folder: Path) -> bool:
+    """Return whether the disk of `folder` ignores case, from the names that are in it; False if there are none."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        other = path.with_name(path.name.swapcase())
+        with suppress(OSError):  # there is no such file
+            if path != other:
+                return path.samefile(other)
+    return False
+
+
+def _warn_of_lost_labels(objects: Sequence[SourceObject], rejected: Sequence[Rejected]) -> None:
+    """Warn of labels that lose objects to another label, which the disk does not distinguish from them."""
+    lost = Counter(row.label for row in rejected if row.reason in ("same name", "clash"))
+    if not lost:
+        return
+    kept = Counter(source.path.partition("/")[0] for source in objects)
+    first = {_fold(label, True): label for label in reversed(kept)}
+    for label, count in lost.items():
+        other = first.get(_fold(label, True), label)
+        if other != label:
+            log.warning(
+                "  the label %s %s: it differs from %s only in case or Unicode form, which the disk may ignore. %s "
+                "of its %s objects have the name of an object there and are left out. Rename the label in the bucket.",
+                label, "loses images" if kept[label] else "vanishes", other, f"{count:,}", f"{count + kept[label]:,}",
+            )  # fmt: skip
+
+
+def _assign_paths(
+    items: Iterable[_ListedObject], root: str, ignore_case: bool
+) -> tuple[list[SourceObject], list[Rejected], int]:
+    """Return every object with its path below `root`, or the reason why it has none; and the number of system files."""
+    ignored = 0
     objects: list[SourceObject] = []
     rejected: list[Rejected] = []
     files: dict[str, str] = {}  # folded path -> path
@@ -73,14 +115,17 @@ def _assign_paths(items: Iterable[_ListedObject], root: str) -> tuple[list[Sourc
         if key.endswith("/") and size == 0:
             continue
         path = key[len(root) :]
+        if manifest.is_system_file(path):
+            ignored += 1
+            continue
         label, slash, _ = path.partition("/")
         problem = _path_problem(path) if slash else ("no label", "it is directly below the prefix, not in a label")
         if not problem:
-            folded = _fold(path)
+            folded = _fold(path, ignore_case)
             parents = _parents(folded) if folded.rpartition("/")[0] not in folders else []
             parent_file = next((files[folder] for folder in parents if folder in files), None)
             if folded in files:
-                problem = "same name", f"on a disk that ignores case or normalises Unicode, it is {files[folded]}"
+                problem = "same name", f"it differs from {files[folded]} only in case or Unicode form"
             elif folded in folders:
                 problem = "clash", "other objects need a folder of this name"
             elif parent_file is not None:
@@ -93,7 +138,7 @@ def _assign_paths(items: Iterable[_ListedObject], root: str) -> tuple[list[Sourc
             rejected.append(Rejected(formatting.printable(key), safe_label, *problem))
         else:
             objects.append(SourceObject(key, size, item.get("ETag", "").strip('"'), path))
-    return objects, rejected
+    return objects, rejected, ignored
 
 
 def _path_problem(path: str) -> tuple[str, str] | None:
@@ -110,18 +155,20 @@ def _path_problem(path: str) -> tuple[str, str] | None:
             return "unsafe name", "its path is not valid Unicode"
         if length > MAX_NAME_BYTES:
             return "unsafe name", f"a part of its path has {length} bytes, more than {MAX_NAME_BYTES}"
-    if _fold(parts[0]) in RESERVED:
+    if _fold(parts[0], True) in RESERVED:
         return "reserved name", f"the pipeline itself uses the name {parts[0]}"
     return None
 
 
-def _fold(path: str) -> str:
+def _fold(path: str, ignore_case: bool) -> str:
     """Return a form that is equal for all paths that a disk may treat as the same file.
 
-    Method: canonical caseless matching, The Unicode Standard, section 3.13, D145.
+    Method: NFC; with `ignore_case`, canonical caseless matching, The Unicode Standard, section 3.13, D145.
     """
     if path.isascii():
-        return path.lower()
+        return path.lower() if ignore_case else path
+    if not ignore_case:
+        return unicodedata.normalize("NFC", path)
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import NamedTuple, Protocol
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
+from dgmd_pipeline.s3 import errors
 from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.download import download
-from dgmd_pipeline.s3.listing import Listing
+from dgmd_pipeline.s3.listing import Listing, ignores_case
 from dgmd_pipeline.workflow import disk
 
 log = logging.getLogger(__name__)
-
+SHOWN = 5  # objects that were set aside are named in the log; all are in rejected.csv
 
 Item = SourceObject | Rejected
 
@@ -65,6 +67,7 @@ def download_folder(
     resume_dir: Path,
     previous: Path | None,
     step: str,
+    max_failed: float,
     show: ShowProgress,
 ) -> DownloadResult:
     """Download the listed objects into `folder`, and write `listing.csv` and `rejected.csv`.
@@ -72,7 +75,8 @@ def download_folder(
     Reuses what an interrupted download left in `folder`, whose listing is in `resume_dir`, and the objects in the
     folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for errors.
 
-    Raises NoUsableInput if no object can be used, and PipelineError if the disk has too little space.
+    Raises NoUsableInput if no object can be used, or if S3 does not send more than `max_failed` (0..1) of the objects
+    of a label; and PipelineError if the disk has too little space.
     """
     if not listing.objects:
         raise _nothing_usable(listing, listing.rejected)
@@ -82,18 +86,45 @@ def download_folder(
     disk.check_space(folder, step, sum(disk.allocated_bytes(source.size) for source in missing))
     fetched: list[SourceObject] = []
     rejected = list(listing.rejected)
+    check_failure = _failure_check(client, listing, max_failed)
     with closing(download(client, listing.bucket, missing, folder)) as items:
         for item in show(items, len(missing), "objects", size=lambda item: getattr(item, "size", 0)):
             if isinstance(item, SourceObject):
                 fetched.append(item)
             else:
                 rejected.append(item)
+                check_failure(item)
     objects = available + fetched
     if not objects:
         raise _nothing_usable(listing, rejected)
     manifest.write(folder / LISTING, SourceObject, sorted(objects, key=lambda source: source.path))
     manifest.write(folder / REJECTED, Rejected, sorted(rejected))
     return DownloadResult(objects, fetched, rejected)
+
+
+def _failure_check(client: Client, listing: Listing, max_failed: float) -> Callable[[Rejected], None]:
+    """Return a function that counts an object that was set aside, and raises NoUsableInput if a label has too many.
+
+    An object that is gone or archived does not count.
+    """
+    totals = Counter(source.path.partition("/")[0] for source in listing.objects)
+    failed: Counter[str] = Counter()
+
+    def check(row: Rejected) -> None:
+        if row.reason not in (errors.REFUSED, errors.FAILED, errors.CHANGED):
+            return
+        if failed.total() < SHOWN:
+            log.warning("  left out: s3://%s/%s: %s, %s", listing.bucket, row.path, row.reason, row.detail)
+        failed[row.label] += 1
+        if failed[row.label] > max_failed * totals[row.label]:
+            raise NoUsableInput(
+                f"More than {max_failed:.0%} of the objects of the label {row.label} cannot be downloaded "
+                f"({failed[row.label]:,} of {totals[row.label]:,}); for example s3://{listing.bucket}/{row.path}: "
+                f"{row.reason}, {row.detail}. {errors.remedy(client, row)} Or raise MAX_REJECTED_PCNT (now "
+                f"{max_failed:g})."
+            )
+
+    return check
 
 
 def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableInput:
@@ -244,11 +275,12 @@ def check_untracked_files(folder: Path) -> None:
 
 
 def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
-    """Return the paths of files in the folder's subfolders that belong to none of its objects, hidden ones aside."""
-    tracked = {source.path for source in objects}
+    """Return the paths of files in the folder's subfolders that belong to none of its objects, system files aside."""
+    form = str.casefold if ignores_case(folder) else str
+    tracked = {form(source.path) for source in objects}
     found = []
     for path, _, names in os.walk(folder):
         subfolder = os.path.relpath(path, folder)
         if subfolder != ".":  # the folder itself contains the pipeline's own files
-            found += [f"{subfolder}/{name}" for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path not in tracked)
+            found += [path for name in names if not manifest.is_system_file(path := f"{subfolder}/{name}")]
+    return sorted(path for path in found if form(path) not in tracked)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import luigi
 
@@ -18,6 +18,11 @@ from dgmd_pipeline.workflow import folders
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest, read_record
+from dgmd_pipeline.workflow.worker import reserve_memory
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.s3.client import Client
+    from dgmd_pipeline.s3.listing import Listing
 
 log = logging.getLogger(__name__)
 SOURCE = ("aws_data_bucket", "aws_data_path")  # the settings that say where the images come from
@@ -28,20 +33,21 @@ class DownloadImages(Step):
 
     name, verb = names.RAW, "download"
     params = SOURCE
-    runtime_params = ("refresh",)
+    runtime_params = ("refresh", "max_rejected_pcnt")
     accepts_external_data = True
     resumable = True
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.s3 import client, listing, sync
+        from dgmd_pipeline.s3 import client, sync
 
         s3, record, resources = client.connect(), read_record(self.path), self.context.shared(Resources)
         if record:
             sync.check_untracked_files(self.path)
-        listed, resources.listing = resources.listing or listing.list_objects(s3, *self._source), None
+        listed, resources.listing = resources.listing or self._list(s3), None
         previous = self.path if self.settings.refresh and record and not self.outdated(record, {}) else None
         resume_dir = draft / folders.RESUME
-        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, self.progress)
+        limit = self.settings.max_rejected_pcnt
+        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, limit, self.progress)
         _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
             counts=result.counts,
@@ -51,13 +57,15 @@ class DownloadImages(Step):
             summary=result.summary,
         )
 
-    @property
-    def _source(self) -> tuple[str, str]:
-        return self.settings.aws_data_bucket, self.settings.aws_data_path
+    def _list(self, s3: "Client") -> "Listing":
+        from dgmd_pipeline.s3 import listing
+
+        source = self.settings.aws_data_bucket, self.settings.aws_data_path
+        return listing.list_objects(s3, *source, listing.ignores_case(self.path.parent))
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
         """Compare the folder with a new listing of the bucket if REFRESH is set."""
-        from dgmd_pipeline.s3 import client, listing, sync
+        from dgmd_pipeline.s3 import client, sync
 
         if record is None and (self.settings.refresh or self.name in self.context.forced):
             raise NoUsableInput(
@@ -68,7 +76,7 @@ class DownloadImages(Step):
         if record is None or not self.settings.refresh:
             return None
         resources = self.context.shared(Resources)
-        resources.listing = resources.listing or listing.list_objects(client.connect(), *self._source)
+        resources.listing = resources.listing or self._list(client.connect())
         changes = sync.compare_folder(folders.current_path(self.path), resources.listing.objects)
         return changes and UpstreamChange(*changes)
 
@@ -110,11 +118,11 @@ class InspectImages(Step):
         raw: Path = self.input()["raw"].path
         record = read_record(raw)
 
-        def run(function: Callable[..., Any], pieces: Any) -> Any:
-            done = self.context.executor.map(function, pieces)
-            return self.progress(done, sum(map(len, pieces)), "images", count=len)
+        def run(function: Callable[..., Any], files: Any) -> Any:
+            done = self.context.executor.map(function, files, inspection.CHUNK)
+            return self.progress(done, len(files), "images")
 
-        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run)
+        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run, reserve_memory)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
             counts=dict(counts),
@@ -261,12 +269,13 @@ class WriteTFRecords(PerSplitStep):
 
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
-            return self.progress(self.context.executor.map(function, pieces), total, "images", count=len)
+            done = self.context.executor.map(function, pieces)
+            return self.progress(done, total, "images", count=lambda records: getattr(records, "size", 0))
 
         given = self.settings
-        size, fit = (given.image_width, given.image_height), given.image_fit
-        previous, raw = self.reusable_folders(), self.input()["raw"].path
-        written = shards.write(rows, raw, draft, self.split, given.num_shards, *size, fit, run, previous)
+        size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
+        options = run, reserve_memory, self.reusable_folders()
+        written = shards.write(rows, raw, draft, self.split, given.num_shards, *size, fit, *options)
         return StepResult(
             counts=written.counts,
             images=len(rows),

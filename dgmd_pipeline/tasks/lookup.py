@@ -28,14 +28,21 @@ def registered(data_dir: Path, result: RunResult) -> Json:
 
 
 def store(settings: "Settings") -> "Store | None":
-    """Return the MLflow store that is set, or the embedded one; None if that does not exist yet."""
+    """Return the MLflow store that is set, or the embedded one; None if that does not exist yet.
+
+    The schema of an SQLite database is upgraded if necessary. This takes a second, because it imports MLflow.
+    """
     from dgmd_pipeline.registry import store as registry_store
 
+    folder = settings.data_dir / names.STORE
     if settings.mlflow_tracking_uri:
-        return registry_store.Store(settings.mlflow_tracking_uri, None)
-    return (
-        registry_store.embedded(settings.data_dir / names.STORE) if (settings.data_dir / names.STORE).exists() else None
-    )
+        found = registry_store.at(settings.mlflow_tracking_uri)
+    elif folder.exists():
+        found = registry_store.embedded(folder)
+    else:
+        return None
+    registry_store.upgrade(found)
+    return found
 
 
 def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: Path) -> "CandidateModel":

@@ -28,7 +28,8 @@ from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
-    from dgmd_pipeline.registry.registration import Candidate, RegisteredVersion
+    from dgmd_pipeline.registry.logged_run import Candidate
+    from dgmd_pipeline.registry.registration import RegisteredVersion
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.training.config import Epoch
     from dgmd_pipeline.training.train import TrainingData
@@ -238,20 +239,21 @@ class RegisterModel(Step):
                     registry_store.create(new)
         found = lookup.store(self.settings)
         assert found is not None  # noqa: S101 - it has just been created
+        registry_store.move_artifacts(found)
         return found
 
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
         """Collect from the earlier steps' folders everything that is registered."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate
-        from dgmd_pipeline.registry import registration
+        from dgmd_pipeline.registry import logged_run, registration
         from dgmd_pipeline.training import train
 
         about, history = train.read(paths["trained"])
         records = {step.folder: found for step in upstream_steps(self)[:-1] if (found := read_record(step.path))}
         mine = self.declared_settings() | {"backbone_weights": self.settings.backbone_weights, "seed": about["seed"]}
         split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
-        return registration.Candidate(
+        return logged_run.Candidate(
             training_id=about["id"],
             model=partial(resources.trained_model, self.context, paths["trained"]),
             labels=labels.read_mapping(paths["label_map"] / "mapping.json"),

@@ -3,18 +3,25 @@
 import contextlib
 import ctypes
 import errno
+import multiprocessing
 import os
+import resource
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.formatting import format_bytes
+from dgmd_pipeline.formatting import as_user, format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
+SHOWN = 200  # characters of a path, maximum
+SECONDS_KEPT = 24 * 60 * 60  # of temporary files that no run of today can be using
 BLOCK = 4096  # bytes; on most disks, a file occupies a multiple of this
 
 
@@ -45,31 +52,106 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            known = needed is not None and needed > before
-            need = f"about {format_bytes(needed or 0)}, but only {format_bytes(before)} were free"
-            raise _full(
-                data_dir,
-                f"{what} needs {need if known else f'more than the {format_bytes(before)} that were free'}",
-            ) from None
-        place = Path(error.filename) if isinstance(error.filename, str) else data_dir
-        it = "DATA_DIR" if place.is_relative_to(data_dir) or data_dir.is_relative_to(place) else "It"
-        remedy = {
-            errno.ENOTDIR: f"{it} must be a folder: choose another path.",
-            errno.EEXIST: f"{it} must be a folder: choose another path.",
-            errno.EROFS: f"{it} must be writable: correct its mount, or choose another path.",
-            errno.EBUSY: f"{it} is in use by the system: correct its mount, or choose another path.",
-        } | dict.fromkeys((errno.EACCES, errno.EPERM), f"{it} {_access(place)}")
-        if error.errno in remedy:
-            raise PipelineError(f"{place}: {error.strerror}. {remedy[error.errno]}") from None
+        place = Path(error.filename) if isinstance(error.filename, str) else _place(error, data_dir)
+        if error.errno in FULL and place != SHARED_MEMORY:
+            raise _explain_full(error, place, data_dir, what, needed, before) from None
+        if explanation := _explain(error, place, data_dir, what):
+            raise PipelineError(explanation) from None
         raise
+
+
+def _place(error: OSError, data_dir: Path) -> Path:
+    """Return where an error without a file name has most likely happened."""
+    if error.errno in (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        try:
+            multiprocessing.get_context("spawn").Lock()
+        except OSError:
+            return SHARED_MEMORY
+    if error.errno in FULL:
+        with contextlib.suppress(FileNotFoundError):  # there is no folder for temporary files
+            return min(data_dir, Path(tempfile.gettempdir()), key=_free)
+    return data_dir
+
+
+def _explain_full(
+    error: OSError, place: Path, data_dir: Path, what: str, needed: int | None, before: int
+) -> PipelineError:
+    status = _nearest(place, os.statvfs)
+    if place.is_relative_to(data_dir):
+        place = data_dir
+    if error.errno == errno.EDQUOT:
+        return PipelineError(
+            f"{place}: the disk quota of user {os.getuid()} is used up: {what} needs more. Raise the quota, or free "
+            "space, and run again: finished steps are kept."
+        )
+    if status.f_files and not status.f_favail and status.f_bavail:
+        return PipelineError(
+            f"{place}: the disk has {format_bytes(status.f_bavail * status.f_frsize)} free, but cannot hold more than "
+            f"its {status.f_files:,} files (inodes): {what} writes more. Remove files, or use another disk, and run "
+            "again: finished steps are kept."
+        )
+    if place != data_dir:
+        return PipelineError(
+            f"{place}: the disk for temporary files is full: {what} needs more. Free space, or set TMPDIR to a folder "
+            "on another disk, and run again: finished steps are kept."
+        )
+    known = needed is not None and needed > before
+    need = f"about {format_bytes(needed or 0)}, but only {format_bytes(before)} were free"
+    return _full(data_dir, f"{what} needs {need if known else f'more than the {format_bytes(before)} that were free'}")
+
+
+def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | None:
+    """Return what is wrong and what to do, or None if the error is not known to be an operator's to fix."""
+    number, named = error.errno or 0, isinstance(error.filename, str)
+    it = "DATA_DIR" if place.is_relative_to(data_dir) or data_dir.is_relative_to(place) else "It"
+    shown = str(place) if len(str(place)) <= SHOWN else f"{str(place)[:SHOWN]}..."
+    if place == SHARED_MEMORY:
+        remedy = (
+            "Worker processes need shared memory there: free space, and mount it writable (in Docker: no `--ipc none`)."
+        )
+    elif number == errno.ENOENT:
+        return _explain_missing(place, data_dir, what) if named else None
+    elif number in (errno.ENOTDIR, errno.EEXIST):
+        remedy = f"{it} must be a folder: choose another path."
+    elif number == errno.EROFS:
+        remedy = f"{it} must be writable: correct its mount, or choose another path."
+    elif number == errno.EBUSY:
+        remedy = f"{it} is in use by the system: correct its mount, or choose another path."
+    elif number in (errno.EACCES, errno.EPERM):
+        remedy = f"{it} {_access(place)}"
+    elif number in (errno.ENAMETOOLONG, errno.ELOOP):
+        remedy = f"{it} must be shorter: most disks allow 255 bytes for a name and 4,095 for a path."
+    elif number == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        allowed = "its disk allows" if limit == resource.RLIM_INFINITY else f"{format_bytes(limit)}, see `ulimit -f`"
+        remedy = f"{what} writes a file that is larger than {allowed}. Raise the limit, or use another disk."
+    elif number in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"{error.strerror}: {what} may have {limit:,} open at once. Raise the limit (`ulimit -n`)."
+    elif number in (errno.EIO, errno.ESTALE) or (named and number in (errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV)):
+        remedy = "The disk or the network file system failed: check it, and run again: finished steps are kept."
+    else:
+        return None
+    return f"{shown}: {error.strerror}. {remedy}"
+
+
+def _explain_missing(place: Path, data_dir: Path, what: str) -> str | None:
+    """Return that a folder was removed from outside, or None if only a file in it is missing."""
+    if not place.is_relative_to(data_dir):
+        return None
+    for folder in (data_dir, data_dir / "/".join(place.relative_to(data_dir).parts[:1])):
+        if not folder.exists() and folder != place:
+            return (
+                f"{folder} was removed while {what} used it. Run again: finished steps that are still there are kept."
+            )
+    return None
 
 
 def _access(place: Path) -> str:
     """Return what to do if this user may not read or write `place`."""
     user, owner = os.getuid(), _nearest(place, os.stat).st_uid
     change = f"`chmod -R u+rwX` it, or `chown -R {user}` it" if owner == user else f"`chown -R {user}` it"
-    as_owner = "" if owner in (0, user) else f", run as its owner (docker run --user {owner})"
+    as_owner = "" if owner in (0, user) else f", run as its owner ({as_user(owner)})"
     return (
         f"must be readable and writable by user {user}, which the pipeline runs as: {change}{as_owner}, or choose "
         "another path."
@@ -89,12 +171,21 @@ def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
     raise FileNotFoundError(path)
 
 
+def prepare_temporary_folder(folder: Path) -> None:
+    """Make `folder` if temporary files go there, and remove what killed processes left in it more than a day ago."""
+    if folder.absolute() == Path(tempfile.gettempdir()):
+        folder.mkdir(exist_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if time.time() - path.lstat().st_mtime > SECONDS_KEPT:
+            remove(path)
+
+
 def remove(folder: Path) -> None:
     """Remove the folder or file at this path, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
-        else:
+        elif os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove
             folder.unlink()
 
 

@@ -1,67 +1,215 @@
-"""Pieces of work -> their results, computed in processes or threads on all cores."""
+"""Items of work -> their results, computed in processes or threads on all cores."""
 
+import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, WorkerDied
+from dgmd_pipeline.workflow import machine, worker
 
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CHUNKS_OF_A_WORKER = 2  # one that it works on, and one that waits
 
 
 class ProcessExecutor:
-    """Worker processes. They start with the first piece of work and exist until the end of the run."""
+    """Worker processes. They start when there is work for them, and exist until the end of the run.
 
-    def __init__(self, processes: int | None = None) -> None:
-        self._processes = processes or cores()
-        self._executor: ProcessPoolExecutor | None = None
+    docs/decisions/0009-processes-and-threads.md says why this is no `concurrent.futures.ProcessPoolExecutor`.
+    """
 
-    def map(self, function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-        """Yield `function(piece)` in the order of the pieces. Pieces are read only when they are needed.
+    def __init__(self, processes: int | None = None, memory: int | None = None) -> None:
+        """Use so many processes and bytes of memory at most; by default as many as the machine or container has.
 
-        Raises what `function` raises, and PipelineError if a process was killed.
+        Half of the memory is for the processes: the other half is for this one, which may load TensorFlow meanwhile.
         """
-        if self._executor is None:
-            # Never fork: TensorFlow may be imported by now, and its threads do not survive a fork.
-            self._executor = ProcessPoolExecutor(
-                self._processes, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
-            )
+        budget = (memory or machine.memory()) // 2
+        at_most = max(budget // (worker.OWN_MEMORY + worker.MIN_UNIT), 1)
+        self._processes = min(processes or machine.cores(), at_most)
+        self._memory = max(budget - self._processes * worker.OWN_MEMORY, 0)
+        self._budget: worker.Budget | None = None
+        self._workers: list[_Worker] = []
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
+    ) -> Iterator[Result | WorkerDied]:
+        """Yield `function(item)` in the order of the items, which a worker gets in chunks and only when it needs them.
+
+        If a worker dies while it works on an item, all workers are started again. The item is then tried once more,
+        while no other is worked on, because it may have had too little memory next to others. If its worker dies again,
+        or if a timer for processor time ended it, the WorkerDied is the item's result. Other items of the chunk may be
+        worked on twice.
+        Raises what `function` raises, and PipelineError if workers do not start. Close one iterator before the next.
+        """
+        source = iter(items)
+        window: deque[_Chunk] = deque()
         try:
-            yield from _in_order(self._executor, function, pieces, 2 * self._processes)
-        except BrokenProcessPool:
-            raise PipelineError(
-                "A worker process was killed, most likely by the system because memory ran out. "
-                "Give the pipeline more memory or fewer cores, and run it again: finished steps are kept."
-            ) from None
+            while True:
+                while len(window) < CHUNKS_OF_A_WORKER * self._processes and (some := list(islice(source, chunk))):
+                    window.append(_Chunk(some))
+                if not window:
+                    return
+                self._assign(function, window)
+                if window[0].outcomes is None:
+                    self._receive(window)
+                    continue
+                for succeeded, value in window[0].outcomes:
+                    if not succeeded:
+                        raise value
+                    yield value
+                window.popleft()
+        finally:
+            if window:  # the iterator was closed, or something was raised
+                self.close()
 
     def close(self) -> None:
         """Terminate the processes, even if they are working."""
-        if self._executor is None:
+        for each in self._workers:
+            each.process.terminate()
+        for each in self._workers:
+            each.close()
+        self._workers = []
+        if self._budget:
+            self._budget.close()
+        self._budget = None
+
+    def _assign(self, function: Callable[..., object], window: "Iterable[_Chunk]") -> None:
+        """Send the chunks that no worker has; a suspect goes first, and alone."""
+        suspects = [chunk for chunk in window if chunk.is_suspect and chunk.outcomes is None]
+        if any(chunk.is_assigned for chunk in suspects):
             return
-        for process in list((self._executor._processes or {}).values()):
-            process.terminate()
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        self._executor = None
+        for chunk in suspects[:1] or [chunk for chunk in window if not chunk.is_assigned and chunk.outcomes is None]:
+            free = min(self._workers, key=lambda each: len(each.chunks), default=None)
+            if (free is None or free.chunks) and len(self._workers) < self._processes:
+                free = self._start_worker()
+            if free is None or len(free.chunks) >= CHUNKS_OF_A_WORKER:
+                return
+            free.send(function, chunk)
+
+    def _start_worker(self) -> "_Worker":
+        self._budget = self._budget or worker.Budget.of(self._memory)
+        self._workers.append(_Worker(self._budget))
+        return self._workers[-1]
+
+    def _receive(self, window: "deque[_Chunk]") -> None:
+        """Wait for the outcomes of chunks. Where a worker has died, end all, and single its item out in `window`."""
+        ready = wait([each.connection for each in self._workers])
+        for each in [each for each in self._workers if each.connection in ready]:
+            if not each.receive():
+                each.process.join()
+                self._mourn(window)
+                return
+
+    def _mourn(self, window: "deque[_Chunk]") -> None:
+        dead = [each for each in self._workers if not each.process.is_alive()]
+        positions = [each.receive_rest() for each in dead]
+        self.close()
+        for each, position in zip(dead, positions, strict=True):
+            death = WorkerDied(each.process.exitcode or 0)
+            if not each.is_started:
+                raise PipelineError(
+                    f"A worker process did not start: {death}. Give the pipeline more memory or fewer cores, and run "
+                    "it again: finished steps are kept."
+                )
+            if each.chunks:
+                _single_out(window, each.chunks[0], position, death)
 
 
-def in_threads(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-    """Yield `function(piece)` in the order of the pieces, with a thread per core, for work that releases the GIL."""
-    with ThreadPoolExecutor(cores()) as executor:
-        yield from _in_order(executor, function, pieces, 2 * cores())
+@dataclass(eq=False)
+class _Chunk:
+    """Some items, and when they are done, for each whether it succeeded, and the result or the exception."""
+
+    items: list[Any]
+    outcomes: list[tuple[bool, Any]] | None = None
+    is_assigned: bool = False
+    is_suspect: bool = False  # one item, whose worker has died
+
+
+def _single_out(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
+    """Replace a chunk by its items before a position, the item there, whose worker has died, and those after it."""
+    suspect = _Chunk(chunk.items[position : position + 1], is_suspect=True)
+    if chunk.is_suspect or death.by_timer:
+        suspect.outcomes = [(True, death)]
+    parts = [_Chunk(chunk.items[:position]), suspect, _Chunk(chunk.items[position + 1 :])]
+    index = window.index(chunk)
+    window.remove(chunk)
+    for part in reversed([part for part in parts if part.items]):
+        window.insert(index, part)
+
+
+class _Worker:
+    """A worker process, its connections, and the chunks that it has."""
+
+    def __init__(self, budget: worker.Budget) -> None:
+        # Never fork: TensorFlow may be imported by now, and its threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.connection, far_end = context.Pipe()
+        self._progress, far_progress = context.Pipe(duplex=False)
+        self.process = context.Process(target=worker.run, args=(far_end, far_progress, budget), daemon=True)
+        self.process.start()
+        far_end.close()
+        far_progress.close()
+        self.is_started = False
+        self.chunks: deque[_Chunk] = deque()
+
+    def send(self, function: Callable[..., object], chunk: _Chunk) -> None:
+        chunk.is_assigned = True
+        self.chunks.append(chunk)
+        with contextlib.suppress(OSError):  # if it has died, `receive` finds it
+            self.connection.send((function, chunk.items))
+
+    def receive(self) -> bool:
+        """Wait for the outcomes of a chunk. Return False if the process has died."""
+        try:
+            outcomes = self.connection.recv()
+        except (EOFError, OSError):
+            return False
+        if self.is_started:
+            chunk = self.chunks.popleft()
+            chunk.outcomes = outcomes
+            for _ in outcomes:
+                os.read(self._progress.fileno(), 1)
+        self.is_started = True
+        return True
+
+    def receive_rest(self) -> int:
+        """Receive what a dead process has sent. Return the position of the item that it worked on in its chunk."""
+        while self.receive():
+            pass
+        finished = len(os.read(self._progress.fileno(), 2**16))
+        return min(finished, len(self.chunks[0].items) - 1) if self.chunks else 0
+
+    def close(self) -> None:
+        """Wait for the end of the process, which has been terminated."""
+        self.process.join()
+        self.connection.close()
+        self._progress.close()
+        for chunk in self.chunks:
+            chunk.is_assigned = False
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)` in the order of the items, with a thread per core, for work that releases the GIL."""
+    threads = machine.cores()
+    source = iter(items)
+    with ThreadPoolExecutor(threads) as executor:
+        waiting = deque(executor.submit(function, item) for item in islice(source, 2 * threads))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(executor.submit(function, item) for item in islice(source, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]:
@@ -76,33 +224,3 @@ def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]
 
     threading.Thread(target=work, daemon=True).start()
     return future.result
-
-
-def _in_order(
-    executor: Executor, function: Callable[[Piece], Result], pieces: Iterable[Piece], at_once: int
-) -> Iterator[Result]:
-    source = iter(pieces)
-    waiting = deque(executor.submit(function, piece) for piece in islice(source, at_once))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(executor.submit(function, piece) for piece in islice(source, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _initialize_worker() -> None:
-    # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent has ended; otherwise it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

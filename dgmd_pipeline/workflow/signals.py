@@ -12,19 +12,22 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dgmd_pipeline.errors import Stopped
 
 GRACE = 3.0  # seconds; `docker stop` kills the process after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
+# Called with the signal before a process that did not end in time is ended, for what must not be left out even then.
+before_end: list[Callable[[int], None]] = []
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
     """Raise Stopped in the block when a signal arrives; end the process if the block does not end in time."""
     received.clear()
+    before_end.clear()
     reader, writer = os.pipe()
     screen = os.dup(2)  # file descriptor 2 is /dev/null while TensorFlow is imported
     os.set_blocking(writer, False)
@@ -66,6 +69,10 @@ def _watch(reader: int, screen: int) -> None:
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
             with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
-            os._exit(128 + heard[0])
+            try:
+                for call in before_end:
+                    call(heard[0])
+            finally:
+                os._exit(128 + heard[0])
     os.close(reader)
     os.close(screen)

@@ -240,10 +240,12 @@ class Step(luigi.Task):
     def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
         with (
-            disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
+            disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(
                 self.path, self._input_fingerprint(inputs) if self.resumable else None, self.keeps_replaced()
             ) as draft,
+            # Again, because the draft is removed when the work fails: what the disk lacked would not be visible then.
+            disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
             result = self.work(draft)

@@ -5,7 +5,8 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dgmd_pipeline.settings import FROZEN_DEFAULTS, LIBRARY_DEFAULTS, Settings, expected_values, variable
+from dgmd_pipeline.invalid_settings import expected_values
+from dgmd_pipeline.settings import FROZEN_DEFAULTS, LIBRARY_DEFAULTS, Settings, variable
 from dgmd_pipeline.training.backbones import BACKBONES
 
 TARGET = Path(__file__).parents[1] / "configuration.md"
@@ -15,7 +16,9 @@ HEAD = """\
 All settings are environment variables. They can also be in a file `.env` in the working directory,
 or in the file that `--env-file` names. The environment takes precedence over the file. An empty
 variable counts as unset. If values are invalid, the command reports all of them before anything
-starts, and exits with 2.
+starts, and exits with 2. It does the same for lines of the file that cannot be parsed as
+`NAME=value`: it shows their line numbers, but not their content. A name in the file that is almost
+the name of a variable, such as `EPOCS`, is a warning.
 
 This file is generated from `dgmd_pipeline/settings.py`: run `make docs` after a change there.
 """
@@ -78,7 +81,7 @@ def _default(value: object) -> str:
     if isinstance(value, bool):
         return f"`{value}`".lower()
     if isinstance(value, Path):
-        return f"`~/{value.name}`" if value.is_absolute() else f"`./{value}`"
+        return f"`{value}`" if value.parts[0] == "~" else f"`./{value}`"
     return f"`{value}`"
 
 

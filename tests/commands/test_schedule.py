@@ -152,7 +152,8 @@ def test_the_schedule_publishes_the_status_of_a_killed_run(variables, start, tmp
         silent.accept()
         (run,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(run), signal.SIGKILL)
-        lines_until(process, "Next run")
+        said = lines_until(process, "Next run")
+    assert "Run failed with exit code 137 (killed by signal 9, for example because memory ran out" in "".join(said)
     status = json.loads((tmp_path / "data" / "status.json").read_text())
     assert (status["outcome"], status["exit_code"]) == ("failed", 137)
     assert "killed by signal 9" in status["message"]

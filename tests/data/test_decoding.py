@@ -33,9 +33,7 @@ def centre_colour(image: PIL.Image.Image) -> tuple[int, ...]:
         (PIL.Image.new("I;16", (9, 9), 65535), (255, 255, 255)),
         (PIL.Image.new("I;16", (9, 9), 128 * 257), (128, 128, 128)),
         (PIL.Image.new("I;16B", (9, 9), 128 * 257), (128, 128, 128)),
-        (PIL.Image.new("I", (9, 9), 300), (1, 1, 1)),
-        (PIL.Image.new("I", (9, 9), 70_000), (255, 255, 255)),
-        (PIL.Image.new("I", (9, 9), -5), (0, 0, 0)),
+        (PIL.Image.new("I", (9, 9), 128 * 257), (128, 128, 128)),
         (PIL.Image.new("F", (9, 9), 0.4), (102, 102, 102)),
         (PIL.Image.new("F", (9, 9), 102.3), (102, 102, 102)),
         (PIL.Image.new("F", (9, 9), float("nan")), (0, 0, 0)),
@@ -49,38 +47,14 @@ def test_every_mode_becomes_rgb_with_transparency_on_white(image, expected, recw
     assert not recwarn.list
 
 
-def test_transparent_colours_of_palette_grey_and_rgb_pngs_and_gifs_are_white(tmp_path):
-    palette = PIL.Image.new("P", (9, 9), 1)
-    palette.putpalette([0, 0, 0, 200, 0, 0])
-    cases = {
-        "index": encode(palette, "PNG", transparency=1),
-        "alphas": encode(palette, "PNG", transparency=b"\xff\x00"),
-        "half": encode(palette, "PNG", transparency=b"\xff\x80"),
-        "gif": encode(palette, "GIF", transparency=1),
-        "grey": encode(PIL.Image.new("L", (9, 9), 7), "PNG", transparency=7),
-        "grey16": encode(PIL.Image.new("I;16", (9, 9), 700), "PNG", transparency=700),
-        "rgb": encode(PIL.Image.new("RGB", (9, 9), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
-    }
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-        assert centre_colour(open_rgb(tmp_path / name)) == ((227, 127, 127) if name == "half" else (255, 255, 255)), (
-            name
-        )
-
-
-def test_16_bit_grey_keeps_its_gradation(tmp_path):
-    ramp = np.linspace(0, 65535, 256 * 16).reshape(16, 256).astype(np.uint16)
-    (tmp_path / "x.png").write_bytes(encode(PIL.Image.fromarray(ramp), "PNG"))
-    grey = np.asarray(open_rgb(tmp_path / "x.png"))[..., 0]
-    assert np.abs(grey - ramp / 257).max() <= 0.5 + 1e-9
-
-
 def test_a_cmyk_jpeg_keeps_its_colours(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encode(PIL.Image.new("RGB", (16, 16), (200, 60, 30)).convert("CMYK"), "JPEG"))
     assert centre_colour(open_rgb(tmp_path / "x.jpg")) == pytest.approx((200, 60, 30), abs=4)
 
 
-@pytest.mark.parametrize("name", ["JPEG of two images", "PNG animated", "WEBP animated", "GIF animated", "TIFF pages"])
+@pytest.mark.parametrize(
+    "name", ["JPEG of two images", "PNG animated", "WEBP animated", "AVIF animated", "GIF animated", "TIFF pages"]
+)
 def test_the_first_of_several_images_in_a_file_is_used(name, tmp_path):
     (tmp_path / "x").write_bytes(samples()[name])
     first = np.asarray(scene(), np.float64)
@@ -90,7 +64,7 @@ def test_the_first_of_several_images_in_a_file_is_used(name, tmp_path):
         assert np.abs(np.asarray(to_rgb(image)) - first).mean() < 12
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_upright_as_pillow_does(kind, orientation, tmp_path):
     data = encode_with_orientation(scene(0, 400, 240), kind, orientation)
@@ -98,6 +72,16 @@ def test_an_image_is_turned_upright_as_pillow_does(kind, orientation, tmp_path):
     image = open_rgb(tmp_path / "x")
     assert image.size == ((240, 400) if orientation > 4 else (400, 240))
     assert np.array_equal(image, upright(data))
+
+
+def test_the_properties_of_an_avif_count_and_not_the_orientation_in_its_exif_or_xmp_data(tmp_path):
+    tags = PIL.Image.Exif()
+    tags[ExifTag.ImageWidth] = 6
+    in_exif = encode(scene(), "AVIF", exif=tags.tobytes()).replace(b"\x01\0\0\x04", b"\x01\x12\0\x04")
+    in_xmp = encode(scene(), "AVIF", xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    for data in (in_exif, in_xmp):
+        (tmp_path / "x").write_bytes(data)
+        assert open_rgb(tmp_path / "x").size == (96, 64)
 
 
 def test_damage_to_another_exif_tag_does_not_affect_the_orientation(tmp_path):

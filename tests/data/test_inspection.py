@@ -10,8 +10,9 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from support.images import encode, exif, put, samples, scene
+from support.images import chunk, encode, exif, put, samples, scene
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.data.decoding import open_rgb
 from dgmd_pipeline.data.inspection import check_rejected, find, inspect
 from dgmd_pipeline.errors import NoUsableInput
@@ -32,10 +33,6 @@ def scratch(tmp_path):
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG whose header announces this size, with one byte of pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
@@ -54,10 +51,12 @@ def test_files_at_any_depth_are_found_sorted_by_path_with_the_first_folder_as_th
     ]
 
 
-def test_names_that_begin_with_a_dot_are_skipped(raw):
-    for path in (".git/x", "a/.DS_Store", "a/.cache/x", "a/x"):
+def test_hidden_and_system_files_are_ignored_and_counted_in_one_line(raw, caplog):
+    caplog.set_level("INFO")
+    for path in (".git/x", "a/.DS_Store", "a/.cache/x", "a/x", "a/Thumbs.db", "__MACOSX/a/x", "a/@eaDir/x", ".y/z"):
         put(raw, path, b"x")
     assert list(find(raw)) == [RawFile("a/x", "a")]
+    assert caplog.messages == [f"  {raw}: {manifest.describe_system_files(7, 'files and folders')}"]
 
 
 def test_links_to_files_are_usable_and_other_links_and_pipes_are_rejected(raw, scratch, tmp_path):
@@ -91,7 +90,7 @@ def test_the_format_depends_on_the_content_not_on_the_name(name, raw, scratch, c
     assert row.path == "a label/a name.txt"
     assert row.format == name.split()[0]
     assert row.sha256 == row.group == sha256(samples()[name]).hexdigest()
-    rotated = name in ("JPEG baseline", "WEBP", "TIFF")  # stored with orientation 6
+    rotated = name in ("JPEG baseline", "WEBP", "AVIF", "TIFF")  # stored with orientation 6
     assert (row.width, row.height) == ((64, 96) if rotated else (96, 64))
     assert open_rgb(raw / row.path).size == (row.width, row.height)
     assert not list(scratch.iterdir())
@@ -100,24 +99,43 @@ def test_the_format_depends_on_the_content_not_on_the_name(name, raw, scratch, c
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "detail"),
     [
-        b"GIF, as this text begins",
-        b"\x00" * 1000,
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        encode(scene(), "PPM"),
-        encode(scene(), "TGA"),
-        encode(scene(), "ICO"),
-        encode(scene(), "JPEG2000"),
+        (b"GIF, as this text begins", "text"),
+        (encode(scene(), "TGA"), "unknown type of file (its first bytes are 00 00 02 00 00 00 00 00)"),
+        (encode(scene(), "JPEG2000"), "JPEG 2000"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
     ],
-    ids=["text", "zeros", "EPS", "PPM", "TGA", "ICO", "JPEG2000"],
+    ids=["text", "TGA", "JPEG2000", "HEIC"],
 )
-def test_other_formats_are_rejected_as_unreadable(data, raw, scratch):
+def test_a_file_of_another_format_is_rejected_with_its_type(data, detail, raw, scratch):
     put(raw, "a/image.jpg", data)
-    usable, (row,) = inspect(find(raw), raw, scratch)
-    assert not usable
-    assert row[:3] == ("a/image.jpg", "a", "unreadable")
-    assert "JPEG, PNG, WEBP, GIF, BMP or TIFF" in row.detail
+    expected = f"{detail}; expected an image in the format JPEG, PNG, WEBP, AVIF, GIF, BMP or TIFF"
+    assert inspect(find(raw), raw, scratch) == ([], [Rejected("a/image.jpg", "a", "unreadable", expected)])
+
+
+def test_an_image_whose_header_is_damaged_or_cut_is_rejected_with_the_reason(raw, scratch):
+    data = samples()["PNG"]
+    put(raw, "a/header.png", data[:20] + b"\xff" + data[21:])
+    put(raw, "a/cut.png", data[:20])
+    _, (cut, header) = inspect(find(raw), raw, scratch)
+    assert cut[2:] == ("truncated", "OSError: Truncated File Read")
+    assert header[2:] == ("unreadable", "PNG that cannot be read: broken PNG file (bad header checksum in b'IHDR')")
+
+
+def test_values_whose_range_is_unknown_are_rejected_with_the_reason(raw, scratch):
+    put(raw, "a/x.tif", encode(PIL.Image.new("F", (9, 9), 3071), "TIFF"))
+    _, (row,) = inspect(find(raw), raw, scratch)
+    assert row.reason == "unreadable"
+    assert row.detail.startswith("its floating-point values are between 0 and 3071; expected 0 to 1, or 0 to 255")
+
+
+def test_the_detail_of_a_tiff_with_thousands_of_damaged_tags_is_bounded(raw, scratch):
+    tags = [struct.pack("<HHII", number, 2, 100_000 + number, 2**31) for number in range(270, 3170)]
+    put(raw, "a/x.tif", b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4))
+    _, (row,) = inspect(find(raw), raw, scratch)
+    assert row.detail.startswith("TIFF that cannot be read: Missing dimensions; Tag data larger than file.")
+    assert len(row.detail) == 1000
 
 
 def test_an_empty_file_is_rejected(raw, scratch):
@@ -149,6 +167,7 @@ def test_a_missing_file_is_rejected(raw, scratch):
         "PNG",
         "WEBP",
         "WEBP animated",
+        "AVIF",
         "GIF",
         "BMP",
         "TIFF",

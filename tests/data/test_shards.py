@@ -1,7 +1,10 @@
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +20,8 @@ from dgmd_pipeline.data import shards, tfrecord
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.manifest import Example, read_shard_index
 from dgmd_pipeline.training import dataset
+from dgmd_pipeline.workflow.executors import ProcessExecutor
+from dgmd_pipeline.workflow.worker import reserve_memory
 
 WIDTH, HEIGHT = 24, 16
 
@@ -242,8 +247,36 @@ def test_an_image_lost_since_its_inspection_is_an_error_with_a_remedy(content, r
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"allspice 5\.png was .*folder inspected"):
+    with pytest.raises(PipelineError, match=r"allspice 5\.png was .*run with --force inspect"):
         write(rows, raw, tmp_path / "records")
+
+
+@contextlib.contextmanager
+def kill_at_the_twentieth(_):
+    if next(reserved) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+reserved = itertools.count(1)
+
+
+def test_a_process_that_dies_is_an_error_that_names_the_image_and_how_to_exclude_it(rows, raw, tmp_path):
+    pool = ProcessExecutor(1)
+    last = shards.record_order(rows)[19].path
+    with pytest.raises(PipelineError, match=rf"{last} cannot be converted: the process .*SIGKILL.*corrections\.csv"):
+        write(rows, raw, tmp_path / "records", 1, map=pool.map, reserve_memory=kill_at_the_twentieth)
+    pool.close()
+
+
+def test_an_image_that_needs_more_memory_than_there_is_is_an_error_that_names_it(rows, raw, tmp_path):
+    rows.append(put_image(raw, "anise/large.png", 1, (4000, 4000)))
+    pool = ProcessExecutor(2, 500_000_000)  # 70 MB for images
+    with pytest.raises(
+        PipelineError, match=r"anise/large\.png cannot be converted: it needs 1\d\d MB.*Raise the memory"
+    ):
+        write(rows, raw, tmp_path / "records", 1, map=pool.map, reserve_memory=reserve_memory)
+    pool.close()
 
 
 def test_an_error_of_the_disk_is_not_reported_as_an_unreadable_image(rows, raw, tmp_path):

@@ -1,16 +1,15 @@
 """Registrations in the embedded store and on a real MLflow server over HTTP."""
 
-import base64
-import http.server
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import mlflow
 import numpy as np
 import pytest
+from support.registry import candidate
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.registry import registration, versions
@@ -18,114 +17,6 @@ from dgmd_pipeline.registry import store as registry_store
 from dgmd_pipeline.training.networks import load
 
 pytest_plugins = ["support.registry"]
-
-
-@pytest.fixture
-def answering():
-    """Start a server that answers each GET with a status and a body; its address and the requests that it got."""
-    servers = []
-
-    def start(status, body=b""):
-        asked = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                asked.append((self.path, self.headers.get("Authorization")))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"127.0.0.1:{server.server_port}", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_server_of_version_3_is_accepted(mlflow_server):
-    assert registry_store.check_server(mlflow_server) is None
-
-
-def test_an_older_server_is_refused(answering):
-    host, _ = answering(200, b"2.22.1")
-    with pytest.raises(PipelineError, match="is version 2.22.1; .* upgrade the server"):
-        registry_store.check_server(f"http://{host}")
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "said"),
-    [
-        (401, b"", "MLFLOW_TRACKING_USERNAME"),
-        (403, b"Invalid Host header", "MLFLOW_SERVER_ALLOWED_HOSTS"),
-        (502, b"", "answers 502"),
-        (200, b"<html>welcome</html>", "does not identify itself as an MLflow server"),
-    ],
-)
-def test_a_server_that_does_not_tell_its_version_is_a_warning(answering, status, body, said):
-    host, _ = answering(status, body)
-    warning = registry_store.check_server(f"http://me:s3cr3t@{host}/")
-    assert said in warning
-    assert "the registration at its end tries again" in warning
-    assert "s3cr3t" not in warning
-
-
-def test_a_server_that_cannot_be_reached_is_a_warning():
-    assert "cannot be reached" in registry_store.check_server("http://127.0.0.1:9/")
-    assert "cannot be reached" in registry_store.check_server("http://no such host/")
-
-
-@pytest.mark.parametrize(("uri", "login"), [("http://me:p%40ss@{}", None), ("http://{}/", "me:p@ss")])
-def test_a_login_is_sent_as_a_header(answering, uri, login):
-    host, asked = answering(200, b"3.17.2")
-    assert registry_store.check_server(uri.format(host), login) is None
-    assert asked == [("/version", "Basic " + base64.b64encode(b"me:p@ss").decode())]
-
-
-def test_a_store_that_is_not_a_server_is_not_checked():
-    assert registry_store.check_server("sqlite:////data/mlflow.db") is None
-
-
-@pytest.fixture(scope="session")
-def saved_model(tmp_path_factory):
-    import keras
-
-    images = keras.Input((None, None, 3), dtype="uint8")
-    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(images))
-    path = tmp_path_factory.mktemp("model") / "model.keras"
-    keras.Model(images, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
-    return path
-
-
-def candidate(folder, model, training_id="one", **changes):
-    (folder / "evaluation").mkdir(exist_ok=True)
-    (folder / "evaluation" / "metrics.json").write_text("{}")
-    (folder / "mapping.json").write_text(json.dumps({"0": "anise", "1": "mint"}))
-    history = [
-        {"accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.6, "val_loss": 0.9},
-        {"accuracy": 0.7, "loss": 0.8, "val_accuracy": 0.8, "val_loss": 0.7},
-        {"accuracy": 0.9, "loss": 0.6, "val_accuracy": 0.7, "val_loss": 0.8},
-    ]
-    values = {
-        "training_id": training_id,
-        "model": lambda: load(model),
-        "labels": ["anise", "mint"],
-        "params": {"EPOCHS": 3},
-        "history": history,
-        "metrics": {"evaluation_accuracy": 0.8},
-        "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
-        "tags": {"dgmd.version": "0.1.0"},
-        "source": "s3://bucket/train/images",
-        "source_digest": "a" * 64,
-        "files": {folder / "mapping.json": "", folder / "evaluation": "evaluation"},
-    }
-    return registration.Candidate(**{**values, **changes})
 
 
 def test_a_training_is_registered_once(store, saved_model, tmp_path, request):
@@ -227,6 +118,80 @@ def test_a_promoted_version_does_not_become_the_candidate_again(embedded_store, 
     client.set_model_version_tag("promoted", "1", "environment", "production")
     registration.register(embedded_store, "promoted", "promoted", candidate(tmp_path, saved_model))
     assert client.get_model_version("promoted", "1").aliases == []
+
+
+@pytest.fixture
+def repeated(store, saved_model, tmp_path, request):
+    """A registration that was repeated by an older client: its name, a client and a function that registers again."""
+    name = f"repeated-{abs(hash(request.node.nodeid))}"
+    version = registration.register(store, name, name, candidate(tmp_path, saved_model))
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    mlflow.set_tracking_uri(store.uri)
+    run = client.get_run(version.run_id)
+    experiment, tags = run.info.experiment_id, client.get_model_version(name, "1").tags
+    model_id = run.outputs.model_outputs[0].model_id
+    client.create_model_version(name, f"models:/{model_id}", version.run_id, tags=tags, model_id=model_id)
+    other = client.create_run(experiment, tags=run.data.tags).info.run_id
+    client.create_logged_model(experiment, "model", other)
+    client.create_logged_model(experiment, "model", version.run_id)
+    client.create_logged_model(experiment, "of somebody else", version.run_id)
+
+    def again():
+        assert registration.register(store, name, name, candidate(tmp_path, saved_model)) == version._replace(new=False)
+        models = client.search_logged_models([experiment])
+        assert {model.model_id for model in models if model.name == "model"} == {model_id}
+        assert [model.name for model in models if model.model_id != model_id] == ["of somebody else"]
+        return [run.info.run_id for run in client.search_runs([experiment])]
+
+    return name, client, again, [version.run_id, other]
+
+
+def test_what_repeated_requests_created_is_deleted(store, repeated):
+    name, _, again, (run_id, _) = repeated
+    assert again() == [run_id]
+    (version,) = versions.read(store, name).versions
+    assert (version.version, version.aliases) == (1, ["candidate"])
+
+
+def test_a_second_version_that_is_in_use_is_not_deleted(store, repeated, caplog):
+    name, client, again, (run_id, _) = repeated
+    client.set_registered_model_alias(name, "champion", "2")
+    assert again() == [run_id]
+    assert [version.version for version in versions.read(store, name).versions] == [2, 1]
+    assert "Version 2 is not deleted, because it is in use" in caplog.text
+
+
+def test_the_run_of_another_models_version_is_not_deleted(store, repeated):
+    name, client, again, (run_id, other) = repeated
+    client.create_registered_model(f"{name}-other")
+    client.create_model_version(f"{name}-other", f"runs:/{other}/model", other)
+    experiment = client.get_run(other).info.experiment_id
+    (model,) = client.search_logged_models([experiment], f"source_run_id = '{other}'")
+    client.delete_logged_model(model.model_id)
+    assert sorted(again()) == sorted([run_id, other])
+
+
+def test_a_run_or_model_that_the_environment_names_is_not_used(store, saved_model, tmp_path, request, monkeypatch):
+    name = f"inherited-{request.node.callspec.id}"
+    for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.setenv(variable, "0" * 32)
+    monkeypatch.setenv("MLFLOW_ACTIVE_MODEL_ID", "m-" + "0" * 32)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # MLflow reads the active model once in each thread
+        values = store, name, name, candidate(tmp_path, saved_model)
+        version = thread.submit(registration.register, *values).result()
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    run = client.get_run(version.run_id)
+    assert run.info.experiment_id == client.get_experiment_by_name(name).experiment_id
+    assert run.data.metrics["evaluation_accuracy"] == 0.8
+
+
+def test_the_name_of_long_data_is_shortened(store, saved_model, tmp_path, request):
+    name, source = f"far-{request.node.callspec.id}", "s3://bucket/" + "deep/" * 204
+    version = registration.register(store, name, name, candidate(tmp_path, saved_model, source=source))
+    run = mlflow.MlflowClient(store.uri, store.uri).get_run(version.run_id)
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert dataset.name == source[:499] + "…"
+    assert json.loads(dataset.source) == {"uri": source}
 
 
 def test_a_deleted_experiment_is_explained(embedded_store, saved_model, tmp_path):

@@ -98,6 +98,16 @@ def test_a_folder_in_place_of_the_default_credentials_file_is_an_error(aws_home)
         connect()
 
 
+def test_a_web_identity_token_that_cannot_be_read_is_an_error_without_a_traceback(monkeypatch, caplog):
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/no/such/token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
+    with pytest.raises(NoUsableInput, match="cannot be used .*/no/such/token"):
+        connect()
+    assert caplog.records
+    assert "Traceback" not in caplog.text
+    assert "/no/such/token" in caplog.text
+
+
 @contextmanager
 def without_root_privileges():
     """Run as the user nobody if the tests run as root, which can read every file."""
@@ -132,7 +142,8 @@ def test_the_error_about_an_unreadable_credentials_file_names_its_owner(monkeypa
         assert f"{path} (AWS_SHARED_CREDENTIALS_FILE) cannot be read by this process, user {user}" in str(caught.value)
         assert f"{folder / closed} belongs to user {os.geteuid()} with mode 0" in str(caught.value)
         assert f"chown {user} {folder / closed}" in str(caught.value)
-        assert f"--user {os.geteuid()}" in str(caught.value)
+        assert f"docker run --user {os.geteuid()}" in str(caught.value)
+        assert f"PIPELINE_USER={os.geteuid()} in .env" in str(caught.value)
 
 
 @pytest.mark.parametrize(

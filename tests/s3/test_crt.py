@@ -2,12 +2,14 @@ import threading
 
 import pytest
 from support.http_server import send
-from support.s3 import KEYS, read_files, sources, upload
+from support.s3 import KEYS, read_files, send_error, sources, upload
 
 from dgmd_pipeline.manifest import SourceObject
+from dgmd_pipeline.s3 import throttling
 from dgmd_pipeline.s3.client import connect
 from dgmd_pipeline.s3.crt import MAX_BYTES, MAX_FAILURES, CrtTransfer
 from dgmd_pipeline.s3.download import download
+from dgmd_pipeline.s3.transfer import ATTEMPTS
 
 pytestmark = pytest.mark.usefixtures("aws_home")
 
@@ -61,42 +63,37 @@ def test_botocore_fetches_an_object_again_whose_checksum_differs(server, tmp_pat
     assert [is_by_botocore(headers) for headers in server.requests] == [True, False, False, True, False]
 
 
-def fetch(transfer, key, size, path):
-    """Fetch an object by awscrt and return whether that succeeded."""
-    completed = threading.Event()
-    pending = transfer.start(key, size, path, completed.set)
-    assert completed.wait(20)
-    return transfer.is_complete(pending)
+@pytest.mark.parametrize("refused", [False, True])
+def test_awscrt_is_not_used_again_if_it_fails_in_a_row_where_botocore_succeeds(server, tmp_path, refused):
+    server.refused_to = "refused" if refused else "awscrt"
+    objects = sources("a/first", *(f"a/refused {number}" for number in range(MAX_FAILURES)), "a/8", "a/9")
+    items = list(download(connect(), "images", objects, tmp_path / "raw", threads=1))
+    assert len([item for item in items if item in objects]) == (3 if refused else len(objects))
+    assert [is_by_botocore(headers) for headers in server.requests][-2:] == [not refused] * 2
 
 
-def test_awscrt_is_not_used_again_after_several_failures_in_a_row(s3_client, bucket, tmp_path):
-    name = upload(bucket, {"p/a/1": b"abc"})
-    transfer = CrtTransfer(s3_client)
-    assert not transfer.decided and not transfer.accepts(3)  # botocore has fetched nothing yet
-    s3_client.get_object(Bucket=name, Key="p/a/1")["Body"].read()
-    transfer.adopt("p/a/1")
-    assert transfer.decided and transfer.accepts(3) and not transfer.accepts(0) and not transfer.accepts(MAX_BYTES + 1)
-    for _ in range(MAX_FAILURES - 1):
-        assert not fetch(transfer, "p/a/gone", 3, tmp_path / "part")
-    assert fetch(transfer, "p/a/1", 3, tmp_path / "part")
-    assert (tmp_path / "part").read_bytes() == b"abc"
-    for _ in range(MAX_FAILURES):
-        assert transfer.accepts(3)
-        assert not fetch(transfer, "p/a/gone", 3, tmp_path / "part")
-    assert transfer.decided and not transfer.accepts(3)
+@pytest.mark.usefixtures("server")
+def test_objects_that_awscrt_cannot_fetch_are_not_given_to_it(tmp_path):
+    objects = [*sources("a/first"), *sources("a/empty", size=0), *sources("a/large", size=MAX_BYTES + 1)]
+    client = connect()
+    requests = botocore_requests(client)
+    items = list(download(client, "images", objects, tmp_path, threads=1))
+    assert [item.reason for item in items[1:]] == ["changed", "changed"]  # all objects of this server have 3 bytes
+    assert len(requests) == 1 + 2 * ATTEMPTS
 
 
 def test_a_cancelled_transfer_completes_as_a_failed_one(server, tmp_path):
-    client = connect()
-    transfer, completed = CrtTransfer(client), threading.Event()
-    client.get_object(Bucket="images", Key="first")["Body"].read()
-    transfer.adopt("first")
-    pending = transfer.start("silent", 3, tmp_path / "part", completed.set)
-    assert server.asked_for_silent.wait(20)
-    assert not completed.is_set()
-    pending.cancel()
-    assert completed.wait(20)
-    assert not transfer.is_complete(pending)
+    client, completed = connect(), threading.Event()
+    with throttling.gate(client) as gate:
+        transfer = CrtTransfer(client, "images", gate)
+        client.get_object(Bucket="images", Key="train/first")["Body"].read()
+        transfer.adopt("train/first")
+        pending = transfer.start(*sources("silent"), tmp_path / "part", completed.set)
+        assert server.asked_for_silent.wait(20)
+        assert not completed.is_set()
+        pending.cancel()
+        assert completed.wait(20)
+        assert not transfer.is_complete(pending)
 
 
 def test_stopping_a_download_cancels_transfers_in_progress(server, tmp_path):
@@ -117,6 +114,7 @@ class Server:
         self.requests = []  # their headers
         self.checksum = None
         self.damaged = set()  # keys that are sent damaged once
+        self.refused_to = None  # "awscrt", or everybody
         self.asked_for_silent, self.finished = threading.Event(), threading.Event()
 
     def answer(self, request, key, _query):
@@ -124,6 +122,13 @@ class Server:
         if key.endswith("silent"):
             self.asked_for_silent.set()
             self.finished.wait(30)
+        if (
+            "refused" in key
+            and self.refused_to
+            and not (self.refused_to == "awscrt" and is_by_botocore(request.headers))
+        ):
+            send_error(request, 403, "AccessDenied")
+            return
         checksum = {"x_amz_checksum_crc32": self.checksum} if self.checksum else {}
         send(request, 200, b"abd" if key in self.damaged else b"abc", **checksum)
         self.damaged.discard(key)

@@ -1,11 +1,14 @@
+import re
+
 import pytest
 from support.s3 import read_files, send_listing, upload
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.s3 import listing
 from dgmd_pipeline.s3.client import connect
 from dgmd_pipeline.s3.download import download
-from dgmd_pipeline.s3.listing import list_objects
+from dgmd_pipeline.s3.listing import ignores_case, list_objects
 
 pytestmark = pytest.mark.usefixtures("aws_home")
 
@@ -14,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("aws_home")
 def list_keys(fake_s3):
     """List a bucket with these keys."""
 
-    def list_keys(*keys):
+    def list_keys(*keys, ignore_case=False):
         fake_s3(lambda request, _key, _query: send_listing(request, keys))
-        return list_objects(connect(), "images", "train")
+        return list_objects(connect(), "images", "train", ignore_case)
 
     return list_keys
 
@@ -32,7 +35,6 @@ def test_unusual_but_safe_keys_become_files_with_the_same_names(s3_client, bucke
         "allspice/100%25 %2F.png",
         "anis étoilé/日本/ünï.png",
         "deep/1/2/3/4.png",
-        "deep/.hidden",
         "empty/0.png",
     ]
     contents = {f"train/images/{name}": b"" if name.startswith("empty") else name.encode() for name in names}
@@ -77,18 +79,16 @@ def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
         "cat//1.png": "unsafe name",
         "/etc/passwd": "unsafe name",
         "cat/": "unsafe name",  # not a folder marker: it has content
-        "cat/..\\1.png": "unsafe name",
+        "cat/a\\1.png": "unsafe name",
         "cat/a\nb.png": "unsafe name",
         "cat/a\x85b.png": "unsafe name",
         "cat/" + "é" * 128: "unsafe name",
         "_SUCCESS/1.png": "reserved name",
         "Listing.csv/1.png": "reserved name",
-        ".part/0": "reserved name",
-        ".resume/0": "reserved name",
         "rejected.csv/0": "reserved name",
         "1.png": "no label",
     }
-    safe = ["cat/1.png", "cat/" + "é" * 127, "cat/_SUCCESS", "cat/.part/0"]
+    safe = ["cat/1.png", "cat/" + "é" * 127, "cat/_SUCCESS", "cat/Thumbs.db.png"]
     found = list_keys(*(f"train/{path}" for path in [*reasons, *safe]))
     assert paths(found) == safe
     assert [row.reason for row in found.rejected] == list(reasons.values())
@@ -97,7 +97,7 @@ def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
 
 
 def test_a_key_that_is_not_unicode_is_rejected():
-    objects, rejected = listing._assign_paths([{"Key": "train/cat/\ud800.png", "Size": 1}], "train/")
+    objects, rejected, _ = listing._assign_paths([{"Key": "train/cat/\ud800.png", "Size": 1}], "train/", False)
     assert (objects, [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
 
 
@@ -114,10 +114,62 @@ def test_a_key_that_is_not_unicode_is_rejected():
     ],
 )
 def test_of_objects_that_cannot_be_on_one_disk_together_the_first_is_used(list_keys, keys, reasons):
-    found = list_keys(*(f"train/{key}" for key in keys))
+    found = list_keys(*(f"train/{key}" for key in keys), ignore_case=True)
     assert [row.reason for row in found.rejected] == reasons
     assert set(paths(found)) | {row.path.removeprefix("train/") for row in found.rejected} == set(keys)
     assert paths(found)[0] == keys[0]
+
+
+SYSTEM_FILES = [
+    ".DS_Store",
+    ".ipynb_checkpoints/1-checkpoint.png",
+    ".part/0",
+    "cat/.ipynb_checkpoints/1-checkpoint.png",
+    "cat/._1.png",
+    "cat/Thumbs.db",
+    "cat/Desktop.ini",
+    "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg",
+    "__MACOSX/cat/._1.png",
+    "__MACOSX/cat/1.png",
+]
+
+
+def test_hidden_and_system_files_are_ignored_and_counted_in_one_line(list_keys, caplog):
+    caplog.set_level("INFO", listing.log.name)
+    found = list_keys(*(f"train/{path}" for path in ["cat/1.png", *SYSTEM_FILES, ".../1.png"]))
+    assert (paths(found), found.rejected) == (["cat/1.png"], [])
+    assert caplog.messages == [f"  s3://images/train/: {manifest.describe_system_files(11, 'objects')}"]
+    with pytest.raises(NoUsableInput, match=r"no objects in s3://images/train/ but system files: upload images as"):
+        list_keys("train/.DS_Store")
+
+
+def test_labels_that_differ_in_case_only_are_kept_on_a_disk_that_distinguishes_them(list_keys, caplog):
+    keys = ["Cat/1.png", "Cat/2.png", "cat/1.png", "cat/2.png", "dog/a.png", "dog/A.png"]
+    assert paths(list_keys(*(f"train/{key}" for key in keys))) == keys
+    assert not caplog.messages
+
+
+def test_a_label_that_the_disk_cannot_distinguish_from_another_is_named(list_keys, caplog):
+    keys = ["Cat/1.png", "Cat/2.png", "Dog/1.png", "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png", "dog/DOG/2.png"]
+    found = list_keys(*(f"train/{key}" for key in keys), ignore_case=True)
+    assert paths(found) == ["Cat/1.png", "Cat/2.png", "Dog/1.png", "dog/2.png", "dog/DOG/2.png"]
+    assert [re.search(r"the label .* only|\d of its \d", text)[0] for text in caplog.messages] == [
+        "the label cat vanishes: it differs from Cat only",
+        "the label dog loses images: it differs from Dog only",
+    ]
+    assert [re.search(r"\d of its \d", text)[0] for text in caplog.messages] == ["2 of its 2", "1 of its 3"]
+
+
+def test_whether_a_disk_ignores_case_is_seen_from_the_names_in_a_folder(tmp_path):
+    assert not ignores_case(tmp_path / "missing")
+    assert not ignores_case(tmp_path)
+    (tmp_path / ".lock").touch()
+    assert not ignores_case(tmp_path)
+    (tmp_path / ".LOCK").touch()
+    assert not ignores_case(tmp_path)
+    (tmp_path / ".LOCK").unlink()
+    (tmp_path / ".LOCK").hardlink_to(tmp_path / ".lock")  # one file under both names, as on a disk that ignores case
+    assert ignores_case(tmp_path)
 
 
 def test_the_error_about_a_prefix_without_objects_names_the_existing_folders(s3_client, bucket):

@@ -1,12 +1,14 @@
 import os
 
 import pytest
-from support.s3 import read_files
+from support.http_server import send
+from support.s3 import KEYS, read_files, send_error
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
 from dgmd_pipeline.s3 import sync
+from dgmd_pipeline.s3.client import connect
 from dgmd_pipeline.s3.listing import Listing
 
 
@@ -190,10 +192,10 @@ def downloads(monkeypatch):
     return fetched
 
 
-def download_folder(draft, objects, rejected=(), previous=None):
+def download_folder(draft, objects, rejected=(), previous=None, client=None):
     folder, resume_listing = draft
     listing = Listing("bucket", "p", objects, list(rejected))
-    return sync.download_folder(None, listing, folder, resume_listing.parent, previous, "raw", show)
+    return sync.download_folder(client, listing, folder, resume_listing.parent, previous, "raw", 0.5, show)
 
 
 def test_a_download_writes_both_lists_and_counts_what_it_did(draft, downloads, tmp_path):
@@ -216,6 +218,51 @@ def test_a_download_without_a_usable_object_is_an_error(draft, downloads, object
     rejected = [] if objects else [Rejected("p/x", "", "no label", "it is directly below the prefix")]
     with pytest.raises(NoUsableInput, match=r"None of the 1 objects in s3://bucket/p can be used\. .*<label>/<file>"):
         download_folder(draft, objects, rejected)
+
+
+def denying(*denied):
+    """An endpoint that answers AccessDenied to requests for these paths."""
+
+    def answer(request, key, _query):
+        if key.removeprefix("p/") in denied:
+            send_error(request, 403, "AccessDenied")
+        else:
+            send(request, 200, b"0")
+
+    return answer
+
+
+@pytest.mark.usefixtures("signed")
+def test_an_object_that_is_refused_is_left_out_and_tried_again_by_the_next_refresh(draft, fake_s3, caplog):
+    folder, _ = draft
+    objects = objects_of(*((f"a/{number}", "0") for number in range(4)))
+    fake_s3(denying("a/1", "a/2"))
+    result = download_folder(draft, objects, client=connect())
+    assert paths(result.objects) == ["a/0", "a/3"]
+    text = "S3 answered 403 AccessDenied: m"
+    rows = [Rejected(f"p/a/{number}", "a", "refused", text) for number in (1, 2)]
+    assert list(manifest.read(folder / REJECTED, Rejected)) == rows
+    assert sorted(caplog.messages) == [f"  left out: s3://bucket/p/a/{n}: refused, {text}" for n in (1, 2)]
+    assert sync.compare_folder(folder, objects).reason == "2 left out before"
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [({}, "was anonymous because no AWS credentials are configured"), (KEYS, "grant these permissions")],
+)
+@pytest.mark.usefixtures("aws_home")
+def test_a_download_stops_if_more_than_the_limit_of_a_label_is_refused(draft, fake_s3, monkeypatch, keys, remedy):
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    objects = objects_of(*((f"{label}/{number}", "0") for label in "ab" for number in range(4)))
+    fake_s3(denying("b/0", "b/1", "b/2"))
+    with pytest.raises(NoUsableInput) as caught:
+        download_folder(draft, objects, client=connect())
+    assert "More than 50% of the objects of the label b cannot be downloaded (3 of 4)" in str(caught.value)
+    assert "refused, S3 answered 403 AccessDenied: m" in str(caught.value)
+    assert remedy in str(caught.value)
+    assert "MAX_REJECTED_PCNT (now 0.5)" in str(caught.value)
+    assert (draft[0] / "a").is_dir()  # for the next run
 
 
 @pytest.mark.usefixtures("downloads")

@@ -2,6 +2,8 @@
 
 import contextlib
 import http.server
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,14 +17,10 @@ def serve(answer: Callable[[Request], None]) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self):
-            answer(self)
-
-        def do_HEAD(self):
-            answer(self)
-
-        def do_POST(self):
-            answer(self)
+        def __getattr__(self, name):
+            if name.startswith("do_"):
+                return lambda: answer(self)
+            raise AttributeError(name)
 
         def log_message(self, *_):
             pass
@@ -47,3 +45,11 @@ def send(request: Request, status: int, body: bytes = b"", length: int | None = 
     request.wfile.write(body)
     if length is not None:
         request.close_connection = True
+
+
+def reset(request: Request) -> None:
+    """Answer a request with a reset of the connection."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.close_connection = True
+    request.rfile.close()  # the connection is closed with the last file that uses it
+    request.connection.close()

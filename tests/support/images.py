@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +47,65 @@ def upright(data: bytes) -> PIL.Image.Image:
         return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(samples: np.ndarray, bits: int, *chunks: bytes, after: bytes = b"") -> bytes:
+    """A PNG of samples with so many bits and with chunks before and after its pixels. Pillow cannot write all of these.
+
+    `samples` is grey [height, width], RGB [height, width, 3] or RGBA [height, width, 4].
+    """
+    height, width, *channels = samples.shape
+    if bits < 8:
+        shifts = 8 - bits * (1 + np.arange(width) % (8 // bits))
+        rows = np.add.reduceat(samples.astype(int) << shifts, np.arange(0, width, 8 // bits), axis=1).astype(np.uint8)
+    else:
+        rows = samples.astype(f">u{bits // 8}")
+    colour = {3: 2, 4: 6}[channels[0]] if channels else 0
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", pixels), after, chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(samples: np.ndarray, tags: dict[int, int | list[int]] | None = None, pack: bytes = b"") -> bytes:
+    """A TIFF of samples [height, width] or [height, width, channels] as they are: with their type and byte order.
+
+    `tags` adds or replaces tags. `pack` replaces the bytes of the samples, for bits that NumPy has not. Pillow cannot
+    write all of these.
+    """
+    height, width, *channels = samples.shape
+    count = channels[0] if channels else 1
+    order = ">" if samples.dtype.byteorder == ">" else "<"
+    kinds = {"u": 1, "i": 2, "f": 3}
+    given = tags or {}
+    pixels = pack or samples.tobytes()
+    if given.get(259) == 8:
+        pixels = zlib.compress(pixels)
+    entries = {
+        **{256: width, 257: height, 258: [samples.dtype.itemsize * 8] * count, 259: 1, 262: 1 if count < 3 else 2},
+        **{273: 8, 277: count, 278: height, 279: len(pixels), 339: [kinds[samples.dtype.kind]] * count},
+        **given,
+    }
+    pixels += b"\0" * (len(pixels) % 2)
+    directory, elsewhere = struct.pack(order + "H", len(entries)), b""
+    end = 8 + len(pixels) + 2 + 12 * len(entries) + 4
+    for tag, value in sorted(entries.items()):
+        values = value if isinstance(value, list) else [value]
+        short = len(values) > 1 or max(values) < 65536
+        data = struct.pack(f"{order}{len(values)}{'H' if short else 'I'}", *values)
+        directory += struct.pack(order + "HHI", tag, 3 if short else 4, len(values))
+        if len(data) > 4:
+            directory += struct.pack(order + "I", end + len(elsewhere))
+            elsewhere += data
+        else:
+            directory += data.ljust(4, b"\0")
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    return start + struct.pack(order + "I", 8 + len(pixels)) + pixels + directory + b"\0\0\0\0" + elsewhere
+
+
 def put(raw: Path, path: str, data: bytes) -> None:
     (raw / path).parent.mkdir(parents=True, exist_ok=True)
     (raw / path).write_bytes(data)
@@ -70,6 +131,9 @@ def samples() -> dict[str, bytes]:
         "WEBP": encode_with_orientation(image, "WEBP", 6),
         "WEBP lossless alpha": encode(image.convert("RGBA"), "WEBP", lossless=True),
         "WEBP animated": encode(image, "WEBP", save_all=True, append_images=[scene(1)]),
+        "AVIF": encode_with_orientation(image, "AVIF", 6),
+        "AVIF alpha": encode(image.convert("RGBA"), "AVIF", quality=90),
+        "AVIF animated": encode(image, "AVIF", save_all=True, append_images=[scene(1)]),
         "GIF": encode(image, "GIF"),
         "GIF animated": encode(image, "GIF", save_all=True, append_images=[scene(1)]),
         "BMP": encode(image, "BMP"),

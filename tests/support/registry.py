@@ -1,8 +1,12 @@
-"""Model registries for tests: an embedded store and a real MLflow server."""
+"""Model registries for tests, an embedded store and a real MLflow server, and what is registered there."""
+
+import json
 
 import pytest
 
+from dgmd_pipeline.registry import logged_run
 from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.training.networks import load
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,39 @@ def store(request):
     if request.param == "embedded":
         return request.getfixturevalue("embedded_store")
     return registry_store.Store(request.getfixturevalue("mlflow_server"), None)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    import keras
+
+    images = keras.Input((None, None, 3), dtype="uint8")
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(images))
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    keras.Model(images, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
+    return path
+
+
+def candidate(folder, model, training_id="one", **changes):
+    (folder / "evaluation").mkdir(exist_ok=True)
+    (folder / "evaluation" / "metrics.json").write_text("{}")
+    (folder / "mapping.json").write_text(json.dumps({"0": "anise", "1": "mint"}))
+    history = [
+        {"accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.6, "val_loss": 0.9},
+        {"accuracy": 0.7, "loss": 0.8, "val_accuracy": 0.8, "val_loss": 0.7},
+        {"accuracy": 0.9, "loss": 0.6, "val_accuracy": 0.7, "val_loss": 0.8},
+    ]
+    values = {
+        "training_id": training_id,
+        "model": lambda: load(model),
+        "labels": ["anise", "mint"],
+        "params": {"EPOCHS": 3},
+        "history": history,
+        "metrics": {"evaluation_accuracy": 0.8},
+        "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
+        "tags": {"dgmd.version": "0.1.0"},
+        "source": "s3://bucket/train/images",
+        "source_digest": "a" * 64,
+        "files": {folder / "mapping.json": "", folder / "evaluation": "evaluation"},
+    }
+    return logged_run.Candidate(**{**values, **changes})

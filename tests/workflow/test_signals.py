@@ -10,6 +10,7 @@ SWALLOWING = """
 import hashlib, os, time
 from dgmd_pipeline.workflow import signals
 with signals.handle_signals():
+    signals.before_end.append(lambda number: print("told of", number, flush=True))
     while True:
         try:
             print("there", flush=True)
@@ -37,8 +38,9 @@ def start(busy):
 def test_a_process_that_does_not_listen_ends_all_the_same(busy, number, code, word):
     process = start(busy)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    told, said = process.communicate(timeout=60)
     assert process.returncode == code
+    assert told.endswith(f"told of {number}\n")
     assert f"error: {word}" in said
     assert "run the same command again to resume" in said
 

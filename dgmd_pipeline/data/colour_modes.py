@@ -1,0 +1,149 @@
+"""An image in any of Pillow's modes -> RGB on a white background, with the brightness that viewers show.
+
+Pillow converts most modes. This module handles those that it converts to something else than the file means, or not at
+all: grey of 12, 16 and 32 bits, signed and floating-point values, WhiteIsZero, transparent colours of PNG, and alpha
+channels that were never filled in.
+"""
+
+import numpy as np
+import PIL.Image
+from PIL import TiffTags
+
+_TAGS = {tag.name: number for number, tag in TiffTags.TAGS_V2.items()}
+_BITS, _SIGN, _PHOTOMETRIC, _EXTRA = (
+    _TAGS[name] for name in ("BitsPerSample", "SampleFormat", "PhotometricInterpretation", "ExtraSamples")
+)
+_SIGNED, _WHITE_IS_ZERO = (2,), 0  # values of two tags
+_PNG_GREY = {"L;2": 85, "L;4": 17}  # Pillow's name of the file's samples -> its factor from samples to pixels
+# libtiff returns values in the byte order of the machine, but Pillow 13.0 takes them for big-endian in these cases.
+_NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
+
+
+class UnknownRange(ValueError):
+    """The file does not say which of its values are black and white, and its values do not tell."""
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the current frame in mode RGB, as stored (not oriented), on a white background.
+
+    Integer grey becomes 8 bits: signed values from the least to the greatest value of their type; unsigned values of
+    12 bits from 0 to 4,095; other values from 0 to the first of 255, 4,095 and 65,535 that none exceeds, because
+    files of 16 bits often hold values of 8 or 12. Floating-point grey is taken as 0 to 1 or as 0 to 255; values may be
+    outside by a quarter of that and are clipped. Colours of 16 bits lose their lower 8 (in Pillow).
+    An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is ignored. Pillow converts the other
+    modes (CMYK with Adobe's inversion, LAB through littleCMS). Colour profiles are not applied.
+    Raises UnknownRange where almost all would be black, white or grey by these rules, and one of `decoding.DAMAGED`.
+    """
+    samples = _prepare(image)
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _grey(image)
+    elif image.mode == "L" and _tag(image, _SIGN) == _SIGNED:
+        image = image.point([value ^ 128 for value in range(256)])
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data and not _is_alpha_unset(image):
+        if "transparency" in image.info:
+            image.info["transparency"] = _transparent_pixel(image.info["transparency"], samples)
+        alpha = image.convert("RGBA")
+        rgb = PIL.Image.new("RGB", image.size, "white")
+        rgb.paste(alpha, mask=alpha)
+    else:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if samples.startswith(("RGB", "LA")) and ";16" in samples:
+        _check_colours(rgb)
+    return rgb
+
+
+def _prepare(image: PIL.Image.Image) -> str:
+    """Return Pillow's name of the samples in the file, "" if it has none, and correct their byte order.
+
+    Pillow forgets the name when it decodes the image.
+    """
+    tile = next(iter(getattr(image, "tile", ())), None)
+    if tile is None or not tile.args:
+        return ""
+    samples = tile.args if isinstance(tile.args, str) else tile.args[0]
+    if tile.codec_name == "libtiff" and samples in _NATIVE:
+        image.tile = [tile._replace(args=(_NATIVE[samples], *tile.args[1:]))]  # type: ignore[attr-defined]
+    return str(samples)
+
+
+def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale integer or floating-point grey to 8 bits. Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    grey = _scale_floats(values) if image.mode == "F" else _scale_integers(values, image)
+    if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts up to 8 bits only
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return PIL.Image.fromarray(grey)
+
+
+def _scale_floats(values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    low, high = float(values.min(where=finite, initial=0)), float(values.max(where=finite, initial=0))
+    white = 1 if high <= 1.25 else 255
+    # The least 255 that an image of values from 0 to 255 may have. It would be nearly black below.
+    if not -white / 4 <= low <= high <= white * 1.25 or 1.25 < high < 16:
+        raise UnknownRange(
+            f"its floating-point values are between {low:g} and {high:g}; expected 0 to 1, or 0 to 255. "
+            "Convert it to 8 bits"
+        )
+    scaled = np.nan_to_num(values)
+    np.clip(scaled, 0, white, out=scaled)
+    scaled *= 255 // white
+    return np.rint(scaled, out=scaled).astype(np.uint8)
+
+
+def _scale_integers(values: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
+    bits, signed = _tag(image, _BITS), _tag(image, _SIGN) == _SIGNED
+    if bits == (32,) and not signed:
+        values = values.view(np.uint32)
+    low, high = int(values.min()), int(values.max())
+    if signed and bits == (16,):
+        if high - low < 4096:
+            raise UnknownRange(
+                f"its signed 16-bit values are from {low:,} to {high:,}, less than a sixteenth of their range. "
+                "Convert it to 8 bits"
+            )
+        values, white = values + 32768, 65535
+    elif low < 0 or high > 65535:
+        raise UnknownRange(
+            f"its 32-bit values are from {low:,} to {high:,}; expected 0 to 65,535. Convert it to 8 bits"
+        )
+    else:
+        white = 4095 if bits == (12,) else next(white for white in (255, 4095, 65535) if high <= white)
+    scaled = values.astype(np.uint32)
+    scaled *= 255
+    scaled += white // 2
+    scaled //= white
+    return scaled.astype(np.uint8)
+
+
+def _tag(image: PIL.Image.Image, number: int) -> object:
+    """Return the value of a tag of a TIFF; None for other images, and for a tag that is not in the file."""
+    return getattr(image, "tag_v2", {}).get(number)
+
+
+def _is_alpha_unset(image: PIL.Image.Image) -> bool:
+    may_be = image.format == "BMP" or (image.format == "TIFF" and _tag(image, _EXTRA) is None)
+    return may_be and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+
+
+def _transparent_pixel(value: object, samples: str) -> object:
+    """Return the transparent colour of a PNG as a value of Pillow's pixels, given as a value of the file's samples."""
+    if isinstance(value, tuple):
+        return tuple(part >> 8 if ";16" in samples else part & 255 for part in value)
+    if isinstance(value, int) and samples.startswith("L"):
+        return value * _PNG_GREY.get(samples, 1) & 255
+    return value
+
+
+def _check_colours(image: PIL.Image.Image) -> None:
+    high = int(np.max(image.getextrema()))
+    if high < 16:
+        raise UnknownRange(
+            f"its 16-bit colours are nearly black, at most {high * 256 + 255:,} of 65,535. Convert it to 8 bits"
+        )

@@ -1,0 +1,120 @@
+"""Limits of time and memory for one image, which hold before it is decoded."""
+
+import contextlib
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import PIL.Image
+
+from dgmd_pipeline.errors import WorkerDied
+
+MAX_PIXELS = 100_000_000  # a photograph has 12 megapixels, the largest mode of a phone 200
+MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
+# What a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
+MAX_MEMORY = 1_250_000_000
+# libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK, mozjpeg up to 12, Photoshop 5. Each
+# scan of 100 megapixels takes 0.04 s or more, even an empty one.
+MAX_SCANS = 100
+# Of processor time. The slowest file within the other limits, a JPEG of 100 megapixels with 100 scans, takes 5 s.
+MAX_SECONDS = 20
+# The time on the clock that ends an image whose decoding waits for something that does not come.
+MAX_WAIT = 15 * MAX_SECONDS
+
+# The largest peak of memory while an image is read, converted and resized, without the file: bytes for each pixel.
+# Measured with 16 megapixels of each format and mode, as the growth of the resident memory of a new process.
+_BY_FORMAT = {"WEBP": 17, "AVIF": 17}
+_BY_MODE = {"F": 18, "I": 17, "I;16": 13, "I;16B": 13}
+_OTHERS = 9
+_READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
+
+# Waits until so many bytes may be used, and gives them back after the block.
+ReserveMemory = Callable[[int], AbstractContextManager[object]]
+
+# A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. ITU-T T.81, annex B
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_FRAMES = (*_PROGRESSIVE, 0xC0, 0xC1, 0xC3, 0xC5, 0xC7, 0xC9, 0xCB, 0xCD, 0xCF)
+
+
+class TooManyScans(PIL.Image.DecompressionBombError):
+    """A progressive JPEG that would be decoded more than `MAX_SCANS` times."""
+
+
+def max_pixels(data: bytes) -> int:
+    """Return how many pixels a file may have at most, as far as its first bytes say.
+
+    It counts for the readers that allocate memory for the pixels when they read the header.
+    """
+    kind = "WEBP" if data[8:12] == b"WEBP" else "AVIF" if data[4:8] == b"ftyp" else None
+    return MAX_MEMORY // _BY_FORMAT[kind] if kind else MAX_PIXELS
+
+
+def check(image: PIL.Image.Image, data: bytes) -> int:
+    """Return how many bytes of memory an image needs at most, of which only the header has been read, with its file.
+
+    Raises PIL.Image.DecompressionBombError if that is more than `MAX_MEMORY`, and TooManyScans.
+    """
+    by_pixel = max(_BY_FORMAT.get(str(image.format), _OTHERS), _BY_MODE.get(image.mode, _OTHERS))
+    if image.format in ("JPEG", "MPO"):
+        scans = count_scans(data)
+        if scans > MAX_SCANS:
+            raise TooManyScans(f"more than {MAX_SCANS} scans, which no known encoder writes")
+        if scans > 1:  # libjpeg keeps all coefficients, of 16 bits
+            by_pixel = max(by_pixel, 5 + 2 * len(image.getbands()))
+    files = 2 if image.format in _READ_TWICE else 1
+    needed = files * len(data) + image.width * image.height * by_pixel
+    if needed > MAX_MEMORY:
+        raise PIL.Image.DecompressionBombError(
+            f"{image.width} x {image.height} pixels of {image.format} (mode {image.mode}) need {needed // 10**6} MB of "
+            f"memory; expected at most {MAX_MEMORY // 10**6} MB"
+        )
+    return needed
+
+
+def count_scans(data: bytes) -> int:
+    """Return in how many scans libjpeg decodes the first image of JPEG data; counting ends above `MAX_SCANS`."""
+    scans = at = components = 0
+    is_progressive = False
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, at)):
+        at = marker.end()
+        match code := data[at - 1]:
+            case 0xD9:  # end of the image
+                break
+            case 0x01 | 0xD8:  # without a length
+                continue
+            case 0xDA:  # start of a scan
+                scans += 1
+                # A first scan of all components is the only one, except in a progressive image.
+                if not is_progressive and data[at + 2 : at + 3] >= bytes([components]):
+                    break
+            case _ if code in _FRAMES:
+                is_progressive, components = code in _PROGRESSIVE, int.from_bytes(data[at + 7 : at + 8])
+        at += int.from_bytes(data[at : at + 2])
+    return scans
+
+
+@contextlib.contextmanager
+def limit_time() -> Iterator[None]:
+    """In a worker process, end the process if the block takes more than `MAX_SECONDS` or `MAX_WAIT`.
+
+    Nothing else interrupts a decoder in C. The signals have no handler in Python, so that the system itself ends the
+    process. Elsewhere, do nothing.
+    """
+    if multiprocessing.parent_process() is None:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, MAX_WAIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def explain(death: WorkerDied) -> str:
+    """Return why the process that decoded an image died, as a clause."""
+    return f"decoding took more than {MAX_SECONDS} s of processor time" if death.by_timer else str(death)

@@ -1,0 +1,45 @@
+"""A PNG file -> the same image without the chunks that Pillow reads and that no pixel depends on."""
+
+import io
+import re
+import zlib
+
+from PIL.PngImagePlugin import PngStream
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXELS, _ORIENTATION = b"tRNS", b"eXIf"  # ancillary chunks; the first holds a transparent colour
+_TEXT_WITH_ORIENTATION = re.compile(rb"(XML:com\.adobe\.xmp|Raw profile type exif)\0")
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return a PNG file with only the chunks that determine its pixels and its orientation.
+
+    Pillow refuses a whole image for a text or colour profile above 1 MB, for a malformed ancillary chunk, or for the
+    wrong checksum of one. libpng, and so the browsers, leave out the chunk. Frames of an animation after the first are
+    left out too. A file whose chunks cannot be followed to the end is left as it is from there on.
+    """
+    view, at = memoryview(data), len(SIGNATURE)
+    kept = [view[:at]]
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(view[at : at + 4])
+        kind = data[at + 4 : at + 8]
+        if end > len(data) or not kind.isalpha():
+            break
+        if kind[:1].isupper() or _is_needed(kind, view[at + 4 : end]):
+            kept.append(view[at:end])
+        at = end
+    return b"".join([*kept, view[at:]])
+
+
+def _is_needed(kind: bytes, chunk: memoryview) -> bool:
+    """Return whether an ancillary chunk (name, content, checksum) is needed and whole."""
+    content = chunk[4:-4]
+    if kind not in (_PIXELS, _ORIENTATION) and not _TEXT_WITH_ORIENTATION.match(content):
+        return False
+    if zlib.crc32(chunk[:-4]) != int.from_bytes(chunk[-4:]):
+        return False
+    try:
+        PngStream(io.BytesIO(content)).call(kind, 0, len(content))
+    except (ValueError, SyntaxError):  # Pillow would refuse it in the image, too
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""Checks of values; an invalid setting -> one line with its name, its value and what is expected."""
+
+import os
+import re
+from datetime import datetime
+from typing import Literal
+from urllib.parse import urlsplit
+
+from annotated_types import Ge, Gt, Le, Lt
+from cronsim import CronSim, CronSimError
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from dgmd_pipeline import formatting
+from dgmd_pipeline.errors import SettingsError
+
+SHOWN = 200  # characters of a value, maximum
+# Training `cnn` on 64 images of 256 x 192 pixels instead of 32 took 180 bytes more for each pixel. A float32 image
+# alone has 12. What needs even this many bytes certainly does not fit.
+PIXEL_BYTES = 40
+FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
+
+
+def describe(name: str, field: FieldInfo, value: object, message: str) -> str:
+    """Return the line for the variable `name`, whose `value` has the fault that pydantic describes in `message`."""
+    allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
+    shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
+    if name.endswith("_URI"):
+        shown = shown.rpartition("@")[2]  # removes user and password from a URI without a scheme
+    shown = formatting.printable(shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")
+    line = f"{name}={shown}: expected {allowed}."
+    if name.endswith("_PCNT"):
+        try:
+            percent = float(str(value))
+        except ValueError:
+            return line
+        if 1 < percent < 100:
+            line += f" It is a fraction: did you mean {percent / 100:g}?"
+    return line
+
+
+def expected_values(field: FieldInfo) -> str:
+    """Return the type and range of a field in words, as in "a number above 0 and below 1"."""
+    kind = field.annotation
+    if getattr(kind, "__origin__", None) is Literal:
+        return "one of " + ", ".join(kind.__args__)  # type: ignore[union-attr]
+    words: dict[object, str] = {
+        int: "a whole number",
+        int | None: "a whole number",
+        float: "a number",
+        float | None: "a number",
+        bool: "true or false",
+    }
+    bounds = []
+    for item in field.metadata:
+        match item:
+            case Gt(gt=low):
+                bounds.append(f"above {low:,}")
+            case Ge(ge=low):
+                bounds.append(f"of at least {low:,}")
+            case Lt(lt=high):
+                bounds.append(f"below {high:,}")
+            case Le(le=high):
+                bounds.append(f"at most {high:,}")
+    return " ".join([words.get(kind, "a non-empty text"), " and ".join(bounds)]).strip()
+
+
+def check_cron_expression(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not a cron expression whose time comes."""
+    try:
+        if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
+            raise CronSimError
+        next(CronSim(value, datetime.now()))
+    except CronSimError:
+        raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
+    except StopIteration:
+        raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
+
+
+def check_page(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not the URL of a page without a login."""
+    try:
+        url = urlsplit(value)
+        known = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
+    except ValueError:
+        known = False
+    if not known or not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("http://... or https://... in ASCII, without a user name or password")
+
+
+def check_memory(width: int, height: int, batch_size: int | None) -> None:
+    """Raise SettingsError if the images that are in memory at once cannot fit in this machine's.
+
+    `width` and `height` are in pixels; `batch_size` is that of `cnn`, and None for a frozen backbone.
+    """
+    images = FROZEN_BATCH if batch_size is None else batch_size
+    needed, memory = images * width * height * PIXEL_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        batch = "" if batch_size is None else f", BATCH_SIZE={batch_size}"
+        raise SettingsError(
+            f"IMAGE_WIDTH={width}, IMAGE_HEIGHT={height}{batch}: expected values with which {images:,} images fit in "
+            f"memory at once. They need at least {formatting.format_bytes(needed)}, and there are "
+            f"{formatting.format_bytes(memory)}."
+        )

@@ -1,0 +1,238 @@
+"""A candidate -> a finished MLflow run with a logged model; the runs and models of failed attempts are deleted."""
+
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dgmd_pipeline.registry import once
+from dgmd_pipeline.registry.store import TRAINING_ID
+
+if TYPE_CHECKING:
+    import keras
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, LoggedModel
+    from mlflow.models import ModelSignature
+
+log = logging.getLogger(__name__)
+LOADER = "dgmd_served"  # name of pyfunc.py in a registered model's folder, and of the module in the consumer's process
+MODEL = "model"  # name of the logged model
+MAX_NAME = 500  # characters of a data set's name in MLflow
+
+
+class Candidate(NamedTuple):
+    """A trained model and all that is logged with it."""
+
+    training_id: str  # identifies the training: its run and its version have this tag
+    model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
+    labels: Sequence[str]  # of the outputs, in their order
+    params: Mapping[str, object]
+    history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
+    metrics: Mapping[str, float]  # of the evaluation and the data
+    times: Mapping[str, float]  # metrics of the run's steps, logged to the run and not to the model
+    tags: Mapping[str, str]
+    source: str  # URI of the data, s3://...
+    source_digest: str  # fingerprint of the data
+    files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
+
+
+class LoggedRun(NamedTuple):
+    """A finished run and its model."""
+
+    run_id: str
+    model_id: str
+
+
+def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, keep: str = "") -> LoggedRun | None:
+    """Return a complete run of a training, the run `keep` if it is given, and delete all others and their models.
+
+    Failed and repeated attempts leave such runs and models. A run that a registered version names is not deleted.
+    """
+    found = {run.info.run_id: run for run in client.search_runs([experiment_id], _of_training(training_id))}
+    models = {run_id: _models(client, experiment_id, run_id) for run_id in found}
+    complete = {
+        run_id: model.model_id
+        for run_id, run in found.items()
+        for model in models[run_id]
+        if run.info.status == "FINISHED" and model.status == "READY"
+    }
+    keep = keep or next(iter(complete), "")
+    for run_id in found:
+        surplus = models[run_id]
+        if run_id == keep:
+            surplus = [model for model in surplus if model.status in ("PENDING", "FAILED")]
+        elif client.search_model_versions(f"run_id = '{run_id}'"):
+            continue
+        for model in surplus:
+            once.delete(partial(client.delete_logged_model, model.model_id))
+        if run_id != keep:
+            client.delete_run(run_id)
+            log.info("deleted an incomplete or repeated MLflow run of this training: %s", run_id)
+    return LoggedRun(keep, complete[keep]) if keep in complete else None
+
+
+def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> LoggedRun:
+    """Log a training as one run with a model.
+
+    MLflow's client is used instead of its functions for the active run: these continue a run that the environment
+    names (MLFLOW_RUN_ID), and repeat requests that create something.
+    """
+    from mlflow.tracking.context import registry
+
+    keras_model = candidate.model()
+    tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
+    run_id = once.create(
+        lambda: client.create_run(experiment_id, tags=tags),
+        lambda: next(iter(client.search_runs([experiment_id], _of_training(candidate.training_id))), None),
+    ).info.run_id
+    try:
+        _log_data(client, run_id, candidate)
+        model_id = _log_model(client, experiment_id, run_id, candidate, keras_model)
+        _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id)
+        log_metrics(client, run_id, candidate.times)
+    except BaseException:
+        _mark_as_failed(client, run_id)
+        raise
+    client.set_terminated(run_id)
+    return LoggedRun(run_id, model_id)
+
+
+def log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float]) -> None:
+    """Log metrics to a run."""
+    _log_metrics(client, run_id, [metrics])
+
+
+def _of_training(training_id: str) -> str:
+    """Return MLflow's filter for runs or versions of a training."""
+    return f"tags.`{TRAINING_ID}` = '{training_id}'"
+
+
+def _models(client: "MlflowClient", experiment_id: str, run_id: str) -> "list[LoggedModel]":
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    return [model for model in found if model.name == MODEL]
+
+
+def _mark_as_failed(client: "MlflowClient", run_id: str) -> None:
+    """Mark a run as failed if the server answers at once; its failure has an error of its own."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with once.without_repetition():
+            client.set_terminated(run_id, "FAILED")
+    except MlflowException as error:
+        log.debug("The MLflow run %s is not marked as failed: %s", run_id, error)
+
+
+def _log_data(client: "MlflowClient", run_id: str, candidate: Candidate) -> None:
+    """Log everything but the model."""
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in candidate.params.items()])
+    client.log_inputs(run_id, [_dataset(candidate)])
+    for path, folder in candidate.files.items():
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), folder)
+        else:
+            client.log_artifact(run_id, str(path), folder)
+
+
+def _dataset(candidate: Candidate) -> "DatasetInput":
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns that a folder may be a folder
+        source = resolve_dataset_source(candidate.source)
+    name = candidate.source if len(candidate.source) <= MAX_NAME else candidate.source[: MAX_NAME - 1] + "…"
+    described = MetaDataset(source, name=name, digest=candidate.source_digest[:16]).to_dict()  # type: ignore[abstract]
+    return DatasetInput(Dataset(**described), [InputTag(MLFLOW_DATASET_CONTEXT, "training")])
+
+
+def _log_model(
+    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, keras_model: "keras.Model"
+) -> str:
+    """Log the model as an output of the run, with its labels; return its id."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.tracking.context import registry
+
+    params, tags = {name: str(value) for name, value in candidate.params.items()}, registry.resolve_tags()
+    model = once.create(
+        lambda: client.create_logged_model(experiment_id, MODEL, run_id, tags, params),
+        lambda: next(iter(_models(client, experiment_id, run_id)), None),
+    )
+    once.create(
+        lambda: client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)]) or True,
+        lambda: outputs.model_outputs or None if (outputs := client.get_run(run_id).outputs) else None,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / MODEL
+        _save(folder, model, run_id, candidate, keras_model)
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    return model.model_id
+
+
+def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, keras_model: "keras.Model") -> None:
+    """Write the files of the model: MLflow's Keras flavor with the Python function of `pyfunc.py`, and the labels."""
+    import mlflow.keras
+    from mlflow.models import Model
+
+    described = Model(
+        artifact_path=logged.artifact_location, run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id,
+        metadata={"labels": list(candidate.labels)},
+    )  # fmt: skip
+    mlflow.keras.save_model(
+        keras_model, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
+        pip_requirements=_requirements(),
+    )  # fmt: skip
+    code = folder / "code"
+    code.mkdir()
+    shutil.copyfile(Path(__file__).with_name("pyfunc.py"), code / f"{LOADER}.py")
+    described.flavors["python_function"] |= {"loader_module": LOADER, "code": code.name}
+    described.save(str(folder / "MLmodel"))
+    mapping = next(path for path in candidate.files if path.name == "mapping.json")
+    shutil.copyfile(mapping, folder / mapping.name)
+
+
+def _log_metrics(
+    client: "MlflowClient", run_id: str, steps: Iterable[Mapping[str, float]], model_id: str | None = None
+) -> None:
+    """Log metrics of MLflow's steps 0, 1, ... in as few requests as possible: the client sends 1,000 in each.
+
+    Those of step 0 belong also to the model `model_id`.
+    """
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [
+        Metric(name, value, now, step, model_id=model_id if step == 0 else None)
+        for step, metrics in enumerate(steps)
+        for name, value in metrics.items()
+    ]
+    client.log_batch(run_id, points, synchronous=True)  # the process exits without waiting for a queue
+
+
+def _signature(classes: int) -> "ModelSignature":
+    """Declare images as uint8, so that MLflow refuses images that the caller has already scaled."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))
+    probabilities = TensorSpec(np.dtype("float32"), (-1, classes))
+    return ModelSignature(Schema([images]), Schema([probabilities]))
+
+
+def _requirements() -> list[str]:
+    """Return what a consumer installs: `tensorflow`, because `tensorflow-cpu` has wheels for x86-64 only."""
+    import tensorflow as tf
+
+    return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy"))]

@@ -1,0 +1,62 @@
+"""Requests to MLflow that create or delete something -> done once, even if answers are lost.
+
+MLflow's client repeats every request whose answer is lost or is a server error. If the server has acted all the same,
+the repetition of a request that creates something creates a second one.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Created = TypeVar("Created")
+
+
+def create(request: Callable[[], Created], find: Callable[[], Created | None]) -> Created:
+    """Send a request that creates something and return that, or what `find` returns after a failure.
+
+    It is repeated as often as MLflow's client would repeat it, but only while `find` finds nothing. Raises
+    MlflowException if nothing is created.
+    """
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR, MLFLOW_HTTP_REQUEST_MAX_RETRIES
+    from mlflow.exceptions import MlflowException, RestException
+
+    retries, factor = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR.get()
+    for attempt in range(retries + 1):
+        if attempt > 1:  # as in urllib3, the first repetition follows at once
+            time.sleep(factor * 2 ** (attempt - 1))
+        try:
+            with without_repetition():
+                return request()
+        except MlflowException as error:
+            found = find()
+            if found is not None:
+                return found
+            refused = isinstance(error, RestException) or error.error_code != "INTERNAL_ERROR"
+            if refused or attempt == retries:
+                raise
+    raise AssertionError("unreachable")
+
+
+def delete(request: Callable[[], object]) -> None:
+    """Send a request that deletes something. A repetition may find it deleted already."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        request()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+@contextlib.contextmanager
+def without_repetition() -> Iterator[None]:
+    """Make MLflow's client send each request once. Its only interface for that is the environment variable."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
+
+    before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
+    try:
+        yield
+    finally:
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(before)

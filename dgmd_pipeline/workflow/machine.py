@@ -1,0 +1,81 @@
+"""The cores and the memory that this process may use: those of the machine, or less in a container."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process may use: those of its affinity, and not more than the CPU quota, rounded up.
+
+    `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity then still has all cores of the host.
+    """
+    usable = _affinity()
+    quota = cpu_quota(root)
+    return usable if quota is None else min(usable, max(math.ceil(quota), 1))
+
+
+def has_quota() -> bool:
+    """Return whether a CPU quota allows fewer cores than libraries count."""
+    return cores() < _affinity()
+
+
+def memory(root: Path = Path("/")) -> int:
+    """Return how many bytes of memory this process may use: the machine's, or the limit of its container."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, memory_limit(root) or physical)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPU quota of this process's control groups in cores; None without a quota.
+
+    `root` is the folder that contains `proc` and `sys`. Both versions of control groups are read.
+    """
+    quotas = []
+    for folder in _groups(root, "cpu"):
+        limit, _, period = _read(folder / "cpu.max").partition(" ")  # version 2: "50000 100000", or "max 100000"
+        limit, period = limit or _read(folder / "cpu.cfs_quota_us"), period or _read(folder / "cpu.cfs_period_us")
+        if limit.isdecimal() and period.isdecimal() and int(period):  # version 1 without a quota: -1
+            quotas.append(int(limit) / int(period))
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Return the memory limit of this process's control groups in bytes; None without a limit.
+
+    `root` is as in `cpu_quota`. Version 1 shows a number above any memory where there is no limit.
+    """
+    texts = [_read(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_FILES]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
+
+
+_MEMORY_FILES = ("memory.max", "memory.limit_in_bytes")  # of version 2 and of version 1
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folder of this process's group, and those of the groups that contain it: each of them limits it.
+
+    In a container, the path may be that on the host. Then only the last folder exists, which is the container's group.
+    Sources: man 7 cgroups; Documentation/admin-guide/cgroup-v2.rst and cgroup-v1 of the Linux kernel.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        mounted = root / "sys/fs/cgroup"
+        if controllers:  # version 1 has a tree for each controller
+            if controller not in controllers.split(","):
+                continue
+            mounted = mounted / controller
+        group = PurePosixPath(path.lstrip("/"))
+        yield from (mounted / above for above in (group, *group.parents))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,30 @@
+"""The circumstances of this process that every command needs: text encoding and open files."""
+
+import resource
+import sys
+
+from dgmd_pipeline.errors import SettingsError
+
+# A run on 2 cores had 36 files open at most. Connections to S3 and further worker processes come on top.
+WANTED_FILES, NEEDED_FILES = 1024, 256
+
+
+def check() -> None:
+    """Raise the limit of open files if it is low.
+
+    Raises SettingsError if even the highest one is too low, or if the encoding of file names, which comes from the
+    locale, is not UTF-8: labels and keys with other characters than ASCII could not be written.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise SettingsError(
+            f"The encoding of file names is {encoding}: expected utf-8. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8."
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < WANTED_FILES:
+        soft = WANTED_FILES if hard < 0 else min(WANTED_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if 0 <= soft < NEEDED_FILES:
+        raise SettingsError(
+            f"This process may have {soft} files open: expected at least {NEEDED_FILES}, see `ulimit -n`."
+        )

@@ -1,0 +1,171 @@
+"""A worker process: receives chunks of items, and sends the outcomes of a chunk back.
+
+All workers of an executor share one budget of memory. An item that needs memory takes its part of the budget before it
+starts, and waits while others have it.
+"""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from dgmd_pipeline.errors import TooLittleMemory
+
+# A worker before its first image: Python, NumPy, Pillow.
+OWN_MEMORY = 90_000_000
+MAX_UNITS = 4096  # an unprivileged user's pipe may hold as few bytes as that
+MIN_UNIT = 16_000_000
+# What a reservation may be exceeded by before Linux refuses memory: estimates are of pages in use, the limit counts
+# pages that were asked for.
+SLACK = 64_000_000
+
+
+@dataclass
+class Budget:
+    """Memory that the workers share: a pipe with one byte for each unit that is free, as GNU make counts its jobs.
+
+    If a worker is killed, its units are lost: all workers then end, and a new budget is made. A semaphore would do the
+    same, but needs /dev/shm.
+    """
+
+    units: int
+    unit: int  # bytes
+    free: tuple[Connection, Connection]
+    turn: tuple[Connection, Connection]  # one byte, held while units are taken: nobody overtakes who needs many units
+
+    @classmethod
+    def of(cls, memory: int) -> "Budget":
+        """Return a budget of so many bytes, all of them free."""
+        unit = max(MIN_UNIT, math.ceil(memory / MAX_UNITS))
+        budget = cls(max(memory // unit, 1), unit, *(multiprocessing.Pipe(duplex=False) for _ in range(2)))
+        os.write(budget.free[1].fileno(), bytes(budget.units))
+        os.write(budget.turn[1].fileno(), b"\0")
+        return budget
+
+    @contextlib.contextmanager
+    def take(self, needed: int) -> Iterator[int]:
+        """Wait for so many bytes, and give them back after the block; yield how many bytes were taken.
+
+        Raises TooLittleMemory if the budget is smaller.
+        """
+        units = max(math.ceil(needed / self.unit), 1)
+        if units > self.units:
+            raise TooLittleMemory(
+                f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
+                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory without what they need themselves"
+            )
+        taken = 0
+        os.read(self.turn[0].fileno(), 1)
+        while taken < units:
+            taken += len(os.read(self.free[0].fileno(), units - taken))
+        os.write(self.turn[1].fileno(), b"\0")
+        try:
+            yield units * self.unit
+        finally:
+            os.write(self.free[1].fileno(), bytes(units))
+
+    def close(self) -> None:
+        """Close the pipes of this process."""
+        for connection in (*self.free, *self.turn):
+            connection.close()
+
+
+_budget: Budget | None = None  # of this process, if it is a worker
+_statm = 0  # the open file /proc/self/statm
+
+
+@contextlib.contextmanager
+def reserve_memory(needed: int) -> Iterator[None]:
+    """In a worker, wait until the workers may use `needed` more bytes. Elsewhere, do nothing.
+
+    Within the block, `limit_memory` keeps the process from using much more: it alone fails, and nothing is killed.
+    Raises TooLittleMemory if the workers never may use so much.
+    """
+    if _budget is None:
+        yield
+        return
+    with _budget.take(needed) as taken, limit_memory(taken + SLACK):
+        yield
+
+
+@contextlib.contextmanager
+def limit_memory(more: int) -> Iterator[None]:
+    """Let Linux refuse this process more than so many additional bytes: allocations fail (MemoryError)."""
+    global _statm  # noqa: PLW0603 - opening it for each image would take longer than the rest
+    try:
+        _statm = _statm or os.open("/proc/self/statm", os.O_RDONLY)
+        pages = int(os.pread(_statm, 200, 0).split()[5])  # private and writable ones. Source: man 5 proc
+    except OSError:  # not Linux
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = pages * resource.getpagesize() + more
+    if before[0] == resource.RLIM_INFINITY or limit < before[0]:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def run(connection: Connection, progress: Connection, budget: Budget) -> None:
+    """Do the chunks of work that come in over a connection, until the process at its other end ends.
+
+    A byte for each finished item goes to `progress`. It says later where the process died, and costs next to nothing:
+    nobody waits for it.
+    """
+    _initialize(budget)
+    chunks: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
+    connection.send(None)  # started
+    while True:
+        function, items = chunks.get()
+        outcomes: list[tuple[bool, Any]] = []
+        for item in items:
+            try:
+                outcomes.append((True, function(item)))
+            except Exception as error:  # noqa: BLE001 - raised where the result is used
+                error.add_note("In a worker process:\n" + traceback.format_exc())
+                outcomes.append((False, error))
+            os.write(progress.fileno(), b"\0")
+        try:
+            connection.send(outcomes)
+        except Exception as error:  # noqa: BLE001 - an outcome cannot be sent
+            connection.send([(False, error)])
+
+
+def _initialize(budget: Budget) -> None:
+    global _budget  # noqa: PLW0603 - a worker has one budget
+    # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):  # the parent may ignore them
+        signal.signal(number, signal.SIG_DFL)
+    # Where memory runs out, Linux kills a worker and not the parent, which then goes on without the item.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
+    _budget = budget
+
+
+def _receive(connection: Connection, chunks: "SimpleQueue[Any]") -> None:
+    """Receive at once whatever comes, so that the parent never waits for a worker that waits for the parent."""
+    while True:
+        try:
+            chunks.put(connection.recv())
+        except (EOFError, ConnectionError):
+            os._exit(1)  # the parent has ended
+        except Exception as error:  # noqa: BLE001 - the function or an item cannot be unpickled here
+            chunks.put((_raise, [error]))
+
+
+def _raise(error: Exception) -> None:
+    raise error
