@@ -20,8 +20,8 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "evaluation": {"training", "data", "manifest"} | BASE,
     "registry": {"manifest"} | BASE,
     "s3": {"manifest", "workflow.disk"} | BASE,  # whether the disk has room
-    "data": {"manifest"} | BASE,
-    "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
+    "data": {"manifest", "workflow.files"} | BASE,
+    "training": {"manifest", "workflow.disk", "workflow.files"} | BASE,
     "workflow": BASE,
     # the names of the backbones and their smallest images; whether the driver of a database is installed
     "settings": {

@@ -44,8 +44,9 @@ class Written(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The number of images as text, for example "1,600 images (12 new, 1,588 reused)"."""
-        return formatting.reuse_summary(self.counts["images"], self.new)
+        """The result as a line for the log."""
+        images = formatting.reuse_summary(self.counts["images"], self.new)
+        return f"{images} in {self.counts['shards']:,} shards, {self.counts['bytes'] / 1e6:,.1f} MB"
 
 
 def write(

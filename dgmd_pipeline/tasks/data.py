@@ -274,15 +274,9 @@ class WriteTFRecords(PerSplitStep):
 
         given = self.settings
         size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
-        options = run, reserve_memory, self.reusable_folders()
-        written = shards.write(rows, raw, draft, self.split, given.num_shards, *size, fit, *options)
-        return StepResult(
-            counts=written.counts,
-            images=len(rows),
-            images_processed=written.new,
-            bytes_processed=written.new_bytes,
-            summary=f"{written.summary} in {given.num_shards:,} shards, {written.counts['bytes'] / 1e6:,.1f} MB",
-        )
+        target, previous = (draft, self.split, given.num_shards), self.reusable_folders()
+        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous)
+        return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         return upstream[0].counts.get(self.split, upstream[0].images)

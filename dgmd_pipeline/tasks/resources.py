@@ -33,7 +33,7 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """
     listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
-    # Where there are features, most of them are reused. The forward pass is then built when an image turns out to be new.
+    # Where there are features, most of them are reused. The forward pass is then built when there is a new image.
     features = {f"{names.FEATURES}_{split}" for split in names.SPLITS}
     extracts = any(name in due and not (context.settings.data_dir / name).exists() for name in features)
     if extracts or names.TRAINED_MODEL in due:

@@ -50,16 +50,12 @@ class ExtractFeatures(PerSplitStep):
         shards.check(records, reuse.shards)
         dimensions, computed = self._extract(records, reuse)
         disk.check_space(draft, self.folder, features.estimate_bytes(index.images, dimensions))
+        new, images, counts = len(reuse.new), index.images, {"images": index.images, "dimensions": dimensions}
         written = feature_store.write(draft, records, reuse, origin, dimensions, computed)
-        for _ in self.progress(written, len(reuse.new), "images", count=int):
+        for _ in self.progress(written, new, "images", count=int):
             pass
-        return StepResult(
-            counts={"images": index.images, "dimensions": dimensions},
-            images=index.images,
-            images_processed=len(reuse.new),
-            bytes_processed=reuse.new_bytes,
-            summary=f"{formatting.reuse_summary(index.images, len(reuse.new))}, {dimensions:,} dimensions",
-        )
+        summary = f"{formatting.reuse_summary(images, new)}, {dimensions:,} dimensions"
+        return StepResult(counts, images, new, reuse.new_bytes, summary)
 
     def _extract(self, records: Path, reuse: "Reuse") -> "tuple[int, Iterator[np.ndarray]]":
         """Return the number of dimensions, and the vectors that are not reused, in batches.

@@ -11,7 +11,7 @@ from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.checkpoint import unusable_checkpoint
 from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
 from dgmd_pipeline.training.vectors import VectorFile
-from dgmd_pipeline.workflow import disk
+from dgmd_pipeline.workflow import disk, files
 
 if TYPE_CHECKING:
     import keras
@@ -94,7 +94,7 @@ def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: P
         file.write(done, block)
         done += len(block)
     np.save(draft / LABELS, images.labels)
-    disk.sync(draft)
+    files.sync(draft)
     draft.rename(folder)
 
 

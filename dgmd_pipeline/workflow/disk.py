@@ -1,7 +1,6 @@
 """Checks of free disk space, and explanations of disk errors."""
 
 import contextlib
-import ctypes
 import errno
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ from dgmd_pipeline.formatting import as_user, format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
 SECONDS_KEPT = 24 * 60 * 60  # of temporary files that no run of today can be using
@@ -187,37 +185,3 @@ def remove(folder: Path) -> None:
             shutil.rmtree(folder)
         elif os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove
             folder.unlink()
-
-
-def sync(folder: Path) -> None:
-    """Write the files of a folder to the disk, so that a power cut does not leave them empty.
-
-    Calls `syncfs`, which writes everything that is unwritten on the folder's file system, or `sync` on systems without
-    it. docs/decisions/0026-folders-survive-a-power-cut.md compares it with one `fsync` for each file. Raises OSError.
-    """
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:
-        os.sync()
-        return
-    with _opened(folder) as descriptor:
-        if syncfs(descriptor) and (code := ctypes.get_errno()) not in UNSUPPORTED:
-            raise OSError(code, os.strerror(code), str(folder))
-
-
-def sync_names(folder: Path) -> None:
-    """Write the names in a folder to the disk: files and folders that were created, renamed or removed in it."""
-    with _opened(folder) as descriptor:
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:  # some network file systems cannot synchronise a folder
-                raise
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,15 @@
-"""Files in step folders: checksums that are computed once in a run, and hard links."""
+"""Files in step folders: checksums that are computed once in a run, hard links, and what reaches the disk."""
 
+import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
 
 
@@ -30,3 +34,37 @@ def link(source: Path, target: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         shutil.copyfile(source, target)  # the disk has no hard links, or the file belongs to another user
+
+
+def sync(folder: Path) -> None:
+    """Write the files of a folder to the disk, so that a power cut does not leave them empty.
+
+    Calls `syncfs`, which writes everything that is unwritten on the folder's file system, or `sync` on systems without
+    it. docs/decisions/0026-folders-survive-a-power-cut.md compares it with one `fsync` for each file. Raises OSError.
+    """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    with _opened(folder) as descriptor:
+        if syncfs(descriptor) and (code := ctypes.get_errno()) not in UNSUPPORTED:
+            raise OSError(code, os.strerror(code), str(folder))
+
+
+def sync_names(folder: Path) -> None:
+    """Write the names in a folder to the disk: files and folders that were created, renamed or removed in it."""
+    with _opened(folder) as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:  # some network file systems cannot synchronise a folder
+                raise
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy, PipelineError
-from dgmd_pipeline.workflow import disk
+from dgmd_pipeline.workflow import disk, files
 
 RESUME = ".resume"  # folder in a draft with the files needed to resume it; never in a finished folder
 LOCK = ".lock"  # file in DATA_DIR
@@ -43,12 +43,12 @@ def draft(target: Path, fingerprint: str | None = None, keep_replaced: bool = Fa
                 (folder / RESUME).mkdir()
                 (folder / RESUME / FINGERPRINT).write_text(fingerprint, "utf-8")
         yield folder
-        disk.sync(folder)
+        files.sync(folder)
         # Two renames: a single one cannot replace a folder that is not empty. `recover` handles a kill between the two.
         if target.exists():
             target.rename(old)
         folder.rename(target)
-        disk.sync_names(target.parent)  # before the old folder is removed
+        files.sync_names(target.parent)  # before the old folder is removed
         disk.remove(target / RESUME)
         if old.exists() and not keep_replaced:
             _discard(old, folder)
