@@ -58,7 +58,7 @@ def object_problem(error: Exception) -> tuple[str, str] | None:
     if code == "InvalidObjectState":
         return "archived", "its storage class requires that it is restored first"
     text = formatting.printable(str(error.response.get("Error", {}).get("Message") or "no text")[:MAX_TEXT])
-    return FAILED if status >= 500 or status in STATUSES else REFUSED, f"S3 answered {status} {code}: {text}"
+    return FAILED if status >= 500 or status in STATUSES else REFUSED, f"S3 answered {_answer(error)}: {text}"
 
 
 def is_worth_repeating(error: Exception) -> bool:
@@ -174,7 +174,7 @@ def _s3_error(client_error: "ClientError", client: Client, bucket: str, key: str
     if not _is_about_objects(client_error):
         return f"The AWS credentials could not be renewed ({client_error.operation_name}: {code}): correct them."
     if _status(client_error) in STATUSES:
-        return throttled(client, f"s3://{bucket}/{key} ({_status(client_error)} {code})")
+        return throttled(client, f"s3://{bucket}/{key} ({_answer(client_error)})")
     if code.isdigit():  # S3's own codes are words
         return (
             f"{host} answered {code} without an S3 error code: it is a proxy, or not an S3 endpoint. Correct "
@@ -191,6 +191,11 @@ def _code(error: "ClientError") -> str:
 
 def _status(error: "ClientError") -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def _answer(error: "ClientError") -> str:
+    """Return the HTTP status and S3's own code, for example "503 SlowDown"."""
+    return " ".join(dict.fromkeys((str(_status(error)), _code(error))))
 
 
 def access_remedy(client: Client) -> str:

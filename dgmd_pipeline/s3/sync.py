@@ -113,15 +113,15 @@ def _failure_check(client: Client, listing: Listing, max_failed: float) -> Calla
     def check(row: Rejected) -> None:
         if row.reason not in (errors.REFUSED, errors.FAILED, errors.CHANGED):
             return
+        uri = f"s3://{listing.bucket}/{formatting.printable(row.path)}"
         if failed.total() < SHOWN:
-            log.warning("  left out: s3://%s/%s: %s, %s", listing.bucket, row.path, row.reason, row.detail)
+            log.warning("  left out: %s: %s, %s", uri, row.reason, row.detail)
         failed[row.label] += 1
         if failed[row.label] > max_failed * totals[row.label]:
             raise NoUsableInput(
                 f"More than {max_failed:.0%} of the objects of the label {row.label} cannot be downloaded "
-                f"({failed[row.label]:,} of {totals[row.label]:,}); for example s3://{listing.bucket}/{row.path}: "
-                f"{row.reason}, {row.detail}. {errors.remedy(client, row)} Or raise MAX_REJECTED_PCNT (now "
-                f"{max_failed:g})."
+                f"({failed[row.label]:,} of {totals[row.label]:,}); for example {uri}: {row.reason}, "
+                f"{row.detail}. {errors.remedy(client, row)} Or raise MAX_REJECTED_PCNT (now {max_failed:g})."
             )
 
     return check

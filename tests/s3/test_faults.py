@@ -18,7 +18,7 @@ from dgmd_pipeline.s3.client import connect
 from dgmd_pipeline.s3.download import download
 
 pytestmark = pytest.mark.usefixtures("aws_home", "signed")
-OBJECTS = int(os.environ.get("FAULTY_OBJECTS", "60"))
+OBJECTS = int(os.environ.get("FAULTY_OBJECTS", "150"))
 SHARE = 0.05  # of the answers is wrong
 
 

@@ -88,7 +88,7 @@ def watch_transfers() -> None:
     """Requests that are sent in C; where one does not work, botocore's own follows."""
     from dgmd_pipeline.s3.crt import CrtTransfer
 
-    watch(CrtTransfer, "start", lambda _, key, *__: f"GET {quote(key)}")
+    watch(CrtTransfer, "start", lambda _, source, *__: f"GET {quote(source.key)}")
 
 
 # Worker processes import pipeline.py again, not this file: `runpy` has put it in the place of the main module.
