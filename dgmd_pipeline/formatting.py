@@ -87,6 +87,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def reuse_summary(images: int, new: int) -> str:
-    """Return a number of images, and how many of them are new and reused: "1,600 images (12 new, 1,588 reused)"."""
-    return f"{images:,} images" + (f" ({new:,} new, {images - new:,} reused)" if new < images else "")
+def describe_reuse(count: int, what: str, new: int) -> str:
+    """Return how many things there are, and how many are new and reused: "1,600 images (12 new, 1,588 reused)"."""
+    return f"{count:,} {what}" + (f" ({new:,} new, {count - new:,} reused)" if new < count else "")

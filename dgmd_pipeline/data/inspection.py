@@ -6,16 +6,17 @@ import logging
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 import PIL.Image
 
-from dgmd_pipeline import manifest
-from dgmd_pipeline.data import corrections, decoding, limits, near_duplicates
+from dgmd_pipeline import formatting, manifest
+from dgmd_pipeline.data import corrections, decoding, inspected_files, limits, near_duplicates
+from dgmd_pipeline.data.inspected_files import InspectedFile, Outcome, PreviousInspection
 from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
 from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
@@ -28,11 +29,25 @@ UNDECODABLE = (
 )  # fmt: skip
 _DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
 
-_Outcome = Rejected | tuple[Image, bytes]  # a usable image and its thumbnail
-Map = Callable[[Callable[[RawFile], _Outcome], Iterable[RawFile]], Iterable[_Outcome | WorkerDied]]
+
+class _ForNow(NamedTuple):
+    """A result that another inspection of the same file may not have, for example for lack of memory."""
+
+    rejected: Rejected
+
+
+_Result = Outcome | _ForNow
+Map = Callable[[Callable[[RawFile], _Result], Sequence[RawFile]], Iterable[_Result | WorkerDied]]
 InspectionCounts = TypedDict(
     "InspectionCounts",
-    {"files": int, "images": int, "rejected": dict[str, int], "near-duplicates": int, "relabelled": int},
+    {
+        "files": int,
+        "images": int,
+        "rejected": dict[str, int],
+        "near-duplicates": int,
+        "relabelled": int,
+        "new": int,  # files that were opened; the results of the others were reused
+    },
 )
 
 
@@ -43,14 +58,16 @@ def inspect_folder(
     folder: Path,
     map: Map = map,
     reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
+    previous: Path | None = None,
 ) -> InspectionCounts:
     """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
 
     If `raw` was `downloaded`, the files are those of its listing; otherwise they are all files in its subfolders.
-    `corrected_labels` comes from `corrections.read`; `map` and `reserve_memory` are as in `inspect`. Raises
-    NoUsableInput without files.
+    `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory` and `previous` are as in `inspect`.
+    Raises NoUsableInput without files.
     """
-    files = list(_listed_files(raw) if downloaded else find(raw))
+    etags = _etags(raw) if downloaded else {}
+    files = [RawFile(path, path.split("/", 1)[0]) for path in etags] if downloaded else list(find(raw))
     if not files:
         raise NoUsableInput(
             f"{raw} contains no label folders with images. Add images as <label>/<file>, or delete the folder to "
@@ -58,7 +75,13 @@ def inspect_folder(
         )
     corrected = corrections.apply(files, corrected_labels)
     corrections.warn_of_mismatches(corrected)
-    images, rejected = inspect(corrected.files, raw, folder, map, reserve_memory)
+    opened: list[RawFile] = []
+
+    def map_new(function: Callable[[RawFile], _Result], new: Sequence[RawFile]) -> Iterable[_Result | WorkerDied]:
+        opened.extend(new)
+        return map(function, new)
+
+    images, rejected = inspect(corrected.files, raw, folder, map_new, reserve_memory, etags, previous)
     images, copies = corrections.exclude_copies(images, corrected.excluded, raw)
     rejected = sorted(rejected + corrected.excluded + copies)
     not_inspected = manifest.read(raw / manifest.REJECTED, Rejected) if downloaded else _unlabelled_files(raw)
@@ -71,6 +94,7 @@ def inspect_folder(
         "rejected": dict(Counter(row.reason for row in rejected)),
         "near-duplicates": sum(size for size in group_sizes if size > 1),
         "relabelled": corrected.relabelled,
+        "new": len(opened),
     }
 
 
@@ -81,24 +105,30 @@ def summary(counts: InspectionCounts) -> str:
     by_operator = [(counts["relabelled"], "relabelled"), (counts["rejected"].get(EXCLUDED, 0), "excluded")]
     listed = ", ".join(f"{count:,} {word}" for count, word in by_operator if count)
     corrected = f"; {corrections.NAME}: {listed}" if listed else ""
-    return f"{counts['files']:,} files -> {counts['images']:,} images{grouped}; {rejected:,} left out{corrected}"
+    files = formatting.describe_reuse(counts["files"], "files", counts["new"])
+    return f"{files} -> {counts['images']:,} images{grouped}; {rejected:,} left out{corrected}"
 
 
 def inspect(
     files: Iterable[RawFile],
     raw: Path,
-    scratch: Path,
+    folder: Path,
     map: Map = map,
     reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
+    etags: Mapping[str, str] | None = None,
+    previous: Path | None = None,
     min_side: int = MIN_SIDE,
     max_pixels: int = limits.MAX_PIXELS,
 ) -> tuple[list[Image], list[Rejected]]:
-    """Read, hash and decode every file once; return the usable images and the rejected files, each sorted by path.
+    """Read, hash and decode every new or changed file once; return the usable images and the rejected files, each
+    sorted by path.
 
     `map` works like the builtin. It may call its function in other processes, and yields the results in order; for a
     file whose process died, it yields a WorkerDied. `reserve_memory` is entered with the bytes that an image needs
-    while it is decoded, and may raise TooLittleMemory. `scratch` is an existing folder for a temporary file of 768
-    bytes an image. The rows depend on the files only, unless there is too little memory for one of them.
+    while it is decoded, and may raise TooLittleMemory. `previous` is the folder of an earlier inspection of this
+    `raw`: the results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. The new
+    results are stored in `folder`. The rows depend on the files only, unless there is too little memory for one of
+    them.
 
     Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, a disk error, or the process that decoded it
     died); "truncated" (the data ends before the image does); "too many bytes", "too many pixels" (more than
@@ -108,17 +138,23 @@ def inspect(
     labels; none is used). A corrected label of one copy applies to all copies.
     """
     files = sorted(files)
+    earlier = PreviousInspection(previous)
+    versions = [inspected_files.version(raw / file.path, (etags or {}).get(file.path)) for file in files]
+    reused = [earlier.find(file, version) for file, version in zip(files, versions, strict=True)]
     inspect_file = partial(
         _inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
     )
-    thumbnails = scratch / "thumbnails"
-    try:
-        with thumbnails.open("wb") as file:
-            decoded, rejected = _collect(files, map(inspect_file, files), file)
-        unique, copies = _remove_copies(decoded)
-        images = _group_near_duplicates(unique, thumbnails, len(decoded))
-    finally:
-        thumbnails.unlink(missing_ok=True)
+    new = [file for file, outcome in zip(files, reused, strict=True) if outcome is None]
+    results = iter(map(inspect_file, new))
+    outcomes = (next(results) if outcome is None else outcome for outcome in reused)
+    with (folder / inspected_files.THUMBNAILS).open("wb") as file:
+        decoded, rejected, rows = _collect(files, versions, outcomes, file)
+    unique, copies = _remove_copies(decoded)
+    thumbnails = inspected_files.open_thumbnails(folder) if unique else np.empty((0, 16, 16, 3), np.uint8)
+    images, known = near_duplicates.group(
+        list(unique.values()), thumbnails, np.array(list(unique), np.int64), earlier.known
+    )
+    inspected_files.write(folder, rows, known)
     return images, sorted(rejected + copies)
 
 
@@ -174,9 +210,9 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
         )
 
 
-def _listed_files(raw: Path) -> Iterator[RawFile]:
-    for source in manifest.read(raw / manifest.LISTING, manifest.SourceObject):
-        yield RawFile(source.path, source.path.split("/", 1)[0])
+def _etags(raw: Path) -> dict[str, str]:
+    """Return the ETag of each downloaded file, by its path."""
+    return {source.path: source.etag for source in manifest.read(raw / manifest.LISTING, manifest.SourceObject)}
 
 
 def _unlabelled_files(raw: Path) -> Iterator[Rejected]:
@@ -187,16 +223,16 @@ def _unlabelled_files(raw: Path) -> Iterator[Rejected]:
 
 def _inspect_file(
     file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
-) -> _Outcome:
+) -> _Result:
     path = raw / file.path
     try:
         if not path.is_file():  # reading a named pipe would block forever
-            return Rejected(*file, "unreadable", "not a regular file, or a broken link")
+            return _ForNow(Rejected(*file, "unreadable", "not a regular file, or a broken link"))
         if (size := path.stat().st_size) > limits.MAX_BYTES:
             return Rejected(*file, "too many bytes", f"{size:,}, expected at most {limits.MAX_BYTES:,}")
         data = path.read_bytes()
     except OSError as error:
-        return Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}")
+        return _ForNow(Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}"))
     if not data:
         return Rejected(*file, "empty", "0 bytes")
     with decoding.guard(data, max_pixels) as caught, limits.limit_time():
@@ -204,7 +240,7 @@ def _inspect_file(
             kind, (width, height), thumbnail = _decode(data, reserve_memory)
         except TooLittleMemory as error:
             advice = "raise the memory limit, and inspect again with --force inspect"
-            return Rejected(*file, "too little memory", f"{error}; {advice}")
+            return _ForNow(Rejected(*file, "too little memory", f"{error}; {advice}"))
         except (PIL.Image.DecompressionBombError, *decoding.DAMAGED) as error:
             return Rejected(*file, *_explain(error, data, caught))
     if min(width, height) < min_side:
@@ -262,21 +298,33 @@ def _announced_size(data: bytes) -> int:
 
 
 def _collect(
-    files: Iterable[RawFile], outcomes: Iterable[_Outcome | WorkerDied], thumbnails: BinaryIO
-) -> tuple[list[Image], list[Rejected]]:
-    """Separate the decoded images from the rejected files, and write the thumbnails to a file."""
+    files: Sequence[RawFile],
+    versions: Sequence[str | None],
+    results: Iterable[_Result | WorkerDied],
+    thumbnails: BinaryIO,
+) -> tuple[list[Image], list[Rejected], list[InspectedFile]]:
+    """Separate the decoded images from the rejected files, and write the thumbnails to a file.
+
+    Returns also the rows of the files whose results can be reused.
+    """
     decoded: list[Image] = []
     rejected: list[Rejected] = []
-    for file, outcome in zip(files, outcomes, strict=True):
-        if isinstance(outcome, WorkerDied):
-            rejected.append(Rejected(*file, "unreadable", limits.explain(outcome)))
-        elif isinstance(outcome, Rejected):
-            rejected.append(outcome)
+    rows: list[InspectedFile] = []
+    for file, version, result in zip(files, versions, results, strict=True):
+        if isinstance(result, WorkerDied):
+            rejected.append(Rejected(*file, "unreadable", limits.explain(result)))
+            continue
+        if isinstance(result, _ForNow):
+            rejected.append(result.rejected)
+            continue
+        if isinstance(result, Rejected):
+            rejected.append(result)
         else:
-            image, thumbnail = outcome
+            image, thumbnail = result
             decoded.append(image)
             thumbnails.write(thumbnail)
-    return decoded, rejected
+        rows.append(InspectedFile.of(file, version or "", result))
+    return decoded, rejected, rows
 
 
 def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejected]]:
@@ -307,11 +355,3 @@ def _apply_corrected_label(copies: list[Image]) -> list[Image]:
 
 def _conflict(image: Image, other: Image) -> Rejected:
     return Rejected(image.path, image.label, "conflict", f"the same file as {other.path}, which has another label")
-
-
-def _group_near_duplicates(images: dict[int, Image], thumbnails: Path, count: int) -> list[Image]:
-    """Fill in the groups of the images, given their positions in a file of `count` thumbnails."""
-    if not images:
-        return []  # NumPy cannot map an empty file
-    mapped = np.memmap(thumbnails, np.uint8, "r", shape=(count, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3))
-    return near_duplicates.group(list(images.values()), mapped, np.array(list(images)))

@@ -45,7 +45,7 @@ class Written(NamedTuple):
     @property
     def summary(self) -> str:
         """The result as a line for the log."""
-        images = formatting.reuse_summary(self.counts["images"], self.new)
+        images = formatting.describe_reuse(self.counts["images"], "images", self.new)
         return f"{images} in {self.counts['shards']:,} shards, {self.counts['bytes'] / 1e6:,.1f} MB"
 
 

@@ -99,7 +99,7 @@ def _warn_of_rejected(reasons: Mapping[str, int], what: str, folder: Path) -> No
 class InspectImages(Step):
     """Files under `raw/` -> rows in `images.csv` (usable images) and `rejected.csv` (other files, with the reason)."""
 
-    name, verb, format_version = names.INSPECTED, "inspect", 2
+    name, verb, format_version = names.INSPECTED, "inspect", 3
 
     def requires(self) -> dict[str, Step]:
         return {"raw": DownloadImages()}
@@ -122,13 +122,14 @@ class InspectImages(Step):
             done = self.context.executor.map(function, files, inspection.CHUNK)
             return self.progress(done, len(files), "images")
 
-        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, run, reserve_memory)
+        options = run, reserve_memory, next(iter(self.reusable_folders()), None)
+        counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
             counts=dict(counts),
             images=counts["images"],
-            images_processed=counts["files"] - counts["rejected"].get(manifest.EXCLUDED, 0),
-            bytes_processed=record.counts.get("bytes") if record else None,
+            images_processed=counts["new"],
+            bytes_processed=record.counts.get("bytes") if record and counts["new"] == counts["files"] else None,
             summary=inspection.summary(counts),
         )
 

@@ -54,7 +54,7 @@ class ExtractFeatures(PerSplitStep):
         written = feature_store.write(draft, records, reuse, origin, dimensions, computed)
         for _ in self.progress(written, new, "images", count=int):
             pass
-        summary = f"{formatting.reuse_summary(images, new)}, {dimensions:,} dimensions"
+        summary = f"{formatting.describe_reuse(images, 'images', new)}, {dimensions:,} dimensions"
         return StepResult(counts, images, new, reuse.new_bytes, summary)
 
     def _extract(self, records: Path, reuse: "Reuse") -> "tuple[int, Iterator[np.ndarray]]":

@@ -1,0 +1,119 @@
+"""What an inspection stores about each file, so that the next one opens only new and changed files.
+
+In the folder of an inspection, `files.csv` has a row for each file whose result can be reused, `thumbnails` the
+thumbnails (uint8 [n, 16, 16, 3]) of the usable ones in this order, `hashes.npy` and `copies.npy` what
+`near_duplicates.Known` holds, and `checksums.json` the SHA-256 of these files.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dgmd_pipeline import manifest
+from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE, Known
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.manifest import Image, RawFile, Rejected
+from dgmd_pipeline.workflow import files
+
+log = logging.getLogger(__name__)
+FILES, THUMBNAILS, HASHES, COPIES, CHECKSUMS = "files.csv", "thumbnails", "hashes.npy", "copies.npy", "checksums.json"
+Outcome = Rejected | tuple[Image, bytes]  # a usable image and its thumbnail
+
+
+class InspectedFile(NamedTuple):
+    """A file and the result of its inspection, apart from its label."""
+
+    path: str  # below raw/
+    version: str  # see `version`
+    sha256: str  # this and the next three as in Image; empty or 0 if the file is rejected
+    format: str
+    width: int
+    height: int
+    reason: str  # this and the next as in Rejected; empty if the file is usable
+    detail: str
+
+    @classmethod
+    def of(cls, file: RawFile, version: str, outcome: Outcome) -> "InspectedFile":
+        """Return the row for an outcome."""
+        if isinstance(outcome, Rejected):
+            return cls(file.path, version, "", "", 0, 0, outcome.reason, outcome.detail)
+        image = outcome[0]
+        return cls(file.path, version, image.sha256, image.format, image.width, image.height, "", "")
+
+    def outcome(self, label: str, thumbnail: bytes) -> Outcome:
+        """Return the outcome of an earlier inspection for the file's present label."""
+        if self.reason:
+            return Rejected(self.path, label, self.reason, self.detail)
+        return Image(self.path, label, self.sha256, self.format, self.width, self.height, self.sha256), thumbnail
+
+
+class PreviousInspection:
+    """The results of an earlier inspection. Empty without one."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._rows: dict[str, tuple[InspectedFile, int]] = {}  # with the position of the thumbnail
+        self._thumbnails = np.empty((0, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3), np.uint8)
+        self.known: Known | None = None
+        if folder is not None and _is_intact(folder):
+            usable = 0
+            for row in manifest.read(folder / FILES, InspectedFile):
+                self._rows[row.path] = row, usable
+                usable += not row.reason
+            if usable:
+                self._thumbnails = open_thumbnails(folder)
+            self.known = Known(np.load(folder / HASHES), np.load(folder / COPIES))
+
+    def find(self, file: RawFile, version: str | None) -> Outcome | None:
+        """Return the result for a file that has not changed; None if it is new or has changed."""
+        row, position = self._rows.get(file.path, (None, 0))
+        if row is None or version is None or row.version != version:
+            return None
+        return row.outcome(file.label, b"" if row.reason else self._thumbnails[position].tobytes())
+
+
+def version(path: Path, etag: str | None) -> str | None:
+    """Return the size of a file with its ETag in the bucket, or else with the time of its last change.
+
+    Returns None if it is not a regular file. A file whose version is the same is taken to be unchanged.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path object would take longer
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return f"{status.st_size} {status.st_mtime_ns if etag is None else etag}"
+
+
+def open_thumbnails(folder: Path) -> np.ndarray:
+    """Return the thumbnails in a folder, at least one: uint8 [n, 16, 16, 3], mapped from disk."""
+    mapped = np.memmap(folder / THUMBNAILS, np.uint8, "r")
+    return mapped.reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+
+
+def write(folder: Path, rows: Iterable[InspectedFile], known: Known) -> None:
+    """Write into a folder, which has the thumbnails already, what PreviousInspection reads."""
+    manifest.write(folder / FILES, InspectedFile, rows)
+    np.save(folder / HASHES, known.hashes, allow_pickle=False)
+    np.save(folder / COPIES, known.copies, allow_pickle=False)
+    manifest.write_json(folder / CHECKSUMS, _checksums(folder))
+
+
+def _checksums(folder: Path) -> Mapping[str, str]:
+    return {name: files.sha256(folder / name) for name in (FILES, THUMBNAILS, HASHES, COPIES)}
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        if manifest.read_json(folder / CHECKSUMS) == _checksums(folder):
+            return True
+        problem = "a checksum differs"
+    except (OSError, PipelineError) as error:
+        problem = str(error)
+    log.warning("The results in %s are not reused (%s): all files are inspected again", folder, problem)
+    return False
