@@ -49,10 +49,10 @@ USER 1000
 FROM runtime AS mlflow
 # No job execution: it starts six processes for GenAI features that the pipeline does not use. No line in the log for
 # each request: the health check sends one every 10 seconds.
-ENV MLFLOW_UVICORN_OPTS=--no-access-log \
-    MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
+ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
     MLFLOW_ARTIFACTS_DESTINATION=/mlflow/artifacts \
-    MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+    MLFLOW_UVICORN_OPTS=--no-access-log
 VOLUME /mlflow
 EXPOSE 5000
 HEALTHCHECK --interval=10s --timeout=8s --start-period=3m --retries=5 \
