@@ -10,17 +10,6 @@
 FROM python:3.11-slim-bookworm AS python
 
 
-FROM python AS dependencies
-ARG VARIANT=cpu
-COPY locks/${VARIANT}.txt /tmp/lock.txt
-# Wheels only: nothing is compiled. The removed files are never used: C++ headers, the libraries' tests, and Clang,
-# which TensorFlow requires and does not load.
-RUN python -m venv --without-pip /opt/venv \
-    && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
-    && rm -rf /opt/venv/lib/python3.*/site-packages/clang \
-    && find /opt/venv/lib/python3.*/site-packages -depth -type d \( -name tests -o -name include \) -exec rm -rf {} +
-
-
 # A separate stage: a change of other code or of a dependency does not download the weights again.
 FROM python AS weights
 ARG BACKBONE=EfficientNetV2-B1
@@ -32,10 +21,22 @@ RUN mkdir -p /weights/models \
 
 
 FROM python AS runtime
-# Group 0: a container with another user (--user 12345) has this group and can write like user 1000.
-RUN useradd --create-home --uid 1000 --gid 0 pipeline \
+ARG VARIANT=cpu
+COPY locks/${VARIANT}.txt /tmp/lock.txt
+# Wheels only: nothing is compiled. The removed files are never used: C++ headers, the libraries' tests (with a private
+# key), Clang, which TensorFlow requires and does not load, and pip and setuptools of the base. `tensorflow/**/test` is
+# no test: it is the module tf.test.
+RUN python -m venv --without-pip /opt/venv \
+    && pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
+    && rm -rf /tmp/lock.txt /opt/venv/lib/python3.*/site-packages/clang \
+    && find /opt/venv/lib/python3.*/site-packages -depth -type d \
+        \( -name tests -o -name include -o -name test -not -path '*/tensorflow/*' \) -exec rm -rf {} + \
+    && rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip*
+# No program changes its user. Group 0: a container with another user (--user 12345) has this group and can write like
+# user 1000.
+RUN find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
+    && useradd --create-home --uid 1000 --gid 0 pipeline \
     && install -d -o pipeline -g 0 -m 775 /app/data /mlflow /demo
-COPY --from=dependencies /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -68,8 +69,11 @@ FROM runtime AS code
 USER 0
 COPY setup.py requirements.txt pipeline.py ./
 COPY dgmd_pipeline dgmd_pipeline
-# --editable: code that is mounted over /app is used. Compiled, because a read-only container cannot store the result.
-RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-build-isolation --use-pep517 --editable . \
+# An editable installation: code that is mounted over /app is used. TensorFlow requires setuptools, so it is there, and
+# pip is not. Compiled, because a read-only container cannot store the result.
+RUN python -c 'from setuptools.build_meta import build_editable; build_editable("/tmp")' \
+    && python -m zipfile --extract /tmp/*.whl /opt/venv/lib/python3.*/site-packages \
+    && rm -rf /tmp/*.whl dgmd_pipeline.egg-info build \
     && python -m compileall -q dgmd_pipeline \
     && chmod -R a+rX /app
 COPY --from=weights /weights /opt/venv/share/dgmd_pipeline
@@ -81,9 +85,10 @@ VOLUME /app/data
 
 FROM code AS demo
 USER 0
+COPY --from=python /usr/local/lib/python3.*/site-packages/pip /tmp/base/pip/
 COPY locks/demo.txt /tmp/lock.txt
-RUN pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
-    && rm /tmp/lock.txt
+RUN PYTHONPATH=/tmp/base python -m pip install --no-cache-dir --only-binary :all: --require-hashes -r /tmp/lock.txt \
+    && rm -r /tmp/lock.txt /tmp/base
 USER 1000
 WORKDIR /demo
 VOLUME /demo
@@ -98,8 +103,8 @@ ARG SOURCE=
 ENV GIT_REVISION=$GIT_REVISION
 LABEL org.opencontainers.image.title="dgmd_model_pipeline" \
       org.opencontainers.image.description="Trains an image classifier from a bucket of labelled images and registers it in MLflow" \
-      org.opencontainers.image.source=$SOURCE \
-      org.opencontainers.image.revision=$GIT_REVISION \
+      org.opencontainers.image.source=${SOURCE:-unknown} \
+      org.opencontainers.image.revision=${GIT_REVISION:-unknown} \
       org.opencontainers.image.version=$VERSION
 HEALTHCHECK --interval=1m --timeout=10s CMD ["python", "pipeline.py", "health"]
 CMD ["python", "pipeline.py"]

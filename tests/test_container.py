@@ -278,6 +278,9 @@ def test_the_image_says_what_it_is(images):
     named = {name.rpartition(".")[2] for name in labels if name.startswith("org.opencontainers.image.")}
     assert named == {"title", "description", "source", "revision", "version"}
     assert labels["org.opencontainers.image.revision"] == "abc123"
+    docker("build", "--target", "pipeline", "--tag", "dgmd-test-plain", ROOT, timeout=1800)
+    labels = json.loads(docker("inspect", "--format", "{{json .Config.Labels}}", "dgmd-test-plain").stdout)
+    assert labels["org.opencontainers.image.revision"] == labels["org.opencontainers.image.source"] == "unknown"
 
 
 def test_the_image_holds_nothing_that_it_does_not_need(images):
@@ -286,6 +289,19 @@ def test_the_image_holds_nothing_that_it_does_not_need(images):
     find = f"find /app /home /opt /root /tmp /usr/bin /usr/local/bin \\( {names} \\); ls -A /app"
     found = docker("run", "--rm", "--user", "0", "dgmd-test-pipeline", "sh", "-c", find).stdout.split()
     assert found == ["data", "dgmd_pipeline", "pipeline.py", "requirements.txt", "setup.py"]
+
+
+@pytest.mark.parametrize("target", ["pipeline", "mlflow"])
+def test_the_image_holds_no_private_key_installer_test_or_setuid_program(images, target):
+    find = """
+        find / -xdev -type f -perm /6000
+        find / -xdev \\( -name '*.key' -o -name '*.whl' -o -name ensurepip \\)
+        find / -xdev \\( -path '*/bin/pip*' -o -path '*/site-packages/pip' \\)
+        find /usr/local/lib/python3.*/site-packages -name '*.dist-info'
+        find /opt -type d \\( -name test -o -name tests \\) -not -path '*/tensorflow/*'
+        grep -rl --include='*.pem' 'PRIVATE KEY' /opt /app /etc /usr
+        true"""
+    assert docker("run", "--rm", "--user", "0", f"dgmd-test-{target}", "sh", "-c", find).stdout == ""
 
 
 def test_the_demo_runs_in_its_image_without_a_network(images):
@@ -327,6 +343,7 @@ def test_compose_runs_the_demo_to_a_registered_model(project):
     up = call("--profile", "demo", "up", "--exit-code-from", "demo-pipeline")
     assert up.returncode == 0, up.stdout + up.stderr
     assert "demo version 1, non-production" in up.stdout
+    assert f"The demo is over. MLflow is still running; http://{address} shows" in up.stdout
     assert call("up", "--detach", "mlflow").returncode == 0
     search = f"http://{address}/api/2.0/mlflow/registered-models/search"
     for _ in range(300):
@@ -336,9 +353,14 @@ def test_compose_runs_the_demo_to_a_registered_model(project):
         except OSError:
             time.sleep(0.5)
     assert [model["name"] for model in found["registered_models"]] == ["demo"]
+    mlflow = call("ps", "--quiet", "mlflow").stdout.strip()
+    healthy(mlflow)
+    logs = docker("logs", mlflow)
+    assert "/health" not in logs.stdout + logs.stderr
+    assert docker("inspect", "--format", "{{.Config.StopTimeout}}", mlflow).stdout.strip() == "60"
 
 
-def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(project):
+def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(project, tmp_path):
     """With the demo's bucket as one's own, over the same network."""
     call, _ = project
     assert call("--profile", "demo", "up", "--detach", "demo-bucket").returncode == 0
@@ -350,6 +372,13 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     assert "10 labels, 10 outputs" in run.stdout
     who = ["python", "-c", "from dgmd_pipeline.settings import operator; print(operator())"]
     assert call("run", "--rm", "model-pipeline", *who, USER="ada").stdout.startswith("ada@")
+    (tmp_path / "authority.pem").write_text("a certificate")
+    bundle = {"CA_FILE": str(tmp_path / "authority.pem"), "AWS_CA_BUNDLE": "/certs/ca.pem"}
+    shown = call("run", "--rm", "model-pipeline", "sh", "-c", "cat $AWS_CA_BUNDLE", **bundle)
+    assert shown.stdout == "a certificate", shown.stderr
+    without_file = call("run", "--rm", "model-pipeline", AWS_CA_BUNDLE="/certs/ca.pem")
+    assert without_file.returncode == 2
+    assert "AWS_CA_BUNDLE=/certs/ca.pem" in without_file.stdout + without_file.stderr
     refused = call("run", "--rm", "model-pipeline", **{**own, **keys, "AWS_DATA_PATH": "elsewhere"})
     assert refused.returncode == 20, refused.stdout + refused.stderr
     small = {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32", "EPOCHS": "2"}
@@ -365,6 +394,10 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     healthy(container)
     assert call("stop", "model-pipeline-scheduled", **every_minute).returncode == 0
     assert docker("inspect", "--format", "{{.State.ExitCode}}", container).stdout.strip() == "143"
+    assert call("start", "model-pipeline-scheduled", **every_minute).returncode == 0
+    ended = re.search(r"docker compose (--profile schedule rm .*)", (ROOT / ".env.example").read_text())[1]
+    assert call(*ended.split(), COMPOSE_PROFILES="once").returncode == 0
+    assert docker("ps", "--quiet", "--filter", f"id={container}").stdout == ""
 
 
 def test_compose_starts_a_luigi_scheduler(project):

@@ -1,4 +1,4 @@
-"""An image in any of Pillow's modes -> RGB on a white background, with the brightness that viewers show.
+"""An image in any of Pillow's modes -> a mode of 8 bits, with the brightness that viewers show.
 
 Pillow converts most modes. This module handles those that it converts to something else than the file means, or not at
 all: grey of 12, 16 and 32 bits, signed and floating-point values, WhiteIsZero, transparent colours of PNG, and alpha
@@ -23,50 +23,53 @@ class UnknownRange(ValueError):
     """The file does not say which of its values are black and white, and its values do not tell."""
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the current frame in mode RGB, as stored (not oriented), on a white background.
+def load(image: PIL.Image.Image) -> str:
+    """Decode the current frame, and return Pillow's name of the samples in the file; "" if it has none.
+
+    Pillow forgets the name when it decodes an image. Raises one of `decoding.DAMAGED`.
+    """
+    tile = next(iter(getattr(image, "tile", ())), None)
+    samples = ""
+    if tile is not None and tile.args:
+        samples = str(tile.args if isinstance(tile.args, str) else tile.args[0])
+        if tile.codec_name == "libtiff" and samples in _NATIVE:
+            image.tile = [tile._replace(args=(_NATIVE[samples], *tile.args[1:]))]  # type: ignore[attr-defined]
+    image.load()
+    return samples
+
+
+def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
+    """Return a decoded image in a mode of 8 bits that Pillow converts to RGB and RGBA correctly.
 
     Integer grey becomes 8 bits: signed values from the least to the greatest value of their type; unsigned values of
     12 bits from 0 to 4,095; other values from 0 to the first of 255, 4,095 and 65,535 that none exceeds, because
     files of 16 bits often hold values of 8 or 12. Floating-point grey is taken as 0 to 1 or as 0 to 255; values may be
-    outside by a quarter of that and are clipped. Colours of 16 bits lose their lower 8 (in Pillow).
-    An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is ignored. Pillow converts the other
-    modes (CMYK with Adobe's inversion, LAB through littleCMS). Colour profiles are not applied.
-    Raises UnknownRange where almost all would be black, white or grey by these rules, and one of `decoding.DAMAGED`.
+    outside by a quarter of that and are clipped.
+    An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is removed. `samples` is what `load`
+    returned. Raises UnknownRange where almost all would be black, white or grey by these rules.
     """
-    samples = _prepare(image)
-    image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        image = _grey(image)
-    elif image.mode == "L" and _tag(image, _SIGN) == _SIGNED:
-        image = image.point([value ^ 128 for value in range(256)])
-    elif image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data and not _is_alpha_unset(image):
-        if "transparency" in image.info:
-            image.info["transparency"] = _transparent_pixel(image.info["transparency"], samples)
-        alpha = image.convert("RGBA")
-        rgb = PIL.Image.new("RGB", image.size, "white")
-        rgb.paste(alpha, mask=alpha)
-    else:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-    if samples.startswith(("RGB", "LA")) and ";16" in samples:
-        _check_colours(rgb)
-    return rgb
+        return _grey(image)
+    if image.mode == "L" and _tag(image, _SIGN) == _SIGNED:
+        return image.point([value ^ 128 for value in range(256)])
+    if image.mode == "La":
+        return image.convert("LA")
+    if _is_alpha_unset(image):
+        return image.convert("RGB")
+    if "transparency" in image.info:
+        image.info["transparency"] = _transparent_pixel(image.info["transparency"], samples)
+    return image
 
 
-def _prepare(image: PIL.Image.Image) -> str:
-    """Return Pillow's name of the samples in the file, "" if it has none, and correct their byte order.
+def check(image: PIL.Image.Image, samples: str) -> None:
+    """Raise UnknownRange if an RGB image is nearly black because its 16-bit colours use fewer bits.
 
-    Pillow forgets the name when it decodes the image.
+    Pillow drops their lower 8 bits. `samples` is what `load` returned.
     """
-    tile = next(iter(getattr(image, "tile", ())), None)
-    if tile is None or not tile.args:
-        return ""
-    samples = tile.args if isinstance(tile.args, str) else tile.args[0]
-    if tile.codec_name == "libtiff" and samples in _NATIVE:
-        image.tile = [tile._replace(args=(_NATIVE[samples], *tile.args[1:]))]  # type: ignore[attr-defined]
-    return str(samples)
+    if ";16" in samples and samples.startswith(("RGB", "LA")) and (high := int(np.max(image.getextrema()))) < 16:
+        raise UnknownRange(
+            f"its 16-bit colours are nearly black, at most {high * 256 + 255:,} of 65,535. Convert it to 8 bits"
+        )
 
 
 def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -139,11 +142,3 @@ def _transparent_pixel(value: object, samples: str) -> object:
     if isinstance(value, int) and samples.startswith("L"):
         return value * _PNG_GREY.get(samples, 1) & 255
     return value
-
-
-def _check_colours(image: PIL.Image.Image) -> None:
-    high = int(np.max(image.getextrema()))
-    if high < 16:
-        raise UnknownRange(
-            f"its 16-bit colours are nearly black, at most {high * 256 + 255:,} of 65,535. Convert it to 8 bits"
-        )

@@ -91,12 +91,23 @@ def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> di
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return the first frame in mode RGB, with the orientation applied, on a white background.
 
-    `colour_modes.to_rgb` documents the conversion of other modes. Raises one of `DAMAGED`.
+    Values that are not 8 bits: see `colour_modes.normalise`. Pillow converts the other modes (CMYK with Adobe's
+    inversion, LAB through littleCMS). Colour profiles are not applied. Raises one of `DAMAGED`.
     """
     if image.tell():
         image.seek(0)
-    rgb = colour_modes.to_rgb(image)
-    return apply_orientation(rgb, read_orientation(image))
+    samples = colour_modes.load(image)
+    orientation = read_orientation(image)
+    image = colour_modes.normalise(image, samples)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = PIL.Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image)
+        image = background
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    colour_modes.check(image, samples)
+    return apply_orientation(image, orientation)
 
 
 def open_header(data: bytes) -> PIL.Image.Image:

@@ -51,7 +51,10 @@ TAIL = """\
 `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SHARED_CREDENTIALS_FILE`, `AWS_PROFILE`,
 `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL`, `MLFLOW_TRACKING_USERNAME`, `MLFLOW_TRACKING_PASSWORD`
 and the other variables of boto3 and MLflow have their usual meaning. If there are no AWS
-credentials, the bucket is read anonymously.
+credentials, the bucket is read anonymously. The variables that name certificate files
+(`AWS_CA_BUNDLE`, `MLFLOW_TRACKING_SERVER_CERT_PATH`, `MLFLOW_TRACKING_CLIENT_CERT_PATH`,
+`REQUESTS_CA_BUNDLE`, `SSL_CERT_FILE`) are checked before anything starts; if they are empty, they
+count as unset.
 
 The pipeline sets these variables of libraries if they are unset:
 
