@@ -303,6 +303,11 @@ def mlflow_login() -> str | None:
     return f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}" if user else None
 
 
+def mlflow_variables() -> dict[str, str]:
+    """Return the variables of the environment that MLflow's client reads."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+
+
 def operator() -> str:
     """Return "user@host" for the history of promotions: MLflow's user if one is set, else the system's."""
     try:
