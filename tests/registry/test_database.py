@@ -158,7 +158,7 @@ def test_a_store_is_read_at_another_path_without_changing_it(moved, tmp_path):
     store, folder = moved
     before = dump(folder / "mlflow.db")
     (version,) = versions.read(store, "jars").versions
-    fetched = versions.fetch(store, "jars", version, tmp_path)
+    fetched = versions.fetch(store, "jars", version, tmp_path / "1")
     assert fetched.path.read_bytes() == b"weights"
     assert (fetched.labels, fetched.trained_on) == (["jar"], {"a" * 64})
     assert versions.artifact(store, version, "missing.csv", tmp_path) is None
