@@ -126,6 +126,7 @@ def registered_by_hand(store, name, folder):
     client.finalize_logged_model(model.model_id, "READY")
     client.create_registered_model(name)
     client.create_model_version(name, f"models:/{model.model_id}", run.info.run_id, model_id=model.model_id)
+    mlflow.set_tracking_uri(None)  # it is also a variable of the environment, which other tests would see
     return run.info.run_id
 
 
