@@ -335,6 +335,11 @@ def mlflow_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
 
 
+def mlflow_variables() -> dict[str, str]:
+    """Return the variables of the environment that MLflow's client reads."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+
+
 def operator() -> str:
     """Return "user@host" for the history of promotions: MLflow's user if one is set, else the system's."""
     try:

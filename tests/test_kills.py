@@ -210,7 +210,9 @@ def assert_registered_once(variables, trainings):
     name = variables["MODEL_NAME"]
     versions = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
     assert [int(version.version) for version in versions] == [*range(trainings, 0, -1)]
-    runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    experiment = client.get_experiment_by_name(name).experiment_id
+    runs = client.search_runs([experiment])
+    assert [model.status for model in client.search_logged_models([experiment])] == trainings * ["READY"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert sorted(run.info.run_id for run in runs) == sorted(version.run_id for version in versions)
     about = json.loads((variables["DATA_DIR"] / "trained_model" / "training.json").read_text())

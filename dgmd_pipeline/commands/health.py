@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dgmd_pipeline import formatting
 from dgmd_pipeline.commands import status
+from dgmd_pipeline.tasks import lookup
 from dgmd_pipeline.workflow import disk
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 def health(values: "Settings", as_json: bool) -> int:
     """Show the outcome of the last run; return 0 if it succeeded or no run has ended yet, else 1.
 
+    If the version that it registered has been deleted in the registry, say so.
+
     Raises PipelineError if DATA_DIR cannot be read or written.
     """
     with disk.disk_errors_explained(values.data_dir):
@@ -31,6 +34,8 @@ def health(values: "Settings", as_json: bool) -> int:
         if not os.access(values.data_dir, os.W_OK):  # the status may be outdated: a later run could not write its own
             reason = errno.EROFS if os.statvfs(values.data_dir).f_flag & os.ST_RDONLY else errno.EACCES
             raise OSError(reason, os.strerror(reason), str(values.data_dir))
+    if last and last.version and (missing := lookup.missing_registration(values)):
+        last = dataclasses.replace(last, message=f"{last.message.rstrip('.')}. Since then: {missing}")
     if as_json:
         print(json.dumps(last and dataclasses.asdict(last), indent=1))
     elif last is None:

@@ -10,6 +10,7 @@ from dgmd_pipeline.registry import promotion
 from dgmd_pipeline.registry.promotion import Event
 from dgmd_pipeline.registry.store import CANDIDATE, ENVIRONMENT, NON_PRODUCTION
 from dgmd_pipeline.registry.versions import ModelVersion
+from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -51,6 +52,8 @@ def models(values: "Settings", as_json: bool) -> None:
             print(f"{'':9}promoted {row.promoted_at[:10]} by {row.promoted_by}")
     if any(CANDIDATE in row.aliases for row in rows):
         print("* candidate: the version that `promote` selects by default")
+    if missing := lookup.missing_registration(values):
+        print(missing)
 
 
 def _row(version: ModelVersion, promoted: Event | None) -> ModelRow:

@@ -32,10 +32,9 @@ def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, Model
         )
     state = versions.read(store, values.model_name)
     if not state.versions:
-        raise NoUsableInput(
-            f"There is no version of {values.model_name} in the registry: correct MODEL_NAME, or run the pipeline "
-            "first."
-        )
+        missing = lookup.missing_registration(values)
+        reason = missing or "correct MODEL_NAME, or run the pipeline first."
+        raise NoUsableInput(f"There is no version of {values.model_name} in the registry: {reason}")
     if repair:
         state, repaired = promotion.repair(store, state)
         if repaired:

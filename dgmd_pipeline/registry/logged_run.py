@@ -87,9 +87,10 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
 
     keras_model = candidate.model()
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
+    created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = once.create(
         lambda: client.create_run(experiment_id, tags=tags),
-        lambda: next(iter(client.search_runs([experiment_id], _of_training(candidate.training_id))), None),
+        lambda: next(iter(client.search_runs([experiment_id], created)), None),
     ).info.run_id
     try:
         _log_data(client, run_id, candidate)

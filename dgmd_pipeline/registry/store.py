@@ -101,5 +101,5 @@ def reason(error: Exception) -> str:
     first = text.partition("\n")[0]
     text = " ".join(text.split()) if first.endswith(":") else first
     if len(text) > REASON_LENGTH:
-        text = text[:REASON_LENGTH].rpartition(" ")[0] + " ..."
+        text = text[:REASON_LENGTH].rsplit(" ", 1)[0] + " [...]"
     return text.rstrip(".")

@@ -90,7 +90,7 @@ def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> Downl
         uri = f"models:/{name}/{version.version}"
         if store.artifacts:
             uri = mlflow.MlflowClient().get_model_version_download_uri(name, str(version.version))
-        (folder / "model").mkdir()
+        (folder / "model").mkdir(parents=True)
         _files(store, uri).download_artifacts("", str(folder / "model"))
         metadata = Model.load(str(folder / "model")).metadata or {}
     path, labels = folder / "model" / "data" / "model.keras", metadata.get("labels")

@@ -2,12 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.tasks import names
 from dgmd_pipeline.workflow.run_context import RunResult
-from dgmd_pipeline.workflow.success_file import Json, read_record
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages
@@ -43,6 +43,37 @@ def store(settings: "Settings") -> "Store | None":
         return None
     registry_store.upgrade(found)
     return found
+
+
+def missing_version(settings: Any, record: StepRecord) -> str | None:
+    """Return a text if the registry no longer has the version of a registration's record, else None.
+
+    The registry is asked without importing MLflow.
+    """
+    from dgmd_pipeline.registry.existence import Registered, exists
+    from dgmd_pipeline.settings import mlflow_login, mlflow_variables
+
+    variables, login = mlflow_variables(), mlflow_login()
+    workspace = variables.get("MLFLOW_WORKSPACE")
+    options = {
+        "headers": {"X-MLFLOW-WORKSPACE": workspace} if workspace else {},
+        "auth": tuple(login.split(":", 1)) if login else None,
+    }
+    uri = variables.get("MLFLOW_REGISTRY_URI") or settings.mlflow_tracking_uri
+    uri = uri or f"sqlite:///{settings.data_dir / names.STORE / 'mlflow.db'}"
+    wanted = Registered(record.counts["name"], record.counts["version"], record.inputs.get(names.TRAINED_MODEL, ""))
+    if exists(uri, wanted, options) is not False:  # unknown, or it has it
+        return None
+    return f"{wanted.name} version {wanted.version} is no longer in the registry"
+
+
+def missing_registration(settings: "Settings") -> str | None:
+    """Return a sentence if the version that DATA_DIR says it registered is no longer in the registry."""
+    record = read_record(settings.data_dir / names.REGISTERED_MODEL)
+    if record is None or record.settings != settings.public(record.settings):  # the next run registers anyway
+        return None
+    text = missing_version(settings, record)
+    return f"{text}: the next run registers the training again." if text else None
 
 
 def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: Path) -> "CandidateModel":

@@ -195,9 +195,10 @@ class RegisterModel(Step):
         return None
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
-        if self.settings.mlflow_tracking_uri or (self.settings.data_dir / names.STORE).exists():
-            return None
-        return UpstreamChange(f"{names.STORE}/ is missing")
+        if not self.settings.mlflow_tracking_uri and not (self.settings.data_dir / names.STORE).exists():
+            return UpstreamChange(f"{names.STORE}/ is missing")
+        missing = record and lookup.missing_version(self.settings, record)
+        return UpstreamChange(missing) if missing else None
 
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.registry import registration
@@ -209,11 +210,19 @@ class RegisterModel(Step):
         version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
         self._finish_run(place, version, start)
         manifest.write_json(draft / "version.json", version._asdict())
-        state = "non-production" if version.new else "already registered"
+        state = f"non-production{self._replaced()}" if version.new else "already registered"
         return StepResult(
             counts={"name": version.name, "version": version.version, "run": version.run_id, "new": version.new},
             summary=f"{version.name} version {version.version}, {state}",
         )
+
+    def _replaced(self) -> str:
+        """Return a text about the version that this training had and that is no longer in the registry; "" if none."""
+        before = read_record(self.path)
+        training = self.input()["trained"].fingerprint()
+        if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:
+            return f", in place of version {before.counts['version']}, which was not in the registry any more"
+        return ""
 
     def _finish_run(self, place: "Store", version: "RegisteredVersion", start: float) -> None:
         """Log the duration of the registration, and show a link to the run on the page of a Luigi scheduler."""

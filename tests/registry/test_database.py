@@ -126,6 +126,7 @@ def registered_by_hand(store, name, folder):
     client.finalize_logged_model(model.model_id, "READY")
     client.create_registered_model(name)
     client.create_model_version(name, f"models:/{model.model_id}", run.info.run_id, model_id=model.model_id)
+    mlflow.set_tracking_uri(None)  # it is also a variable of the environment, which other tests would see
     return run.info.run_id
 
 
@@ -158,7 +159,7 @@ def test_a_store_is_read_at_another_path_without_changing_it(moved, tmp_path):
     store, folder = moved
     before = dump(folder / "mlflow.db")
     (version,) = versions.read(store, "jars").versions
-    fetched = versions.fetch(store, "jars", version, tmp_path)
+    fetched = versions.fetch(store, "jars", version, tmp_path / "1")
     assert fetched.path.read_bytes() == b"weights"
     assert (fetched.labels, fetched.trained_on) == (["jar"], {"a" * 64})
     assert versions.artifact(store, version, "missing.csv", tmp_path) is None

@@ -1,0 +1,85 @@
+"""Whether the registry still has a version: asked without MLflow, whose import takes longer than a run with no work."""
+
+import contextlib
+import itertools
+import json
+import logging
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dgmd_pipeline.formatting import redact
+from dgmd_pipeline.registry.store import TRAINING_ID
+
+log = logging.getLogger(__name__)
+TIMEOUT = 2  # seconds to connect, and seconds between two packets
+PIECE, MAX_BYTES = 10_000, 1_000_000  # of an answer
+# MLflow keeps the row of a deleted version, with this stage.
+QUERY = """
+SELECT tags.value FROM model_versions AS versions
+LEFT JOIN model_version_tags AS tags
+ON tags.name = versions.name AND tags.version = versions.version AND tags.key = ?
+WHERE versions.name = ? AND versions.version = ? AND versions.current_stage != 'Deleted_Internal'
+"""
+
+
+class Registered(NamedTuple):
+    """A version that was registered."""
+
+    name: str
+    version: int
+    training_id: str
+
+
+def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
+    """Return whether the registry at a URI still has a version: one request, or one query of an SQLite database.
+
+    A version of the same number that another training has made does not count. None if the registry does not tell, or
+    is another database. `options` are arguments for `requests`, such as a login.
+    """
+    if uri.startswith(("http://", "https://")):
+        return _on_server(uri, wanted, options)
+    if uri.startswith("sqlite:///"):
+        return _in_database(Path(uri.removeprefix("sqlite:///")), wanted)
+    return None
+
+
+def _on_server(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
+    import requests
+
+    url = f"{uri.rstrip('/')}/api/2.0/mlflow/model-versions/get"
+    asked = {"name": wanted.name, "version": str(wanted.version)}
+    try:
+        with requests.get(url, params=asked, timeout=TIMEOUT, stream=True, **options) as answer:
+            text = b"".join(itertools.islice(answer.iter_content(PIECE), MAX_BYTES // PIECE))
+    except (requests.RequestException, OSError) as error:  # OSError: a file with certificates is missing
+        _warn(redact(uri), wanted, type(error).__name__)
+        return None
+    try:
+        content = json.loads(text)
+        if answer.ok:
+            tags = {tag["key"]: tag["value"] for tag in content["model_version"].get("tags", [])}
+            return tags.get(TRAINING_ID, wanted.training_id) == wanted.training_id
+        if content["error_code"] == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        reason = content["error_code"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        reason = "not as MLflow does"
+    _warn(redact(uri), wanted, f"{answer.status_code} {answer.reason}, {reason}")
+    return None
+
+
+def _in_database(path: Path, wanted: Registered) -> bool | None:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            found = database.execute(QUERY, (TRAINING_ID, wanted.name, wanted.version)).fetchone()
+    except sqlite3.Error as error:
+        _warn(str(path), wanted, str(error))
+        return None
+    return found is not None and found[0] in (None, wanted.training_id)
+
+
+def _warn(registry: str, wanted: Registered, reason: str) -> None:
+    text = "Whether %s version %d is still in the registry is unknown, because %s does not answer as expected: %s."
+    log.warning(text, wanted.name, wanted.version, registry, reason)
