@@ -365,7 +365,8 @@ def load(path: str | Path | None = None) -> Settings:
         ) from None
     size = settings.image_width, settings.image_height
     environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
-    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None, memory)
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
