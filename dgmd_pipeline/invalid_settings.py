@@ -1,6 +1,5 @@
 """Checks of values; an invalid setting -> one line with its name, its value and what is expected."""
 
-import os
 import re
 from datetime import datetime
 from typing import Literal
@@ -88,13 +87,13 @@ def check_page(value: str) -> None:
         raise ValueError("http://... or https://... in ASCII, without a user name or password")
 
 
-def check_memory(width: int, height: int, batch_size: int | None) -> None:
-    """Raise SettingsError if the images that are in memory at once cannot fit in this machine's.
+def check_memory(width: int, height: int, batch_size: int | None, memory: int) -> None:
+    """Raise SettingsError if the images that are in memory at once do not fit in `memory` bytes.
 
     `width` and `height` are in pixels; `batch_size` is that of `cnn`, and None for a frozen backbone.
     """
     images = FROZEN_BATCH if batch_size is None else batch_size
-    needed, memory = images * width * height * PIXEL_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = images * width * height * PIXEL_BYTES
     if needed > memory:
         batch = "" if batch_size is None else f", BATCH_SIZE={batch_size}"
         raise SettingsError(

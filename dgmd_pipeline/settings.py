@@ -331,11 +331,6 @@ class Settings(BaseSettings):
 
 
 def mlflow_variables() -> dict[str, str]:
-    """Return the variables of the environment with which MLflow's client reaches its server."""
-    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
-
-
-def mlflow_variables() -> dict[str, str]:
     """Return the variables of the environment that MLflow's client reads."""
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
@@ -382,7 +377,8 @@ def load(path: str | Path | None = None) -> Settings:
         ) from None
     size = settings.image_width, settings.image_height
     environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
-    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None, memory)
     if problems := certificates.mistakes(os.environ):
         raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen

@@ -88,6 +88,8 @@ def _explain_full(
             f"its {status.f_files:,} files (inodes): {what} writes more. Remove files, or use another disk, and run "
             "again: finished steps are kept."
         )
+    if place != data_dir and isinstance(error.filename, str):
+        return _full(place, f"{what} needs more")
     if place != data_dir:
         return PipelineError(
             f"{place}: the disk for temporary files is full: {what} needs more. Free space, or set TMPDIR to a folder "
