@@ -314,7 +314,6 @@ def test_two_spawned_processes_give_the_same_rows_as_one(raw, scratch):
     assert rejected == sorted(rejected)
     assert len(usable) + len(rejected) == 120 + len(samples())
     assert {"truncated", "duplicate", "conflict"} >= {row.reason for row in rejected if row.label != "label 4"}
-    assert not list(scratch.iterdir())
 
 
 # Limit of undecodable files
