@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
+from dgmd_pipeline.workflow import machine
 
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
@@ -342,12 +343,15 @@ def load(env_file: str | Path | None = None) -> Settings:
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
+    for name, value in machine.thread_defaults().items():
+        os.environ.setdefault(name, value)
     return settings
 
 
 def serving_environment() -> dict[str, str]:
     """Return the environment for a process that serves a model, without the defaults that are only for training."""
-    return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
+    kept = {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
+    return {**machine.thread_defaults(), **kept}
 
 
 def _mistake(name: str, value: object, message: str) -> str:

@@ -23,7 +23,8 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "data": {"manifest"} | BASE,
     "training": {"manifest", "workflow.disk"} | BASE,  # how much space is left for checkpoints and activations
     "workflow": BASE,
-    "settings": {"training.backbones"} | BASE,  # the names of the backbones and their smallest images
+    # the names of the backbones and their smallest images; the CPU quota
+    "settings": {"training.backbones", "workflow.machine"} | BASE,
     "manifest": {"errors"},
     "errors": set(),
     "formatting": set(),
