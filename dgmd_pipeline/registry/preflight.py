@@ -72,6 +72,11 @@ def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
     return options
 
 
+def needs_plugin(variables: Mapping[str, str]) -> bool:
+    """Return whether only a plug-in of MLflow can sign requests."""
+    return bool(variables.get("MLFLOW_TRACKING_AUTH") or variables.get("MLFLOW_TRACKING_AWS_SIGV4"))
+
+
 def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Return user and password of the environment or, where it has none, of MLflow's file for them."""
     file = Path("~/.mlflow/credentials").expanduser()
@@ -90,8 +95,8 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
 
     shown = redact(uri.rstrip("/"))
     options = request_options(variables)
-    if variables.get("MLFLOW_TRACKING_AUTH") or variables.get("MLFLOW_TRACKING_AWS_SIGV4"):
-        return None  # only a plug-in of MLflow can sign requests
+    if needs_plugin(variables):
+        return None
     try:
         with requests.Session() as session:
             answer = session.get(f"{uri.rstrip('/')}/version", timeout=TIMEOUT, stream=True, **options)
