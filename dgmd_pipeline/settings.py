@@ -303,8 +303,8 @@ class Settings(BaseSettings):
 
 
 def mlflow_variables() -> dict[str, str]:
-    """Return the variables of the environment with which MLflow's client reaches its server."""
-    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
+    """Return the variables of the environment that MLflow's client reads."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
 
 def operator() -> str:

@@ -29,7 +29,7 @@ USER, PASSWORD, TOKEN, INSECURE, SERVER_CA, CLIENT_CERTIFICATE = (
 def check(store: Store, experiment: str, variables: Mapping[str, str]) -> str | None:
     """Check that a model can be registered under an experiment. Return a warning if this is uncertain.
 
-    `variables` are those of the environment that begin with MLFLOW_TRACKING_.
+    `variables` are those of the environment that begin with MLFLOW_.
 
     Raises PipelineError if the server is older than MLflow 3, whose client does not support older servers, if a
     database cannot be read, or if the model's files would be stored in a place of this machine that does not last;
@@ -45,7 +45,7 @@ def check(store: Store, experiment: str, variables: Mapping[str, str]) -> str | 
 
 
 def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments for `requests` that MLflow's client uses: login or token, and certificates.
+    """Return the arguments for `requests` that MLflow's client uses: login or token, workspace, and certificates.
 
     `requests` itself applies proxies, `.netrc`, REQUESTS_CA_BUNDLE and a login in the URI. Source:
     mlflow.utils.credentials.get_default_host_creds and mlflow.utils.rest_utils.http_request.
@@ -58,15 +58,18 @@ def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
     authority = variables.get(SERVER_CA)
     if authority and insecure in ("true", "1"):
         raise SettingsError(f"{INSECURE} and {SERVER_CA} are both set: MLflow accepts only one of them.")
-    options: dict[str, Any] = {"verify": authority or insecure in ("false", "0")}
+    headers: dict[str, str] = {}
+    options: dict[str, Any] = {"verify": authority or insecure in ("false", "0"), "headers": headers}
     if certificate := variables.get(CLIENT_CERTIFICATE):
         options["cert"] = certificate
     user, password = _login(variables)
     if user and password:
         login = base64.b64encode(f"{user}:{password}".encode()).decode()
-        options["headers"] = {"Authorization": f"Basic {login}"}
+        headers["Authorization"] = f"Basic {login}"
     elif token := variables.get(TOKEN):
-        options["headers"] = {"Authorization": f"Bearer {token}"}
+        headers["Authorization"] = f"Bearer {token}"
+    if workspace := variables.get("MLFLOW_WORKSPACE"):
+        headers["X-MLFLOW-WORKSPACE"] = workspace
     return options
 
 
