@@ -75,13 +75,14 @@ def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
 
 def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Return user and password of the environment or, where it has none, of MLflow's file for them."""
-    file = Path("~/.mlflow/credentials").expanduser()
+    # Path.expanduser raises for a user without a home folder.
+    file = os.path.expanduser("~/.mlflow/credentials")  # noqa: PTH111
     parser = configparser.ConfigParser()
     try:
         parser.read(file)
+        stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     except (configparser.Error, OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # its text may be a secret
-    stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     user, password = (variables.get(name) or stored.get(name.lower()) for name in (USER, PASSWORD))
     return user, password
 
