@@ -50,6 +50,7 @@ def test_a_run_registers_a_version_with_servers_of_a_private_authority(
         done = run_pipeline(tmp_path, **variables, **trusted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{name} version 1, non-production" in done.stdout
+    assert "cannot be reached" not in done.stdout
 
 
 @pytest.mark.usefixtures("signed")
