@@ -27,6 +27,7 @@ def secure_s3(authority, s3_endpoint):
         yield address
 
 
+@pytest.mark.slow
 def test_a_run_registers_a_version_with_servers_of_a_private_authority(
     secure_s3, authority, bucket, mlflow_server, tmp_path
 ):
