@@ -170,7 +170,7 @@ def test_pixels_that_need_too_much_memory_are_rejected_before_they_are_decoded(r
     assert [row.reason for row in rejected] == ["too many pixels"] * 2
     assert "99800100 pixels" in rejected[0].detail
     assert rejected[1].detail == (
-        "9990 x 9990 pixels of TIFF (mode F) need 1796 MB of memory; expected at most 1250 MB"
+        "9990 x 9990 pixels of TIFF (mode F) need 1896 MB of memory; expected at most 1250 MB"
     )
 
 
