@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from dgmd_pipeline import certificates, env_file, environment, formatting, invalid_settings
 from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
+from dgmd_pipeline.workflow import machine
 
 LIBRARY_DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
@@ -377,8 +378,8 @@ def load(path: str | Path | None = None) -> Settings:
         ) from None
     size = settings.image_width, settings.image_height
     environment.provide_temporary_folder(settings.data_dir / TEMPORARY)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    invalid_settings.check_memory(*size, settings.batch_size if settings.backbone == "cnn" else None, memory)
+    batch = settings.batch_size if settings.backbone == "cnn" else None
+    invalid_settings.check_memory(*size, batch, machine.memory())
     if problems := certificates.mistakes(os.environ):
         raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen
@@ -386,9 +387,12 @@ def load(path: str | Path | None = None) -> Settings:
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
         for name, value in FROZEN_DEFAULTS.items():
             os.environ.setdefault(name, value)
+    for name, value in machine.thread_defaults().items():
+        os.environ.setdefault(name, value)
     return settings
 
 
 def serving_environment() -> dict[str, str]:
     """Return the environment for a process that serves a model, without the defaults that are only for training."""
-    return {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
+    kept = {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
+    return {**machine.thread_defaults(), **kept}

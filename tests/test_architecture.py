@@ -23,7 +23,7 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
     "data": {"manifest", "workflow.files"} | BASE,
     "training": {"manifest", "workflow.disk", "workflow.files"} | BASE,
     "workflow": BASE,
-    # the names of the backbones and their smallest images; whether the driver of a database is installed
+    # the names of the backbones and their smallest images; whether a database's driver is installed; the CPU quota
     "settings": {
         "certificates",
         "env_file",
@@ -31,6 +31,7 @@ ALLOWED = {  # package, or module at the top -> what of ours it may import; see 
         "invalid_settings",
         "training.backbones",
         "registry.database",
+        "workflow.machine",
     }
     | BASE,
     "env_file": {"errors"},

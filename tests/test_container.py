@@ -273,6 +273,29 @@ def test_code_that_is_mounted_over_the_image_s_is_what_runs(deployment, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_cpu_quota_limits_processes_and_the_threads_of_libraries(images):
+    code = """
+import json, os
+from dgmd_pipeline import settings
+from dgmd_pipeline.workflow import executors, machine
+settings.load()
+import numpy, tensorflow, threadpoolctl
+numpy.ones((99, 99)) @ numpy.ones((99, 99))
+tensorflow.ones((9, 9)) @ tensorflow.ones((9, 9))
+blas = {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+threads = len(os.listdir("/proc/self/task"))
+print(json.dumps([machine.cores(), executors.ProcessExecutor()._processes, *blas, threads]))
+"""
+    cores = os.cpu_count()
+    counts = []
+    for quota in ("0.5", str(cores)):
+        done = docker("run", "--rm", "--cpus", quota, *LOCKED, "dgmd-test-pipeline", "python", "-c", code)
+        counts.append(json.loads(done.stdout.splitlines()[-1]))
+    assert counts[0][:3] == [1, 1, 1]
+    assert counts[1][:3] == [cores] * 3
+    assert cores == 1 or counts[0][3] < counts[1][3]
+
+
 def test_the_image_says_what_it_is(images):
     labels = json.loads(docker("inspect", "--format", "{{json .Config.Labels}}", "dgmd-test-pipeline").stdout)
     named = {name.rpartition(".")[2] for name in labels if name.startswith("org.opencontainers.image.")}

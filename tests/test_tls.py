@@ -27,6 +27,7 @@ def secure_s3(authority, s3_endpoint):
         yield address
 
 
+@pytest.mark.slow
 def test_a_run_registers_a_version_with_servers_of_a_private_authority(
     secure_s3, authority, bucket, mlflow_server, tmp_path
 ):
@@ -50,6 +51,7 @@ def test_a_run_registers_a_version_with_servers_of_a_private_authority(
         done = run_pipeline(tmp_path, **variables, **trusted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{name} version 1, non-production" in done.stdout
+    assert "cannot be reached" not in done.stdout
 
 
 @pytest.mark.usefixtures("signed")

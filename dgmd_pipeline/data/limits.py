@@ -18,7 +18,7 @@ MAX_MEMORY = 1_250_000_000
 # libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK, mozjpeg up to 12, Photoshop 5. Each
 # scan of 100 megapixels takes 0.04 s or more, even an empty one.
 MAX_SCANS = 100
-# Of processor time. The slowest file within the other limits, a JPEG of 100 megapixels with 100 scans, takes 5 s.
+# Of processor time. The slowest files within the other limits, such as a JPEG of 100 megapixels in 100 scans, take 5 s.
 MAX_SECONDS = 20
 # The time on the clock that ends an image whose decoding waits for something that does not come.
 MAX_WAIT = 15 * MAX_SECONDS
@@ -26,7 +26,7 @@ MAX_WAIT = 15 * MAX_SECONDS
 # The largest peak of memory while an image is read, converted and resized, without the file: bytes for each pixel.
 # Measured with 16 megapixels of each format and mode, as the growth of the resident memory of a new process.
 _BY_FORMAT = {"WEBP": 17, "AVIF": 17}
-_BY_MODE = {"F": 18, "I": 17, "I;16": 13, "I;16B": 13}
+_BY_MODE = {"F": 19, "I": 17, "I;16": 13, "I;16B": 13}
 _OTHERS = 9
 _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 

@@ -40,6 +40,9 @@ def path_of(uri: str) -> Path | None:
     """Return the file of an SQLite database that an URI names; None for other databases and servers."""
     if not uri.startswith("sqlite"):
         return None
+    plain = uri.removeprefix("sqlite:///")
+    if plain.startswith("/") and not set(plain) & set("?%#"):  # importing SQLAlchemy takes 0.2 s
+        return Path(plain).resolve()
     from sqlalchemy import make_url
 
     name = make_url(uri).database

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgmd_pipeline.formatting import redact
+from dgmd_pipeline.registry import database
 from dgmd_pipeline.registry.store import TRAINING_ID
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,8 @@ def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | N
     """
     if uri.startswith(("http://", "https://")):
         return _on_server(uri, wanted, options)
-    if uri.startswith("sqlite:///"):
-        return _in_database(Path(uri.removeprefix("sqlite:///")), wanted)
-    return None
+    path = database.path_of(uri)
+    return _in_database(path, wanted) if path else None
 
 
 def _on_server(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
@@ -72,8 +72,8 @@ def _on_server(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool
 
 def _in_database(path: Path, wanted: Registered) -> bool | None:
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-            found = database.execute(QUERY, (TRAINING_ID, wanted.name, wanted.version)).fetchone()
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute(QUERY, (TRAINING_ID, wanted.name, wanted.version)).fetchone()
     except sqlite3.Error as error:
         _warn(str(path), wanted, str(error))
         return None

@@ -58,29 +58,36 @@ def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
     authority = variables.get(SERVER_CA)
     if authority and insecure in ("true", "1"):
         raise SettingsError(f"{INSECURE} and {SERVER_CA} are both set: MLflow accepts only one of them.")
-    options: dict[str, Any] = {"verify": authority or insecure in ("false", "0"), "headers": {}}
-    if workspace := variables.get("MLFLOW_WORKSPACE"):
-        options["headers"]["X-MLFLOW-WORKSPACE"] = workspace
+    headers: dict[str, str] = {}
+    options: dict[str, Any] = {"verify": authority or insecure in ("false", "0"), "headers": headers}
     if certificate := variables.get(CLIENT_CERTIFICATE):
         options["cert"] = certificate
     user, password = _login(variables)
     if user and password:
         login = base64.b64encode(f"{user}:{password}".encode()).decode()
-        options["headers"]["Authorization"] = f"Basic {login}"
+        headers["Authorization"] = f"Basic {login}"
     elif token := variables.get(TOKEN):
-        options["headers"]["Authorization"] = f"Bearer {token}"
+        headers["Authorization"] = f"Bearer {token}"
+    if workspace := variables.get("MLFLOW_WORKSPACE"):
+        headers["X-MLFLOW-WORKSPACE"] = workspace
     return options
+
+
+def needs_plugin(variables: Mapping[str, str]) -> bool:
+    """Return whether only a plug-in of MLflow can sign requests."""
+    return bool(variables.get("MLFLOW_TRACKING_AUTH") or variables.get("MLFLOW_TRACKING_AWS_SIGV4"))
 
 
 def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Return user and password of the environment or, where it has none, of MLflow's file for them."""
-    file = Path("~/.mlflow/credentials").expanduser()
+    # Path.expanduser raises for a user without a home folder.
+    file = os.path.expanduser("~/.mlflow/credentials")  # noqa: PTH111
     parser = configparser.ConfigParser()
     try:
         parser.read(file)
+        stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     except (configparser.Error, OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # its text may be a secret
-    stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     user, password = (variables.get(name) or stored.get(name.lower()) for name in (USER, PASSWORD))
     return user, password
 
@@ -90,8 +97,8 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
 
     shown = redact(uri.rstrip("/"))
     options = request_options(variables)
-    if variables.get("MLFLOW_TRACKING_AUTH") or variables.get("MLFLOW_TRACKING_AWS_SIGV4"):
-        return None  # only a plug-in of MLflow can sign requests
+    if needs_plugin(variables):
+        return None
     try:
         with requests.Session() as session:
             answer = session.get(f"{uri.rstrip('/')}/version", timeout=TIMEOUT, stream=True, **options)

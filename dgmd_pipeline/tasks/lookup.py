@@ -50,15 +50,16 @@ def missing_version(settings: Any, record: StepRecord) -> str | None:
 
     The registry is asked without importing MLflow.
     """
+    from dgmd_pipeline.registry import database
     from dgmd_pipeline.registry.existence import Registered, exists
-    from dgmd_pipeline.registry.preflight import request_options
+    from dgmd_pipeline.registry.preflight import needs_plugin, request_options
     from dgmd_pipeline.settings import mlflow_variables
 
     variables = mlflow_variables()
     uri = variables.get("MLFLOW_REGISTRY_URI") or settings.mlflow_tracking_uri
-    uri = uri or f"sqlite:///{settings.data_dir / names.STORE / 'mlflow.db'}"
+    uri = uri or database.uri_of((settings.data_dir / names.STORE / "mlflow.db").resolve())
     wanted = Registered(record.counts["name"], record.counts["version"], record.inputs.get(names.TRAINED_MODEL, ""))
-    if exists(uri, wanted, request_options(variables)) is not False:  # unknown, or it has it
+    if needs_plugin(variables) or exists(uri, wanted, request_options(variables)) is not False:  # unknown, or it has it
         return None
     return f"{wanted.name} version {wanted.version} is no longer in the registry"
 

@@ -30,10 +30,12 @@ class ProcessExecutor:
         """Use so many processes and bytes of memory at most; by default as many as the machine or container has.
 
         Half of the memory is for the processes: the other half is for this one, which may load TensorFlow meanwhile.
+        The largest item decides how many processes there are, so that an item fails for lack of memory only where
+        memory is small, and not where there are many cores.
         """
         budget = (memory or machine.memory()) // 2
-        at_most = max(budget // (worker.OWN_MEMORY + worker.MIN_UNIT), 1)
-        self._processes = min(processes or machine.cores(), at_most)
+        room = min(worker.LARGEST_ITEM, budget * 3 // 4)
+        self._processes = min(processes or machine.cores(), max((budget - room) // worker.OWN_MEMORY, 1))
         self._memory = max(budget - self._processes * worker.OWN_MEMORY, 0)
         self._budget: worker.Budget | None = None
         self._workers: list[_Worker] = []

@@ -16,9 +16,15 @@ def cores(root: Path = Path("/")) -> int:
     return usable if quota is None else min(usable, max(math.ceil(quota), 1))
 
 
-def has_quota() -> bool:
-    """Return whether a CPU quota allows fewer cores than libraries count."""
-    return cores() < _affinity()
+def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
+    """Return the environment variables that keep libraries to the CPU quota; none where the quota changes nothing.
+
+    They otherwise start a thread for each core of the affinity: OpenMP and OpenBLAS (which has a variable of its own,
+    and obeys this one), and TensorFlow within an operation and for several operations.
+    """
+    threads = cores(root)
+    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+    return dict.fromkeys(names, str(threads)) if threads < _affinity() else {}
 
 
 def memory(root: Path = Path("/")) -> int:

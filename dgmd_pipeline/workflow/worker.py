@@ -23,6 +23,7 @@ from dgmd_pipeline.errors import TooLittleMemory
 
 # A worker before its first image: Python, NumPy, Pillow.
 OWN_MEMORY = 90_000_000
+LARGEST_ITEM = 1_300_000_000  # what an item may need: an image at the limit of memory, and its record
 MAX_UNITS = 4096  # an unprivileged user's pipe may hold as few bytes as that
 MIN_UNIT = 16_000_000
 # What a reservation may be exceeded by before Linux refuses memory: estimates are of pages in use, the limit counts

@@ -71,6 +71,10 @@ def markdown() -> str:
     frozen = " (with a frozen backbone and without fine-tuning)"
     defaults = [f"- `{name}={value}`" for name, value in LIBRARY_DEFAULTS.items()]
     defaults += [f"- `{name}={value}`{frozen}" for name, value in FROZEN_DEFAULTS.items()]
+    defaults.append(
+        "- `OMP_NUM_THREADS`, `TF_NUM_INTRAOP_THREADS`, `TF_NUM_INTEROP_THREADS`: the CPU quota of the\n"
+        "  container, rounded up, if it is smaller than the number of cores"
+    )
     return "\n".join(parts) + "\n" + TAIL + "\n".join(defaults) + "\n"
 
 

@@ -271,7 +271,7 @@ def test_a_process_that_dies_is_an_error_that_names_the_image_and_how_to_exclude
 
 def test_an_image_that_needs_more_memory_than_there_is_is_an_error_that_names_it(rows, raw, tmp_path):
     rows.append(put_image(raw, "anise/large.png", 1, (4000, 4000)))
-    pool = ProcessExecutor(2, 500_000_000)  # 70 MB for images
+    pool = ProcessExecutor(2, 400_000_000)  # 110 MB for images
     with pytest.raises(
         PipelineError, match=r"anise/large\.png cannot be converted: it needs 1\d\d MB.*Raise the memory"
     ):

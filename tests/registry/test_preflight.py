@@ -115,10 +115,11 @@ def test_a_login_is_taken_from_the_files_of_mlflow_and_netrc(tmp_path, monkeypat
         asked.clear()
         check(f"http://{host}")
         assert {login for _, login in asked} == {"Basic " + base64.b64encode(b"net:rc").decode()}
-    credentials.write_text("mlflow_tracking_password = s3cr3t\n")
-    with pytest.raises(SettingsError, match="credentials cannot be read") as caught:
-        check("http://127.0.0.1:9")
-    assert "s3cr3t" not in str(caught.value)
+    for text in ("mlflow_tracking_password = s3cr3t\n", "[mlflow]\nmlflow_tracking_password = s3cr3t%\n"):
+        credentials.write_text(text)
+        with pytest.raises(SettingsError, match="credentials cannot be read") as caught:
+            check("http://127.0.0.1:9")
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_proxy_is_used(monkeypatch):

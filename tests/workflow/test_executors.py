@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from dgmd_pipeline.data import limits
 from dgmd_pipeline.errors import PipelineError, TooLittleMemory, WorkerDied
 from dgmd_pipeline.workflow import executors, machine
 from dgmd_pipeline.workflow.worker import Budget, reserve_memory
@@ -132,10 +133,19 @@ def test_processes_that_do_not_start_are_explained(pool, monkeypatch):
 
 def test_as_many_processes_start_as_memory_and_work_allow():
     little, much = (executors.ProcessExecutor(8, memory) for memory in (500_000_000, 64_000_000_000))
-    assert len(set(little.map(process_id, range(30)))) == 2
+    assert len(set(little.map(process_id, range(30)))) == 1
     assert len(set(much.map(process_id, range(3)))) == 3
     little.close()
     much.close()
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "cores", "processes"), [(1.5, 64, 2), (3, 2, 2), (4, 64, 7), (8, 64, 30), (64, 64, 64)]
+)
+def test_many_cores_leave_memory_for_the_largest_image(gigabytes, cores, processes):
+    pool = executors.ProcessExecutor(cores, int(gigabytes * 1e9))
+    assert pool._processes == processes
+    assert pool._memory >= min(limits.MAX_MEMORY, gigabytes * 0.375e9)
 
 
 # Memory

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,14 @@ def test_the_limit_of_a_control_group_counts_only_below_the_memory_of_the_machin
     physical = machine.memory(tmp_path)
     assert machine.memory(machine_with(tmp_path, V1, {"memory/memory.limit_in_bytes": V1_UNLIMITED})) == physical
     assert machine.memory(machine_with(tmp_path, V1, {"memory/memory.limit_in_bytes": "1000000000"})) == 1_000_000_000
+
+
+def test_blas_starts_as_many_threads_as_the_quota_allows(tmp_path):
+    assert machine.thread_defaults(tmp_path) == {}
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("with one core, a quota changes nothing")
+    root = machine_with(tmp_path, "0::/", {"cpu.max": "50000 100000"})
+    code = "import numpy, threadpoolctl; print([pool['num_threads'] for pool in threadpoolctl.threadpool_info()])"
+    environment = {**os.environ, **machine.thread_defaults(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[1]\n", done.stderr
