@@ -224,7 +224,6 @@ def die_at(file, path, function, number):
     ("number", "detail"),
     [
         (signal.SIGKILL, "the process was ended by SIGKILL, most likely because memory ran out"),
-        (signal.SIGSEGV, "the process was ended by SIGSEGV"),
         (signal.SIGPROF, "decoding took more than 20 s of processor time"),
     ],
 )

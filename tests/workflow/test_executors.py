@@ -161,7 +161,7 @@ def test_memory_is_shared_in_turn():
 
     with budget.take(9 * 16_000_000):
         threads = []
-        for name, units in (("large", 5), ("small", 1)):  # the small one would fit, and does not overtake
+        for name, units in (("large", 10), ("small", 1)):  # the small one would fit earlier, and does not overtake
             threads.append(threading.Thread(target=take, args=(name, units * 16_000_000)))
             threads[-1].start()
             while select.select([budget.turn[0].fileno()], [], [], 0)[0]:
