@@ -1,7 +1,8 @@
-"""A DATA_DIR that was written before the code was divided into packages is up to date.
+"""A DATA_DIR of an earlier version is brought up to date without another download.
 
 `support/data_dirs.tar.xz` holds two of them, made from twelve small images by commit c815a26: one with `cnn`, one with
 a frozen backbone. Models, plots, the report and the content of the MLflow store are left out; no plan reads them.
+Since then, the formats of three steps have changed, because they store what the next run reuses.
 """
 
 import json
@@ -23,15 +24,25 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "backbone"),
-    [("cnn", {"BACKBONE": "cnn"}), ("frozen", {"BACKBONE": "MobileNetV2", "BACKBONE_WEIGHTS": "none"})],
+    ("name", "backbone", "last"),
+    [
+        ("cnn", {"BACKBONE": "cnn"}, "convert"),
+        ("frozen", {"BACKBONE": "MobileNetV2", "BACKBONE_WEIGHTS": "none"}, "extract"),
+    ],
 )
-def test_nothing_of_it_is_redone(name, backbone, tmp_path):
+def test_steps_whose_format_changed_are_redone_without_a_download(name, backbone, last, tmp_path):
     with tarfile.open(ROOT / "tests" / "support" / "data_dirs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     variables = SETTINGS | backbone | {"DATA_DIR": tmp_path / name}
     plan = json.loads(run_pipeline(tmp_path, "plan", "--json", **variables).stdout)
-    assert {step["step"]: step["state"] for step in plan["steps"] if step["state"] != "done"} == {}
-    result = run_pipeline(tmp_path, "run", **variables)
-    assert "Nothing to do: dgmd_model version 1 is registered." in result.stdout
-    assert result.returncode == 0
+    steps = {step["step"]: step for step in plan["steps"]}
+    assert steps["raw"]["state"] == "done"
+    assert {name for name, step in steps.items() if "format" in step["reason"]} == {
+        *("inspected", "tfrecord_training", "tfrecord_validation"),
+        *(("features_training", "features_validation") if name == "frozen" else ()),
+    }
+    result = run_pipeline(tmp_path, "run", "--until", last, **variables)
+    assert result.returncode == 0, result.stdout
+    assert "reused" not in result.stdout
+    again = run_pipeline(tmp_path, "run", "--until", last, **variables)
+    assert "Nothing to do" in again.stdout
