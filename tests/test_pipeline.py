@@ -41,7 +41,7 @@ def test_the_run_says_what_it_will_do_and_what_each_step_came_to(finished):
 def test_the_run_ends_with_a_table_of_where_the_time_went(finished):
     data_dir, _, result = finished
     head, *table, slowest = result.stdout.partition("Where the time went\n")[2].splitlines()
-    assert head.endswith("  step                  seconds   images/s     MB/s  share")
+    assert head.endswith("  step                  seconds   img/s     MB/s share")
     times = times_of(table)
     assert sorted(times) == sorted([*STEPS, "the rest"])  # in the order in which they ran
     assert len(times) == len(table)

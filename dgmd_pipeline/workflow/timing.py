@@ -33,12 +33,12 @@ def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of the table, at most 60 columns wide, and a last line that names the slowest step."""
-    table = [f"  {'step':19} {'seconds':>9} {'images/s':>10} {'MB/s':>8} {'share':>6}"]
+    """Return the lines of the table, at most 54 columns wide: a log line begins with 26, and a last line that names the slowest step."""
+    table = [f"  {'step':19} {'seconds':>9} {'img/s':>7} {'MB/s':>8} {'share':>5}"]
     for row in rows:
         megabytes = "" if row.megabytes is None else f"{row.megabytes:,.1f}"
         share = f"{row.share} %"
-        table.append(f"  {row.name:19} {row.seconds:>9,.1f} {_images(row):>10} {megabytes:>8} {share:>6}")
+        table.append(f"  {row.name:19} {row.seconds:>9,.1f} {_images(row):>7} {megabytes:>8} {share:>5}")
     slowest = max((row for row in rows if row.name != REST), key=lambda row: row.seconds)
     total = sum(row.seconds for row in rows)
     speed = f", {_images(slowest)} images/s" if slowest.images else ""
