@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import keras
 
 IMAGES = 32  # given to the model, also as one batch
-MIN_SINGLES, SECONDS = 10, 2.0  # timed predictions of one image: at least this many, and for at least this long
+MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many, and for at least this long
 BATCHES = 2
 TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
 ORIGINALS = 100  # original files, predicted one by one; 3 CPU seconds with MobileNetV2
