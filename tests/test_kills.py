@@ -184,8 +184,10 @@ def assert_same(folder, reference, aside=None):
     found, expected = contents(folder, aside), contents(reference)
     assert set(found) == set(expected), folder
     for name, value in expected.items():
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=f"{folder}/{name}")
+        elif isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(found[name], value, err_msg=f"{folder}/{name}")
         else:
             assert found[name] == value, f"{folder}/{name}"
 

@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import CREDENTIALS, environment_with, picture, run_pipeline
 from support.pipeline import LABELS, STEPS, client_of, folders, redone, times_of
 
 from dgmd_pipeline.settings import Settings, variable
-from dgmd_pipeline.training import networks
+from dgmd_pipeline.training import feature_store, networks
 
 
 def test_a_bucket_becomes_a_registered_model(finished):
@@ -212,7 +211,7 @@ def test_a_frozen_backbone_goes_through_stored_features(data, tmp_path):
     variables["BACKBONE_WEIGHTS"] = weights
     result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert np.load(data_dir / "features_training" / "features.npy").shape == (24, 576)
+    assert feature_store.load(data_dir / "features_training").vectors.shape == (24, 576)
     measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
     rows = (data_dir / "evaluation" / "leaks.csv").read_text().splitlines()[1:]
     assert measured["leaks"] == len(rows) < measured["images"]

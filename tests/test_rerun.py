@@ -292,5 +292,6 @@ def test_a_raised_format_redoes_its_step(task, steps, cnn, monkeypatch):
 
 def test_a_raised_format_of_the_features_redoes_them_and_what_follows(frozen, monkeypatch):
     variables, data_dir = frozen
-    monkeypatch.setattr(training_inputs.ExtractFeatures, "format_version", 2)
+    task = training_inputs.ExtractFeatures
+    monkeypatch.setattr(task, "format_version", task.format_version + 1)
     assert run(variables, data_dir, "--until", "train") == [*FEATURES, "trained_model"]

@@ -126,7 +126,7 @@ class InspectImages(Step):
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
-            counts=dict(counts),
+            counts={name: value for name, value in counts.items() if name != "new"},
             images=counts["images"],
             images_processed=counts["new"],
             bytes_processed=record.counts.get("bytes") if record and counts["new"] == counts["files"] else None,

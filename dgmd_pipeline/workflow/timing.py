@@ -33,7 +33,10 @@ def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of the table, at most 54 columns wide: a log line begins with 26, and a last line that names the slowest step."""
+    """Return the lines of the table, and a last line that names the slowest step.
+
+    The table is at most 54 columns wide: a time with its zone takes 26 in a log.
+    """
     table = [f"  {'step':19} {'seconds':>9} {'img/s':>7} {'MB/s':>8} {'share':>5}"]
     for row in rows:
         megabytes = "" if row.megabytes is None else f"{row.megabytes:,.1f}"
