@@ -1,8 +1,8 @@
 """A DATA_DIR of an earlier version is brought up to date without another download.
 
 `support/data_dirs_of_before.tar.xz` holds two of them, made from twelve small images by commit c815a26: one with
-`cnn`, one with a frozen backbone. Models, plots, the report and the content of the MLflow store are left out; no plan reads them.
-Since then, the formats of three steps have changed, because they store what the next run reuses.
+`cnn`, one with a frozen backbone. Models, plots, the report and the content of the MLflow store are left out; no plan
+reads them. Since then, the formats of three steps have changed, because they store what the next run reuses.
 """
 
 import json
