@@ -13,7 +13,17 @@ from pathlib import Path
 
 from benchmarks import dataset, measure
 
-SCRIPTS = ("whole_run", "noop_run", "downloading", "inspecting", "writing", "extracting", "reading", "scaling")
+SCRIPTS = (
+    "whole_run",
+    "refreshing",
+    "noop_run",
+    "downloading",
+    "inspecting",
+    "writing",
+    "extracting",
+    "reading",
+    "scaling",
+)
 LIBRARIES = (
     "tensorflow",
     "tensorflow-cpu",

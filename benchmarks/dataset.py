@@ -6,6 +6,7 @@ arguments give the same files.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -104,9 +105,9 @@ def make(folder: Path, files: int = FILES, kind: Kind = SCRAPED) -> Path:
     pool = executors.ProcessExecutor()
     numbers = [range(start, min(start + 50, files)) for start in range(0, files, 50)]
     assert sum(pool.map(partial(_write, files=files, folder=folder, kind=kind), numbers)) == files
-    usable, rejected = inspection.inspect(
-        inspection.find(folder), folder, folder, partial(pool.map, chunk=inspection.CHUNK)
-    )
+    map_files = partial(pool.map, chunk=inspection.CHUNK)
+    with tempfile.TemporaryDirectory() as scratch:
+        usable, rejected = inspection.inspect(inspection.find(folder), folder, Path(scratch), map_files)
     pool.close()
     by_group = sorted(usable, key=lambda image: image.group)
     groups = [[row.path for row in rows] for _, rows in groupby(by_group, lambda image: image.group)]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -153,8 +154,8 @@ def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
 
 def inspected(folder: Path) -> list[manifest.Image]:
     """Inspect a folder like the pipeline: return its usable images with their near-duplicate groups."""
-    rows, _ = inspection.inspect(inspection.find(folder), folder, folder.parent)
-    return rows
+    with tempfile.TemporaryDirectory() as scratch:
+        return inspection.inspect(inspection.find(folder), folder, Path(scratch))[0]
 
 
 def third_split(rows: Sequence[manifest.Image], repeat: int) -> tuple[list[manifest.Image], list[manifest.Image]]:

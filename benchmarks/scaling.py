@@ -100,7 +100,9 @@ def begin(environment: dict[str, str]) -> None:
     global context
     os.environ.update(environment)
     gc.set_threshold(cli.ROWS_BETWEEN_COLLECTIONS)
-    context = run_context.RunContext(settings.Settings())
+    # Forced, because the steps would reuse what is in their folders.
+    forced = dict.fromkeys(("inspected", "tfrecord_training"), "benchmark")
+    context = run_context.RunContext(settings.Settings(), forced=forced)
 
 
 def end() -> None:
