@@ -236,7 +236,7 @@ def test_the_server_upgrades_the_database_of_an_older_mlflow_and_keeps_a_copy(im
         docker(*words, *dump, "dgmd-test-mlflow", "-c", fill)
         ask = "import mlflow; print(mlflow.MlflowClient('sqlite:////mlflow/mlflow.db').get_registered_model('jars'))"
         done = docker(*words, "dgmd-test-mlflow", "python", "-c", ask)
-        assert "aliases={'candidate': '1'}" in done.stdout
+        assert "aliases={'candidate': 1}" in done.stdout
         assert "upgraded from schema 1b5f0d9ad7c1 to" in done.stderr
         assert "mlflow.db.1b5f0d9ad7c1.backup" in docker(*words, "dgmd-test-mlflow", "ls", "/mlflow").stdout
     finally:
