@@ -30,9 +30,12 @@ EXIT_CODES = """exit codes:
   1    health: the last run failed; elsewhere: a bug of the pipeline
   2    invalid setting or argument, or an environment in which nothing can run
   10   another run holds DATA_DIR
-  20   no usable input: bucket, credentials, images, labels or corrections.csv
-  30   a step failed, or the output of another command could not be written
-  40   refused: a model does not meet the conditions for production
+  20   no usable input: bucket, credentials, images, labels, corrections.csv,
+       version or file
+  30   a step failed; other commands: MLflow does not answer, or the output
+       could not be written
+  40   refused: a condition fails, the answer was no, or there is no previous
+       version
   130  interrupted (SIGINT)
   137  killed (SIGKILL), in most cases because memory ran out
   143  terminated (SIGTERM)
@@ -150,15 +153,15 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
     add("models", "show the registered versions")
     promote = add("promote", "make a version production, after showing its review")
     promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
-    promote.add_argument("--force", action="store_true", dest="anyway", help="even if a condition does not hold")
+    promote.add_argument("--force", action="store_true", dest="anyway", help="even if a condition fails; requires --reason")
     rollback = add("rollback", "restore the previous production version")
     for added in (promote, rollback):
         added.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         added.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
     add("history", "show who made which version production, and why")
     compare = add("compare", "compare two versions on the validation images in DATA_DIR")
-    compare.add_argument("one", help="version: number or @alias")
-    compare.add_argument("other", help="the version to compare it with")
+    compare.add_argument("one", metavar="A", help="version: number or @alias")
+    compare.add_argument("other", metavar="B", help="the version to compare it with")
     predict = add("predict", "print label and probability of image files, by a registered version")
     predict.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image file, or folder of image files")
     version = predict.add_mutually_exclusive_group()

@@ -49,8 +49,8 @@ def select_version(state: ModelState, word: str) -> ModelVersion:
             return version
     if word == f"@{CANDIDATE}" and state.versions:
         raise NoUsableInput(
-            f"No version of {state.name} is waiting for promotion; the newest is {state.versions[0].version}. Name the "
-            "version to promote."
+            f"No version of {state.name} is waiting for promotion; the newest is {state.versions[0].version}. Name a "
+            "version."
         )
     numbers = ", ".join(str(version.version) for version in state.versions[:10])
     aliases = ", ".join(f"@{alias}" for version in state.versions for alias in version.aliases) or "none"
