@@ -153,7 +153,9 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
     add("models", "show the registered versions")
     promote = add("promote", "make a version production, after showing its review")
     promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
-    promote.add_argument("--force", action="store_true", dest="anyway", help="even if a condition fails; requires --reason")
+    promote.add_argument(
+        "--force", action="store_true", dest="anyway", help="even if a condition fails; requires --reason"
+    )
     rollback = add("rollback", "restore the previous production version")
     for added in (promote, rollback):
         added.add_argument("--yes", action="store_true", help="do not ask for confirmation")
