@@ -112,6 +112,7 @@ class ShardIndex(NamedTuple):
     fit: Fit
     images: int
     bytes: int  # of all shards
+    records_sha256: str  # of RECORDS, 64 hexadecimal digits
     shards: list[Shard]  # in the order of their records
 
 

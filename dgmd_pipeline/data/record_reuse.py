@@ -35,8 +35,12 @@ class StoredRecords:
         for folder in folders:
             try:
                 index, found = manifest.read_shard_index(folder), manifest.read_records(folder)
-            except PipelineError as error:
+                intact = files.sha256(folder / manifest.RECORDS) == index.records_sha256
+            except (PipelineError, OSError) as error:
                 log.warning("The records of %s are not reused. %s", folder, error)
+                continue
+            if not intact:
+                log.warning("The records of %s are not reused: %s is damaged", folder, manifest.RECORDS)
                 continue
             if (index.width, index.height, index.fit) != (width, height, fit) or len(found) != index.images:
                 continue

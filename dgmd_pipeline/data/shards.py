@@ -27,7 +27,7 @@ from dgmd_pipeline.data import encoding, limits, record_writing
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable, is_intact
 from dgmd_pipeline.data.record_writing import Piece
 from dgmd_pipeline.errors import PipelineError, WorkerDied
-from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, read_shard_index
+from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, ShardIndex, read_shard_index
 from dgmd_pipeline.workflow import files
 
 # Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
@@ -162,7 +162,7 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
 
 
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
-    """Compare the size and the SHA-256 of shards with the index; raise PipelineError for the first difference.
+    """Compare the SHA-256 of `records.npy` and of shards with the index; raise PipelineError for the first difference.
 
     `numbers` are the positions of the shards in the index; None checks all. A file is read once in a run.
     """
@@ -175,14 +175,22 @@ def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
             return f"{path} has {size:,} bytes, expected {shard.bytes:,} according to {INDEX}"
         return None if is_intact(path, shard) else f"{path} does not have the checksum (SHA-256) in {INDEX}"
 
-    shards = read_shard_index(folder).shards
+    index = read_shard_index(folder)
+    chosen = index.shards if numbers is None else [index.shards[number] for number in numbers]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for problem in pool.map(find_problem, shards if numbers is None else [shards[number] for number in numbers]):
+        for problem in (_find_problem_of_records(folder, index), *pool.map(find_problem, chosen)):
             if problem:
                 raise PipelineError(
                     f"{problem}: it was changed or damaged after it was written. "
                     f"Delete the folder {folder} and run again."
                 )
+
+
+def _find_problem_of_records(folder: Path, index: ShardIndex) -> str | None:
+    path = folder / manifest.RECORDS
+    if not path.is_file():
+        return f"{path} is missing"
+    return None if files.sha256(path) == index.records_sha256 else f"{path} does not have the checksum in {INDEX}"
 
 
 def _entry(path: Path, records: slice, digest: str) -> Shard:
@@ -194,5 +202,6 @@ def _write_index(
 ) -> None:
     kind = {"format": encoding.FORMAT, "lossless": True}
     index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
-    text = json.dumps({**index, **counts, "files": [shard._asdict() for shard in shards]}, indent=2) + "\n"
+    counted = {**counts, "records_sha256": files.sha256(folder / manifest.RECORDS)}
+    text = json.dumps({**index, **counted, "files": [shard._asdict() for shard in shards]}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")

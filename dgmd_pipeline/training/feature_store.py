@@ -98,6 +98,8 @@ def _open(folder: Path, origin: Origin) -> list[_Stored]:
         entries = [FeatureShard(**entry) for entry in index["files"]]
         edges = np.cumsum([0, *(entry.images for entry in entries)])
         parts = np.split(images, edges[1:-1])
+        if [_digest(part) for part in parts] != [entry.images_sha256 for entry in entries]:
+            raise ValueError(f"{IMAGES} has changed")
         return [_Stored(folder / entry.file, entry, part) for entry, part in zip(entries, parts, strict=True)]
     except (PipelineError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         log.warning("The features of %s are not reused. They are damaged (%s).", folder, type(error).__name__)

@@ -97,7 +97,9 @@ def test_a_damaged_shard_is_not_reused_and_its_images_are_converted_again(damage
 def test_a_folder_without_a_readable_index_is_not_reused(name, pool, tmp_path, caplog):
     raw, images = pool
     write(tmp_path / "before", raw, images, 2)
-    (tmp_path / "before" / name).write_bytes(b"{}")
+    content = bytearray((tmp_path / "before" / name).read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "before" / name).write_bytes(content if name == "records.npy" else b"{}")
     assert write(tmp_path / "after", raw, images, 2, previous=[tmp_path / "before"]).new == POOL
     assert "are not reused" in caplog.text
 

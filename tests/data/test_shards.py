@@ -231,6 +231,15 @@ def test_check_names_the_damaged_shard(rows, raw, tmp_path):
         shards.check(folder)
 
 
+def test_check_names_damaged_positions_of_records(rows, raw, tmp_path):
+    folder = write(rows, raw, tmp_path / "records")
+    content = bytearray((folder / "records.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "records.npy").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"records\.npy does not have the checksum .*Delete the folder"):
+        shards.check(folder)
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"schema": 0}'])
 def test_a_folder_without_a_valid_index_is_an_error(text, tmp_path):
     if text is not None:

@@ -100,11 +100,15 @@ def test_a_damaged_file_is_not_reused_and_its_vectors_are_computed_again(pool, t
     np.testing.assert_array_equal(feature_store.load(tmp_path / "after").vectors, vectors_of(records))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"no JSON"])
-def test_a_folder_with_a_damaged_index_is_not_reused(content, pool, tmp_path, caplog):
+@pytest.mark.parametrize("content", [b"", b"{}", b"no JSON", None])
+def test_a_folder_with_a_damaged_index_or_list_of_images_is_not_reused(content, pool, tmp_path, caplog):
     records = write_records(tmp_path / "records", pool, range(POOL), 2)
     store(tmp_path / "before", records)
-    (tmp_path / "before" / "index.json").write_bytes(content)
+    if content is None:
+        images = np.load(tmp_path / "before" / "images.npy")
+        np.save(tmp_path / "before" / "images.npy", images[::-1])
+    else:
+        (tmp_path / "before" / "index.json").write_bytes(content)
     assert len(store(tmp_path / "after", records, [tmp_path / "before"]).new) == POOL
     assert f"The features of {tmp_path / 'before'} are not reused. They are damaged" in caplog.text
 
