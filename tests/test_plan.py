@@ -51,8 +51,10 @@ def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tm
     assert [*times_of(result.stdout.splitlines())] == ["inspected", "label_map", "balanced", "split", "the rest"]
     result = run_pipeline(tmp_path, "run", "--until", "convert", **variables)
     assert "Nothing to do: tfrecord_validation is done." in result.stdout
+    status = (data_dir / "status.json").read_text()
     result = run_pipeline(tmp_path, "--force", "train", "--until", "split", **variables)
     assert result.returncode == 2
+    assert (data_dir / "status.json").read_text() == status
     assert "'train' is not a step of this run" in result.stdout
 
 

@@ -40,6 +40,7 @@ def run(
     run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if it stops for a reason that an
     operator can remove.
     """
+    forced = _forced(values, force, until)  # an unknown step is a mistake and not the status of a run
     result = RunResult()
     code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
@@ -51,7 +52,7 @@ def run(
                     quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start
                 )
             )
-            code, message = _finish(values, result, force, until, scheduler_url, verbose)
+            code, message = _finish(values, result, forced, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
         raise
@@ -90,12 +91,11 @@ def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[s
 
 
 def _finish(
-    values: Settings, result: RunResult, force: Sequence[str], until: str | None, url: str | None, verbose: bool
+    values: Settings, result: RunResult, forced: Mapping[str, str], until: str | None, url: str | None, verbose: bool
 ) -> tuple[int, str]:
     """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
     disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
-    forced = _forced(values, force, until)
     context = RunContext(
         values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
     )
