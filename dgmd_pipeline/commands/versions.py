@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.registry import promotion, versions
-from dgmd_pipeline.registry.store import CANDIDATE, Store
+from dgmd_pipeline.registry.store import CANDIDATE, PRODUCTION, Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 from dgmd_pipeline.tasks import lookup
 
@@ -54,7 +54,8 @@ def select_version(state: ModelState, word: str) -> ModelVersion:
         )
     numbers = ", ".join(str(version.version) for version in state.versions[:10])
     aliases = ", ".join(f"@{alias}" for version in state.versions for alias in version.aliases) or "none"
-    raise NoUsableInput(f"{state.name} has no version {word}. Newest versions: {numbers}; aliases: {aliases}.")
+    remedy = " Promote one, or name another." if word == f"@{PRODUCTION}" else ""
+    raise NoUsableInput(f"{state.name} has no version {word}. Newest versions: {numbers}; aliases: {aliases}.{remedy}")
 
 
 def load_network(path: "Path", name: str, version: ModelVersion) -> "keras.Model":
