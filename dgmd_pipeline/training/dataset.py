@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 SHARDS_AT_ONCE = 16  # read in parallel when shuffling; fixed, so that the order is the same on every machine
+IMAGES_AT_ONCE = 32  # encoded images that TensorFlow takes from Python in one call
 SHUFFLE_BYTES = 128 * 2**20  # encoded images in the shuffle buffer; the stored order mixes labels already
 
 
@@ -58,19 +59,25 @@ def read_images(folder: Path, positions: np.ndarray) -> "tf.data.Dataset":
     shape = (index.height, index.width, 3)
     ends = np.cumsum([shard.records for shard in index.shards])
 
-    def read_encoded() -> Iterator[bytes]:
+    def read_encoded() -> Iterator[list[bytes]]:
         shard_of = np.searchsorted(ends, positions, side="right")
         for number in np.unique(shard_of).tolist():
+            of_shard = records[positions[shard_of == number]]
+            starts = (of_shard["start"] + of_shard["image"]).tolist()
+            places = [*zip(starts, of_shard["image_length"].tolist(), strict=True)]
             with (folder / index.shards[number].file).open("rb") as file:
-                for record in records[positions[shard_of == number]]:
-                    file.seek(int(record["start"]) + int(record["image"]))
-                    yield file.read(int(record["image_length"]))
+                for first in range(0, len(places), IMAGES_AT_ONCE):
+                    found = []
+                    for start, length in places[first : first + IMAGES_AT_ONCE]:
+                        file.seek(start)
+                        found.append(file.read(length))
+                    yield found
 
     def decode(encoded: "tf.Tensor") -> "tf.Tensor":
         return tf.ensure_shape(tf.io.decode_webp(encoded, channels=3)[0], shape)
 
-    images = tf.data.Dataset.from_generator(read_encoded, output_signature=tf.TensorSpec([], tf.string))
-    images = images.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    encoded = tf.data.Dataset.from_generator(read_encoded, output_signature=tf.TensorSpec([None], tf.string))
+    images = encoded.unbatch().map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     options = tf.data.Options()
     options.autotune.enabled = False  # as in `read`
     return images.apply(tf.data.experimental.assert_cardinality(len(positions))).with_options(options)

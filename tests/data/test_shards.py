@@ -205,6 +205,18 @@ def test_only_chosen_images_are_read_in_order_or_shuffled(rows, raw, tmp_path):
     assert found != expected
 
 
+@pytest.mark.parametrize("step", [1, 7, 59, 100])
+def test_images_at_positions_are_read_in_order(step, rows, raw, tmp_path, monkeypatch):
+    folder = write(rows, raw, tmp_path / "records")
+    monkeypatch.setattr(dataset, "IMAGES_AT_ONCE", 4)
+    every = [pixels.tobytes() for pixels, _ in dataset.read(folder).as_numpy_iterator()]
+    images = dataset.read_images(folder, np.arange(0, 60, step))
+    assert len(images) == len(every[::step])
+    assert images.element_spec.shape == (HEIGHT, WIDTH, 3)
+    assert [pixels.tobytes() for pixels in images.as_numpy_iterator()] == every[::step]
+    assert list(dataset.read_images(folder, np.empty(0, np.int64))) == []
+
+
 def test_the_first_shard_differs_between_epochs(rows, raw, tmp_path, monkeypatch):
     """With more images than the shuffle buffer holds, the order of the shards mixes them."""
     folder = write(rows, raw, tmp_path / "records", count=20)
