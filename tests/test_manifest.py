@@ -2,7 +2,7 @@ import csv
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dgmd_pipeline import manifest
@@ -13,7 +13,6 @@ HOSTILE = st.text(st.sampled_from("=+-@;'\"\t\r\n, a＝\xa0"), min_size=1)  # no
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))  # no name has a lone surrogate
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(HOSTILE | TEXT, HOSTILE), max_size=5))
 def test_a_csv_file_holds_no_formula_and_is_read_as_it_was(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("manifest") / "rejected.csv"

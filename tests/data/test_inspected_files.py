@@ -34,7 +34,7 @@ def inspect(raw: Path, folder: Path, previous: Path | None = None, corrected=Non
     return inspect_folder(raw, False, corrected or {}, folder, previous=previous)["new"]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     history=st.lists(
         st.dictionaries(st.sampled_from(PATHS), st.sampled_from(sorted(CONTENTS)), min_size=1), min_size=2, max_size=4
@@ -120,7 +120,7 @@ IMAGES = [
 ]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(history=st.lists(st.sets(st.integers(0, 59)), min_size=2, max_size=5))
 def test_groups_do_not_depend_on_the_order_in_which_images_came_and_went(history):
     with pytest.MonkeyPatch.context() as patch:

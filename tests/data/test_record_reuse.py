@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(STATES, min_size=2, max_size=5))
 def test_a_folder_brought_up_to_date_equals_one_written_from_nothing(history, pool, tmp_path_factory):
     raw, images = pool
