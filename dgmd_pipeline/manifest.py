@@ -82,6 +82,7 @@ SYSTEM_NAMES = frozenset(
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
 INDEX_SCHEMA = 3  # increased when the index, the format of the records, or the pixels of an image change
+MISSING = -1  # in place of a position
 RECORDS = "records.npy"  # in a folder of TFRecord shards: a RECORD for each record, in their order
 RECORD = [  # fields of a NumPy type
     ("sha256", "S32"),  # of the image file
@@ -239,6 +240,17 @@ def read_records(folder: Path) -> "np.ndarray":
     except (OSError, EOFError, ValueError) as error:
         raise changed_file_error(path, error) from error
     return found
+
+
+def positions_of(wanted: "np.ndarray", known: "np.ndarray") -> "np.ndarray":
+    """Return the position of each of `wanted` in `known`, or MISSING: int64 [n]. Both are arrays of one type."""
+    import numpy as np
+
+    if not len(known):
+        return np.full(len(wanted), MISSING)
+    order = np.argsort(known, kind="stable")
+    found = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[found] == wanted, found, MISSING)
 
 
 def changed_file_error(path: Path, error: Exception) -> PipelineError:

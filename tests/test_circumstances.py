@@ -1,4 +1,4 @@
-"""Circumstances that an operator can change: a sentence and an exit code each, or a run that goes on; no traceback."""
+"""Problems of the environment that an operator can solve: a sentence and an exit code, and never a traceback."""
 
 import json
 import os
@@ -25,7 +25,7 @@ cd / && exec chroot "$2" sh -c "$3"
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A `raw/` of one's own in DATA_DIR, and how to run the steps up to `label` on it in a shell."""
+    """A folder with a DATA_DIR whose `raw/` has images of two labels that were put there by hand."""
     for label in ("anise", "cumin"):
         (tmp_path / "data" / "raw" / label).mkdir(parents=True)
         for number in range(3):

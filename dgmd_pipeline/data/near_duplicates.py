@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Image
 
 THUMBNAIL_SIZE = 16  # pixels, width and height
@@ -18,7 +19,7 @@ _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbna
 # Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
-_NEW = -1  # in place of a position
+_NEW = manifest.MISSING  # in place of a position
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice the coefficient that noise of one level (of 255) causes
 
 
@@ -90,14 +91,14 @@ def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.
     hashes["sha256"] = [bytes.fromhex(image.sha256) for image in images]
     paths = (image.path.encode("utf-8", "surrogateescape") for image in images)
     hashes["path"] = [hashlib.sha256(path).digest()[:16] for path in paths]
-    old = np.full(len(images), _NEW)
-    if known is not None and len(known.hashes):
-        order = np.argsort(known.hashes["sha256"], kind="stable")
-        place = np.searchsorted(known.hashes["sha256"], hashes["sha256"], sorter=order).clip(max=len(order) - 1)
-        same = known.hashes[order[place]]
-        found = (same["sha256"] == hashes["sha256"]) & (same["path"] == hashes["path"])
-        old[found] = order[place[found]]
-        hashes[found] = same[found]
+    if known is None:
+        return hashes, np.full(len(images), _NEW)
+    old = manifest.positions_of(hashes["sha256"], known.hashes["sha256"])
+    at = np.flatnonzero(old != _NEW)
+    moved = known.hashes["path"][old[at]] != hashes["path"][at]
+    old[at[moved]] = _NEW
+    at = at[~moved]
+    hashes[at] = known.hashes[old[at]]
     return hashes, old
 
 

@@ -14,7 +14,7 @@ from dgmd_pipeline.manifest import Fit, Shard
 from dgmd_pipeline.workflow import files
 
 log = logging.getLogger(__name__)
-NEW = -1  # in place of a position: no record is stored
+NEW = manifest.MISSING  # in place of a position: no record is stored
 
 
 class StoredShard(NamedTuple):
@@ -50,15 +50,10 @@ class StoredRecords:
                 count += shard.records
         self.records = np.concatenate(records)
         self.shard_of = np.repeat(np.arange(len(self.shards)), [shard.entry.records for shard in self.shards])
-        self._order = np.argsort(self.records["sha256"], kind="stable")
-        self._sorted = self.records["sha256"][self._order]
 
     def find(self, sha256: np.ndarray) -> np.ndarray:
         """Return the position of the record of each image file (S32 [n]), or NEW: int64 [n]."""
-        if not len(self._sorted):
-            return np.full(len(sha256), NEW)
-        place = np.searchsorted(self._sorted, sha256).clip(max=len(self._sorted) - 1)
-        return np.where(self._sorted[place] == sha256, self._order[place], NEW)
+        return manifest.positions_of(sha256, self.records["sha256"])
 
 
 class Reuse(NamedTuple):
@@ -90,17 +85,12 @@ def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray
 
 
 def _damaged(stored: StoredRecords, numbers: Sequence[int]) -> set[int]:
+    shards = [stored.shards[number] for number in numbers]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        intact = list(pool.map(lambda number: is_intact(*stored.shards[number][:2]), numbers))
+        intact = list(
+            pool.map(lambda shard: files.is_intact(shard.path, shard.entry.bytes, shard.entry.sha256), shards)
+        )
     damaged = {number for number, good in zip(numbers, intact, strict=True) if not good}
     for number in sorted(damaged):
         log.warning("%s is damaged: its images are converted again", stored.shards[number].path)
     return damaged
-
-
-def is_intact(path: Path, entry: Shard) -> bool:
-    """Return whether a shard has the size and the SHA-256 of its entry in the index."""
-    try:
-        return path.stat().st_size == entry.bytes and files.sha256(path) == entry.sha256
-    except OSError:
-        return False

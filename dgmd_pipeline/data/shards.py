@@ -24,7 +24,7 @@ import numpy as np
 
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.data import encoding, limits, record_writing
-from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable, is_intact
+from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable
 from dgmd_pipeline.data.record_writing import Piece
 from dgmd_pipeline.errors import PipelineError, WorkerDied
 from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, ShardIndex, read_shard_index
@@ -87,7 +87,7 @@ def write(
     for number, rows_of_shard in enumerate(slices):
         path = folder / names[number]
         if number in reuse.shards:
-            files.link(reuse.shards[number].path, path)
+            files.link(reuse.shards[number].path, path, path.with_suffix(".part"))
             records[rows_of_shard] = stored.records[reuse.shards[number].records]
         else:
             given = examples[rows_of_shard], records[rows_of_shard], reuse.positions[rows_of_shard]
@@ -173,7 +173,8 @@ def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
             return f"{path} is missing"
         if (size := path.stat().st_size) != shard.bytes:
             return f"{path} has {size:,} bytes, expected {shard.bytes:,} according to {INDEX}"
-        return None if is_intact(path, shard) else f"{path} does not have the checksum (SHA-256) in {INDEX}"
+        intact = files.is_intact(path, shard.bytes, shard.sha256)
+        return None if intact else f"{path} does not have the checksum (SHA-256) in {INDEX}"
 
     index = read_shard_index(folder)
     chosen = index.shards if numbers is None else [index.shards[number] for number in numbers]

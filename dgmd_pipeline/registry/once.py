@@ -1,7 +1,7 @@
 """Requests to MLflow that create or delete something -> done once, even if answers are lost.
 
-MLflow's client repeats every request whose answer is lost or is a server error. If the server has acted all the same,
-the repetition of a request that creates something creates a second one.
+MLflow's client repeats every request whose answer is lost or is a server error. If the server has already acted, the
+repetition of a request that creates something creates a second one.
 """
 
 import contextlib

@@ -1,6 +1,5 @@
 """A listing of the bucket <-> the files in a folder: what is new, changed or gone, and what can be reused."""
 
-import errno
 import hashlib
 import logging
 import os
@@ -20,7 +19,7 @@ from dgmd_pipeline.s3 import errors
 from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.download import download
 from dgmd_pipeline.s3.listing import Listing, ignores_case
-from dgmd_pipeline.workflow import disk
+from dgmd_pipeline.workflow import disk, files
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # objects that were set aside are named in the log; all are in rejected.csv
@@ -154,7 +153,10 @@ def reuse(
         for source in manifest.read(previous / LISTING, SourceObject):
             unchanged = listed.get(source.path) == source and _is_complete(previous, source)
             if unchanged and not _is_complete(folder, source):
-                _link(previous / source.path, folder / source.path, temporary)
+                target = folder / source.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                files.link(previous / source.path, target, temporary)
     available: list[SourceObject] = []
     missing: list[SourceObject] = []
     for source in objects:
@@ -193,18 +195,6 @@ def _remove(folder: Path, path: str) -> None:
             parent.rmdir()
         except OSError:  # not empty, or missing
             break
-
-
-def _link(source: Path, target: Path, temporary: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        shutil.copyfile(source, temporary)  # the disk has no hard links, or the file belongs to another user
-        temporary.replace(target)
 
 
 def fingerprint(objects: Iterable[SourceObject]) -> str:

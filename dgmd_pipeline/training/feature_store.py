@@ -112,16 +112,15 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
     names = np.concatenate([np.empty(0, "S32"), *(each.images for each in stored)])
     sizes = [len(each.images) for each in stored]
     file_of, row_of = np.repeat(np.arange(len(stored)), sizes), np.concatenate([[0], *map(np.arange, sizes)])[1:]
-    order = np.argsort(names, kind="stable")
     linked, copied, new, dimensions = {}, {}, [np.empty(0, np.int64)], None
+    everywhere = manifest.positions_of(rows["sha256"], names)
     for number, (start, stop) in enumerate(edges):
         wanted = rows["sha256"][start:stop]
         if equal := by_images.get(_digest(wanted)):
             linked[number] = equal
             continue
-        place = np.searchsorted(names, wanted, sorter=order).clip(max=max(len(names) - 1, 0))
-        found = order[place] if len(names) else np.zeros(len(wanted), np.int64)
-        known = names[found] == wanted if len(names) else np.zeros(len(wanted), bool)
+        found = everywhere[start:stop]
+        known = found != manifest.MISSING
         new.append(start + np.flatnonzero(~known))
         copied[number] = [
             _Copy(stored[each], row_of[found[at]], np.flatnonzero(at))
@@ -149,7 +148,7 @@ def write(
     images = np.ascontiguousarray(record_table["sha256"])
     paths = [folder / f"features-{number:05d}-of-{len(edges):05d}.npy" for number in range(len(edges))]
     for number, stored in reuse.linked.items():
-        files.link(stored.path, paths[number])
+        files.link(stored.path, paths[number], paths[number].with_suffix(".part"))
     open_files = {
         number: VectorFile(paths[number], (stop - start, dimensions))
         for number, (start, stop) in enumerate(edges)
@@ -211,10 +210,7 @@ def _write_runs(file: VectorFile, rows: np.ndarray, vectors: np.ndarray) -> None
 
 
 def _is_intact(stored: _Stored) -> bool:
-    try:
-        intact = stored.path.stat().st_size == stored.entry.bytes and files.sha256(stored.path) == stored.entry.sha256
-    except OSError:
-        intact = False
+    intact = files.is_intact(stored.path, stored.entry.bytes, stored.entry.sha256)
     if not intact:
         log.warning("%s is damaged: its vectors are computed again", stored.path)
     return intact

@@ -26,14 +26,26 @@ def sha256(path: Path) -> str:
     return _checksums[key]
 
 
-def link(source: Path, target: Path) -> None:
-    """Create `target` as a hard link to a file, or as a copy where that is impossible. Raises OSError."""
+def is_intact(path: Path, size: int, checksum: str) -> bool:
+    """Return whether a file can be read and has this size in bytes and this SHA-256."""
+    try:
+        return path.stat().st_size == size and sha256(path) == checksum
+    except OSError:
+        return False
+
+
+def link(source: Path, target: Path, temporary: Path) -> None:
+    """Create `target` as a hard link to a file, or as a copy where that is impossible.
+
+    A copy is first written to `temporary`, on the same disk, so that `target` is complete. Raises OSError.
+    """
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        shutil.copyfile(source, target)  # the disk has no hard links, or the file belongs to another user
+        shutil.copyfile(source, temporary)  # the disk has no hard links, or the file belongs to another user
+        temporary.replace(target)
 
 
 def sync(folder: Path) -> None:

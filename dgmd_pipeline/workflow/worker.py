@@ -151,7 +151,7 @@ def _initialize(budget: Budget) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):  # the parent may ignore them
         signal.signal(number, signal.SIG_DFL)
-    # Where memory runs out, Linux kills a worker and not the parent, which then goes on without the item.
+    # If memory runs out, Linux kills a worker and not the parent. The parent continues without the item.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     _budget = budget

@@ -1,4 +1,4 @@
-"""TLS with a certificate authority of one's own, in front of servers that speak HTTP."""
+"""A private certificate authority, and TLS in front of servers that speak HTTP."""
 
 import contextlib
 import socket
