@@ -49,7 +49,8 @@ def probabilities(images, labels, wrong=()):
 
 
 def model(images, labels=LABELS, wrong=(), trained_on=(), version=None):
-    return CandidateModel(None, labels, frozenset(trained_on), version, probabilities(images, labels, wrong))
+    answers = review.answers([probabilities(images, labels, wrong)])
+    return CandidateModel(None, labels, frozenset(trained_on), version, answers)
 
 
 def test_images_are_in_the_order_of_their_records(images):
@@ -125,7 +126,7 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     assert path == other == models / "model.keras"
     assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
     assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (originals.recorded == candidate.probabilities).all()
+    assert (originals.recorded == candidate.answers.first).all()
 
 
 def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
