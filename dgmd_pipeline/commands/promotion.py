@@ -142,7 +142,7 @@ def _reviewed(
     folder: Path,
 ) -> "Review":
     """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
-    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.evaluation import review, serving_benchmark
 
     name = names.EVALUATION
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
@@ -159,7 +159,8 @@ def _reviewed(
     )
     try:
         production = lookup.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
-        found = review.review(candidate, production, images, folder, settings.serving_environment())
+        with serving_benchmark.start_process(settings.serving_environment()) as process:
+            found = review.review(candidate, production, images, folder, process)
     except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself

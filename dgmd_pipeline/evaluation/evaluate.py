@@ -81,13 +81,13 @@ def evaluate(
     network: "keras.Model",
     production: Callable[[Path], CandidateModel | None],
     limits: gates.Limits,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
 ) -> dict[str, float]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the production version into a folder and returns it, or None if there is none. If it raises
-    PipelineError, the comparison is missing. `environment` is that of a process that serves a model.
+    PipelineError, the comparison is missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
     splits = _read_splits(data)
@@ -102,7 +102,7 @@ def evaluate(
         answers=answers,
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, environment, folder, partial(report.draw, folder, content))
+    found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
     review.write(found, folder)
     report.write(folder, content, found, gates.check_gates(found, limits))
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
@@ -209,7 +209,7 @@ def _review(
     candidate: CandidateModel,
     production: Callable[[Path], CandidateModel | None],
     images: ValidationImages,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
     before_timing: Callable[[Comparison | None], None],
 ) -> Review:
@@ -219,7 +219,7 @@ def _review(
             current = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, current, images, folder, environment, before_timing)
+        found = review.review(candidate, current, images, folder, process, before_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

@@ -98,6 +98,8 @@ def measure(predictions: Predictions) -> Measurements:
     """
     from sklearn import metrics
 
+    if np.isnan(predictions.confidence).any():
+        raise ValueError("the probabilities contain NaN")
     truth, predicted, labels = predictions.truth, predictions.predicted, predictions.labels
     occurring = np.unique(truth)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
@@ -128,8 +130,6 @@ def _log_loss(of_truth: np.ndarray) -> float:
 
     `sklearn.metrics.log_loss` computes the same from all probabilities, in five times their memory.
     """
-    if np.isnan(of_truth).any():
-        raise ValueError("the probabilities contain NaN")
     return float(-np.log(np.maximum(of_truth, np.finfo(of_truth.dtype).eps), dtype=np.float64).mean())
 
 

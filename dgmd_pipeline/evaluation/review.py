@@ -145,33 +145,32 @@ def review(
     production: CandidateModel | None,
     images: ValidationImages,
     scratch: Path,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with production, if there is one, and benchmark it.
+    """Compare a candidate with production, if there is one, and benchmark it in a process.
 
-    `scratch` is a folder for temporary files, `environment` that of the benchmark's process. `before_timing` is called
-    with the comparison while that process starts; the benchmark waits until it returns.
+    `scratch` is a folder for temporary files. `before_timing` is called with the comparison; the benchmark waits until
+    it returns.
 
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
     """
-    with serving_benchmark.start_process(environment) as process:
-        compared, error = None, ""
-        if production is not None:
-            production, error = _with_predictions(production, images)
-        if production is not None:
-            try:
-                compared = compare(candidate, production, images)
-            except PipelineError as failure:
-                error = str(failure)
-        candidate = candidate._replace(answers=predict(candidate, images))
-        sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
-        before_timing(compared)
+    compared, error = None, ""
+    if production is not None:
+        production, error = _with_predictions(production, images)
+    if production is not None:
         try:
-            benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+            compared = compare(candidate, production, images)
         except PipelineError as failure:
-            return Review(compared, error, None, str(failure))
+            error = str(failure)
+    candidate = candidate._replace(answers=predict(candidate, images))
+    sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
+    before_timing(compared)
+    try:
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+    except PipelineError as failure:
+        return Review(compared, error, None, str(failure))
     return Review(compared, error, benchmark, "")
 
 

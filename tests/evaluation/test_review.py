@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 from dataclasses import replace
@@ -92,7 +91,6 @@ def benchmarked(monkeypatch):
             raise PipelineError("The model could not be used.")
         return BENCHMARK
 
-    monkeypatch.setattr(serving_benchmark, "start_process", lambda environment: contextlib.nullcontext())
     monkeypatch.setattr(serving_benchmark, "benchmark", benchmark)
     return calls
 
@@ -110,7 +108,7 @@ def models(tmp_path_factory):
 
 
 def reviewed(candidate, production, images, tmp_path, **options):
-    return review.review(candidate, production, images, tmp_path, {}, **options)
+    return review.review(candidate, production, images, tmp_path, None, **options)
 
 
 def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
