@@ -22,6 +22,7 @@ SCRIPTS = (
     "writing",
     "extracting",
     "reading",
+    "evaluating",
     "scaling",
 )
 LIBRARIES = (
