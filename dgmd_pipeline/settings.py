@@ -220,6 +220,18 @@ class Settings(BaseSettings):
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
     notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
+    notify_on: Literal["always", "change", "problem"] = Field(
+        "always",
+        description="After which runs `NOTIFY_URL` receives a message: `always`, `change` (not after `unchanged`), "
+        "`problem` (only what needs attention).",
+    )
+    health_max_age: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Hours since the last successful run after which `health` fails, for example 26 with a nightly "
+        "schedule. Unset: never.",
+    )
 
     keras_home: Path = Field(
         Path("~/.keras"), validate_default=True, description="Folder for downloaded ImageNet weights."

@@ -207,7 +207,8 @@ What next?
   {pipeline} plan --env-file {ENV_FILE}
   # train again on the same images (edit {ENV_FILE} to change parameters)
   rm -r {DATA_DIR}/trained_model
-  {pipeline} --env-file {ENV_FILE}"""
+  {pipeline} --env-file {ENV_FILE}""",
+        extra={"verbatim": True},
     )
 
 
