@@ -79,7 +79,10 @@ def start(stream: TextIO, verbose: bool, colours: bool = False) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_TerminalLines(colours) if stream.isatty() else _Lines("%(asctime)s %(message)s"))
     logging.raiseExceptions = False  # no traceback about a log line that cannot be written
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    # TensorFlow warns about functions that it traces again, Keras through absl about an old format: neither helps an
+    # operator.
+    for name in ("urllib3", *(() if verbose else ("tensorflow", "absl"))):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     sys.excepthook = _log_exception
