@@ -204,6 +204,9 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
         size = "" if each.bytes is None else format_bytes(each.bytes)
         row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.reason}"
         log.info("%s", row.rstrip(), extra={"table": 48})
+    unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
+    if unused and plans[-1].step == names.REGISTERED_MODEL:
+        log.info("  Not used with these settings, and kept: %s. You may delete them.", ", ".join(unused))
 
 
 def _show_times(result: RunResult, seconds: float) -> None:
