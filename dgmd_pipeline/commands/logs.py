@@ -133,8 +133,10 @@ class _TerminalLines(_Lines):
 def _wrap(line: str, width: int, column: int | None) -> str:
     """Break a line between words, and indent the rest to a column, or a little more than the line."""
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
-    options = {"replace_whitespace": False, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.wrap(line, width, subsequent_indent=indent, **options)) or line
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(line) or line
 
 
 def _log_exception(_: type[BaseException], error: BaseException, __: object) -> None:

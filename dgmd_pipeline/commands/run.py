@@ -151,7 +151,7 @@ def publish_status(
     )
     try:
         before = status.read(values.data_dir)
-        success = published.ended if code == 0 else before and before.last_success
+        success = published.ended if code == 0 else before.last_success if before else None
         published = dataclasses.replace(published, last_success=success)
         if not until or before is None or before.until:
             status.write(published, values.data_dir)
