@@ -111,7 +111,7 @@ def select(
     options = [_best_linear(_divide(coordinates, sample.labels, masks), components, class_weights)]
     if hidden and kind != "linear":
         try:
-            options.append(_best_hidden(_divide(sample.vectors, sample.labels, masks), hidden, config))
+            options.append(_best_hidden(_divide(np.asarray(sample.vectors), sample.labels, masks), hidden, config))
         except loop.Diverged as error:
             if kind == "hidden":
                 raise
