@@ -21,6 +21,7 @@ SCRIPTS = (
     "inspecting",
     "writing",
     "extracting",
+    "epochs",
     "reading",
     "evaluating",
     "scaling",
