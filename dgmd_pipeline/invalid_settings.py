@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
 
+MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
 # Training `cnn` on 64 images of 256 x 192 pixels instead of 32 took 180 bytes more for each pixel. A float32 image
 # alone has 12. What needs even this many bytes certainly does not fit.
@@ -74,6 +75,22 @@ def check_cron_expression(value: str) -> None:
         raise ValueError("minute, hour, day of month, month, day of week, as in cron: 0 3 * * *") from None
     except StopIteration:
         raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
+
+
+def check_name(value: str) -> str:
+    """Return `value`. Raises ValueError, which says what is expected, if it is not a name that MLflow can store."""
+    if not value.strip() or len(value) > MAX_NAME:
+        raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
+    return value
+
+
+def check_model_name(value: str) -> str:
+    """Return `value`. Raises ValueError, which says what is expected, if MLflow has another meaning for it."""
+    if re.search(r"[/:'\"]", value):
+        raise ValueError("a name without /, : and quotes, which MLflow reserves")
+    if value == "." or value.startswith(".."):
+        raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+    return value
 
 
 def check_page(value: str) -> None:

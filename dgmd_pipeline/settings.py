@@ -37,7 +37,6 @@ LIBRARY_DEFAULTS = {
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-MAX_NAME = 256  # characters of a name in MLflow's database
 # With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
@@ -183,7 +182,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="`promote` refuses a version if its recall of a class is lower than production's by more than this "
-        "fraction. Classes with fewer than 3 images are not checked.",
+        "fraction and significantly lower.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -191,6 +190,14 @@ class Settings(BaseSettings):
         le=10**6,
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
+    )
+    allow_lost_labels: bool = Field(
+        False,
+        description="`true`: `promote` accepts a version that was trained on no image of one of production's labels.",
+    )
+    promote_if_better: bool = Field(
+        False,
+        description="`true`: a run promotes its version if it is better than production and no condition fails.",
     )
     mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
@@ -292,18 +299,12 @@ class Settings(BaseSettings):
     @field_validator("model_name")
     @classmethod
     def _is_one_name(cls, value: str) -> str:
-        if re.search(r"[/:'\"]", value):
-            raise ValueError("a name without /, : and quotes, which MLflow reserves")
-        if value == "." or value.startswith(".."):
-            raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
-        return value
+        return invalid_settings.check_model_name(value)
 
     @field_validator("model_name", "mlflow_experiment_name")
     @classmethod
     def _is_not_blank(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or len(value) > MAX_NAME):
-            raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
-        return value
+        return None if value is None else invalid_settings.check_name(value)
 
     @field_validator("backbone")
     @classmethod

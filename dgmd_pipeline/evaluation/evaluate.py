@@ -100,12 +100,15 @@ def evaluate(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
         trained_on=frozenset(row.sha256 for row in splits.training),
+        trained_labels=frozenset(row.label for row in splits.training),
         probabilities=predicted.probabilities,
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
     found = _review(candidate, production, images, environment, folder, partial(report.draw, folder, content))
     review.write(found, folder)
-    report.write(folder, content, found, gates.check_gates(found, limits))
+    decision = gates.decide(found, limits)
+    gates.write(decision, folder)
+    report.write(folder, content, found, decision)
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
 
 
@@ -241,7 +244,9 @@ def tags_of(folder: Path) -> dict[str, str]:
     if benchmark := found.serving_benchmark:
         tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
         tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        if benchmark.production:
+            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
     if found.comparison:
         tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
         tags["dgmd.compared_with"] = str(found.comparison.version)
-    return tags
+    return tags | gates.tags_of(folder)

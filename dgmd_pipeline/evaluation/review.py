@@ -38,9 +38,18 @@ class CandidateModel(NamedTuple):
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
+    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
     version: int | None = None  # None: not registered yet
     probabilities: np.ndarray | None = None  # float32 [n, classes], of all validation images; None: not predicted yet
     run: str = ""  # that made the model
+
+
+class LabelChanges(NamedTuple):
+    """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
+
+    lost: Sequence[str]  # production was trained on them; the candidate has no such output
+    emptied: Sequence[str]  # production was trained on them; the candidate has the output, but no training images
+    new: Sequence[str]  # only the candidate was trained on them
 
 
 class Review(NamedTuple):
@@ -50,6 +59,8 @@ class Review(NamedTuple):
     comparison_error: str  # why there is no comparison; "" if there is no production version
     serving_benchmark: ServingBenchmark | None
     benchmark_error: str  # why there is no serving benchmark
+    label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
+    label_changes_error: str = ""  # why production's labels are unknown
 
 
 def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
@@ -58,6 +69,16 @@ def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = 
     With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
     """
     return ValidationImages(folder, shards.record_order(rows), raw)
+
+
+def label_changes(candidate: CandidateModel, trained_before: frozenset[str]) -> LabelChanges:
+    """Return how a candidate's labels differ from those that production was trained on."""
+    gone = sorted(trained_before - candidate.trained_labels)
+    return LabelChanges(
+        lost=[label for label in gone if label not in candidate.labels],
+        emptied=[label for label in gone if label in candidate.labels],
+        new=sorted(candidate.trained_labels - trained_before),
+    )
 
 
 def compare(candidate: CandidateModel, production: CandidateModel, images: ValidationImages) -> Comparison:
@@ -142,6 +163,7 @@ def review(
     """
     with serving_benchmark.start_process(environment) as process:
         compared, error = None, ""
+        labels = label_changes(candidate, production.trained_labels) if production else None
         if production is not None:
             production, error = _with_predictions(production, images)
         if production is not None:
@@ -155,8 +177,8 @@ def review(
         try:
             benchmark = _benchmark(process, candidate, production, images, sample, scratch)
         except PipelineError as failure:
-            return Review(compared, error, None, str(failure))
-    return Review(compared, error, benchmark, "")
+            return Review(compared, error, None, str(failure), labels)
+    return Review(compared, error, benchmark, "", labels)
 
 
 def _with_predictions(production: CandidateModel, images: ValidationImages) -> tuple[CandidateModel | None, str]:
@@ -196,7 +218,7 @@ def _benchmark(
 
 
 def write(found: Review, folder: Path) -> None:
-    """Write `comparison.json` and `assessment.json` into `folder`."""
+    """Write `comparison.json` and `assessment.json` into `folder`. The labels are not written."""
     compared, benchmark = found.comparison, found.serving_benchmark
     values: dict[str, dict[str, object]] = {
         COMPARISON: comparison.to_json(compared) if compared else {"missing": found.comparison_error},
@@ -207,7 +229,7 @@ def write(found: Review, folder: Path) -> None:
 
 
 def read(folder: Path) -> Review:
-    """Return what `write` wrote. Raises PipelineError if a file is missing or was edited."""
+    """Return what `write` wrote, without the labels. Raises PipelineError if a file is missing or was edited."""
     compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
     benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)
     return Review(compared, comparison_error, benchmark, benchmark_error)

@@ -51,6 +51,7 @@ class Event(NamedTuple):
     gates: Sequence[GateResult]
     forced: bool  # True: a gate did not pass, and --force was given
     done: bool | None = None  # False: interrupted before the alias moved; None: in progress, or interrupted
+    automatic: bool = False  # True: a run promoted the version, because it was better
 
     def as_json(self) -> dict[str, object]:
         """Return the JSON object that is stored and printed."""
@@ -90,7 +91,7 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
 
 def set_production(
     store: Store, state: ModelState, version: int, *, action: str, user: str, reason: str,
-    gates: Sequence[GateResult] = (), forced: bool = False,
+    gates: Sequence[GateResult] = (), forced: bool = False, automatic: bool = False,
 ) -> Event:  # fmt: skip
     """Make a version production in place of the production version of `state`, and record who did it and why.
 
@@ -108,8 +109,9 @@ def set_production(
         now = datetime.now(UTC)
         short = [(name, passed, text[:MAX_CHARACTERS]) for name, passed, text in gates]
         event = Event(
-            now.isoformat(timespec="seconds"), user, action, previous, version, reason[:MAX_CHARACTERS], short, forced
-        )
+            now.isoformat(timespec="seconds"), user, action, previous, version, reason[:MAX_CHARACTERS], short, forced,
+            automatic=automatic,
+        )  # fmt: skip
         key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
         _write(client, state.name, key, event)
         client.set_registered_model_alias(state.name, PRODUCTION, str(version))

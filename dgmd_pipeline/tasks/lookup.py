@@ -10,6 +10,7 @@ from dgmd_pipeline.workflow.run_context import RunResult
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.gates import Limits
     from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.registry.versions import ModelVersion
@@ -79,7 +80,7 @@ def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: 
     from dgmd_pipeline.registry import versions
 
     fetched = versions.fetch(store, name, version, folder)
-    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, version.version, run=version.run_id)
+    return review.CandidateModel(**fetched._asdict(), run=version.run_id)
 
 
 def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
@@ -90,6 +91,13 @@ def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
         log.info("  version %d is production: fetching it to compare ...", now.version)
         return candidate_model(place, settings.model_name, now, folder)
     return None
+
+
+def promotion_limits(settings: "Settings") -> "Limits":
+    """Return the settings that limit how much worse than production a version may be."""
+    from dgmd_pipeline.evaluation.gates import Limits
+
+    return Limits(settings.max_class_drop, settings.max_latency_ratio, settings.allow_lost_labels)
 
 
 def validation_images(settings: "Settings") -> "ValidationImages | None":

@@ -126,7 +126,7 @@ class EvaluateModel(Step):
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
     params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
-    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio")
+    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels")
 
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
@@ -137,12 +137,12 @@ class EvaluateModel(Step):
         return upstream[2].images
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.evaluation import evaluate, gates
+        from dgmd_pipeline.evaluation import evaluate
         from dgmd_pipeline.settings import serving_environment
 
-        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
         production = partial(lookup.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
+        limits = lookup.promotion_limits(self.settings)
         counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
         images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
         summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
