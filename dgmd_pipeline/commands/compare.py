@@ -35,7 +35,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
             lookup.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
         first = first._replace(probabilities=review.predict(first, images))
-        reviewed = review.review(first, second, images, folder, settings.serving_environment())
+        reviewed = review.review(first, review.Rivals(second), images, folder, settings.serving_environment())
     if reviewed.comparison is None:
         raise PipelineError(reviewed.comparison_error)
     decision = gates.decide(reviewed, lookup.promotion_limits(values))

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 SHOWN_LABELS = 10
 
 
-def print_review(
-    name: str, entry: ModelVersion, other: int | None, review: "Review", decision: gates.Decision
-) -> None:
+def print_review(name: str, entry: ModelVersion, other: int | None, review: "Review", decision: gates.Decision) -> None:
     """Print a version's comparison with another, its serving benchmark, the results of the gates and the verdict."""
     comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")

@@ -43,6 +43,11 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     shown = {"verdict": decision.verdict, "gates": [gate._asdict() for gate in decision.gates]}
     if not as_json:
         output.print_review(state.name, candidate, previous, known, decision)
+        if known.best is None and (best := promotion.best_former(state, candidate)):
+            print(
+                f"Version {best.version}, which was production before, had an accuracy of "
+                f"{best.tags[promotion.ACCURACY]} on the images of its own run. The two were not compared."
+            )
     failed = ", ".join(decision.failed)
     if failed and not force:
         if as_json:
@@ -91,15 +96,13 @@ def _decide(
     """Check that a version can be loaded; return its review and the decision."""
     with output.temporary_folder() as folder:
         model = _load_and_check(store, state.name, candidate, folder)
-        known = _reviewed(values, store, candidate, model, state.production, folder)
+        known = _reviewed(values, store, candidate, model, state, folder)
         if state.production:
             known = _with_labels(known, store, model, state.production, folder / "production")
     return known, gates.decide(known, lookup.promotion_limits(values))
 
 
-def _with_labels(
-    known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path
-) -> "Review":
+def _with_labels(known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path) -> "Review":
     """Return a review with the changes of the labels, which its run does not record."""
     from dgmd_pipeline.evaluation import review
 
@@ -108,7 +111,9 @@ def _with_labels(
     except PipelineError as error:
         return known._replace(label_changes_error=f"The labels of version {now.version} are unknown: {error}")
     if before is None:
-        return known._replace(label_changes_error=f"Version {now.version} has no list of its training images and labels.")
+        return known._replace(
+            label_changes_error=f"Version {now.version} has no list of its training images and labels."
+        )
     return known._replace(label_changes=review.label_changes(model, before))
 
 
@@ -187,13 +192,13 @@ def _reviewed(
     store: Store,
     entry: ModelVersion,
     candidate: "CandidateModel",
-    now: ModelVersion | None,
+    state: ModelState,
     folder: Path,
 ) -> "Review":
     """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
     from dgmd_pipeline.evaluation import review
 
-    name = names.EVALUATION
+    name, now = names.EVALUATION, state.production
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
         if registry_versions.artifact(store, entry, f"{name}/{file}", folder) is None:
             return review.Review(None, "", None, f"The run of version {entry.version} has no {name}/{file}.")
@@ -207,8 +212,8 @@ def _reviewed(
         f"Production is version {now.version}: comparing" if now else "Benchmarking the model in a clean process",
     )
     try:
-        production = lookup.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
-        found = review.review(candidate, production, images, folder, settings.serving_environment())
+        rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
+        found = review.review(candidate, rivals, images, folder, settings.serving_environment())
     except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself

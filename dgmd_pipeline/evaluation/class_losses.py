@@ -26,7 +26,8 @@ POWER = 0.8  # probability of detection
 def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
     """Return for each class the p-value (0 to 1) of its losses, corrected for the number of classes.
 
-    It is exact up to LEVEL, and 1 for classes whose p-value is larger than the first one above it. `gained` and `lost` are the numbers of images that only the candidate or only production gets right.
+    It is exact up to LEVEL. Of the larger ones, only the first is exact; the others are 1. `gained` and `lost` are the
+    numbers of images that only the candidate or only production gets right.
     """
     import numpy as np
     from scipy.stats import binom

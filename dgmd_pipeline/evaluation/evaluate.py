@@ -32,7 +32,7 @@ from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.evaluation.review import CandidateModel, Review, ValidationImages
+from dgmd_pipeline.evaluation.review import CandidateModel, Review, Rivals, ValidationImages
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -79,15 +79,15 @@ class _Splits(NamedTuple):
 def evaluate(
     data: EvaluationData,
     network: "keras.Model",
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     limits: gates.Limits,
     environment: Mapping[str, str],
     folder: Path,
 ) -> dict[str, float]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the production version into a folder and returns it, or None if there is none. If it raises
-    PipelineError, the comparison is missing. `environment` is that of a process that serves a model.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
+    missing. `environment` is that of a process that serves a model.
     Returns the counts for the step's record.
     """
     splits = _read_splits(data)
@@ -205,19 +205,19 @@ def _class_counts(balanced: Mapping[str, Mapping[str, int]], splits: _Splits) ->
 
 def _review(
     candidate: CandidateModel,
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     images: ValidationImages,
     environment: Mapping[str, str],
     folder: Path,
     before_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        current, error = None, ""
+        rivals, error = Rivals(), ""
         try:
-            current = production(Path(scratch))
+            rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, current, images, folder, environment, before_timing)
+        found = review.review(candidate, rivals, images, folder, environment, before_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

@@ -66,6 +66,8 @@ def decide(review: "Review", limits: Limits) -> Decision:
         reason = f"The difference may be chance, which is no reason to promote. {reason}"
     elif verdict == FIRST:
         reason = f"You decide. {reason}"
+    if review.best:
+        reason = f"{reason} {_drift(review.best)}"
     return Decision(verdict, headline, reason, gates)
 
 
@@ -88,6 +90,20 @@ def _verdict(review: "Review") -> tuple[str, str]:
     if compared.is_worse:
         return WORSE, f"Worse than version {compared.version} ({figure})"
     return NO_DIFFERENCE, f"No difference from version {compared.version} shown ({figure})"
+
+
+def _drift(best: "Comparison") -> str:
+    """Return a sentence about the best version that was production before: small losses add up."""
+    outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
+    return (
+        f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
+        f"version is {outcome} ({_points(best)} on the same {best.images:,} images)."
+    )
+
+
+def _points(comparison: "Comparison") -> str:
+    low, high = 100 * comparison.low, 100 * comparison.high
+    return f"{100 * comparison.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def check_gates(review: "Review", limits: Limits) -> list[Gate]:
@@ -152,8 +168,7 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
     accuracy = Gate(
         "accuracy",
         not comparison.is_worse,
-        f"{outcome} than version {comparison.version}: {100 * comparison.difference:+.1f} points (95 % interval "
-        f"{100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}, p {comparison.p:.2g}) on "
+        f"{outcome} than version {comparison.version}: {_points(comparison)}, p {comparison.p:.2g}, on "
         f"{comparison.images:,} images.",
     )
     return [accuracy, _classes(comparison, limits.max_class_drop)]
@@ -180,9 +195,7 @@ def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassCompar
     rows = comparison.classes
     adjusted = class_losses.adjusted_p([row.gained for row in rows], [row.lost for row in rows])
     found = [
-        row
-        for row, p in zip(rows, adjusted, strict=True)
-        if p <= class_losses.LEVEL and -row.change > max_drop + 1e-9
+        row for row, p in zip(rows, adjusted, strict=True) if p <= class_losses.LEVEL and -row.change > max_drop + 1e-9
     ]
     return sorted(found, key=lambda row: row.change)
 

@@ -21,6 +21,7 @@ from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
+BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
 Part = TypeVar("Part")
 
 
@@ -44,6 +45,13 @@ class CandidateModel(NamedTuple):
     run: str = ""  # that made the model
 
 
+class Rivals(NamedTuple):
+    """The versions to compare a candidate with."""
+
+    production: CandidateModel | None = None
+    best: CandidateModel | None = None  # was production before, with a higher accuracy; None: production is the best
+
+
 class LabelChanges(NamedTuple):
     """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
 
@@ -61,6 +69,7 @@ class Review(NamedTuple):
     benchmark_error: str  # why there is no serving benchmark
     label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
     label_changes_error: str = ""  # why production's labels are unknown
+    best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
 
 
 def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
@@ -147,13 +156,13 @@ def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
 
 def review(
     candidate: CandidateModel,
-    production: CandidateModel | None,
+    rivals: Rivals,
     images: ValidationImages,
     scratch: Path,
     environment: Mapping[str, str],
     before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with production, if there is one, and benchmark it.
+    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production.
 
     `scratch` is a folder for temporary files, `environment` that of the benchmark's process. `before_timing` is called
     with the comparison while that process starts; the benchmark waits until it returns.
@@ -162,31 +171,35 @@ def review(
     keeping anyway.
     """
     with serving_benchmark.start_process(environment) as process:
-        compared, error = None, ""
-        labels = label_changes(candidate, production.trained_labels) if production else None
-        if production is not None:
-            production, error = _with_predictions(production, images)
-        if production is not None:
-            try:
-                compared = compare(candidate, production, images)
-            except PipelineError as failure:
-                error = str(failure)
         candidate = candidate._replace(probabilities=predict(candidate, images))
+        labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
+        production, compared, error = _compare(candidate, rivals.production, images)
+        _, best, best_error = _compare(candidate, rivals.best, images)
+        if best_error:
+            log.warning("No comparison with the best former production version: %s", best_error)
         sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
         before_timing(compared)
         try:
             benchmark = _benchmark(process, candidate, production, images, sample, scratch)
         except PipelineError as failure:
-            return Review(compared, error, None, str(failure), labels)
-    return Review(compared, error, benchmark, "", labels)
+            return Review(compared, error, None, str(failure), labels, best=best)
+    return Review(compared, error, benchmark, "", labels, best=best)
 
 
-def _with_predictions(production: CandidateModel, images: ValidationImages) -> tuple[CandidateModel | None, str]:
-    """Return production with its probabilities; or None, so that it is not timed either, and the reason."""
+def _compare(
+    candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
+) -> tuple[CandidateModel | None, Comparison | None, str]:
+    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    if rival is None:
+        return None, None, ""
     try:
-        return production._replace(probabilities=predict(production, images)), ""
+        rival = rival._replace(probabilities=predict(rival, images))
     except PipelineError as error:
-        return None, f"Version {production.version} cannot be used: {error}"
+        return None, None, f"Version {rival.version} cannot be used: {error}"
+    try:
+        return rival, compare(candidate, rival, images), ""
+    except PipelineError as error:
+        return rival, None, str(error)
 
 
 def _benchmark(
@@ -220,8 +233,9 @@ def _benchmark(
 def write(found: Review, folder: Path) -> None:
     """Write `comparison.json` and `assessment.json` into `folder`. The labels are not written."""
     compared, benchmark = found.comparison, found.serving_benchmark
+    best: dict[str, object] = {BEST: comparison.to_json(found.best)} if found.best else {}
     values: dict[str, dict[str, object]] = {
-        COMPARISON: comparison.to_json(compared) if compared else {"missing": found.comparison_error},
+        COMPARISON: comparison.to_json(compared) | best if compared else {"missing": found.comparison_error},
         SERVING_BENCHMARK: serving_benchmark.to_json(benchmark) if benchmark else {"missing": found.benchmark_error},
     }
     for name, value in values.items():
@@ -231,8 +245,13 @@ def write(found: Review, folder: Path) -> None:
 def read(folder: Path) -> Review:
     """Return what `write` wrote, without the labels. Raises PipelineError if a file is missing or was edited."""
     compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
+    best, _ = _read_part(folder / COMPARISON, _best_from_json)
     benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)
-    return Review(compared, comparison_error, benchmark, benchmark_error)
+    return Review(compared, comparison_error, benchmark, benchmark_error, best=best)
+
+
+def _best_from_json(values: Mapping[str, Any]) -> Comparison | None:
+    return comparison.from_json(values[BEST]) if BEST in values else None
 
 
 def _read_part(path: Path, from_json: Callable[[Mapping[str, Any]], Part]) -> tuple[Part | None, str]:

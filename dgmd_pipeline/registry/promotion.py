@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.registry import versions
 from dgmd_pipeline.registry.store import (
+    ACCURACY,
     CANDIDATE,
     ENVIRONMENT,
     NON_PRODUCTION,
@@ -87,6 +88,27 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     if current is not None and stack[-1:] != [current]:
         stack.append(current)
     return stack[:-1]
+
+
+def best_former(state: ModelState, candidate: ModelVersion | None = None) -> ModelVersion | None:
+    """Return the version that was production before with the highest accuracy, if that is above production's.
+
+    The accuracies were measured on the images of each version's own run: they choose what to compare, and no more. None
+    if production is the best, or if the versions are no longer registered. It is not `candidate`.
+    """
+    production = state.production
+    events = [event for event in history(state) if event.done]
+    numbers = {event.version for event in events} | {event.previous for event in events}
+    former = [
+        version for version in state.versions if version.version in numbers and version not in (production, candidate)
+    ]
+    best = max(former, key=_accuracy, default=None)
+    return best if best and production and _accuracy(best) > _accuracy(production) else None
+
+
+def _accuracy(version: ModelVersion) -> float:
+    """Return the accuracy on the validation images of the version's run, 0 to 1; 0 if it was not recorded."""
+    return float(version.tags.get(ACCURACY, 0))
 
 
 def set_production(

@@ -60,7 +60,9 @@ def test_the_correction_is_exact_and_step_down():
         for losses in product(*(range(discordant[one] + 1) for one in classes)):
             lowest = min(binom.sf(less - 1, discordant[one], 0.5) for less, one in zip(losses, classes, strict=True))
             if lowest <= p * (1 + 1e-9):
-                total += np.prod([binom.pmf(less, discordant[one], 0.5) for less, one in zip(losses, classes)])
+                total += np.prod(
+                    [binom.pmf(less, discordant[one], 0.5) for less, one in zip(losses, classes, strict=True)]
+                )
         return total
 
     first, second = binom.sf(8, 9, 0.5), binom.sf(8, 10, 0.5)

@@ -121,7 +121,11 @@ EQUAL = compare_flags([True] * 95 + [False] * 5, [True] * 94 + [False] * 6)
     [
         (SAME, True, "The labels are those of production."),
         (LabelChanges([], [], ["dill"]), True, "New: dill."),
-        (LabelChanges(["mint"], [], ["dill"]), False, "Lost: production predicts these labels, this version cannot: mi"),
+        (
+            LabelChanges(["mint"], [], ["dill"]),
+            False,
+            "Lost: production predicts these labels, this version cannot: ",
+        ),
         (LabelChanges([], ["mint"], []), False, "Emptied: these labels have no training images any more, but are"),
     ],
 )
@@ -164,6 +168,17 @@ def test_the_verdict_has_three_outcomes_and_does_not_hide_a_condition_that_fails
     assert found.failed == failed == [each.name for each in found.gates][: len(failed)]
     if verdict == "no difference":
         assert "no reason to promote" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [(WORSE, "significantly worse (-5.0 points, 95 % interval -6"), (EQUAL, "not different (+1.0 points, ")],
+)
+def test_many_small_losses_show_against_the_best_version_that_was_production_before(best, words):
+    found = decision(EQUAL, best=replace(best, version=3))
+    assert "Version 3, which was production before, had the highest accuracy so far." in found.reason
+    assert f"this version is {words}" in found.reason and f"on the same {best.images:,} images" in found.reason
+    assert found.verdict == "no difference"
 
 
 def test_a_failed_comparison_has_a_verdict_of_its_own():

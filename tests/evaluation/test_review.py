@@ -49,7 +49,9 @@ def probabilities(images, labels, wrong=()):
 
 
 def model(images, labels=LABELS, wrong=(), trained_on=(), version=None):
-    return CandidateModel(None, labels, frozenset(trained_on), frozenset(labels), version, probabilities(images, labels, wrong))
+    return CandidateModel(
+        None, labels, frozenset(trained_on), frozenset(labels), version, probabilities(images, labels, wrong)
+    )
 
 
 def test_images_are_in_the_order_of_their_records(images):
@@ -115,8 +117,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def reviewed(candidate, production, images, tmp_path, **options):
-    return review.review(candidate, production, images, tmp_path, {}, **options)
+def reviewed(candidate, production, images, tmp_path, best=None, **options):
+    return review.review(candidate, review.Rivals(production, best), images, tmp_path, {}, **options)
 
 
 def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
@@ -166,6 +168,19 @@ def test_a_candidate_that_cannot_be_used_has_a_benchmark_error(models, images, b
     assert found == Review(None, "", None, "The model could not be used.")
 
 
+def test_a_candidate_is_also_compared_with_the_best_former_version(models, images, benchmarked, tmp_path, caplog):
+    candidate = model(images, wrong=["mint/0.png"])._replace(path=models / "model.keras")
+    production = model(images, wrong=["mint/1.png"], version=4)._replace(path=models / "model.keras")
+    best = model(images, version=2)
+    found = reviewed(candidate, production, images, tmp_path, best)
+    assert (found.comparison.version, found.comparison.difference) == (4, 0)
+    assert (found.best.version, found.best.images, found.best.lost) == (2, 12, 1)
+    assert benchmarked[0][3] == production.path  # the best one is not timed
+    unusable = best._replace(path=models / "broken.keras", probabilities=None)
+    assert reviewed(candidate, production, images, tmp_path, unusable).best is None
+    assert "No comparison with the best former production version: Version 2 cannot be used" in caplog.text
+
+
 def test_the_labels_are_compared_even_if_no_image_can_be(models, images, benchmarked, tmp_path):
     candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS[1:]))
     production = CandidateModel(models / "broken.keras", LABELS, frozenset(), frozenset(LABELS[:2]), 5)
@@ -207,6 +222,7 @@ def test_cropped_records_may_be_resized_but_not_cropped_again(size, refused, ima
     "found",
     [
         Review(COMPARISON, "", BENCHMARK, ""),
+        Review(COMPARISON, "", BENCHMARK, "", best=replace(COMPARISON, version=2)),
         Review(None, "No images are left.", None, "It died."),
         Review(None, "", replace(BENCHMARK, production=ProductionBenchmark(20.5, 1, 10, 0.5)), ""),
         Review(None, "", replace(BENCHMARK, served=ServedPredictions(7, 2, 0.5)), ""),
