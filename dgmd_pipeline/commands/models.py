@@ -54,7 +54,7 @@ def models(values: "Settings", as_json: bool) -> None:
         for more in _more_lines(row):  # on lines of their own: one line would be wider than a terminal
             print(f"{'':9}{more}")
     if any(row.latency_ratio for row in rows):
-        print("latency: for one image, as a multiple of that of the version that it was compared with")
+        print("latency: for one image, as a multiple of that of the version compared with")
     if any(CANDIDATE in row.aliases for row in rows):
         print("* candidate: the version that `promote` selects by default")
     if missing := lookup.missing_registration(values):

@@ -52,10 +52,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     if failed and not force:
         if as_json:
             output.print_json({"version": candidate.version, "promoted": False, **shown})
-        raise Refused(
-            f"Version {candidate.version} is not promoted. Failed: {failed}. To promote it anyway: "
-            '--force --reason "...".'
-        )
+        raise Refused(f'Version {candidate.version} is not promoted. To promote it anyway: --force --reason "...".')
     output.confirm(_question(candidate, previous, decision), yes)
     event = promotion.set_production(
         store, state, candidate.version,

@@ -60,7 +60,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
     verdict, headline = _verdict(review)
     reason = f"Every condition that applies holds ({applying} of {applying})."
     if failed:
-        headline += ": do not promote" if verdict in (WORSE, NOT_COMPARED) else ", but do not promote"
+        headline += ", but do not promote" if verdict == BETTER else ": do not promote"
         reason = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
     elif verdict == NO_DIFFERENCE:
         reason = f"The difference may be chance, which is no reason to promote. {reason}"
@@ -127,7 +127,7 @@ def _labels(review: "Review", allowed: bool) -> Gate:
     found = [
         f"{meaning}: {_listed(labels)}."
         for meaning, labels in (
-            ("Lost: production predicts these labels, this version cannot", changes.lost),
+            ("Lost: this version cannot predict these labels any more", changes.lost),
             ("Emptied: these labels have no training images any more, but are still outputs", changes.emptied),
             ("New", changes.new),
         )
@@ -135,7 +135,7 @@ def _labels(review: "Review", allowed: bool) -> Gate:
     ]
     if lost and allowed:
         found.append("ALLOW_LOST_LABELS accepts this.")
-    return Gate("labels", allowed or not lost, " ".join(found) or "The labels are those of production.")
+    return Gate("labels", allowed or not lost, " ".join(found) or "No label is lost, emptied or new.")
 
 
 def _listed(labels: Sequence[str], shown: int = 20) -> str:

@@ -119,12 +119,12 @@ EQUAL = compare_flags([True] * 95 + [False] * 5, [True] * 94 + [False] * 6)
 @pytest.mark.parametrize(
     ("changes", "passed", "text"),
     [
-        (SAME, True, "The labels are those of production."),
+        (SAME, True, "No label is lost, emptied or new."),
         (LabelChanges([], [], ["dill"]), True, "New: dill."),
         (
             LabelChanges(["mint"], [], ["dill"]),
             False,
-            "Lost: production predicts these labels, this version cannot: ",
+            "Lost: this version cannot predict these labels any more: mint. New: dill.",
         ),
         (LabelChanges([], ["mint"], []), False, "Emptied: these labels have no training images any more, but are"),
     ],
