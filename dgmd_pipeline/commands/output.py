@@ -37,6 +37,8 @@ def print_review(name: str, entry: ModelVersion, other: int | None, review: "Rev
         state = {True: "holds", False: "FAILS", None: "-"}[gate.passed]
         print(f"  {gate.name:11} {state:6} {gate.text}")
     print(f"{decision.headline}. {decision.reason}")
+    if decision.drift:
+        print(decision.drift)
 
 
 def _accuracy_rows(comparison: "Comparison | None", accuracy: str) -> list[Sequence[str]]:

@@ -45,6 +45,7 @@ class Decision(NamedTuple):
     headline: str  # a clause
     reason: str  # sentences
     gates: Sequence[Gate]  # those that fail first
+    drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
 
     @property
     def failed(self) -> list[str]:
@@ -63,12 +64,10 @@ def decide(review: "Review", limits: Limits) -> Decision:
         headline += ", but do not promote" if verdict == BETTER else ": do not promote"
         reason = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
     elif verdict == NO_DIFFERENCE:
-        reason = f"The difference may be chance, which is no reason to promote. {reason}"
+        headline += ": no reason to promote"
     elif verdict == FIRST:
-        reason = f"You decide. {reason}"
-    if review.best:
-        reason = f"{reason} {_drift(review.best)}"
-    return Decision(verdict, headline, reason, gates)
+        headline += ": nothing to compare it with"
+    return Decision(verdict, headline, reason, gates, _drift(review.best) if review.best else "")
 
 
 def grouped(gates: Sequence[Gate]) -> list[Gate]:
@@ -127,15 +126,15 @@ def _labels(review: "Review", allowed: bool) -> Gate:
     found = [
         f"{meaning}: {_listed(labels)}."
         for meaning, labels in (
-            ("Lost: this version cannot predict these labels any more", changes.lost),
-            ("Emptied: these labels have no training images any more, but are still outputs", changes.emptied),
-            ("New", changes.new),
+            ("This version cannot predict these labels any more", changes.lost),
+            ("These labels have no training images any more, but are still outputs", changes.emptied),
+            ("New labels", changes.new),
         )
         if labels
     ]
     if lost and allowed:
         found.append("ALLOW_LOST_LABELS accepts this.")
-    return Gate("labels", allowed or not lost, " ".join(found) or "No label is lost, emptied or new.")
+    return Gate("labels", allowed or not lost, " ".join(found) or "No label is lost or new.")
 
 
 def _listed(labels: Sequence[str], shown: int = 20) -> str:
@@ -165,11 +164,11 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
     outcome = {(True, False): "Significantly better", (False, True): "Significantly worse"}.get(
         (comparison.is_better, comparison.is_worse), "Not significantly better or worse"
     )
+    p = "p below 0.001" if comparison.p < 0.001 else f"p {comparison.p:.2g}"
     accuracy = Gate(
         "accuracy",
         not comparison.is_worse,
-        f"{outcome} than version {comparison.version}: {_points(comparison)}, p {comparison.p:.2g}, on "
-        f"{comparison.images:,} images.",
+        f"{outcome} than version {comparison.version}: {_points(comparison)}, {p}, on {comparison.images:,} images.",
     )
     return [accuracy, _classes(comparison, limits.max_class_drop)]
 
