@@ -73,18 +73,20 @@ def promote_if_better(values: "Settings", version: int) -> str:
     """
     store, state = versions.read_registry(values)
     candidate = versions.select_version(state, str(version))
+    refused = f"Version {version} is not promoted:"
     if state.production is None:
-        return "It is not promoted: an operator promotes the first version."
+        return f"{refused} an operator promotes the first version."
     if candidate == state.production or any(event.version == version for event in promotion.history(state)):
-        return "It is not promoted: an operator decides on a version that was production before."
+        return f"{refused} an operator decides on a version that was production before."
     _, decision = _decide(values, store, state, candidate)
     if decision.verdict != gates.BETTER or decision.failed:
-        return f"It is not promoted: {decision.headline[0].lower()}{decision.headline[1:]}. {decision.reason}"
+        return f"{refused} {decision.headline[0].lower()}{decision.headline[1:]}. {decision.reason}"
     promotion.set_production(
         store, state, version,
         action="promote", user=settings.operator(), reason=decision.headline, gates=decision.gates, automatic=True,
     )  # fmt: skip
-    return f"It is production now: {decision.headline[0].lower()}{decision.headline[1:]}. `rollback` undoes this."
+    better = f"{decision.headline[0].lower()}{decision.headline[1:]}"
+    return f"Version {version} is production now: {better}. `rollback` restores version {state.production.version}."
 
 
 def _decide(

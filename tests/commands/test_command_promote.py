@@ -68,7 +68,7 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
     ]
     assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
     table = command(folder, "history", **own_model).stdout.splitlines()
-    assert len(table) == 4 and "promote (forced)" in table[2]
+    assert len(table) == 4 and "promote (forced: latency)" in table[2]
 
 
 def test_a_promotion_asks_for_the_registered_model_at_most_twice(trained, own_model, command):
@@ -127,7 +127,7 @@ def test_a_label_that_production_knew_and_the_version_does_not_is_refused(traine
 def test_a_version_is_promoted_by_itself_only_if_it_is_better_and_never_the_first(
     trained, own_model, tmp_path, json_of, command
 ):
-    assert "It is not promoted: an operator promotes the first version." in trained.first_run
+    assert "Version 1 is not promoted: an operator promotes the first version." in trained.first_run
     client, folder = trained.client, trained.folder
     first, second = (client.get_model_version(NAME, number) for number in ("1", "2"))
 
@@ -143,11 +143,11 @@ def test_a_version_is_promoted_by_itself_only_if_it_is_better_and_never_the_firs
     variables = {**trained.variables, "MODEL_NAME": name}
     assert len(environments(json_of, folder, variables)) == 3  # this sets the variables
     values = settings.load()
-    assert promotion.promote_if_better(values, 3).startswith("It is not promoted: ")
+    assert promotion.promote_if_better(values, 3).startswith("Version 3 is not promoted: ")
     assert promotion.promote_if_better(values.model_copy(update={"max_latency_ratio": 1e-3}), 2).startswith(
-        "It is not promoted: better than version 1 (+20.0 points), but do not promote. Failed: latency"
+        "Version 2 is not promoted: better than version 1 (+20.0 points), but do not promote. Failed: latency"
     )
-    assert promotion.promote_if_better(values, 2).startswith("It is production now: better than version 1 (+20.0 ")
+    assert promotion.promote_if_better(values, 2).startswith("Version 2 is production now: better than version 1 (")
     assert environments(json_of, folder, variables) == {1: "non-production", 2: "production", 3: "non-production"}
     (event,) = json_of(folder, "history", **variables)
     assert (event["automatic"], event["forced"], event["why"]) == (True, False, "Better than version 1 (+20.0 points)")
