@@ -1,7 +1,10 @@
 """Checks of values; an invalid setting -> one line with its name, its value and what is expected."""
 
+import os
 import re
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -77,22 +80,6 @@ def check_cron_expression(value: str) -> None:
         raise ValueError("a schedule that matches a time in the future, such as 0 3 * * *") from None
 
 
-def check_name(value: str) -> str:
-    """Return `value`. Raises ValueError, which says what is expected, if it is not a name that MLflow can store."""
-    if not value.strip() or len(value) > MAX_NAME:
-        raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
-    return value
-
-
-def check_model_name(value: str) -> str:
-    """Return `value`. Raises ValueError, which says what is expected, if MLflow has another meaning for it."""
-    if re.search(r"[/:'\"]", value):
-        raise ValueError("a name without /, : and quotes, which MLflow reserves")
-    if value == "." or value.startswith(".."):
-        raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
-    return value
-
-
 def check_page(value: str) -> None:
     """Raise ValueError, which says what is expected, if `value` is not the URL of a page without a login."""
     try:
@@ -102,6 +89,51 @@ def check_page(value: str) -> None:
         known = False
     if not known or not re.fullmatch(r"[!-~]+", value):
         raise ValueError("http://... or https://... in ASCII, without a user name or password")
+
+
+def check_bucket(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` cannot be the name of a bucket."""
+    if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
+        raise ValueError("the name of a bucket, without s3:// and without slashes")
+
+
+def check_weights(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` names no weights of a backbone."""
+    readable = value.endswith(".h5") and Path(value).is_file() and os.access(value, os.R_OK)
+    if value not in ("imagenet", "none") and not readable:
+        raise ValueError("imagenet, none, or the path of a weights file (.h5) that can be read")
+
+
+def check_store(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not the URI of an MLflow server or database."""
+    known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
+    if not re.fullmatch(known, value) or ":memory:" in value:
+        raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+
+
+def check_model_name(value: str) -> None:
+    """Raise ValueError, which says what is expected, if MLflow does not accept `value` as the name of a model."""
+    if re.search(r"[/:'\"]", value):
+        raise ValueError("a name without /, : and quotes, which MLflow reserves")
+    if value == "." or value.startswith(".."):
+        raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+
+
+def check_name(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is blank or longer than MLflow's database allows."""
+    if not value.strip() or len(value) > MAX_NAME:
+        raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
+
+
+CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # by the name of a field
+    "aws_data_bucket": (check_bucket,),
+    "backbone_weights": (check_weights,),
+    "mlflow_tracking_uri": (check_store,),
+    "mlflow_experiment_name": (check_name,),
+    "model_name": (check_model_name, check_name),
+    "schedule": (check_cron_expression,),
+    "notify_url": (check_page,),
+}
 
 
 def check_memory(width: int, height: int, batch_size: int | None, memory: int) -> None:
