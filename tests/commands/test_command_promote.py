@@ -16,6 +16,10 @@ from support.trained_versions import NAME, register_again, run_with
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import promotion
+from dgmd_pipeline.registry import promotion as registry_promotion
+from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.registry import versions
+from dgmd_pipeline.tasks import lookup
 
 pytest_plugins = ["support.trained_versions"]
 
@@ -154,6 +158,25 @@ def test_a_version_is_promoted_by_itself_only_if_it_is_better_and_never_the_firs
     assert "promote (automatic)" in command(folder, "history", **variables).stdout
     assert command(folder, "rollback", "--yes", **variables).returncode == 0
     assert "was production before" in promotion.promote_if_better(values, 2)
+
+
+def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_else_named(
+    trained, own_model, tmp_path, command, json_of
+):
+    client, name = trained.client, own_model["MODEL_NAME"]
+    register_again(client, name, client.get_model_version(NAME, "2"))
+    client.set_model_version_tag(name, "1", "dgmd.validation_accuracy", "0.9900")
+    store = registry_store.at(own_model["MLFLOW_TRACKING_URI"])
+    for version in (1, 2):
+        state = versions.read(store, name)
+        registry_promotion.set_production(store, state, version, action="promote", user="ada@desk", reason="")
+    assert environments(json_of, trained.folder, own_model)[2] == "production"  # this sets the variables
+    found = lookup.production(settings.load(), tmp_path)
+    assert (found.production.version, found.best.version) == (2, 1)
+    assert found.best.path.is_file() and found.best.trained_labels
+    refused = command(tmp_path, "promote", "3", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
+    assert refused.returncode == 40
+    assert "Version 1, which was production before, had an accuracy of 0.9900 on the images of its" in refused.stdout
 
 
 def test_a_review_of_another_production_version_is_repeated_if_the_validation_records_exist(
