@@ -102,6 +102,8 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "MAX_REJECTED_PCNT": (0.4, ["label_map"]),
     "MAX_CLASS_DROP": (0.3, []),  # a promotion's
     "MAX_LATENCY_RATIO": (2, []),
+    "ALLOW_LOST_LABELS": ("true", []),
+    "PROMOTE_IF_BETTER": ("true", []),
     "MIN_IMAGES_PER_LABEL": (3, ["label_map"]),
     "BALANCE_LIMIT": (1.5, ["balanced", "split", *RECORDS, *LEARNED]),
     "VALIDATION_PCNT": (0.4, ["split", *RECORDS, *LEARNED]),

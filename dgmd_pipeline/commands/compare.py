@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.evaluation import gates as evaluation_gates
+from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
@@ -36,15 +36,16 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
             lookup.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
         first = first._replace(answers=review.predict(first, images))
-        reviewed = review.review(first, second, images, folder, process)
+        reviewed = review.review(first, review.Rivals(second), images, folder, process)
     if reviewed.comparison is None:
         raise PipelineError(reviewed.comparison_error)
+    decision = gates.decide(reviewed, lookup.promotion_limits(values))
     if as_json:
-        output.print_json({"version": entries[0].version, **_as_json(reviewed)})
+        decided = {"verdict": decision.verdict, "gates": [gate._asdict() for gate in decision.gates]}
+        numbers = {"version": entries[0].version, "other_version": entries[1].version}
+        output.print_json({**numbers, **decided, **_as_json(reviewed)})
         return
-    limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    gates = evaluation_gates.check_gates(reviewed, limits)
-    output.print_review(values.model_name, entries[0], entries[1].version, reviewed, gates)
+    output.print_review(values.model_name, entries[0], entries[1].version, reviewed, decision)
 
 
 def _as_json(reviewed: "Review") -> dict[str, object]:

@@ -118,10 +118,27 @@ def _finish(
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
         if record and record != before:
-            return 0, f"{name}: {result.summaries[name]}"
+            return 0, f"{name}: {result.summaries[name]}{_promote_if_better(values, name, record.counts)}"
         message = _unchanged_message(values, name, record.counts if record else {}, idle, _fingerprint(raw) == images)
         log.info("%s", message)
         return 0, message
+
+
+def _promote_if_better(values: Settings, last: str, counts: Mapping[str, Any]) -> str:
+    """Promote the version that a run registered if PROMOTE_IF_BETTER is set; return a sentence, "" if it is not."""
+    if not values.promote_if_better or last != names.REGISTERED_MODEL:
+        return ""
+    from dgmd_pipeline.commands import promotion
+
+    try:
+        text = promotion.promote_if_better(values, counts["version"])
+    except PipelineError as error:
+        raise PipelineError(
+            f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} No later run repeats "
+            f"this: use `promote {counts['version']}`."
+        ) from error
+    log.info("%s", text)
+    return f". {text}"
 
 
 def _explain_failure(result: RunResult) -> str:

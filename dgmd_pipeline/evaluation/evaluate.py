@@ -32,7 +32,7 @@ from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, ValidationImages
+from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -79,15 +79,15 @@ class _Splits(NamedTuple):
 def evaluate(
     data: EvaluationData,
     network: "keras.Model",
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     limits: gates.Limits,
     process: serving_benchmark.Process,
     folder: Path,
 ) -> dict[str, float]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the production version into a folder and returns it, or None if there is none. If it raises
-    PipelineError, the comparison is missing. The model is benchmarked in `process`.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
+    missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
     splits = _read_splits(data)
@@ -100,11 +100,14 @@ def evaluate(
         labels=data.labels,
         trained_on=frozenset(row.sha256 for row in splits.training),
         answers=answers,
+        trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
     found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
     review.write(found, folder)
-    report.write(folder, content, found, gates.check_gates(found, limits))
+    decision = gates.decide(found, limits)
+    gates.write(decision, folder)
+    report.write(folder, content, found, decision)
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
 
 
@@ -207,19 +210,19 @@ def _class_counts(balanced: Mapping[str, Mapping[str, int]], splits: _Splits) ->
 
 def _review(
     candidate: CandidateModel,
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
     before_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        current, error = None, ""
+        rivals, error = Rivals(), ""
         try:
-            current = production(Path(scratch))
+            rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, current, images, folder, process, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, before_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)
@@ -246,7 +249,9 @@ def tags_of(folder: Path) -> dict[str, str]:
     if benchmark := found.serving_benchmark:
         tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
         tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        if benchmark.production:
+            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
     if found.comparison:
         tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
         tags["dgmd.compared_with"] = str(found.comparison.version)
-    return tags
+    return tags | gates.tags_of(folder)

@@ -21,6 +21,7 @@ from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
+BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
 Part = TypeVar("Part")
 
 
@@ -45,9 +46,25 @@ class CandidateModel(NamedTuple):
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
+    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
     version: int | None = None  # None: not registered yet
     answers: Answers | None = None  # None: not predicted yet
     run: str = ""  # that made the model
+
+
+class Rivals(NamedTuple):
+    """The versions to compare a candidate with."""
+
+    production: CandidateModel | None = None
+    best: CandidateModel | None = None  # was production before, with a higher accuracy; None: production is the best
+
+
+class LabelChanges(NamedTuple):
+    """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
+
+    lost: Sequence[str]  # production was trained on them; the candidate has no such output
+    emptied: Sequence[str]  # production was trained on them; the candidate has the output, but no training images
+    new: Sequence[str]  # only the candidate was trained on them
 
 
 class Review(NamedTuple):
@@ -57,6 +74,9 @@ class Review(NamedTuple):
     comparison_error: str  # why there is no comparison; "" if there is no production version
     serving_benchmark: ServingBenchmark | None
     benchmark_error: str  # why there is no serving benchmark
+    label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
+    label_changes_error: str = ""  # why production's labels are unknown
+    best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
 
 
 def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
@@ -65,6 +85,16 @@ def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = 
     With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
     """
     return ValidationImages(folder, shards.record_order(rows), raw)
+
+
+def label_changes(candidate: CandidateModel, trained_before: frozenset[str]) -> LabelChanges:
+    """Return how a candidate's labels differ from those that production was trained on."""
+    gone = sorted(trained_before - candidate.trained_labels)
+    return LabelChanges(
+        lost=[label for label in gone if label not in candidate.labels],
+        emptied=[label for label in gone if label in candidate.labels],
+        new=sorted(candidate.trained_labels - trained_before),
+    )
 
 
 def compare(candidate: CandidateModel, production: CandidateModel, images: ValidationImages) -> Comparison:
@@ -142,13 +172,13 @@ def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
 
 def review(
     candidate: CandidateModel,
-    production: CandidateModel | None,
+    rivals: Rivals,
     images: ValidationImages,
     scratch: Path,
     process: serving_benchmark.Process,
     before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with production, if there is one, and benchmark it in a process.
+    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
 
     `scratch` is a folder for temporary files. `before_timing` is called with the comparison; the benchmark waits until
     it returns.
@@ -156,30 +186,35 @@ def review(
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
     """
-    compared, error = None, ""
-    if production is not None:
-        production, error = _with_predictions(production, images)
-    if production is not None:
-        try:
-            compared = compare(candidate, production, images)
-        except PipelineError as failure:
-            error = str(failure)
     candidate = candidate._replace(answers=predict(candidate, images))
+    labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
+    production, compared, error = _compare(candidate, rivals.production, images)
+    _, best, best_error = _compare(candidate, rivals.best, images)
+    if best_error:
+        log.warning("No comparison with the best former production version: %s", best_error)
     sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
     before_timing(compared)
     try:
         benchmark = _benchmark(process, candidate, production, images, sample, scratch)
     except PipelineError as failure:
-        return Review(compared, error, None, str(failure))
-    return Review(compared, error, benchmark, "")
+        return Review(compared, error, None, str(failure), labels, best=best)
+    return Review(compared, error, benchmark, "", labels, best=best)
 
 
-def _with_predictions(production: CandidateModel, images: ValidationImages) -> tuple[CandidateModel | None, str]:
-    """Return production with its answers; or None, so that it is not timed either, and the reason."""
+def _compare(
+    candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
+) -> tuple[CandidateModel | None, Comparison | None, str]:
+    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    if rival is None:
+        return None, None, ""
     try:
-        return production._replace(answers=predict(production, images)), ""
+        rival = rival._replace(answers=predict(rival, images))
     except PipelineError as error:
-        return None, f"Version {production.version} cannot be used: {error}"
+        return None, None, f"Version {rival.version} cannot be used: {error}"
+    try:
+        return rival, compare(candidate, rival, images), ""
+    except PipelineError as error:
+        return rival, None, str(error)
 
 
 def _benchmark(
@@ -211,10 +246,11 @@ def _benchmark(
 
 
 def write(found: Review, folder: Path) -> None:
-    """Write `comparison.json` and `assessment.json` into `folder`."""
+    """Write `comparison.json` and `assessment.json` into `folder`. The labels are not written."""
     compared, benchmark = found.comparison, found.serving_benchmark
+    best: dict[str, object] = {BEST: comparison.to_json(found.best)} if found.best else {}
     values: dict[str, dict[str, object]] = {
-        COMPARISON: comparison.to_json(compared) if compared else {"missing": found.comparison_error},
+        COMPARISON: comparison.to_json(compared) | best if compared else {"missing": found.comparison_error},
         SERVING_BENCHMARK: serving_benchmark.to_json(benchmark) if benchmark else {"missing": found.benchmark_error},
     }
     for name, value in values.items():
@@ -222,10 +258,15 @@ def write(found: Review, folder: Path) -> None:
 
 
 def read(folder: Path) -> Review:
-    """Return what `write` wrote. Raises PipelineError if a file is missing or was edited."""
+    """Return what `write` wrote, without the labels. Raises PipelineError if a file is missing or was edited."""
     compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
+    best, _ = _read_part(folder / COMPARISON, _best_from_json)
     benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)
-    return Review(compared, comparison_error, benchmark, benchmark_error)
+    return Review(compared, comparison_error, benchmark, benchmark_error, best=best)
+
+
+def _best_from_json(values: Mapping[str, Any]) -> Comparison | None:
+    return comparison.from_json(values[BEST]) if BEST in values else None
 
 
 def _read_part(path: Path, from_json: Callable[[Mapping[str, Any]], Part]) -> tuple[Part | None, str]:

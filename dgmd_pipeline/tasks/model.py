@@ -127,7 +127,7 @@ class EvaluateModel(Step):
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
     params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
-    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio")
+    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels")
 
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
@@ -138,11 +138,11 @@ class EvaluateModel(Step):
         return upstream[2].images
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.evaluation import evaluate, gates
+        from dgmd_pipeline.evaluation import evaluate
 
-        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
         production = partial(lookup.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
+        limits = lookup.promotion_limits(self.settings)
         with resources.serving_process(self.context) as process:
             counts = evaluate.evaluate(self._data(), network, production, limits, process, draft)
         images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]

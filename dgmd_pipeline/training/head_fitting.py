@@ -92,7 +92,7 @@ def _chunks(
 
 
 def _mean(totals: Iterable["tf.Tensor"]) -> tuple[float, float]:
-    loss, correct, count = map(float, np.sum([each.numpy() for each in totals], axis=0, dtype=np.float64))
+    loss, correct, count = np.sum([each.numpy() for each in totals], axis=0, dtype=np.float64).tolist()
     return loss / count, correct / count
 
 
