@@ -71,7 +71,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
     """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        plans = planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until), with_reuse=True)
     if as_json:
         print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
     else:
@@ -196,7 +196,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else format_bytes(each.bytes)
-        why = textwrap.wrap(each.reason, max(20, width)) or [""]
+        why = textwrap.wrap(each.explanation, max(20, width)) or [""]
         row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
         log.info("%s", row.rstrip())
 
