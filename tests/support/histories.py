@@ -27,7 +27,7 @@ from dgmd_pipeline.s3 import client, crt
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks import names
 from dgmd_pipeline.tasks.training_inputs import ExtractFeatures
-from dgmd_pipeline.workflow import files, folders, planning
+from dgmd_pipeline.workflow import files, folders, lock, planning
 from dgmd_pipeline.workflow.disk import SHARED_MEMORY
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
 from dgmd_pipeline.workflow.step import Step
@@ -107,7 +107,7 @@ def run(settings: Settings, force: str | None = None) -> RunResult:
     files._damaged.clear()
     forced: dict[str, str] = {}
     context = RunContext(settings, InThisThread(), forced=forced)
-    with folders.lock(settings.data_dir), activate(context):
+    with lock.hold(settings.data_dir), activate(context):
         folders.recover(settings.data_dir, names.ALL)
         steps = planning.upstream_steps(*last_steps())
         forced.update(_forced(force))
@@ -133,7 +133,7 @@ def contents(data_dir: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in data_dir.rglob("*"):
         name = path.relative_to(data_dir).as_posix()
-        if path.is_file() and name != folders.LOCK:
+        if path.is_file() and name != lock.LOCK:
             found[name] = path.read_bytes()
             if path.name == "_SUCCESS":
                 record = json.loads(path.read_text("utf-8"))
