@@ -154,6 +154,12 @@ class Step(luigi.Task):
         """Return the steps that this one needs, by the name that `work` uses for them."""
         return {}
 
+    @classmethod
+    @cache
+    def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
+        """Return the parameters of the class. Luigi looks at all its attributes each time a task is created."""
+        return super().get_params()
+
     @cached_property
     def _needed(self) -> list["Step"]:
         return super().deps()
