@@ -5,10 +5,12 @@ HYPOTHESIS_EXAMPLES is the number of histories.
 
 import contextlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import histories
@@ -17,6 +19,7 @@ from support.histories import CONTENTS, PATHS, Kill, copy_started
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks import names
+from dgmd_pipeline.workflow import folders
 
 pytest_plugins = ["support.histories"]
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "500"))
@@ -59,9 +62,17 @@ EPISODES = st.builds(
 )
 
 
+@pytest.fixture(autouse=True)
+def _silent():
+    logging.disable()  # pytest would keep every line
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def labels_of(data_dir: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
-        return list(json.loads((data_dir / names.LABEL_MAP / "mapping.json").read_text()).values())
+        folder = folders.current_path(data_dir / names.LABEL_MAP)
+        return list(json.loads((folder / "mapping.json").read_text()).values())
     return []
 
 

@@ -253,7 +253,7 @@ def served_bucket():
     Each run leaves something in it, so it is not used for ever. awscrt would start threads for each run.
     """
     bucket, calls = Bucket(), itertools.count()
-    connect = functools.lru_cache(1)(lambda number, real=client.connect: real(4))
+    connect = functools.lru_cache(1)(lambda number, real=client.connect: real())
     with serve(bucket.answer) as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "x")
