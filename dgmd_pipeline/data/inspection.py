@@ -19,7 +19,7 @@ from dgmd_pipeline.data import corrections, decoding, inspected_files, limits, n
 from dgmd_pipeline.data.inspected_files import InspectedFile, Outcome, PreviousInspection
 from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
 from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
-from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
+from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected, SourceObject
 
 log = logging.getLogger(__name__)
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
@@ -67,7 +67,7 @@ def inspect_folder(
     Raises NoUsableInput without files.
     """
     etags = _etags(raw) if downloaded else {}
-    files = [RawFile(path, path.split("/", 1)[0]) for path in etags] if downloaded else list(find(raw))
+    files = [_raw_file(path) for path in etags] if downloaded else list(find(raw))
     if not files:
         raise NoUsableInput(
             f"{raw} contains no label folders with images. Add images as <label>/<file>, or delete the folder to "
@@ -188,6 +188,23 @@ def find(raw: Path) -> Iterator[RawFile]:
     yield from sorted(found)
 
 
+def expect(
+    raw: Path, objects: Iterable[SourceObject] | None, corrected_labels: Mapping[str, str], previous: Path
+) -> tuple[int, int]:
+    """Return how many files an inspection will open, and how many results it will reuse from the folder `previous`.
+
+    `objects` are those that were or will be downloaded into `raw`; None if the files were put there by hand.
+    `corrected_labels` comes from `corrections.read`.
+    """
+    if objects is None:
+        versions = {file.path: inspected_files.version(raw / file.path, None) for file in find(raw)}
+    else:
+        versions = {source.path: inspected_files.describe(source.size, source.etag) for source in objects}
+    files = corrections.apply([_raw_file(path) for path in versions], corrected_labels).files
+    unchanged = inspected_files.count_unchanged(previous, {file.path: versions[file.path] for file in files})
+    return len(files) - unchanged, unchanged
+
+
 def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
 
@@ -208,6 +225,10 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
             "(if they were downloaded, in the bucket, and delete the folder raw), or raise MAX_REJECTED_PCNT (now "
             f"{limit:g})."
         )
+
+
+def _raw_file(path: str) -> RawFile:
+    return RawFile(path, path.split("/", 1)[0])
 
 
 def _etags(raw: Path) -> dict[str, str]:

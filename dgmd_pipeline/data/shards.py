@@ -33,6 +33,9 @@ from dgmd_pipeline.workflow import files
 # Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
 # cores and the last pieces end at about the same time.
 PIECE_IMAGES = 256
+LARGE_SHARD = 1_000_000_000  # bytes
+# "At least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
+SHARD_BYTES = 200_000_000
 
 
 class Written(NamedTuple):
@@ -159,6 +162,11 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
     Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
     """
     return round(images * width * height * 1.15)
+
+
+def suggest_shards(sizes: Sequence[int]) -> int | None:
+    """Return the number of shards that makes shards of these sizes SHARD_BYTES large, if one exceeds LARGE_SHARD."""
+    return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:

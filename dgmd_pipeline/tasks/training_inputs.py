@@ -1,6 +1,6 @@
 """What a model learns from: TFRecords, or features that a frozen backbone extracts from them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.tasks import names, resources
 from dgmd_pipeline.tasks.data import PerSplitStep, WriteTFRecords
 from dgmd_pipeline.workflow import disk
+from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class ExtractFeatures(PerSplitStep):
     """A record -> the frozen backbone's feature vector, computed once for all epochs and trainings."""
 
     name, verb, format_version = names.FEATURES, "extract", 2
-    params = ("backbone", "image_width", "image_height")
+    params = image_params = ("backbone", "image_width", "image_height")
     runtime_params = ("backbone_weights", "keras_home")
 
     def requires(self) -> dict[str, Step]:
@@ -38,6 +39,10 @@ class ExtractFeatures(PerSplitStep):
         from dgmd_pipeline.training import backbones
 
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
+
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        changed = upstream[0].state == "run" and not upstream[0].reuse  # the records, for example by IMAGE_FIT
+        return "" if changed else super().expected_reuse(upstream)
 
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import shards

@@ -4,12 +4,15 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_damaged: set[tuple[int, int, str]] = set()  # device and inode of the folder, name
 _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
 
 
@@ -32,6 +35,15 @@ def is_intact(path: Path, size: int, checksum: str) -> bool:
         return path.stat().st_size == size and sha256(path) == checksum
     except OSError:
         return False
+
+
+def warn_of_damage(path: Path, consequence: str) -> None:
+    """Log that a file is damaged, once in a process: its folder may have got another name since the last call."""
+    folder = path.parent.stat()
+    key = folder.st_dev, folder.st_ino, path.name
+    if key not in _damaged:
+        _damaged.add(key)
+        log.warning("%s is damaged: %s", path, consequence)
 
 
 def link(source: Path, target: Path, temporary: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +31,11 @@ from dgmd_pipeline.workflow.success_file import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _version() -> str:
+    return version("dgmd_pipeline")
 
 
 class UpstreamChange(NamedTuple):
@@ -64,8 +70,7 @@ class DeploymentParameter(luigi.Parameter):
 
     def task_value(self, task_name: str, param_name: str) -> str:
         """Return the value of the current run."""
-        context = run_context.current()
-        return f"{context.name}-{digest(context.settings.public())[:8]}"
+        return run_context.current().deployment
 
 
 class DeclaredSettings:
@@ -149,6 +154,20 @@ class Step(luigi.Task):
         """Return the steps that this one needs, by the name that `work` uses for them."""
         return {}
 
+    @classmethod
+    @cache
+    def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
+        """Return the parameters of the class. Luigi looks at all its attributes each time a task is created."""
+        return super().get_params()
+
+    @cached_property
+    def _needed(self) -> list["Step"]:
+        return super().deps()
+
+    def deps(self) -> list["Step"]:
+        """Return the steps that this one needs. Luigi makes them again at each call, from all their parameters."""
+        return self._needed
+
     def output(self) -> StepTarget:
         """Return the step's folder as a Luigi target."""
         return StepTarget(self)
@@ -183,6 +202,10 @@ class Step(luigi.Task):
         """Return how many images the step will get, or None if the plans of its inputs do not say."""
         return next((plan.images for plan in upstream if plan.images is not None), None)
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Return what the step will take over from its folder, for the plan; "" for nothing or if it is unknown."""
+        return ""
+
     def keeps_replaced(self) -> bool:
         """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
         return False
@@ -215,7 +238,10 @@ class Step(luigi.Task):
 
     def _forced(self) -> str | None:
         """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
-        forced, steps = self.context.forced, reversed(planning.upstream_steps(self))  # its own reason first
+        forced = self.context.forced
+        if not forced:
+            return None
+        steps = reversed(planning.upstream_steps(self))  # its own reason first
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
@@ -261,7 +287,7 @@ class Step(luigi.Task):
                 counts=result.counts,
                 started=started,
                 seconds=round(time.monotonic() - start, 3),
-                version=version("dgmd_pipeline"),
+                version=_version(),
                 images=result.images,
                 bytes=folders.folder_bytes(draft),
                 worked=result.images if result.images_processed is None else result.images_processed,
