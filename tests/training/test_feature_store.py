@@ -1,6 +1,7 @@
 """Folders of stored features: what is reused, and damage."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from support.images import put_image
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import feature_store
+from dgmd_pipeline.training import extraction, feature_store
 from dgmd_pipeline.training.vectors import ShardedVectors
 
 POOL = 10
 ORIGIN = {"backbone": "a", "weights": "b"}
+NETWORK = extraction.Network("a", "b", 8, 8, Path())
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,16 @@ def vectors_of(records: Path) -> np.ndarray:
 
 
 def store(folder: Path, records: Path, previous=(), origin=ORIGIN) -> feature_store.Reuse:
+    """Write a folder of features, and return what was reused from `previous`."""
     folder.mkdir()
-    reuse = feature_store.find_reusable(records, previous, origin)
-    computed = np.array_split(vectors_of(records)[reuse.new], 2)
-    assert sum(feature_store.write(folder, records, reuse, origin, 3, computed)) == len(reuse.new)
-    return reuse
+    found = feature_store.find_reusable(records, previous, origin)
+    with tempfile.TemporaryDirectory() as place:
+        pieces = extraction.divide(records, found, Path(place), origin, NETWORK)
+        blocks = np.array_split(vectors_of(records)[found.new], 2)
+        assert sum(extraction.write_pieces(pieces, blocks, 3)) == len(found.new)
+        reuse = feature_store.find_reusable(records, [*previous, *(piece.target for piece in pieces)], origin)
+        feature_store.write(folder, records, reuse, origin, 3)
+    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -116,9 +123,12 @@ def test_a_folder_with_a_damaged_index_or_list_of_images_is_not_reused(content, 
 def test_missing_vectors_are_an_error(pool, tmp_path):
     records = write_records(tmp_path / "records", pool, range(POOL), 2)
     reuse = feature_store.find_reusable(records, (), ORIGIN)
-    (tmp_path / "after").mkdir()
-    with pytest.raises(ValueError, match="expected 10 vectors, got 4"):
-        list(feature_store.write(tmp_path / "after", records, reuse, ORIGIN, 3, [vectors_of(records)[:4]]))
+    with pytest.raises(ValueError, match="10 vectors are missing"):
+        feature_store.write(tmp_path, records, reuse, ORIGIN, 3)
+    pieces = extraction.divide(records, reuse, tmp_path, ORIGIN, NETWORK)
+    count = len(pieces[0].positions)
+    with pytest.raises(ValueError, match=f"expected {count} vectors, got 1"):
+        list(extraction.write_pieces(pieces, [vectors_of(records)[:1]], 3))
 
 
 @pytest.mark.parametrize("file", ["index.json", "labels.npy", "features-00001-of-00002.npy"])
