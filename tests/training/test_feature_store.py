@@ -1,5 +1,6 @@
 """Folders of stored features: what is reused, and damage."""
 
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -142,6 +143,38 @@ def test_a_missing_or_damaged_file_is_named(file, damage, pool, tmp_path):
         path.unlink()
     with pytest.raises(PipelineError, match=f"{file}.* was changed after it was written: delete the folder"):
         feature_store.load(tmp_path / "features")
+
+
+def test_an_extraction_that_was_stopped_computes_only_what_no_finished_piece_has(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "PIECE_IMAGES", 2)
+    records, place = write_records(tmp_path / "records", pool, range(POOL), 2), tmp_path / "pieces"
+    place.mkdir()
+    pieces = extraction.divide(records, feature_store.find_reusable(records, (), ORIGIN), place, ORIGIN, NETWORK)
+    assert len(pickle.dumps(pieces)) < len(pieces) * 1000
+    vectors = vectors_of(records)
+    with pytest.raises(ValueError, match="expected 2 vectors, got 1"):
+        list(extraction.write_pieces(pieces, np.array_split(vectors[:5], 2), 3))
+    kept = sorted(place.iterdir())
+    assert kept == [piece.target for piece in pieces[:2]]
+    assert store(tmp_path / "after", records, kept).new.tolist() == [*range(4, POOL)]
+    store(tmp_path / "scratch", records)
+    assert contents(tmp_path / "after") == contents(tmp_path / "scratch")
+    assert store(tmp_path / "other", records, kept, ORIGIN | {"weights": "others"}).new.tolist() == [*range(POOL)]
+
+
+def test_a_piece_that_is_computed_twice_at_the_same_time_is_written_once(pool, tmp_path):
+    records = write_records(tmp_path / "records", pool, range(POOL), 1)
+    reuse = feature_store.find_reusable(records, (), ORIGIN)
+    pieces = extraction.divide(records, reuse, tmp_path, ORIGIN, NETWORK)
+    vectors = vectors_of(records)
+    attempts = [extraction.write_pieces(pieces, np.array_split(vectors + noise, 2), 3) for noise in (0, 1e-6)]
+    for written in zip(*attempts, strict=True):
+        assert written == (5, 5)
+    found = feature_store.find_reusable(records, [pieces[0].target], ORIGIN)
+    assert not len(found.new)
+    feature_store.write(tmp_path, records, found, ORIGIN, 3)
+    np.testing.assert_array_equal(feature_store.load(tmp_path).vectors, vectors)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {records, pieces[0].target}
 
 
 def test_many_vectors_stay_on_the_disk(pool, tmp_path, monkeypatch):
