@@ -9,7 +9,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypedDict
 
@@ -151,8 +151,9 @@ def inspect(
     inspect_file = partial(
         _inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
     )
-    new = [(file, version) for file, version, outcome in zip(files, versions, reused, strict=True) if outcome is None]
-    results = _keep(new, map(inspect_file, [file for file, _ in new]), pieces)
+    is_new = [outcome is None for outcome in reused]
+    new = list(compress(files, is_new))
+    results = _keep(new, list(compress(versions, is_new)), map(inspect_file, new), pieces)
     outcomes = (next(results) if outcome is None else outcome for outcome in reused)
     with (folder / inspected_files.THUMBNAILS).open("wb") as file:
         decoded, rejected, rows = _collect(files, versions, outcomes, file)
@@ -335,17 +336,20 @@ def _collect(
 
 
 def _keep(
-    files: Sequence[tuple[RawFile, str | None]], results: Iterable[_Result | WorkerDied], pieces: Path | None
+    files: Sequence[RawFile],
+    versions: Sequence[str | None],
+    results: Iterable[_Result | WorkerDied],
+    pieces: Path | None,
 ) -> Iterator[_Result | WorkerDied]:
     """Yield the results for files with these versions, and store those of each PIECE_FILES files in `pieces`."""
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
     for first in range(0, len(files), PIECE_FILES):
-        group = files[first : first + PIECE_FILES]
-        found = list(islice(remaining, len(group)))
+        each = slice(first, first + PIECE_FILES)
+        found = list(islice(remaining, len(files[each])))
         if pieces is not None:
             with commit(pieces / f"{run}-{first:08d}") as folder:
                 with (folder / inspected_files.THUMBNAILS).open("wb") as file:
-                    rows = _collect(*zip(*group, strict=True), found, file)[2]
+                    rows = _collect(files[each], versions[each], found, file)[2]
                 inspected_files.write(folder, rows, near_duplicates.NOTHING_KNOWN)
         yield from found
 

@@ -273,15 +273,12 @@ class WriteTFRecords(PerSplitStep):
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
             done = self.context.executor.map(function, pieces)
-            return self.progress(
-                done, total, "images", count=lambda outcome: outcome if isinstance(outcome, int) else 0
-            )
+            return self.progress(done, total, "images", count=lambda done: done if isinstance(done, int) else 0)
 
-        given = self.settings
-        size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
-        target, previous = (draft, self.split, given.num_shards), self.reusable_folders()
-        options = run, reserve_memory, previous, draft / folders.RESUME
-        written = shards.write(rows, raw, *target, *size, fit, *options)
+        given, previous, raw = self.settings, self.reusable_folders(), self.input()["raw"].path
+        size, fit, pieces = (given.image_width, given.image_height), given.image_fit, draft / folders.RESUME
+        target = draft, self.split, given.num_shards
+        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
         return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
