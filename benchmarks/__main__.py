@@ -23,6 +23,7 @@ SCRIPTS = (
     "extracting",
     "reading",
     "scaling",
+    "rows",
 )
 LIBRARIES = (
     "tensorflow",
@@ -30,6 +31,7 @@ LIBRARIES = (
     "keras",
     "mlflow",
     "numpy",
+    "pyarrow",
     "pillow",
     "boto3",
     "awscrt",
