@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +152,21 @@ def reuse(
     temporary = resume_listing.with_suffix(".part")
     manifest.write(temporary, SourceObject, objects)
     temporary.replace(resume_listing)
+    if previous is not None:
+        _link_unchanged(previous, listed, folder, complete, temporary)
+    available: list[SourceObject] = []
+    missing: list[SourceObject] = []
+    for source in objects:
+        (available if source.path in complete else missing).append(source)
+    return available, missing
+
+
+def _link_unchanged(
+    previous: Path, listed: Mapping[str, SourceObject], folder: Path, complete: set[str], temporary: Path
+) -> None:
+    """Link the unchanged objects of a finished download into `folder`, and add their paths to `complete`."""
     made: set[Path] = set()
-    for path, size, etag in _listed(previous) if previous is not None else ():
+    for path, size, etag in _listed(previous):
         now = listed.get(path)
         unchanged = now is not None and (now.size, now.etag) == (size, etag) and _is_complete(previous, path, size)
         if unchanged and path not in complete:
@@ -164,11 +177,6 @@ def reuse(
             target.unlink(missing_ok=True)
             files.link(previous / path, target, temporary)
             complete.add(path)
-    available: list[SourceObject] = []
-    missing: list[SourceObject] = []
-    for source in objects:
-        (available if source.path in complete else missing).append(source)
-    return available, missing
 
 
 def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
