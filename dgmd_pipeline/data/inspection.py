@@ -201,15 +201,17 @@ def expect(
     return len(files) - unchanged, unchanged
 
 
-def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
+def check_rejected(usable: Mapping[str, int], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
+
+    `usable` is the number of usable images by label.
 
     A file could not be decoded if its reason is in `UNDECODABLE`. Duplicates, conflicts and small images count as
     decoded. Excluded files and rows without a label do not count at all. `report` is the path of `rejected.csv`.
     """
     rejected = [row for row in rejected if row.label and row.reason != EXCLUDED]
     undecodable = [row for row in rejected if row.reason in UNDECODABLE]
-    totals = Counter(row.label for row in images) + Counter(row.label for row in rejected)
+    totals = Counter(usable) + Counter(row.label for row in rejected)
     counts = Counter(row.label for row in undecodable)
     over = sorted(label for label in counts if counts[label] > limit * totals[label])
     if over:

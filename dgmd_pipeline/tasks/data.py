@@ -158,16 +158,16 @@ class MapLabels(Step):
         return {"inspected": InspectImages()}
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import inspection, labels
+        from dgmd_pipeline.data import columns, inspection, labels
 
         inspected: Path = self.input()["inspected"].path
-        images = list(manifest.read(inspected / "images.csv", manifest.Image))
+        usable = columns.count_labels(inspected / "images.csv")
         report = inspected / manifest.REJECTED
         rejected = manifest.read(report, manifest.Rejected)
-        inspection.check_rejected(images, rejected, self.settings.max_rejected_pcnt, report)
-        counts = labels.write_label_map(images, self._known(), self.settings.min_images_per_label, draft)
+        inspection.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
+        counts = labels.write_label_map(usable, self._known(), self.settings.min_images_per_label, draft)
         summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
-        return StepResult(counts=counts, images_processed=len(images), summary=summary)
+        return StepResult(counts=counts, images_processed=usable.total(), summary=summary)
 
     def declared_settings(self) -> Json:
         """Return the settings; without the bucket and prefix if `raw/` was not downloaded from there."""
@@ -208,7 +208,7 @@ class BalanceClasses(Step):
         from dgmd_pipeline.data import balance, labels
 
         rows = manifest.read(self.input()["label_map"].path / "labels.csv", labels.LabelRow)
-        images = manifest.read(self.input()["inspected"].path / "images.csv", manifest.Image)
+        images = self.input()["inspected"].path / "images.csv"
         used = {row.label: row.class_index for row in rows if row.state == "used"}
         counts = balance.write_balanced(images, used, self.settings.balance_limit, draft)
         return StepResult(
@@ -231,7 +231,7 @@ class SplitImages(Step):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import split
 
-        rows = manifest.read(self.input()["balanced"].path / "images.csv", manifest.Example)
+        rows = self.input()["balanced"].path / "images.csv"
         counts = split.write_splits(rows, self.settings.validation_pcnt, draft)
         images = counts["training"] + counts["validation"]
         return StepResult(counts=counts, images=images, summary=split.summary(counts))
