@@ -26,7 +26,7 @@ PATHS = ("a/1", "a/2", "a/3", "b/1", "b/2")
 
 def inspect(raw: Path, folder: Path, previous: Path | None = None, corrected=None) -> int:
     folder.mkdir()
-    return inspect_folder(raw, False, corrected or {}, folder, previous=previous)["new"]
+    return inspect_folder(raw, False, corrected or {}, folder, previous=[previous] if previous else ())["new"]
 
 
 def test_a_downloaded_file_is_unchanged_if_its_size_and_etag_are(tmp_path):
@@ -39,7 +39,7 @@ def test_a_downloaded_file_is_unchanged_if_its_size_and_etag_are(tmp_path):
         manifest.write(raw / manifest.LISTING, manifest.SourceObject, rows)
         manifest.write(raw / manifest.REJECTED, manifest.Rejected, [])
         (tmp_path / name).mkdir()
-        return inspect_folder(raw, True, {}, tmp_path / name, previous=previous)["new"]
+        return inspect_folder(raw, True, {}, tmp_path / name, previous=[previous] if previous else ())["new"]
 
     assert inspect_listed("first", "one") == 2
     os.utime(raw / "a/1", ns=(1, 1))
