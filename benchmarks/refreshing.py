@@ -1,8 +1,9 @@
 """The cost of 12 new images among 2,251 photograph-like ones, relative to a first run.
 
-CPU time of whole processes. The data steps (inspect, convert, extract) are measured up to `extract`, less the CPU time
-of a process that only starts TensorFlow and builds the frozen network, where there are images to extract. Each change is made to a copy of a finished
-DATA_DIR. With 20,000 small images, 12 new ones are compared with 12 new ones among 2,000.
+CPU time of whole processes. The data steps (inspect, convert, extract) are measured up to `extract`. Where there are
+new images, the CPU time of a process that only starts TensorFlow and builds the frozen network is subtracted. Each
+change is made to a copy of a finished DATA_DIR. With 20,000 small images, 12 new ones are compared with 12 new ones
+among 2,000.
 
     python -m benchmarks.refreshing [--repeats 2]
 """
