@@ -30,9 +30,11 @@ class Candidate(NamedTuple):
     """A trained model and all that is logged with it."""
 
     training_id: str  # identifies the training: its run and its version have this tag
+    run_name: str
+    describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
     model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
-    params: Mapping[str, object]
+    params: Mapping[str, object]  # those that are None are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation and the data
     times: Mapping[str, float]  # metrics of the run's steps, logged to the run and not to the model
@@ -89,7 +91,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = once.create(
-        lambda: client.create_run(experiment_id, tags=tags),
+        lambda: client.create_run(experiment_id, tags=tags, run_name=candidate.run_name),
         lambda: next(iter(client.search_runs([experiment_id], created)), None),
     ).info.run_id
     try:
@@ -134,13 +136,17 @@ def _log_data(client: "MlflowClient", run_id: str, candidate: Candidate) -> None
     """Log everything but the model."""
     from mlflow.entities import Param
 
-    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in candidate.params.items()])
+    client.log_batch(run_id, params=[Param(name, value) for name, value in _params(candidate).items()])
     client.log_inputs(run_id, [_dataset(candidate)])
     for path, folder in candidate.files.items():
         if path.is_dir():
             client.log_artifacts(run_id, str(path), folder)
         else:
             client.log_artifact(run_id, str(path), folder)
+
+
+def _params(candidate: Candidate) -> dict[str, str]:
+    return {name: str(value) for name, value in candidate.params.items() if value is not None}
 
 
 def _dataset(candidate: Candidate) -> "DatasetInput":
@@ -164,9 +170,9 @@ def _log_model(
     from mlflow.entities import LoggedModelOutput
     from mlflow.tracking.context import registry
 
-    params, tags = {name: str(value) for name, value in candidate.params.items()}, registry.resolve_tags()
+    tags = registry.resolve_tags()
     model = once.create(
-        lambda: client.create_logged_model(experiment_id, MODEL, run_id, tags, params),
+        lambda: client.create_logged_model(experiment_id, MODEL, run_id, tags, _params(candidate)),
         lambda: next(iter(_models(client, experiment_id, run_id)), None),
     )
     once.create(

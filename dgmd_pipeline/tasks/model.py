@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.formatting import percent
 from dgmd_pipeline.tasks import lookup, names, resources
 from dgmd_pipeline.tasks.data import (
     SOURCE,
@@ -28,6 +30,7 @@ from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
+    from dgmd_pipeline.evaluation.summary import Summary
     from dgmd_pipeline.registry.logged_run import Candidate
     from dgmd_pipeline.registry.registration import RegisteredVersion
     from dgmd_pipeline.registry.store import Store
@@ -111,7 +114,7 @@ class TrainModel(Step):
     def _epoch_ended(self, epochs: "list[Epoch]", row: "Epoch") -> None:
         self.context.check_stopped()
         epochs.append(row)
-        text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {row.val_accuracy:.4f}"
+        text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {percent(row.val_accuracy)}"
         self.report(min(99, 100 * len(epochs) // self.settings.epochs), text)
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
@@ -145,8 +148,8 @@ class EvaluateModel(Step):
         limits = lookup.promotion_limits(self.settings)
         with resources.serving_process(self.context) as process:
             counts = evaluate.evaluate(self._data(), network, production, limits, process, draft)
-        images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
-        summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
+        images, accuracy, f1 = int(counts["images"]), percent(counts["accuracy"]), percent(counts["f1"])
+        summary = f"accuracy {accuracy}, F1 {f1} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)
 
     def _data(self) -> "EvaluationData":
@@ -255,7 +258,7 @@ class RegisterModel(Step):
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
         """Collect from the earlier steps' folders everything that is registered."""
         from dgmd_pipeline.data import labels
-        from dgmd_pipeline.evaluation import evaluate
+        from dgmd_pipeline.evaluation import evaluate, summary
         from dgmd_pipeline.registry import logged_run, registration
         from dgmd_pipeline.training import train
 
@@ -265,6 +268,8 @@ class RegisterModel(Step):
         split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
         return logged_run.Candidate(
             training_id=about["id"],
+            run_name=_run_name(self.settings.model_name, records[names.TRAINED_MODEL].started),
+            describe=partial(_description, summary.from_counts(records[names.EVALUATION].counts)),
             model=partial(resources.trained_model, self.context, paths["trained"]),
             labels=labels.read_mapping(paths["label_map"] / "mapping.json"),
             params=_recorded_settings(records, mine),
@@ -291,6 +296,18 @@ def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = 
     """Return the settings that the folders were made with, plus `others`, by variable name."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}
+
+
+def _run_name(model: str, started: str) -> str:
+    """Return the name of an MLflow run: "dgmd_model 2026-11-26 03:00". `started` is ISO 8601."""
+    return f"{model} {datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
+
+
+def _description(found: "Summary", version: int, report: str) -> str:
+    """Return the description of a version in Markdown."""
+    from dgmd_pipeline.evaluation import summary
+
+    return "\n\n".join(summary.sentences(found, report, version))
 
 
 def _source_uri(settings: Any, raw: Path) -> str:

@@ -37,8 +37,10 @@ def test_the_first_promotion_says_that_there_is_nothing_to_compare_with(trained)
     assert "version 1 is production" in trained.first_promotion
 
 
-def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json_of):
+def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json_of, listener):
     folder, name = trained.folder, own_model["MODEL_NAME"]
+    url, told = listener
+    own_model |= {"NOTIFY_URL": url, "NOTIFY_ON": "change"}
     slow = {**own_model, **TOO_SLOW}
     assert command(folder, "promote", "1", "--yes", "--reason", "the first one", **own_model).returncode == 0
     assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
@@ -71,6 +73,12 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
         ("rollback", 2, 1, False, "it was not"),
     ]
     assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
+    assert [(body["outcome"], body["version"], body["verdict"]) for body in told] == [
+        ("promoted", 1, "first"),
+        ("promoted", 2, forced["verdict"]),
+        ("rolled back", 1, None),
+    ]
+    assert told[1]["text"].endswith("version 1 was. `rollback` restores it. Overridden: latency.")
     table = command(folder, "history", **own_model).stdout.splitlines()
     assert len(table) == 4 and "promote (forced: latency)" in table[2]
 

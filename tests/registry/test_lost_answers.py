@@ -20,6 +20,7 @@ OTHERS = [
     "POST runs/log-inputs", "GET runs/get", "PUT mlflow-artifacts/artifacts/*/*/artifacts/mapping.json",
     "GET logged-models/*", f"{MODEL}/data/model.keras", "PATCH logged-models/*", "POST runs/update",
     "GET model-versions/search", "POST logged-models/search", "POST registered-models/alias",
+    "POST runs/set-tag", "PATCH model-versions/update",
 ]  # fmt: skip
 MORE_UPLOADS = [
     "PUT mlflow-artifacts/artifacts/*/*/artifacts/evaluation/metrics.json", f"{MODEL}/requirements.txt",
@@ -82,7 +83,7 @@ COMPLETE = {
     "runs": ["FINISHED"],
     "models": ["READY"],
     "metrics": {"accuracy": 3, "loss": 3, "val_accuracy": 3, "val_loss": 3, "evaluation_accuracy": 1,
-                "step_seconds/raw": 1, "step_share/raw": 1},
+                "system/step_seconds/raw": 1, "system/step_share/raw": 1},
     "metrics of the model": {"evaluation_accuracy"},
     "params": {"EPOCHS": "3"},
     "data sets": ["s3://bucket/train/images"],
