@@ -7,7 +7,7 @@ from dgmd_pipeline.formatting import percent
 
 FIRST, BETTER, NO_DIFFERENCE, WORSE, NOT_COMPARED = "first", "better", "no difference", "worse", "not compared"
 THAN = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no difference shown from"}
-ALONE = {FIRST: "first version: there is no production version to compare it with", NOT_COMPARED: "not compared"}
+ALONE = {FIRST: "first version", NOT_COMPARED: "not compared"}
 
 
 class Summary(NamedTuple):
@@ -42,6 +42,8 @@ def sentences(found: Summary, report: str, version: int | None = None) -> list[s
     if found.verdict:
         compared = comparison(found.verdict, found.compared_with, found.difference, found.low, found.high)
         lines.append(f"{compared[0].upper()}{compared[1:]}.")
+        if found.verdict == FIRST:
+            lines[-1] += " There is no production version to compare it with."
         if found.failed:
             lines[-1] += f" Failed conditions: {', '.join(found.failed)}."
     if version is not None:

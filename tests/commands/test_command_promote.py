@@ -184,7 +184,7 @@ def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_el
     assert found.best.path.is_file() and found.best.trained_labels
     refused = command(tmp_path, "promote", "3", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
     assert refused.returncode == 40
-    assert "Version 1, which was production before, had an accuracy of 0.9900 on the images of its" in refused.stdout
+    assert "Version 1, which was production before, had an accuracy of 99 % on the images of its" in refused.stdout
 
 
 def test_a_review_of_another_production_version_is_repeated_if_the_validation_records_exist(

@@ -29,7 +29,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         ),
         (
             {"verdict": "first", "failed": []},
-            "First version: there is no production version to compare it with.",
+            "First version. There is no production version to compare it with.",
             "Next command: `promote 7` makes it production.",
         ),
         (
