@@ -14,7 +14,7 @@ from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.evaluation.summary import WORSE
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
 from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_variables
-from dgmd_pipeline.tasks import LAST, lookup, names, resources
+from dgmd_pipeline.tasks import LAST, attempts, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, lock, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
@@ -72,6 +72,8 @@ def run(
     finally:
         if code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
             publish_status(values, result, code, message, time.monotonic() - start, until)
+            if code:
+                attempts.end(values, "KILLED" if code > 128 else "FAILED")
     if not code:
         _show_times(result, time.monotonic() - start)
         for line in shown:

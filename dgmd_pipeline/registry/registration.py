@@ -74,9 +74,9 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
         state = versions.read(store, name, REGISTRATION_FAILED)
         new = not _of_training(state, candidate.training_id)
         if new:
-            experiment_id = _experiment_id(client, experiment, store.artifacts)
-            logged = logged_run.complete_run(client, experiment_id, candidate.training_id)
-            _create_version(client, name, logged or logged_run.log_run(client, experiment_id, candidate), candidate)
+            place = experiment_id(client, experiment, store.artifacts)
+            logged = logged_run.complete_run(client, place, candidate.training_id)
+            _create_version(client, name, logged or logged_run.log_run(client, place, candidate), candidate)
             state = versions.read(store, name, REGISTRATION_FAILED)
         state, version = _keep_one_version(client, state, candidate.training_id)
         run = _keep_one_run(client, candidate.training_id, version.run_id)
@@ -124,7 +124,8 @@ def _in_use(version: ModelVersion) -> bool:
     return bool(version.aliases) or version.tags.get(ENVIRONMENT) != NON_PRODUCTION or version.stage != "None"
 
 
-def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+def experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    """Return the id of an experiment, which is created if there is none. Raises PipelineError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
 

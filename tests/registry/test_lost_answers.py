@@ -1,12 +1,14 @@
 """Registrations on a real MLflow server whose requests fail, before or after the server has acted."""
 
+import contextlib
+
 import mlflow
 import pytest
 from support.mlflow_server import Fault, faulty_proxy
 from support.registry import candidate
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry import registration, versions
+from dgmd_pipeline.registry import live_run, registration, versions
 from dgmd_pipeline.registry.store import Store
 
 pytest_plugins = ["support.registry"]
@@ -106,6 +108,23 @@ def test_a_lost_answer_creates_nothing_twice(endpoint, proxy, register, client):
     with proxy.failing(Fault(endpoint, acted=True, status=RESET), OFTEN):
         assert register().new
     assert registered(client, register.name) == COMPLETE
+
+
+@pytest.mark.parametrize("acted", [True, False])
+@pytest.mark.parametrize("endpoint", ["POST runs/create", "POST runs/search", "POST runs/log-batch", "GET metrics/*"])
+def test_a_training_that_was_shown_while_it_ran_is_registered_once(
+    endpoint, acted, proxy, saved_model, tmp_path, client, request
+):
+    name = f"shown-{abs(hash(request.node.nodeid))}"
+    store, shown = Store(proxy.url, None), candidate(tmp_path, saved_model, name, attempt=name)
+    with proxy.failing(Fault(endpoint, acted=acted, status=RESET), 1):
+        live = live_run.LiveRun(live_run.Place(store, name, name), name)
+        for number, row in enumerate(shown.history[:2], start=1):
+            live.log_epoch(number, row)
+    with proxy.failing(Fault(endpoint, acted=acted, status=RESET), OFTEN), contextlib.suppress(PipelineError):
+        registration.register(store, name, name, shown)
+    registration.register(store, name, name, shown)
+    assert registered(client, name) == COMPLETE
 
 
 @pytest.mark.parametrize(

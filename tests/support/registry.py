@@ -56,6 +56,7 @@ def candidate(folder, model, training_id="one", **changes):
         "times": {"system/step_seconds/raw": 12.5, "system/step_share/raw": 1.0},
         "tags": {"dgmd.version": "0.1.0"},
         "source": "s3://bucket/train/images",
+        "attempt": "",
         "source_digest": "a" * 64,
         "files": {folder / "mapping.json": "", folder / "evaluation": "evaluation"},
     }
