@@ -208,9 +208,9 @@ def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkey
     about = json.loads((data_dir / "trained_model" / "training.json").read_text())
     assert about["fine_tuned"] == about["fine_tuning"]["kept"] is True
     whole = networks.load(data_dir / "trained_model" / "model.keras")
-    expected, _ = predictions.predict(whole, dataset.read(data_dir / "tfrecord_validation"))
-    found = predictions.read(data_dir / "evaluation", labels=[])
-    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    expected = np.concatenate([*predictions.predict(whole, dataset.read(data_dir / "tfrecord_validation"))])
+    with np.load(data_dir / "evaluation" / predictions.PREDICTIONS) as found:
+        np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
     assert "Fine-tuning was kept" in (data_dir / "evaluation" / "report.html").read_text()
 
 

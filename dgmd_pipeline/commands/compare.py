@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
     """Compare two versions on the validation images in DATA_DIR that neither was trained on."""
-    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.evaluation import review, serving_benchmark
     from dgmd_pipeline.training import runtime
 
     store, state = versions.read_registry(values)
@@ -28,14 +28,15 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
         raise NoUsableInput(
             f"There are no validation records in {values.data_dir}: run the command where the pipeline runs."
         )
-    with output.temporary_folder() as folder:
+    starting = serving_benchmark.start_process(settings.serving_environment())
+    with output.temporary_folder() as folder, starting as process:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         runtime.start_tensorflow()
         first, second = (
             lookup.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
-        first = first._replace(probabilities=review.predict(first, images))
-        reviewed = review.review(first, review.Rivals(second), images, folder, settings.serving_environment())
+        first = first._replace(answers=review.predict(first, images))
+        reviewed = review.review(first, review.Rivals(second), images, folder, process)
     if reviewed.comparison is None:
         raise PipelineError(reviewed.comparison_error)
     decision = gates.decide(reviewed, lookup.promotion_limits(values))

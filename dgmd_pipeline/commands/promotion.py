@@ -195,7 +195,7 @@ def _reviewed(
     folder: Path,
 ) -> "Review":
     """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
-    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.evaluation import review, serving_benchmark
 
     name, now = names.EVALUATION, state.production
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
@@ -212,7 +212,8 @@ def _reviewed(
     )
     try:
         rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
-        found = review.review(candidate, rivals, images, folder, settings.serving_environment())
+        with serving_benchmark.start_process(settings.serving_environment()) as process:
+            found = review.review(candidate, rivals, images, folder, process)
     except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself

@@ -112,6 +112,7 @@ def _finish(
             try:
                 runner.run_steps(last, url, verbose)
             finally:
+                resources.close(context)
                 context.executor.close()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)

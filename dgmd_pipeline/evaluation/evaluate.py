@@ -32,7 +32,7 @@ from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.evaluation.review import CandidateModel, Review, Rivals, ValidationImages
+from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -81,30 +81,29 @@ def evaluate(
     network: "keras.Model",
     production: Callable[[Path], Rivals],
     limits: gates.Limits,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
 ) -> dict[str, float]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. `environment` is that of a process that serves a model.
+    missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
     splits = _read_splits(data)
-    predicted = _predict(data, network, splits)
     suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
-    measured = metrics.evaluate(predicted, folder, [leak.position for leak in leaked.pairs] if leaked else None)
+    measured, answers = _measure(data, network, splits, leaked, folder)
     content = _content(data, splits, measured, suspects, leaked)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
         trained_on=frozenset(row.sha256 for row in splits.training),
         trained_labels=frozenset(row.label for row in splits.training),
-        probabilities=predicted.probabilities,
+        answers=answers,
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, environment, folder, partial(report.draw, folder, content))
+    found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
@@ -119,14 +118,20 @@ def _read_splits(data: EvaluationData) -> _Splits:
     return _Splits(training, validation, [feature_store.load(folder)[0] for folder in data.features or ()])
 
 
-def _predict(data: EvaluationData, network: "keras.Model", splits: _Splits) -> Predictions:
-    keys = [row.path for row in splits.validation]
+def _measure(
+    data: EvaluationData, network: "keras.Model", splits: _Splits, leaked: Leaks | None, folder: Path
+) -> tuple[Measurements, Answers]:
+    """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
     fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
-    if data.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
-        vectors, truth = feature_store.load(data.features[1])
-        return Predictions(predictions.predict_head(network, vectors), truth, data.labels, keys)
-    probabilities, truth = predictions.predict(network, dataset.read(data.records))
-    return Predictions(probabilities, truth, data.labels, keys)
+    if splits.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
+        blocks = predictions.predict_head(network, splits.features[1])
+    else:
+        blocks = predictions.predict(network, dataset.read(data.records))
+    probabilities = predictions.gather(blocks, len(splits.validation), len(data.labels))
+    truth = np.array([row.class_index for row in splits.validation], np.int64)
+    predicted = Predictions(probabilities, truth, data.labels, [row.path for row in splits.validation])
+    positions = [leak.position for leak in leaked.pairs] if leaked else None
+    return metrics.evaluate(predicted, folder, positions), review.answers([probabilities])
 
 
 def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -> LabelSuspects | None:
@@ -207,7 +212,7 @@ def _review(
     candidate: CandidateModel,
     production: Callable[[Path], Rivals],
     images: ValidationImages,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
     before_timing: Callable[[Comparison | None], None],
 ) -> Review:
@@ -217,7 +222,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, environment, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, before_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

@@ -144,9 +144,10 @@ def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
     ]
     found = {
         "recall": plots.recall(recalls),
-        "confusion_matrix": plots.confusion_matrix(measured.confusion_matrix, content.labels),
         "reliability": plots.reliability(measured.calibration, measured.overall["expected_calibration_error"]),
     }
+    if measured.confusion_matrix is not None:
+        found["confusion_matrix"] = plots.confusion_matrix(measured.confusion_matrix, content.labels)
     if measured.confused_pairs:
         found["confused_pairs"] = plots.confused_pairs(measured.confused_pairs)
     if content.counts:

@@ -14,7 +14,7 @@ from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import comparison, predictions, serving_benchmark
 from dgmd_pipeline.evaluation.comparison import Comparison
-from dgmd_pipeline.evaluation.predictions import Predictions
+from dgmd_pipeline.evaluation.predictions import PredictedLabels
 from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
@@ -33,6 +33,13 @@ class ValidationImages(NamedTuple):
     raw: Path | None = None  # the folder of the original files, if it exists
 
 
+class Answers(NamedTuple):
+    """What a model answers to the validation images."""
+
+    predicted: np.ndarray  # int64 [n], class index of the most probable label
+    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
+
+
 class CandidateModel(NamedTuple):
     """A model to review, or production to compare it with."""
 
@@ -41,7 +48,7 @@ class CandidateModel(NamedTuple):
     trained_on: frozenset[str]  # SHA-256 of the training images' files
     trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
     version: int | None = None  # None: not registered yet
-    probabilities: np.ndarray | None = None  # float32 [n, classes], of all validation images; None: not predicted yet
+    answers: Answers | None = None  # None: not predicted yet
     run: str = ""  # that made the model
 
 
@@ -104,36 +111,45 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
             f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
             f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
         )
-    candidate_predictions, production_predictions = (
-        _select(predict(model, images), model.labels, images.examples, chosen) for model in (candidate, production)
+    labels, others = (
+        _select(predict(model, images).predicted, model.labels, images.examples, chosen)
+        for model in (candidate, production)
     )
-    return comparison.compare(
-        candidate_predictions, production_predictions, production.version, production.run, left_out=int(seen.sum())
-    )
+    return comparison.compare(labels, others, production.version, production.run, left_out=int(seen.sum()))
 
 
 def _select(
-    probabilities: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
-) -> Predictions:
-    """Return the predictions for the chosen images (bool [n]); the true class indexes are those of the model."""
+    predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
+) -> PredictedLabels:
+    """Return the predicted labels of the chosen images (bool [n]); the true class indexes are those of the model."""
     index_of = {label: index for index, label in enumerate(labels)}
-    rows = [row for row, wanted in zip(examples, chosen, strict=True) if wanted]
-    truth = np.array([index_of[row.label] for row in rows], np.int64)
-    return Predictions(probabilities[chosen], truth, labels, [row.path for row in rows])
+    truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
+    return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
 
 
-def predict(model: CandidateModel, images: ValidationImages) -> np.ndarray:
-    """Return a model's probabilities (float32 [n, classes]) of all validation images.
+def answers(blocks: Iterable[np.ndarray]) -> Answers:
+    """Return the answers in a model's probabilities (float32 [m, classes], in blocks) of all validation images."""
+    predicted: list[np.ndarray] = []
+    first: list[np.ndarray] = []
+    for block in blocks:
+        predicted.append(block.argmax(axis=1))
+        if sum(map(len, first)) < serving_benchmark.ORIGINALS:
+            first.append(block[: serving_benchmark.ORIGINALS].copy())  # a slice would keep the block in memory
+    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.ORIGINALS])
+
+
+def predict(model: CandidateModel, images: ValidationImages) -> Answers:
+    """Return a model's answers to all validation images. Their probabilities are not kept.
 
     Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
     given the original files: its measured accuracy would be too low.
     """
-    if model.probabilities is not None:
-        return model.probabilities
+    if model.answers is not None:
+        return model.answers
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(networks.input_size(network), networks.input_fit(network), images.records)
-    return predictions.predict(network, dataset.read(images.records))[0]
+    return answers(predictions.predict(network, dataset.read(images.records)))
 
 
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
@@ -159,30 +175,29 @@ def review(
     rivals: Rivals,
     images: ValidationImages,
     scratch: Path,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production.
+    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
 
-    `scratch` is a folder for temporary files, `environment` that of the benchmark's process. `before_timing` is called
-    with the comparison while that process starts; the benchmark waits until it returns.
+    `scratch` is a folder for temporary files. `before_timing` is called with the comparison; the benchmark waits until
+    it returns.
 
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
     """
-    with serving_benchmark.start_process(environment) as process:
-        candidate = candidate._replace(probabilities=predict(candidate, images))
-        labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
-        production, compared, error = _compare(candidate, rivals.production, images)
-        _, best, best_error = _compare(candidate, rivals.best, images)
-        if best_error:
-            log.warning("No comparison with the best former production version: %s", best_error)
-        sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
-        before_timing(compared)
-        try:
-            benchmark = _benchmark(process, candidate, production, images, sample, scratch)
-        except PipelineError as failure:
-            return Review(compared, error, None, str(failure), labels, best=best)
+    candidate = candidate._replace(answers=predict(candidate, images))
+    labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
+    production, compared, error = _compare(candidate, rivals.production, images)
+    _, best, best_error = _compare(candidate, rivals.best, images)
+    if best_error:
+        log.warning("No comparison with the best former production version: %s", best_error)
+    sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
+    before_timing(compared)
+    try:
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+    except PipelineError as failure:
+        return Review(compared, error, None, str(failure), labels, best=best)
     return Review(compared, error, benchmark, "", labels, best=best)
 
 
@@ -193,7 +208,7 @@ def _compare(
     if rival is None:
         return None, None, ""
     try:
-        rival = rival._replace(probabilities=predict(rival, images))
+        rival = rival._replace(answers=predict(rival, images))
     except PipelineError as error:
         return None, None, f"Version {rival.version} cannot be used: {error}"
     try:
@@ -211,19 +226,19 @@ def _benchmark(
     scratch: Path,
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
-    assert candidate.probabilities is not None  # noqa: S101 - `review` has predicted them
+    assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f", beside version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
     originals = serving_benchmark.Originals()
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
         files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
-        originals = serving_benchmark.Originals(files, candidate.probabilities[: len(files)])
+        originals = serving_benchmark.Originals(files, candidate.answers.first[: len(files)])
     return serving_benchmark.benchmark(
         process,
         candidate.path,
         sample,
-        candidate.probabilities[: len(sample)],
+        candidate.answers.first[: len(sample)],
         scratch,
         production.path if production else None,
         originals,

@@ -76,6 +76,7 @@ class TrainModel(Step):
         from dgmd_pipeline.workflow.executors import in_threads
 
         backbone = resources.network(self.context, extracts=False)
+        resources.start_serving_early(self.context)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
@@ -138,12 +139,12 @@ class EvaluateModel(Step):
 
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.evaluation import evaluate
-        from dgmd_pipeline.settings import serving_environment
 
         production = partial(lookup.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
         limits = lookup.promotion_limits(self.settings)
-        counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
+        with resources.serving_process(self.context) as process:
+            counts = evaluate.evaluate(self._data(), network, production, limits, process, draft)
         images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
         summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)

@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 from dataclasses import replace
@@ -49,9 +48,8 @@ def probabilities(images, labels, wrong=()):
 
 
 def model(images, labels=LABELS, wrong=(), trained_on=(), version=None):
-    return CandidateModel(
-        None, labels, frozenset(trained_on), frozenset(labels), version, probabilities(images, labels, wrong)
-    )
+    answers = review.answers([probabilities(images, labels, wrong)])
+    return CandidateModel(None, labels, frozenset(trained_on), frozenset(labels), version, answers)
 
 
 def test_images_are_in_the_order_of_their_records(images):
@@ -100,7 +98,6 @@ def benchmarked(monkeypatch):
             raise PipelineError("The model could not be used.")
         return BENCHMARK
 
-    monkeypatch.setattr(serving_benchmark, "start_process", lambda environment: contextlib.nullcontext())
     monkeypatch.setattr(serving_benchmark, "benchmark", benchmark)
     return calls
 
@@ -118,7 +115,7 @@ def models(tmp_path_factory):
 
 
 def reviewed(candidate, production, images, tmp_path, best=None, **options):
-    return review.review(candidate, review.Rivals(production, best), images, tmp_path, {}, **options)
+    return review.review(candidate, review.Rivals(production, best), images, tmp_path, None, **options)
 
 
 def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
@@ -134,7 +131,7 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     assert path == other == models / "model.keras"
     assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
     assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (originals.recorded == candidate.probabilities).all()
+    assert (originals.recorded == candidate.answers.first).all()
 
 
 def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
@@ -176,7 +173,7 @@ def test_a_candidate_is_also_compared_with_the_best_former_version(models, image
     assert (found.comparison.version, found.comparison.difference) == (4, 0)
     assert (found.best.version, found.best.images, found.best.lost) == (2, 12, 1)
     assert benchmarked[0][3] == production.path  # the best one is not timed
-    unusable = best._replace(path=models / "broken.keras", probabilities=None)
+    unusable = best._replace(path=models / "broken.keras", answers=None)
     assert reviewed(candidate, production, images, tmp_path, unusable).best is None
     assert "No comparison with the best former production version: Version 2 cannot be used" in caplog.text
 
