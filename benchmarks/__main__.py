@@ -25,6 +25,7 @@ SCRIPTS = (
     "reading",
     "evaluating",
     "scaling",
+    "rows",
 )
 LIBRARIES = (
     "tensorflow",
@@ -32,6 +33,7 @@ LIBRARIES = (
     "keras",
     "mlflow",
     "numpy",
+    "pyarrow",
     "pillow",
     "boto3",
     "awscrt",

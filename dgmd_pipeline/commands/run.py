@@ -72,7 +72,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
     """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        plans = planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until), with_reuse=True)
     if as_json:
         print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
     else:
@@ -220,7 +220,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else format_bytes(each.bytes)
-        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.reason}"
+        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.explanation}"
         log.info("%s", row.rstrip(), extra={"table": 48})
     unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
     if unused and plans[-1].step == names.REGISTERED_MODEL:

@@ -99,8 +99,8 @@ def evaluate(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
         trained_on=frozenset(row.sha256 for row in splits.training),
-        trained_labels=frozenset(row.label for row in splits.training),
         answers=answers,
+        trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
     found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
