@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dgmd_pipeline import environment
 from dgmd_pipeline.commands import logs
 from dgmd_pipeline.errors import PipelineError, SettingsError
 from dgmd_pipeline.workflow import disk, process, signals
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            logs.start(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
+            logs.start(
+                sys.stderr if options.json or options.csv else sys.stdout, options.verbose, environment.wants_colours()
+            )
             try:
                 process.check()
                 code = options.command(options)
@@ -127,6 +130,13 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 1e9")
 
 
+def _hours(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected hours, more than 0 and at most 1e6")
+
+
 def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser) -> None:
     steps = _step_options(common, "force")
     run = commands.add_parser("run", help="run the steps that are not done yet (the default)", parents=[steps])
@@ -135,6 +145,8 @@ def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser
     plan.set_defaults(command=_plan)
     health = commands.add_parser("health", help="show whether the last run succeeded", parents=[common])
     health.set_defaults(command=_health)
+    text = "fail if no run has succeeded in the last HOURS (HEALTH_MAX_AGE)"
+    health.add_argument("--max-age", metavar="HOURS", type=_hours, help=text)
     demo = commands.add_parser("demo", help="run on a small data set behind a local S3 endpoint", parents=[common])
     demo.set_defaults(command=_demo)
     text = "only serve the demo bucket at PORT, to other containers"
@@ -226,7 +238,7 @@ def _health(options: argparse.Namespace) -> int:
     values = _settings(options)
     from dgmd_pipeline.commands import health
 
-    return health.health(values, options.json)
+    return health.health(values, options.json, options.max_age)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dotenv
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -37,7 +37,6 @@ LIBRARY_DEFAULTS = {
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-MAX_NAME = 256  # characters of a name in MLflow's database
 # With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
@@ -220,6 +219,18 @@ class Settings(BaseSettings):
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
     notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
+    notify_on: Literal["always", "change", "problem"] = Field(
+        "always",
+        description="After which runs `NOTIFY_URL` receives a message: `always`, `change` (not after `unchanged`), "
+        "`problem` (only what needs attention).",
+    )
+    health_max_age: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Hours since the last successful run after which `health` fails, for example 26 with a nightly "
+        "schedule. Unset: never.",
+    )
 
     keras_home: Path = Field(
         Path("~/.keras"), validate_default=True, description="Folder for downloaded ImageNet weights."
@@ -250,59 +261,18 @@ class Settings(BaseSettings):
     def _is_a_folder(cls, value: str) -> str:
         return value.strip("/")
 
-    @field_validator("aws_data_bucket")
+    @field_validator(*invalid_settings.CHECKS)
     @classmethod
-    def _is_a_bucket(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
-            raise ValueError("the name of a bucket, without s3:// and without slashes")
-        return value
-
-    @field_validator("backbone_weights")
-    @classmethod
-    def _is_there(cls, value: str) -> str:
-        readable = value.endswith(".h5") and Path(value).is_file() and os.access(value, os.R_OK)
-        if value not in ("imagenet", "none") and not readable:
-            raise ValueError("imagenet, none, or the path of a weights file (.h5) that can be read")
+    def _passes_its_checks(cls, value: Any, info: ValidationInfo) -> Any:
+        for check in invalid_settings.CHECKS[str(info.field_name)] if value is not None else ():
+            check(value.get_secret_value() if isinstance(value, SecretStr) else value)
         return value
 
     @field_validator("mlflow_tracking_uri")
     @classmethod
-    def _is_a_store(cls, value: str | None) -> str | None:
-        known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
-        if value is not None and (not re.fullmatch(known, value) or ":memory:" in value):
-            raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+    def _has_its_driver(cls, value: str | None) -> str | None:
         if value is not None:
             check_driver(value)
-        return value
-
-    @field_validator("schedule")
-    @classmethod
-    def _is_a_cron_expression(cls, value: str | None) -> str | None:
-        if value is not None:
-            invalid_settings.check_cron_expression(value)
-        return value
-
-    @field_validator("notify_url")
-    @classmethod
-    def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            invalid_settings.check_page(value.get_secret_value())
-        return value
-
-    @field_validator("model_name")
-    @classmethod
-    def _is_one_name(cls, value: str) -> str:
-        if re.search(r"[/:'\"]", value):
-            raise ValueError("a name without /, : and quotes, which MLflow reserves")
-        if value == "." or value.startswith(".."):
-            raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
-        return value
-
-    @field_validator("model_name", "mlflow_experiment_name")
-    @classmethod
-    def _is_not_blank(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or len(value) > MAX_NAME):
-            raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
         return value
 
     @field_validator("backbone")

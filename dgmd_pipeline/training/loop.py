@@ -30,7 +30,7 @@ def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
 
     def log_epoch(row: Epoch) -> None:
         log.info(
-            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, accuracy %.4f",
+            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, validation accuracy %.4f",
             row.epoch + 1, epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
         )  # fmt: skip
         on_epoch(row)

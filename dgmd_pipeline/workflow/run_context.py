@@ -44,6 +44,7 @@ class RunContext:
     settings: Values
     executor: ProcessExecutor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
+    tell: Callable[[str, str], None] = lambda _step, _progress: None  # says which step runs, and how far it is
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date
     name: str = "run"  # on the page of a Luigi scheduler
     holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works

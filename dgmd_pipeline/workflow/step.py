@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import luigi
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.workflow import disk, folders, planning, progress, run_context
+from dgmd_pipeline.workflow import disk, folders, lock, planning, progress, run_context
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, Values
 from dgmd_pipeline.workflow.success_file import (
@@ -230,7 +230,9 @@ class Step(luigi.Task):
                 known[self.folder] = record.identity
                 log.info("%-20s unchanged", self.folder)
                 return
-            log.info("%-20s ...", self.folder)
+            self.context.tell(self.folder, "")
+            total = len(self.context.result.planned)
+            log.info("%-20s ... (step %d of %d)", self.folder, len(known) + 1, total)
             record, summary = self._write(inputs)
             known[self.folder] = record.identity
             self.context.result.records.append(record)
@@ -278,18 +280,19 @@ class Step(luigi.Task):
         if self.context.holds_lock:
             yield
             return
-        with folders.lock(self.path.parent), contextlib.closing(self.context.executor):
+        with lock.hold(self.path.parent), contextlib.closing(self.context.executor):
             folders.recover(self.path.parent, [self.folder])
             yield
 
     def progress(
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
-        """Yield `items` and show how far the step is, in the log and on the page of a Luigi scheduler."""
+        """Yield `items` and show how far the step is, in the log and to those that `report` tells."""
         return progress.progress(items, self.label, total, unit, report=self.report, **options)
 
     def report(self, percent: int, text: str) -> None:
-        """Show on the page of a Luigi scheduler how far the step is."""
+        """Tell how far the step is: the command `health`, and the page of a Luigi scheduler."""
+        self.context.tell(self.folder, text)
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
             if tell := getattr(self, name, None):  # it exists only while Luigi's worker runs the task
                 tell(value)

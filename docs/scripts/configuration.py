@@ -42,7 +42,7 @@ GROUPS = {
         *("model_name", "mlflow_tracking_uri", "mlflow_experiment_name", "max_class_drop", "max_latency_ratio"),
         "git_revision",
     ),
-    "Schedule and notifications": ("schedule", "tz", "notify_url"),
+    "Schedule and notifications": ("schedule", "tz", "notify_url", "notify_on", "health_max_age"),
     "Luigi": ("luigi_scheduler_url", "luigi_config_path"),
 }
 TAIL = """\

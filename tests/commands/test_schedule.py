@@ -14,7 +14,7 @@ from conftest import picture, run_pipeline
 
 from dgmd_pipeline.commands import schedule
 from dgmd_pipeline.errors import SettingsError
-from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow import lock
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -127,7 +127,7 @@ def test_a_signal_also_ends_the_active_run(variables, start, tmp_path):
         silent.accept()
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-    with folders.lock(tmp_path / "data"):  # the lock is free again
+    with lock.hold(tmp_path / "data"):  # the lock is free again
         pass
 
 
