@@ -21,7 +21,9 @@ SCRIPTS = (
     "inspecting",
     "writing",
     "extracting",
+    "epochs",
     "reading",
+    "evaluating",
     "scaling",
 )
 LIBRARIES = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dgmd_pipeline import environment
 from dgmd_pipeline.commands import logs
-from dgmd_pipeline.errors import PipelineError, SettingsError
+from dgmd_pipeline.errors import Declined, PipelineError, SettingsError
 from dgmd_pipeline.workflow import disk, process, signals
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ DEFAULTS: dict[str, object] = {
     "force": [],
     "until": None,
     "refresh": False,
+    "only_if_better": False,
     "json": False,
     "csv": False,
     "time": 0,
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 process.check()
                 code = options.command(options)
             except PipelineError as error:
-                log.error("%s", error)
+                log.log(logging.INFO if isinstance(error, Declined) else logging.ERROR, "%s", error)
                 return error.exit_code
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
@@ -120,6 +121,8 @@ def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.Argum
     steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
     steps.add_argument("--until", metavar="STEP", help="stop after STEP")
     steps.add_argument("--refresh", action="store_true", help="update the images from the bucket (REFRESH=true)")
+    text = "promote the version of the run if it is better than production (PROMOTE_IF_BETTER=true)"
+    steps.add_argument("--only-if-better", action="store_true", help=text)
     return steps
 
 
@@ -190,7 +193,8 @@ def _settings(options: argparse.Namespace) -> "Settings":
     from dgmd_pipeline import settings  # imported here, so that a signal during the import is handled
 
     values = settings.load(options.env_file)
-    return values.model_copy(update={"refresh": True}) if options.refresh else values
+    chosen = {"refresh": options.refresh, "promote_if_better": options.only_if_better}
+    return values.model_copy(update={name: True for name, given in chosen.items() if given})
 
 
 def _load_luigi(values: "Settings") -> str | None:
@@ -208,6 +212,7 @@ def _run_or_schedule(options: argparse.Namespace) -> int:
     from dgmd_pipeline.commands import schedule
 
     arguments = ["--verbose"] if options.verbose else []
+    arguments += ["--only-if-better"] if options.only_if_better else []
     for name, value in (("--env-file", options.env_file), ("--until", options.until)):
         arguments += [name, value] if value else []
     for step in options.force:

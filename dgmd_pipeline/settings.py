@@ -182,7 +182,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="`promote` refuses a version if its recall of a class is lower than production's by more than this "
-        "fraction. Classes with fewer than 3 images are not checked.",
+        "fraction and significantly lower.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -190,6 +190,14 @@ class Settings(BaseSettings):
         le=10**6,
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
+    )
+    allow_lost_labels: bool = Field(
+        False,
+        description="`true`: `promote` accepts a version that was trained on no image of one of production's labels.",
+    )
+    promote_if_better: bool = Field(
+        False,
+        description="`true`: a run promotes its version if it is better than production and no condition fails.",
     )
     mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(

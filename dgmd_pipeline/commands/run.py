@@ -72,7 +72,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
     """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        plans = planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until), with_reuse=True)
     if as_json:
         print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
     else:
@@ -112,15 +112,33 @@ def _finish(
             try:
                 runner.run_steps(last, url, verbose)
             finally:
+                resources.close(context)
                 context.executor.close()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
         if record and record != before:
-            return 0, f"{name}: {result.summaries[name]}"
+            return 0, f"{name}: {result.summaries[name]}{_promote_if_better(values, name, record.counts)}"
         message = _unchanged_message(values, name, record.counts if record else {}, idle, _fingerprint(raw) == images)
         log.info("%s", message)
         return 0, message
+
+
+def _promote_if_better(values: Settings, last: str, counts: Mapping[str, Any]) -> str:
+    """Promote the version that a run registered if PROMOTE_IF_BETTER is set; return a sentence, "" if it is not."""
+    if not values.promote_if_better or last != names.REGISTERED_MODEL:
+        return ""
+    from dgmd_pipeline.commands import promotion
+
+    try:
+        text = promotion.promote_if_better(values, counts["version"])
+    except PipelineError as error:
+        raise PipelineError(
+            f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} No later run repeats "
+            f"this: use `promote {counts['version']}`."
+        ) from error
+    log.info("%s", text)
+    return f". {text}"
 
 
 def _explain_failure(result: RunResult) -> str:
@@ -202,7 +220,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else format_bytes(each.bytes)
-        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.reason}"
+        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.explanation}"
         log.info("%s", row.rstrip(), extra={"table": 48})
     unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
     if unused and plans[-1].step == names.REGISTERED_MODEL:

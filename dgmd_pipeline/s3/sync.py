@@ -51,7 +51,8 @@ class DownloadResult:
     def summary(self) -> str:
         """The counts as a line for the log."""
         left_out = f", {len(self.rejected):,} left out" if self.rejected else ""
-        return f"{len(self.objects):,} objects, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
+        objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
+        return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
 
 
 def total_bytes(objects: Iterable[SourceObject]) -> int:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
@@ -100,6 +100,7 @@ class InspectImages(Step):
     """Files under `raw/` -> rows in `images.csv` (usable images) and `rejected.csv` (other files, with the reason)."""
 
     name, verb, format_version = names.INSPECTED, "inspect", 3
+    keeps_pieces = True
 
     def requires(self) -> dict[str, Step]:
         return {"raw": DownloadImages()}
@@ -112,6 +113,19 @@ class InspectImages(Step):
     def extra_inputs(self) -> dict[str, str]:
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Compare the files, or the objects in the bucket if it was listed, with the last inspection."""
+        previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
+        listing, objects = self.context.shared(Resources).listing, None
+        if previous is None or (upstream[0].state != "done" and not listing):
+            return ""
+        from dgmd_pipeline.data import inspection
+
+        if listing or read_record(raw):
+            objects = listing.objects if listing else manifest.read(raw / manifest.LISTING, manifest.SourceObject)
+        new, reused = inspection.expect(raw, objects, self._corrections, previous)
+        return f"{new:,} new, {reused:,} reused"
+
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import inspection
 
@@ -122,7 +136,7 @@ class InspectImages(Step):
             done = self.context.executor.map(function, files, inspection.CHUNK)
             return self.progress(done, len(files), "images")
 
-        options = run, reserve_memory, next(iter(self.reusable_folders()), None)
+        options = run, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
@@ -227,6 +241,7 @@ class PerSplitStep(Step):
     """A step that exists once for each split, with a folder for each."""
 
     split: str = luigi.ChoiceParameter(choices=names.SPLITS)
+    image_params: ClassVar[tuple[str, ...]] = ()  # settings that the result for each image depends on
 
     @property
     def folder(self) -> str:
@@ -245,6 +260,13 @@ class PerSplitStep(Step):
         own = super().reusable_folders()
         return own and [*own, *self._other._finished_folders()]
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        record, now = read_record(folders.current_path(self.path)), self.declared_settings()
+        if record is None or record.inputs | self.extra_inputs() != record.inputs or not self.reusable_folders():
+            return ""
+        same = all(record.settings.get(name) == now[name] for name in self.image_params)
+        return "reuses unchanged images" if same else ""
+
     def keeps_replaced(self) -> bool:
         return not self._other.complete()
 
@@ -257,8 +279,10 @@ class WriteTFRecords(PerSplitStep):
     """Rows of a split -> records in the shards of the split."""
 
     name, verb, format_version = names.TFRECORD, "convert", 4
+    keeps_pieces = True
     priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
-    params = ("num_shards", "image_width", "image_height", "image_fit")
+    image_params = ("image_width", "image_height", "image_fit")
+    params = ("num_shards", *image_params)
 
     def requires(self) -> dict[str, Step]:
         return {"split": SplitImages(), "inspected": InspectImages(), "raw": DownloadImages()}
@@ -271,12 +295,14 @@ class WriteTFRecords(PerSplitStep):
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
             done = self.context.executor.map(function, pieces)
-            return self.progress(done, total, "images", count=lambda records: getattr(records, "size", 0))
+            return self.progress(done, total, "images", count=lambda done: done if isinstance(done, int) else 0)
 
-        given = self.settings
-        size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
-        target, previous = (draft, self.split, given.num_shards), self.reusable_folders()
-        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous)
+        given, previous, raw = self.settings, self.reusable_folders(), self.input()["raw"].path
+        size, fit, pieces = (given.image_width, given.image_height), given.image_fit, draft / folders.RESUME
+        target = draft, self.split, given.num_shards
+        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
+        if suggested := shards.suggest_shards([shard.bytes for shard in manifest.read_shard_index(draft).shards]):
+            log.warning("%s has a shard of more than 1 GB. NUM_SHARDS=%d makes about 200 MB.", self.folder, suggested)
         return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from luigi.task_register import Register
 
 from dgmd_pipeline.workflow.executors import ProcessExecutor
-from dgmd_pipeline.workflow.success_file import Json, StepRecord
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest
 
 Shared = TypeVar("Shared")
 
@@ -50,6 +51,11 @@ class RunContext:
     holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)
+
+    @cached_property
+    def deployment(self) -> str:
+        """The name, and a hash of the settings."""
+        return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:
         """Return this run's only object of a class. The first call creates it."""
