@@ -96,9 +96,8 @@ def _finish(
     """Run the steps that are not done yet; return the exit code and a message."""
     folders.recover(values.data_dir, names.ALL)
     disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
-    context = RunContext(
-        values, check_stopped=signals.check_stopped, forced=forced, name=values.model_name, result=result
-    )
+    executor = resources.executor(values)
+    context = RunContext(values, executor, signals.check_stopped, forced, values.model_name, result=result)
     with activate(context):
         last = _last_steps(until)
         plans = planning.plan(*last)
@@ -109,11 +108,14 @@ def _finish(
         if not idle:
             show_plan(plans, values.data_dir)
             _check_what_is_needed_later(values, plans)
-            resources.start_early(context, plans)
             try:
+                resources.connect_early(context, plans)
+                result.dashboard = context.executor.dashboard
+                resources.start_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
                 context.executor.close()
+                result.usage = context.executor.usage()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
@@ -141,9 +143,10 @@ def publish_status(values: Settings, result: RunResult | None, code: int, messag
     outcome = status.outcome(code, changed)
     known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
     failed = result.failed_step if result and outcome == status.FAILED else None
+    dashboard = result.dashboard if result else None
     text = redact(message)
     published = status.Status(
-        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed
+        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed, dashboard=dashboard
     )
     try:
         status.write(published, values.data_dir)
@@ -206,3 +209,5 @@ def _show_times(result: RunResult, seconds: float) -> None:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line)
+        if result.usage:
+            log.info("%s", result.usage)

@@ -26,6 +26,7 @@ class Status:
     accuracy: float | None = None  # on the validation images, 0 to 1
     difference: float | None = None  # of the accuracy to that of production, on the same images
     step: str | None = None  # that failed
+    dashboard: str | None = None  # address of the page of the Dask cluster that worked
 
     @property
     def is_good(self) -> bool:

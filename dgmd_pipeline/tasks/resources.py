@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline.tasks import names
+from dgmd_pipeline.workflow.executors import Executor, ProcessExecutor
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext
 
@@ -23,6 +24,23 @@ class Resources:
     listing: "Listing | None" = None  # of the bucket, if planning needed it
     network: "Callable[[], keras.Model] | None" = None  # waits until the frozen network is built and returns it
     trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, if this run trained it
+
+
+def executor(settings: Any) -> Executor:
+    """Return what does the heavy work of a run: a Dask cluster if there is one, else processes on this machine."""
+    if settings.dask_scheduler_address is None:
+        return ProcessExecutor()
+    from dgmd_pipeline.settings import provide_worker_defaults
+    from dgmd_pipeline.workflow.cluster import ClusterExecutor
+
+    return ClusterExecutor(settings.dask_scheduler_address, settings.data_dir, provide_worker_defaults)
+
+
+def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
+    """Check a cluster before the first step, if the run will need it."""
+    heavy = (names.RAW, names.INSPECTED, names.TFRECORD, names.FEATURES)
+    if any(plan.state != "done" and plan.step.startswith(heavy) for plan in plans):
+        context.executor.connect()
 
 
 def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:

@@ -286,7 +286,8 @@ class Step(luigi.Task):
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
         """Yield `items` and show how far the step is, in the log and on the page of a Luigi scheduler."""
-        return progress.progress(items, self.label, total, unit, report=self.report, **options)
+        shown = {"report": self.report, "note": self.context.executor.describe, **options}
+        return progress.progress(items, self.label, total, unit, **shown)
 
     def report(self, percent: int, text: str) -> None:
         """Show on the page of a Luigi scheduler how far the step is."""
