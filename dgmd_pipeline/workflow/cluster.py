@@ -156,7 +156,8 @@ class ClusterExecutor:
                     raise value
                 yield from value
         finally:
-            if window and self._client:  # the iterator was closed, or something was raised
+            # The iterator was closed, or something was raised.
+            if window and self._client and self._client.status == "running":
                 self._client.cancel([piece.future for piece in window])
 
     def describe(self) -> str:
@@ -331,10 +332,7 @@ async def _ask_all(client: "distributed.Client", job: bytes) -> dict[str, str | 
                 f"has not answered for {CHECK_TIMEOUT:g} s. It may wait for the disk of DATA_DIR. Restart or remove it."
             )
         if isinstance(answer, Exception):
-            return (
-                f"cannot run this pipeline ({type(answer).__name__}: {_first_line(answer)}). Start it with the image "
-                "of the run."
-            )
+            return f"cannot run this pipeline ({_first_line(answer)}). Start it with the image of the run."
         return answer
 
     workers = list(await client.nthreads())

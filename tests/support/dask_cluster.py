@@ -60,6 +60,19 @@ class Cluster:
         self.workers.append(worker)
         return worker
 
+    def kill_scheduler(self) -> None:
+        self.scheduler.kill()
+        self.scheduler.wait()
+
+    def start_again(self) -> None:
+        """Start what has ended, as Docker does: workers end with their scheduler."""
+        self.start_scheduler()
+        for worker in self.workers:
+            worker.wait()
+        ended, self.workers = self.workers, []
+        for _ in ended:
+            self.start_worker()
+
     def worker_processes(self) -> list[psutil.Process]:
         """The processes that are Dask workers: the nannies' children that have connections."""
         found = []
