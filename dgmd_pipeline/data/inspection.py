@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import logging
 import os
+import uuid
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import compress, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypedDict
 
@@ -20,10 +22,12 @@ from dgmd_pipeline.data.inspected_files import InspectedFile, Outcome, PreviousI
 from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
 from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
+from dgmd_pipeline.workflow.files import commit
 
 log = logging.getLogger(__name__)
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
 CHUNK = 64  # files that a worker gets at once
+PIECE_FILES = 256  # files whose results are stored together
 UNDECODABLE = (
     "unreadable", "truncated", "empty", "too many pixels", "too many bytes", "too many scans", "too little memory",
 )  # fmt: skip
@@ -58,12 +62,14 @@ def inspect_folder(
     folder: Path,
     map: Map = map,
     reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
-    previous: Path | None = None,
+    previous: Iterable[Path] = (),
+    pieces: Path | None = None,
 ) -> InspectionCounts:
     """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
 
     If `raw` was `downloaded`, the files are those of its listing; otherwise they are all files in its subfolders.
-    `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory` and `previous` are as in `inspect`.
+    `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory`, `previous` and `pieces` are as in
+    `inspect`.
     Raises NoUsableInput without files.
     """
     etags = _etags(raw) if downloaded else {}
@@ -81,7 +87,7 @@ def inspect_folder(
         opened.extend(new)
         return map(function, new)
 
-    images, rejected = inspect(corrected.files, raw, folder, map_new, reserve_memory, etags, previous)
+    images, rejected = inspect(corrected.files, raw, folder, map_new, reserve_memory, etags, previous, pieces)
     images, copies = corrections.exclude_copies(images, corrected.excluded, raw)
     rejected = sorted(rejected + corrected.excluded + copies)
     not_inspected = manifest.read(raw / manifest.REJECTED, Rejected) if downloaded else _unlabelled_files(raw)
@@ -116,7 +122,8 @@ def inspect(
     map: Map = map,
     reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
     etags: Mapping[str, str] | None = None,
-    previous: Path | None = None,
+    previous: Iterable[Path] = (),
+    pieces: Path | None = None,
     min_side: int = MIN_SIDE,
     max_pixels: int = limits.MAX_PIXELS,
 ) -> tuple[list[Image], list[Rejected]]:
@@ -125,10 +132,10 @@ def inspect(
 
     `map` works like the builtin. It may call its function in other processes, and yields the results in order; for a
     file whose process died, it yields a WorkerDied. `reserve_memory` is entered with the bytes that an image needs
-    while it is decoded, and may raise TooLittleMemory. `previous` is the folder of an earlier inspection of this
-    `raw`: the results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. The new
-    results are stored in `folder`. The rows depend on the files only, unless there is too little memory for one of
-    them.
+    while it is decoded, and may raise TooLittleMemory. `previous` are folders of earlier inspections of this `raw`: the
+    results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. The new results are
+    stored in `folder`; those of each PIECE_FILES files are also stored in a folder in `pieces`, as soon as they are
+    there. The rows depend on the files only, unless there is too little memory for one of them.
 
     Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, a disk error, or the process that decoded it
     died); "truncated" (the data ends before the image does); "too many bytes", "too many pixels" (more than
@@ -144,13 +151,14 @@ def inspect(
     inspect_file = partial(
         _inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
     )
-    new = [file for file, outcome in zip(files, reused, strict=True) if outcome is None]
-    results = iter(map(inspect_file, new))
+    is_new = [outcome is None for outcome in reused]
+    new = list(compress(files, is_new))
+    results = _keep(new, list(compress(versions, is_new)), map(inspect_file, new), pieces)
     outcomes = (next(results) if outcome is None else outcome for outcome in reused)
     with (folder / inspected_files.THUMBNAILS).open("wb") as file:
         decoded, rejected, rows = _collect(files, versions, outcomes, file)
     unique, copies = _remove_copies(decoded)
-    thumbnails = inspected_files.open_thumbnails(folder) if unique else np.empty((0, 16, 16, 3), np.uint8)
+    thumbnails = inspected_files.open_thumbnails(folder)
     images, known = near_duplicates.group(
         list(unique.values()), thumbnails, np.array(list(unique), np.int64), earlier.known
     )
@@ -325,6 +333,25 @@ def _collect(
             thumbnails.write(thumbnail)
         rows.append(InspectedFile.of(file, version or "", result))
     return decoded, rejected, rows
+
+
+def _keep(
+    files: Sequence[RawFile],
+    versions: Sequence[str | None],
+    results: Iterable[_Result | WorkerDied],
+    pieces: Path | None,
+) -> Iterator[_Result | WorkerDied]:
+    """Yield the results for files with these versions, and store those of each PIECE_FILES files in `pieces`."""
+    remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
+    for first in range(0, len(files), PIECE_FILES):
+        each = slice(first, first + PIECE_FILES)
+        found = list(islice(remaining, len(files[each])))
+        if pieces is not None:
+            with commit(pieces / f"{run}-{first:08d}") as folder:
+                with (folder / inspected_files.THUMBNAILS).open("wb") as file:
+                    rows = _collect(files[each], versions[each], found, file)[2]
+                inspected_files.write(folder, rows, near_duplicates.NOTHING_KNOWN)
+        yield from found
 
 
 def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejected]]:

@@ -106,6 +106,7 @@ class InspectImages(Step):
     """Files under `raw/` -> rows in `images.csv` (usable images) and `rejected.csv` (other files, with the reason)."""
 
     name, verb, format_version = names.INSPECTED, "inspect", 3
+    keeps_pieces = True
 
     def requires(self) -> dict[str, Step]:
         return {"raw": DownloadImages()}
@@ -128,7 +129,7 @@ class InspectImages(Step):
             done = self.context.executor.map(function, files, inspection.CHUNK)
             return self.progress(done, len(files), "images")
 
-        options = run, reserve_memory, next(iter(self.reusable_folders()), None)
+        options = run, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
@@ -263,6 +264,7 @@ class WriteTFRecords(PerSplitStep):
     """Rows of a split -> records in the shards of the split."""
 
     name, verb, format_version = names.TFRECORD, "convert", 4
+    keeps_pieces = True
     priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
     params = ("num_shards", "image_width", "image_height", "image_fit")
 
@@ -277,12 +279,12 @@ class WriteTFRecords(PerSplitStep):
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
             done = self.context.executor.map(function, pieces)
-            return self.progress(done, total, "images", count=lambda records: getattr(records, "size", 0))
+            return self.progress(done, total, "images", count=lambda done: done if isinstance(done, int) else 0)
 
-        given = self.settings
-        size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
-        target, previous = (draft, self.split, given.num_shards), self.reusable_folders()
-        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous)
+        given, previous, raw = self.settings, self.reusable_folders(), self.input()["raw"].path
+        size, fit, pieces = (given.image_width, given.image_height), given.image_fit, draft / folders.RESUME
+        target = draft, self.split, given.num_shards
+        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
         return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:

@@ -116,6 +116,7 @@ class Step(luigi.Task):
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
     accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's own and is used as is
     resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
+    keeps_pieces: ClassVar[bool] = False  # reuses the finished pieces in the draft of a run that was stopped
 
     # Of the tasks that need the same resource, Luigi's scheduler runs only one at a time.
     resources = {"data_dir": 1}
@@ -205,8 +206,11 @@ class Step(luigi.Task):
         return differences(record, self.declared_settings(), self.format_version, inputs)
 
     def reusable_folders(self) -> list[Path]:
-        """Return the finished folders of this step, from which `work` may take what is unchanged; none if forced."""
-        return [] if self._forced() else self._finished_folders()
+        """Return the folders from which `work` may take what is unchanged: finished ones of this step; none if forced.
+
+        If the step `keeps_pieces`, those that a stopped run has finished follow.
+        """
+        return [] if self._forced() else [*self._finished_folders(), *folders.pieces(self.path)]
 
     def _finished_folders(self) -> list[Path]:
         """Return the step's folder and the one that it has replaced, if they exist and have the current format."""
@@ -237,17 +241,25 @@ class Step(luigi.Task):
             self.context.result.summaries[self.folder] = summary
             log.info("%-20s %s (%.1f s)", self.folder, summary, record.seconds)
 
+    def _draft_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        """Return what the draft of a stopped run must have been started for; None if it is never used again."""
+        if self.keeps_pieces:  # each piece says what it was made from
+            return digest([self.folder, self.format_version])
+        return self._input_fingerprint(inputs) if self.resumable else None
+
     def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
+        if self.keeps_pieces and self._forced():
+            folders.sweep(self.path.parent, [self.folder])
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
-            folders.draft(
-                self.path, self._input_fingerprint(inputs) if self.resumable else None, self.keeps_replaced()
-            ) as draft,
+            folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
             # Again, because the draft is removed when the work fails: what the disk lacked would not be visible then.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
+            if self.keeps_pieces and (kept := folders.keep_pieces(draft)):
+                log.info("  %s: %s finished pieces of a run that was stopped are reused", self.label, f"{kept:,}")
             result = self.work(draft)
             self.context.check_stopped()
             record = StepRecord(

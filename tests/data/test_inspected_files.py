@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def inspect(raw: Path, folder: Path, previous: Path | None = None, corrected=None) -> int:
     folder.mkdir()
-    return inspect_folder(raw, False, corrected or {}, folder, previous=previous)["new"]
+    return inspect_folder(raw, False, corrected or {}, folder, previous=[previous] if previous else ())["new"]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -72,7 +72,7 @@ def test_a_downloaded_file_is_unchanged_if_its_size_and_etag_are(tmp_path):
         manifest.write(raw / manifest.LISTING, manifest.SourceObject, rows)
         manifest.write(raw / manifest.REJECTED, manifest.Rejected, [])
         (tmp_path / name).mkdir()
-        return inspect_folder(raw, True, {}, tmp_path / name, previous=previous)["new"]
+        return inspect_folder(raw, True, {}, tmp_path / name, previous=[previous] if previous else ())["new"]
 
     assert inspect_listed("first", "one") == 2
     os.utime(raw / "a/1", ns=(1, 1))
