@@ -54,6 +54,7 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     # Where there are features, most of them are reused. The forward pass is then built when there is a new image.
     features = {f"{names.FEATURES}_{split}" for split in names.SPLITS}
     extracts = any(name in due and not (context.settings.data_dir / name).exists() for name in features)
+    extracts = extracts and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
         _start_network(context, extracts)
 
