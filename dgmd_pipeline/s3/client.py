@@ -33,10 +33,17 @@ def place(client: Client) -> Place:
     """Return where a client finds S3. The endpoint is None if it contains a user or password."""
     from botocore import UNSIGNED
 
-    url, region = client.meta.endpoint_url, client.meta.region_name
-    is_default = url in (f"https://s3.{region}.amazonaws.com", "https://s3.amazonaws.com")
-    endpoint = None if is_default or "@" in urlsplit(url).netloc else url
-    return Place(endpoint, region, client.meta.config.signature_version is not UNSIGNED)
+    url = client.meta.endpoint_url
+    endpoint = None if _is_default(client) or "@" in urlsplit(url).netloc else url
+    return Place(endpoint, client.meta.region_name, client.meta.config.signature_version is not UNSIGNED)
+
+
+def _is_default(client: Client) -> bool:
+    """Return whether no endpoint is configured."""
+    return client.meta.endpoint_url in (
+        f"https://s3.{client.meta.region_name}.amazonaws.com",
+        "https://s3.amazonaws.com",
+    )
 
 
 def connect(threads: int = 32, default: Place | None = None) -> Client:
@@ -71,7 +78,7 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
     try:
         boto3_session = boto3.Session(botocore_session=session, region_name=region)
         client = boto3_session.client("s3", config=config)
-        if default and default.endpoint and place(client).endpoint is None:
+        if default and default.endpoint and _is_default(client):
             client = boto3_session.client("s3", config=config, endpoint_url=default.endpoint)
     except (BotoCoreError, ValueError) as error:
         raise NoUsableInput(

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 from conftest import CREDENTIALS, ROOT, environment_with
 
+MEMORY = 600_000_000  # bytes of a worker
 DASK = [sys.executable, "-m", "dask"]
 QUICK = {  # what takes CPU time and is not used here
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
@@ -55,7 +56,15 @@ class Cluster:
 
     def start_worker(self, *options: object, before: list[str] = (), threads: int = 1, **variables) -> subprocess.Popen:
         """Start a worker; `before` is a command that runs it."""
-        common = ("--nthreads", threads, "--no-dashboard", "--local-directory", self._folder / "scratch")
+        common = (
+            "--nthreads",
+            threads,
+            "--memory-limit",
+            MEMORY,
+            "--no-dashboard",
+            "--local-directory",
+            self._folder / "scratch",
+        )
         worker = self._start("worker", self.address, *common, *options, before=before, **variables)
         self.workers.append(worker)
         return worker

@@ -1,7 +1,10 @@
 """The heavy work on a real Dask scheduler and workers: results, checks and faults."""
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,14 +12,21 @@ from functools import partial
 import boto3
 import dask
 import pytest
-from conftest import CREDENTIALS, ROOT, run_pipeline
+from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from support import work
 from support.dask_cluster import cluster
 
+from dgmd_pipeline import settings
 from dgmd_pipeline.commands import demo
-from dgmd_pipeline.errors import PipelineError, WorkerDied
+from dgmd_pipeline.errors import NoUsableInput, PipelineError, SettingsError, TooLittleMemory, WorkerDied
+from dgmd_pipeline.manifest import SourceObject
+from dgmd_pipeline.s3 import client as s3_client
+from dgmd_pipeline.s3 import download, listing, sync
+from dgmd_pipeline.tasks import LAST
 from dgmd_pipeline.workflow import cluster as dask_executor
-from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow import folders, planning, runner
+from dgmd_pipeline.workflow.executors import ProcessExecutor
+from dgmd_pipeline.workflow.run_context import RunContext, activate
 
 FAULTS = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": 1, "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s"}
 
@@ -119,6 +129,17 @@ def test_a_worker_that_hangs_costs_nothing(executor, running, tmp_path):
         wait_until(lambda: begun(go) == 3)  # after worker-ttl
         go.touch()
         assert results.result() == 4 * ["go"]
+
+
+def test_the_memory_limit_of_a_worker_holds_for_its_items(executor, running):
+    assert list(executor.map(work.allocate, [300_000_000])) == [300_000_000]
+    with pytest.raises(TooLittleMemory, match="needs 450 MB of memory, and the worker processes may use 352 MB"):
+        list(executor.map(work.allocate, [450_000_000]))
+
+
+def test_an_item_that_is_ended_by_its_timer_says_so(executor):
+    dead, two = executor.map(work.burn, [True, False], 2)
+    assert (dead.by_timer, two) == (True, False)
 
 
 DIGITS = 600
@@ -260,3 +281,103 @@ def test_a_scheduler_that_stays_away_stops_the_run(executor, running, tmp_path):
         running.kill_scheduler()
         with pytest.raises(PipelineError, match=f"The connection to the Dask scheduler at {running.address} is lost"):
             results.result()
+
+
+class Recorder(ProcessExecutor):
+    """Keeps what a cluster would be sent."""
+
+    is_cluster = True
+
+    def __init__(self):
+        super().__init__(1)
+        self.sent = {}
+
+    def map(self, function, items, chunk=1):
+        items = list(items)
+        name = getattr(function, "func", function).__name__
+        self.sent[name] = pickle.dumps((function, items))
+        return super().map(function, items, chunk)
+
+
+def test_no_secret_is_sent(digits, monkeypatch, tmp_path):
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "s3cr3t-1",
+        "AWS_SESSION_TOKEN": "s3cr3t-2",
+        "NOTIFY_URL": "http://h/s3cr3t-3",
+    }
+    uri = {"MLFLOW_TRACKING_URI": "http://me:s3cr3t-4@127.0.0.1:9"}
+    for name, value in {**digits, **secrets, **uri, "DATA_DIR": tmp_path / "data"}.items():
+        monkeypatch.setenv(name, str(value))
+    recorder, values = Recorder(), settings.load()
+    with folders.lock(values.data_dir), activate(RunContext(values, recorder)) as context:
+        runner.run_steps(planning.select_steps(planning.upstream_steps(LAST()), "convert"))
+        recorder.close()
+        assert context.result.failure is None
+    assert set(recorder.sent) == {"download_chunk", "_inspect_file", "write_piece"}
+    recorder.sent["of all"] = pickle.dumps(settings.provide_worker_defaults)
+    for sent in recorder.sent.values():
+        assert not [value for value in (*secrets.values(), "s3cr3t", "tester") if value.encode() in sent]
+    place = pickle.loads(recorder.sent["download_chunk"])[1][0].place
+    assert place == (digits["AWS_ENDPOINT_URL"], "us-east-1", True)
+
+
+def test_an_endpoint_with_a_password_is_not_sent(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:s3cr3t@127.0.0.1:9")
+    assert s3_client.place(s3_client.connect()).endpoint is None
+    default = s3_client.Place("http://127.0.0.1:8", "eu-west-1", False)
+    assert s3_client.place(s3_client.connect(default=default)).endpoint is None  # its own environment counts
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    assert s3_client.place(s3_client.connect(default=default))[:2] == default[:2]
+
+
+def test_a_worker_without_credentials_that_is_refused_says_so(digits, monkeypatch, tmp_path):
+    place = s3_client.Place(digits["AWS_ENDPOINT_URL"], "us-east-1", True)
+    size, tag = 4, "70ddcb9a3a3bde1dd9ed2aeba4f8a9e0"
+    chunk = download.Chunk(place, "digits", [SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")], tmp_path)
+    with pytest.raises(
+        NoUsableInput, match=r"refuses s3://digits/p/3/damaged.png to the worker on .*, which has no AWS"
+    ):
+        download.download_chunk(chunk)
+
+
+def test_the_same_chunk_may_be_downloaded_twice_at_the_same_time(digits, monkeypatch, tmp_path):
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", digits["AWS_ENDPOINT_URL"])
+    client = s3_client.connect()
+    download._client.cache_clear()
+    listed = listing.list_objects(client, "digits", "p", False).objects[:100]
+    chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path)
+    with ThreadPoolExecutor(2) as threads:
+        one, two = threads.map(download.download_chunk, [chunk, chunk])
+    assert sorted(one) == sorted(two) == sorted(listed)
+    assert sync.missing_files(tmp_path, listed) == 0
+    assert list((tmp_path / ".part").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "warns"),
+    [("tcp://127.0.0.1:1", False), ("tcp://10.1.2.3:1", False), ("tcp://[fd00::1]:1", False),
+     ("tls://8.8.8.8:1", False), ("tcp://8.8.8.8:1", True), ("ws://[2001:4860:4860::8888]:1", True)],
+)  # fmt: skip
+def test_an_open_network_without_tls_is_a_warning(address, warns, caplog):
+    dask_executor._warn_of_open_network(address)
+    assert ("has no TLS and is not in a private network" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("address", ["dask-scheduler:8786", "http://host:8786", "tcp://host", "tcp://user:pass@host:1"])
+def test_an_address_that_dask_does_not_accept_is_an_invalid_setting(address, monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address)
+    with pytest.raises(SettingsError, match="DASK_SCHEDULER_ADDRESS=.*: expected tcp://host:port or tls://host:port"):
+        settings.load()
+
+
+def test_a_run_without_an_address_imports_nothing_of_dask(tmp_path):
+    for label in ("anise", "cloves"):
+        (tmp_path / "raw" / label).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "raw" / label / f"{number}.png").write_bytes(picture(label, number))
+    code = "import sys; from dgmd_pipeline.cli import main; code = main(['run', '--until', 'split'])\n"
+    code += "assert code == 0 and not {'dask', 'distributed'} & set(sys.modules)"
+    environment = environment_with({"DATA_DIR": tmp_path, "DASK_SCHEDULER_ADDRESS": ""})
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
