@@ -21,6 +21,7 @@ SCRIPTS = (
     "inspecting",
     "writing",
     "extracting",
+    "cluster",
     "reading",
     "scaling",
 )
@@ -35,6 +36,7 @@ LIBRARIES = (
     "awscrt",
     "s5cmd",
     "simplejpeg",
+    "distributed",
 )
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

@@ -14,6 +14,7 @@ from conftest import CREDENTIALS, ROOT, environment_with
 
 MEMORY = 600_000_000  # bytes of a worker
 DASK = [sys.executable, "-m", "dask"]
+OF_ONE_RUN = ("started", "seconds", "worked", "volume")  # keys of a step's record
 QUICK = {  # what takes CPU time and is not used here
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
@@ -101,6 +102,18 @@ class Cluster:
                     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                         os.kill(each.pid, signal.SIGKILL)
             process.wait()
+
+
+def contents(data_dir: Path) -> dict[str, object]:
+    """The bytes of all files in step folders; of the records, what does not differ between two runs."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir):
+        content: object = path.read_bytes()
+        if path.name == "_SUCCESS":
+            record = json.loads(path.read_text("utf-8"))
+            content = {name: value for name, value in record.items() if name not in OF_ONE_RUN}
+        found[str(path.relative_to(data_dir))] = content
+    return found
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import dask
 import pytest
 from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from support import work
-from support.dask_cluster import cluster
+from support.dask_cluster import cluster, contents
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import demo
@@ -160,18 +160,6 @@ def digits(s3_endpoint):
     client.put_object(Bucket="digits", Key="p/3/damaged.png", Body=b"\x89PNG")
     place = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_DATA_BUCKET": "digits", "AWS_DATA_PATH": "p"}
     return {**CREDENTIALS, **place, "BACKBONE": "cnn", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32, "NUM_SHARDS": 4}
-
-
-def contents(data_dir):
-    """The bytes of all files in step folders; of the records, what does not differ between two runs."""
-    found = {}
-    for path in sorted(path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir):
-        value = path.read_bytes()
-        if path.name == "_SUCCESS":
-            value = json.loads(value)
-            del value["started"], value["seconds"]
-        found[str(path.relative_to(data_dir))] = value
-    return found
 
 
 def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step(running, digits, tmp_path):
