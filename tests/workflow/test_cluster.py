@@ -1,5 +1,6 @@
 """The heavy work on a real Dask scheduler and workers: results, checks and faults."""
 
+import io
 import json
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from functools import partial
 
 import boto3
 import dask
+import numpy as np
 import pytest
 from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from support import work
@@ -162,25 +164,47 @@ def digits(s3_endpoint):
     return {**CREDENTIALS, **place, "BACKBONE": "cnn", "IMAGE_WIDTH": 32, "IMAGE_HEIGHT": 32, "NUM_SHARDS": 4}
 
 
-def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step(running, digits, tmp_path):
-    local = run_pipeline(tmp_path, "run", "--until", "convert", **digits, DATA_DIR=tmp_path / "local")
+FROZEN = {"BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none"}
+
+
+@pytest.mark.parametrize(
+    ("until", "steps", "more"),
+    [
+        ("convert", ["raw", "inspected", "tfrecord_training"], {}),
+        pytest.param("extract", ["features_training"], FROZEN, marks=pytest.mark.slow),  # TensorFlow in each worker
+    ],
+)
+def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step(
+    until, steps, more, running, digits, tmp_path
+):
+    variables = {**digits, **more}
+    local = run_pipeline(tmp_path, "run", "--until", until, **variables, DATA_DIR=tmp_path / "local")
     assert local.returncode == 0, local.stdout
-    address = {"DASK_SCHEDULER_ADDRESS": running.address}
-    variables = {**digits, **address, "DATA_DIR": tmp_path / "data"}
-    run = run_pipeline(tmp_path, "run", "--until", "convert", start=True, **variables)
+    data_dir = tmp_path / "data"
+    variables |= {"DASK_SCHEDULER_ADDRESS": running.address, "DATA_DIR": data_dir}
+    run = run_pipeline(tmp_path, "run", "--until", until, start=True, **variables)
     lines, killed = [], []
     for line in run.stdout:
         lines.append(line)
-        if line.endswith(" ...\n") and line.split()[-2] in ("raw", "inspected", "tfrecord_training"):
-            time.sleep(0.5)
+        if line.endswith(" ...\n") and (step := line.split()[-2]) in steps:
+            if step not in ("raw", "inspected"):  # their pieces are not seen
+                attempts = f".draft-{step}/.resume/.*-*"
+                wait_until(partial(lambda pattern: any(data_dir.glob(pattern)) or run.poll() is not None, attempts))
             wait_until(running.worker_processes)
             running.worker_processes()[0].kill()
-            killed.append(line.split()[-2])
+            killed.append(step)
     assert run.wait() == 0, "".join(lines)
-    assert killed == ["raw", "inspected", "tfrecord_training"]
-    assert contents(tmp_path / "data") == contents(tmp_path / "local")
+    assert killed == steps
+    found, expected = contents(data_dir), contents(tmp_path / "local")
+    assert set(found) == set(expected)
+    for name, content in expected.items():
+        if name.startswith("features_") and name.endswith(".npy"):
+            arrays = (np.load(io.BytesIO(each)) for each in (found[name], content))
+            np.testing.assert_allclose(*arrays, rtol=0, atol=1e-5)
+        elif not (name.startswith("features_") and name.endswith("index.json")):  # it has their checksums
+            assert found[name] == content, name
     assert "Dask cluster: " in lines[-1]
-    assert json.loads((tmp_path / "data" / "status.json").read_text())["dashboard"].startswith("http://127.0.0.1:")
+    assert json.loads((data_dir / "status.json").read_text())["dashboard"].startswith("http://127.0.0.1:")
     assert not [line for line in lines if "distributed" in line]
 
 
