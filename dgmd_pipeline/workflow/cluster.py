@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, WorkerDied
-from dgmd_pipeline.workflow import cluster_worker, folders
+from dgmd_pipeline.workflow import cluster_worker
 from dgmd_pipeline.workflow.cluster_worker import Job
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class ClusterExecutor:
             client.wait_for_workers(1, timeout)
         except TimeoutError:
             raise PipelineError(_no_workers(self._address, timeout)) from None
-        lock = (self._data_dir / folders.LOCK).read_text("utf-8")
-        job = Job(uuid.uuid4().hex, self._data_dir, lock, cluster_worker.versions(), self._prepare)
+        holder = cluster_worker.holder(self._data_dir)
+        job = Job(uuid.uuid4().hex, self._data_dir, holder, cluster_worker.versions(), self._prepare)
         self._job = pickle.dumps(job)
         found: Any = client.get_versions()
         here, there = job.versions, found["scheduler"]["packages"]

@@ -26,7 +26,7 @@ from dgmd_pipeline.s3 import client as s3_client
 from dgmd_pipeline.s3 import download, listing, sync
 from dgmd_pipeline.tasks import LAST
 from dgmd_pipeline.workflow import cluster as dask_executor
-from dgmd_pipeline.workflow import folders, planning, runner
+from dgmd_pipeline.workflow import lock, planning, runner
 from dgmd_pipeline.workflow.executors import ProcessExecutor
 from dgmd_pipeline.workflow.run_context import RunContext, activate
 
@@ -42,7 +42,7 @@ def running(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    with folders.lock(folder):
+    with lock.hold(folder):
         yield folder
 
 
@@ -321,7 +321,7 @@ def test_no_secret_is_sent(digits, monkeypatch, tmp_path):
     for name, value in {**digits, **secrets, **uri, "DATA_DIR": tmp_path / "data"}.items():
         monkeypatch.setenv(name, str(value))
     recorder, values = Recorder(), settings.load()
-    with folders.lock(values.data_dir), activate(RunContext(values, recorder)) as context:
+    with lock.hold(values.data_dir), activate(RunContext(values, recorder)) as context:
         runner.run_steps(planning.select_steps(planning.upstream_steps(LAST()), "convert"))
         recorder.close()
         assert context.result.failure is None
@@ -344,6 +344,7 @@ def test_an_endpoint_with_a_password_is_not_sent(monkeypatch):
 
 def test_a_worker_without_credentials_that_is_refused_says_so(digits, monkeypatch, tmp_path):
     place = s3_client.Place(digits["AWS_ENDPOINT_URL"], "us-east-1", True)
+    (tmp_path / ".part").mkdir()
     size, tag = 4, "70ddcb9a3a3bde1dd9ed2aeba4f8a9e0"
     chunk = download.Chunk(place, "digits", [SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")], tmp_path)
     with pytest.raises(
@@ -358,6 +359,7 @@ def test_the_same_chunk_may_be_downloaded_twice_at_the_same_time(digits, monkeyp
     monkeypatch.setenv("AWS_ENDPOINT_URL", digits["AWS_ENDPOINT_URL"])
     client = s3_client.connect()
     download._client.cache_clear()
+    (tmp_path / ".part").mkdir()
     listed = listing.list_objects(client, "digits", "p", False).objects[:100]
     chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path)
     with ThreadPoolExecutor(2) as threads:
