@@ -61,6 +61,8 @@ ADAPTERS = {  # library -> the only package that imports it
     "awscrt": "s3",
     "mlflow": "registry",  # and the module that MLflow imports in a consumer's process
     "luigi": "workflow",
+    "dask": "workflow",
+    "distributed": "workflow",
 }
 
 
@@ -112,6 +114,11 @@ def test_each_library_for_an_outside_world_has_one_adapter(module):
         adapter = ADAPTERS.get(name.split(".")[0])
         also = {"workflow": "tasks/", "registry": "serving/pyfunc.py"}.get(adapter, "/")
         assert adapter in (None, package_of(module)) or module.startswith(also), name
+
+
+def test_one_module_imports_dask():
+    found = [(module, name.split(".")[0]) for module in MODULES for name in imports(module)]
+    assert {module for module, name in found if name in ("dask", "distributed")} == {"workflow/cluster.py"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in READ_THE_ENVIRONMENT])
@@ -179,7 +186,8 @@ try:
 except SystemExit as exited:
     code = exited.code
 assert code == {exits}, code
-heavy = {{"tensorflow", "keras", "mlflow", "sklearn", "matplotlib", "boto3", "PIL", "numpy"}} & set(sys.modules)
+heavy = {{"tensorflow", "keras", "mlflow", "sklearn", "matplotlib", "boto3", "PIL", "numpy", "dask", "distributed"}}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=60)

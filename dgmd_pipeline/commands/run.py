@@ -50,7 +50,7 @@ def run(
                 )
             )
             context = RunContext(
-                values, check_stopped=signals.check_stopped, tell=holder.tell, forced=forced, name=values.model_name,
+                values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
             )  # fmt: skip
             code, message = _finish(values, context, until, scheduler_url, verbose)
@@ -108,12 +108,15 @@ def _finish(
         if not idle:
             show_plan(plans, values.data_dir)
             _check_what_is_needed_later(values, plans)
-            resources.start_early(context, plans)
             try:
+                resources.connect_early(context, plans)
+                result.dashboard = context.executor.dashboard
+                resources.start_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
                 resources.close(context)
                 context.executor.close()
+                result.usage = context.executor.usage()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
@@ -163,9 +166,19 @@ def publish_status(
     outcome = status.outcome(code, changed)
     known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
     failed = result.failed_step if result and outcome == status.FAILED else None
+    dashboard = result.dashboard if result else None
     text = redact(message)
     published = status.Status(
-        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed, until=until
+        outcome,
+        code,
+        text,
+        utc_now(),
+        round(seconds, 1),
+        values.model_name,
+        **known,
+        step=failed,
+        until=until,
+        dashboard=dashboard,
     )
     try:
         before = status.read(values.data_dir)
@@ -232,3 +245,5 @@ def _show_times(result: RunResult, seconds: float) -> None:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line, extra={"table": 2})
+        if result.usage:
+            log.info("%s", result.usage)
