@@ -118,12 +118,14 @@ class ClusterExecutor:
             )
         try:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
-                if answer is not None and worker in client.nthreads():
+                if answer is None:
+                    _check_answer(job, worker)
+                elif worker in client.nthreads():  # else it has ended meanwhile
                     raise PipelineError(f"The Dask worker {worker} {answer}")
-                _check_answer(job, worker)
         finally:
             for path in self._data_dir.glob(f"{cluster_worker.ANSWER}*"):
                 path.unlink(missing_ok=True)
+        self._had_workers = time.monotonic()
         self._count_workers()
 
     def map(

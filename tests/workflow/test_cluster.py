@@ -96,7 +96,7 @@ def begun(go):
     return len(file.read_text()) if file.exists() else 0
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -191,7 +191,9 @@ def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step
         if begins and (step := begins[1]) in steps:
             if step not in ("raw", "inspected"):  # their pieces are not seen
                 attempts = f".draft-{step}/.resume/.*-*"
-                wait_until(partial(lambda pattern: any(data_dir.glob(pattern)) or run.poll() is not None, attempts))
+                wait_until(
+                    partial(lambda pattern: any(data_dir.glob(pattern)) or run.poll() is not None, attempts), 300
+                )
             wait_until(running.worker_processes)
             running.worker_processes()[0].kill()
             killed.append(step)
