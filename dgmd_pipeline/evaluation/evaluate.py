@@ -5,6 +5,7 @@ It runs the other modules of this package in order, and writes their files and t
 
 import logging
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -61,7 +62,7 @@ class EvaluationData(NamedTuple):
     balanced: Mapping[str, Mapping[str, int]]  # images of each label, "before" and "after" balancing
     source: str  # URI of the images
     settings: Mapping[str, object]  # of the steps, by variable
-    seconds: Sequence[tuple[str, float]]  # of each step
+    seconds: Sequence[tuple[str, float]]  # of each step before the evaluation
 
 
 class _Splits(NamedTuple):
@@ -90,6 +91,7 @@ def evaluate(
     missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
+    start = time.monotonic()
     splits = _read_splits(data)
     suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
@@ -107,7 +109,8 @@ def evaluate(
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
-    report.write(folder, content, found, decision)
+    own = ("evaluation", time.monotonic() - start)
+    report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
 
 
