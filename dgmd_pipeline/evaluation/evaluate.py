@@ -34,6 +34,7 @@ from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
+from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -63,6 +64,7 @@ class EvaluationData(NamedTuple):
     source: str  # URI of the images
     settings: Mapping[str, object]  # of the steps, by variable
     seconds: Sequence[tuple[str, float]]  # of each step before the evaluation
+    versions: Sequence[VersionSummary]  # the registered ones, the oldest first
 
 
 class _Splits(NamedTuple):
@@ -193,6 +195,7 @@ def _content(
         counts=_class_counts(data.balanced, splits),
         rejected=list(manifest.read(data.rejected, manifest.Rejected)),
         seconds=data.seconds,
+        versions=data.versions,
         fine_tuning=fine_tuning.describe(about["fine_tuning"]) if "fine_tuning" in about else "",
     )
 

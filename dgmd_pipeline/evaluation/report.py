@@ -10,20 +10,21 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.evaluation import charts, plots
+from dgmd_pipeline.evaluation import charts, plots, versions_so_far
 from dgmd_pipeline.evaluation.comparison import Comparison, detection
 from dgmd_pipeline.evaluation.gates import BETTER, Decision, grouped
 from dgmd_pipeline.evaluation.label_suspects import SHOWN, LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.evaluation.plots import Plot
+from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training.config import Epoch
 
@@ -55,6 +56,7 @@ class Content(NamedTuple):
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in order
+    versions: Sequence[VersionSummary] = ()  # the registered ones, the oldest first
     fine_tuning: str = ""  # its result as a sentence; "" if the backbone was not to be fine-tuned
 
 
@@ -95,6 +97,7 @@ def write(folder: Path, content: Content, review: "Review", decision: Decision) 
         "duration": formatting.format_seconds,
         "whole": lambda value: f"{value:,}",
         "date": _date,
+        "day": lambda seconds: _date(datetime.fromtimestamp(seconds, UTC).isoformat()),
         "css": lambda value: f"{value:.2f}".rstrip("0").rstrip(".") + "%",  # a length
     }
     environment.filters |= filters
@@ -108,6 +111,7 @@ def _charts(content: Content, comparison: Comparison | None) -> dict[str, object
     """Return the geometry of the charts."""
     measured = content.measured
     compared = comparison.classes if comparison else []
+    shown = [*content.versions, _summary(content)] if content.versions else []
     return {
         "changes": charts.changes(compared),
         "recalls": charts.recalls(measured.classes),
@@ -115,9 +119,23 @@ def _charts(content: Content, comparison: Comparison | None) -> dict[str, object
         "matrix": charts.matrix(measured.classes, measured.confused_pairs),
         "reliability": charts.reliability(measured.calibration),
         "learning_curves": charts.curves(content.history) if len(content.history) > 1 else [],
+        "versions_shown": shown,
+        "version_panels": versions_so_far.panels(shown),
         "largest_first": sorted(content.counts, key=lambda row: (-row.before, row.label)),
         "most_images": max((max(row.before, row.after) for row in content.counts), default=1) or 1,
     }
+
+
+def _summary(content: Content) -> VersionSummary:
+    """Return this version beside the earlier ones. Its number is the next one, which the registration may give it."""
+    return VersionSummary(
+        version=content.versions[-1].version + 1,
+        created=datetime.fromisoformat(content.created).timestamp(),
+        accuracy=content.measured.overall["accuracy"],
+        images=sum(row.training for row in content.counts) if content.counts else None,
+        labels=len(content.labels),
+        left_out=len(content.rejected),
+    )
 
 
 def _derived(content: Content, comparison: Comparison | None) -> dict[str, object]:
