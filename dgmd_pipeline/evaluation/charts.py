@@ -129,15 +129,20 @@ def curves(history: Sequence[Epoch]) -> list[Panel]:
     ]
 
 
-def panel(title: str, x: Sequence[int], lines: dict[str, Sequence[float]], write: Callable[[float], str]) -> Panel:
-    """Return the geometry of lines over the same whole numbers; `write` turns a value on the y axis into text."""
+def panel(
+    title: str, x: Sequence[int], lines: dict[str, Sequence[float]], write: Callable[[float], str], counts: bool = False
+) -> Panel:
+    """Return the geometry of lines over the same whole numbers; `write` turns a value on the y axis into text.
+
+    The y axis has whole numbers if the values are `counts`.
+    """
     from matplotlib.ticker import MaxNLocator
 
     values = [value for line in lines.values() for value in line]
     low, high = min(values), max(values)
     if low == high:
         low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
-    y_values = MaxNLocator(nbins=4).tick_values(low, high).tolist()
+    y_values = MaxNLocator(nbins=4, integer=counts).tick_values(low, high).tolist()
     x_values = MaxNLocator(nbins=6, integer=True).tick_values(x[0], x[-1]).tolist()
     low, high, reach = min(low, y_values[0]), max(high, y_values[-1]), max(x[-1] - x[0], 1)
 

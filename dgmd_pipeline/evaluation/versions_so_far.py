@@ -22,15 +22,11 @@ class VersionSummary(NamedTuple):
 
 def panels(versions: Sequence[VersionSummary]) -> list[Panel]:
     """Return a curve for each figure that at least two versions have."""
-    figures = (
-        ("Accuracy", "accuracy", charts.percent),
-        ("Training images", "images", "{:,.0f}".format),
-        ("Labels", "labels", "{:,.0f}".format),
-        ("Rejected files", "left_out", "{:,.0f}".format),
-    )
+    titles = {"accuracy": "Accuracy", "images": "Training images", "labels": "Labels", "left_out": "Rejected files"}
     found = []
-    for title, name, write in figures:
+    for name, title in titles.items():
         known = {row.version: value for row in versions if (value := getattr(row, name)) is not None}
+        write, counts = (charts.percent, False) if name == "accuracy" else ("{:,.0f}".format, True)
         if len(known) > 1:
-            found.append(charts.panel(title, list(known), {name: list(known.values())}, write))
+            found.append(charts.panel(title, list(known), {name: list(known.values())}, write, counts))
     return found

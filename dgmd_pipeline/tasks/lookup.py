@@ -98,27 +98,32 @@ def production(settings: "Settings", folder: Path) -> "Rivals":
     return rivals(place, state, state.production, folder)
 
 
-def versions_so_far(settings: "Settings") -> "list[VersionSummary]":
-    """Return what the report shows of the registered versions, the oldest first; [] if the registry cannot be read."""
-    from dgmd_pipeline.evaluation.versions_so_far import SHOWN, VersionSummary
-    from dgmd_pipeline.registry import versions
-    from dgmd_pipeline.registry.store import ACCURACY
+def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary]":
+    """Return what the report shows of the registered versions, the oldest first, without those of this training.
 
-    place = store(settings)
-    if place is None:
-        return []
+    There are none if the registry cannot be read: the report does without them, and nothing waits for a second attempt.
+    """
+    from dgmd_pipeline.evaluation.versions_so_far import SHOWN, VersionSummary
+    from dgmd_pipeline.registry import once, versions
+    from dgmd_pipeline.registry.store import ACCURACY, TRAINING_ID
+
     try:
-        state = versions.read(place, settings.model_name)
-        metrics = versions.run_metrics(place, settings.mlflow_experiment_name or settings.model_name)
+        place = store(settings)
+        if place is None:
+            return []
+        with once.without_repetition():
+            state = versions.read(place, settings.model_name)
+            metrics = versions.run_metrics(place, settings.mlflow_experiment_name or settings.model_name)
     except PipelineError as error:  # the comparison with production reports it, too
         log.debug("The report does not show the versions so far: %s", error)
         return []
     found = []
-    for version in reversed(state.versions[:SHOWN]):
+    for version in [one for one in state.versions if one.tags.get(TRAINING_ID) != training][:SHOWN]:
         accuracy, of_run = version.tags.get(ACCURACY), metrics.get(version.run_id, {})
         counts = (of_run.get(name) for name in ("images_training", "labels", "images_rejected"))
-        found.append(VersionSummary(version.version, version.created, float(accuracy) if accuracy else None, *counts))
-    return found
+        known = float(accuracy) if accuracy else None
+        found.append(VersionSummary(version.version, version.created, known, *counts))
+    return found[::-1]
 
 
 def rivals(

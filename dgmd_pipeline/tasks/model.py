@@ -171,7 +171,7 @@ class EvaluateModel(Step):
             source=_source_uri(self.settings, paths[names.RAW]),
             settings=_recorded_settings(records),
             seconds=[(name, record.seconds) for name, record in records.items()],
-            versions=lookup.versions_so_far(self.settings),
+            versions=lookup.versions_so_far(self.settings, str(inputs["trained"].fingerprint())),
         )
 
 
