@@ -3,7 +3,7 @@
 Bars are HTML, and their lengths are percentages of the room for bars. Curves are SVG, in the units of its view box.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.evaluation.metrics import CalibrationBin, ClassMetrics, ConfusedPair
@@ -130,7 +130,11 @@ def curves(history: Sequence[Epoch]) -> list[Panel]:
 
 
 def panel(
-    title: str, x: Sequence[int], lines: dict[str, Sequence[float]], write: Callable[[float], str], counts: bool = False
+    title: str,
+    x: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    write: Callable[[float], str],
+    counts: bool = False,
 ) -> Panel:
     """Return the geometry of lines over the same whole numbers; `write` turns a value on the y axis into text.
 
@@ -142,8 +146,8 @@ def panel(
     low, high = min(values), max(values)
     if low == high:
         low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
-    y_values = MaxNLocator(nbins=4, integer=counts).tick_values(low, high).tolist()
-    x_values = MaxNLocator(nbins=6, integer=True).tick_values(x[0], x[-1]).tolist()
+    y_values = [float(value) for value in MaxNLocator(nbins=4, integer=counts).tick_values(low, high)]
+    x_values = [float(value) for value in MaxNLocator(nbins=6, integer=True).tick_values(x[0], x[-1])]
     low, high, reach = min(low, y_values[0]), max(high, y_values[-1]), max(x[-1] - x[0], 1)
 
     def across(value: float) -> float:

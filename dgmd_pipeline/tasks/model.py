@@ -127,7 +127,10 @@ class EvaluateModel(Step):
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
     params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
-    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels")
+    runtime_params = (
+        *("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels"),
+        "mlflow_experiment_name",  # where the runs of the versions so far are
+    )
 
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
