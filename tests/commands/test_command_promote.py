@@ -175,8 +175,8 @@ def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_el
     assert (found.production.version, found.best.version) == (2, 1)
     assert found.best.path.is_file() and found.best.trained_labels
     values = settings.load().model_copy(update={"mlflow_experiment_name": NAME})
-    first, second = lookup.versions_so_far(values, "a new training")
-    assert (first.version, first.accuracy, second.version) == (1, 0.99, 2)
+    first, *others = lookup.versions_so_far(values, "a new training")
+    assert (first.version, first.accuracy, [row.version for row in others]) == (1, 0.99, [2, 3])
     assert first.images > 1 < first.labels and first.left_out is not None
     training = client.get_model_version(name, "2").tags["dgmd.training_id"]
     assert lookup.versions_so_far(values, training) == [first]
