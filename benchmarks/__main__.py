@@ -21,10 +21,12 @@ SCRIPTS = (
     "inspecting",
     "writing",
     "extracting",
+    "cluster",
     "epochs",
     "reading",
     "evaluating",
     "scaling",
+    "rows",
 )
 LIBRARIES = (
     "tensorflow",
@@ -32,11 +34,13 @@ LIBRARIES = (
     "keras",
     "mlflow",
     "numpy",
+    "pyarrow",
     "pillow",
     "boto3",
     "awscrt",
     "s5cmd",
     "simplejpeg",
+    "distributed",
 )
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

@@ -20,21 +20,23 @@ def main() -> None:
     raw = dataset.make(measure.WORK / "spice")
     os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # as settings.load does for frozen backbones
     from dgmd_pipeline.training import dataset as training_dataset
-    from dgmd_pipeline.training import feature_store, features, networks
+    from dgmd_pipeline.training import extraction, feature_store, features, networks
     from dgmd_pipeline.workflow import executors
 
     with measure.folder() as scratch:
         source = write(raw, Path(scratch), options.images)
-        backbone = networks.build_backbone("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
+        network = extraction.Network("EfficientNetV2-B1", "none", HEIGHT, WIDTH, Path(scratch))
+        backbone = networks.build_backbone(*network)
         forward, every = features.freeze(backbone), np.arange(options.images)
         batches = [x.numpy() for x in training_dataset.read_images(source, every).batch(features.BATCH)]
 
         def ours() -> int:
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            reuse = feature_store.find_reusable(source, (), {})
-            batched = training_dataset.read_images(source, reuse.new).batch(features.BATCH).prefetch(2)
-            computed = features.extract(batched, backbone, executors.in_threads)
-            return sum(feature_store.write(folder, source, reuse, {}, backbone.output_shape[-1], computed))
+            folder, place = (Path(tempfile.mkdtemp(dir=scratch)) for _ in range(2))
+            pieces = extraction.divide(source, feature_store.find_reusable(source, (), {}), place, {}, network)
+            count = sum(extraction.extract_pieces(pieces, backbone, executors.in_threads))
+            reuse = feature_store.find_reusable(source, [piece.target for piece in pieces], {})
+            feature_store.write(folder, source, reuse, {}, backbone.output_shape[-1])
+            return count
 
         def theirs() -> int:
             return sum(map(len, executors.in_threads(forward, batches)))

@@ -49,8 +49,8 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], output
     assert "run the same command again to resume" in output
     left = [path.name for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
-    resumable = {".draft-raw"} if "raw" in after else set() if "inspected" in after else {".draft-trained_model"}
-    assert set(left) <= resumable
+    kept = {"raw", "inspected", "tfrecord_training"} if "raw" in after or "inspected" in after else {"trained_model"}
+    assert set(left) <= {f".draft-{step}" for step in kept}
     result = run_pipeline(tmp_path, "--until", "train", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted([".lock", "status.json", *STEPS[:8]])

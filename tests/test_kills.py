@@ -42,7 +42,7 @@ after write .draft-balanced/_SUCCESS
 before write .draft-split/validation.csv
 before rename .draft-split split
 after rename .draft-split split
-after read .draft-tfrecord_*/*-00001-of-00002.tfrecord
+before read .draft-tfrecord_*/.resume/*/records.npy
 before rename .draft-tfrecord_* tfrecord_*
 after say *epoch 2/3*
 before rename .draft-trained_model trained_model
@@ -76,7 +76,7 @@ before rename registered_model .old-registered_model
 after rename .draft-registered_model registered_model
 """
 FEATURES = """
-after write .draft-features_*/labels.npy
+after rename .draft-features_training/.resume/.* .draft-features_training/.resume/*
 after rename .draft-features_* features_*
 after say *epoch 2/3*
 """
@@ -145,6 +145,17 @@ def whole_folders(data_dir):
     return {path.name.removeprefix(".old-"): json.loads((path / "_SUCCESS").read_text("utf-8")) for path in paths}
 
 
+def pieces(data_dir):
+    """Return the inodes of the shards and vectors that a step which was killed has finished."""
+    found = [*data_dir.glob(".draft-*/.resume/[!.]*/*.tfrecord"), *data_dir.glob(".draft-*/.resume/[!.]*/features.npy")]
+    return {path.stat().st_ino for path in found}
+
+
+def check_pieces(before, data_dir):
+    """Shards and vectors that were finished before the last run are still there: nothing made them again."""
+    assert before <= {path.stat().st_ino for path in data_dir.rglob("*")}, "made again"
+
+
 def check_after_kill(before, data_dir, reference=None):
     """Nothing is lost or half made. Before `reference` is reached for the first time, what is done is never redone."""
     after = whole_folders(data_dir)
@@ -158,7 +169,7 @@ def check_after_kill(before, data_dir, reference=None):
 
 def kill_at(moment, variables, reference=None):
     data_dir = variables["DATA_DIR"]
-    before = whole_folders(data_dir)
+    before, finished = whole_folders(data_dir), pieces(data_dir)
     command = [sys.executable, ROOT / "tests" / "support" / "kill_at.py", moment]
     environment = environment_with(variables)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -166,6 +177,7 @@ def kill_at(moment, variables, reference=None):
     result = subprocess.run(command, cwd=data_dir.parent, env=environment, timeout=120, **options)
     assert result.returncode == -signal.SIGKILL, f"'{moment}' never came:\n{result.stdout}"
     check_after_kill(before, data_dir, reference)
+    check_pieces(finished, data_dir)
 
 
 def contents(folder, aside=None):
@@ -287,6 +299,7 @@ def test_killed_while_features_are_extracted_and_learned_from(settings, undistur
     result = run(variables, *until)
     assert result.returncode == 0, result.stdout + result.stderr
     records = whole_folders(tmp_path / "data")
+    assert 0 < records["features_training"]["worked"] < records["features_training"]["images"]
     assert records["trained_model"]["worked"] == records["features_training"]["images"]  # the last of three epochs
     for step in set(whole_folders(reference["DATA_DIR"])) - LEARNED:
         assert_same(tmp_path / "data" / step, reference["DATA_DIR"] / step)
@@ -308,7 +321,7 @@ def test_killed_at_random_moments(settings, undisturbed, request, tmp_path):
         data_dir.parent.mkdir()
         seconds = shortest.setdefault(reference, reference.seconds)
         while True:
-            before, start = whole_folders(data_dir), time.monotonic()
+            before, finished, start = whole_folders(data_dir), pieces(data_dir), time.monotonic()
             process = run_pipeline(data_dir.parent, start=True, **variables)
             moment = chance.uniform(0, seconds) if kills < KILLS else None
             try:
@@ -317,6 +330,7 @@ def test_killed_at_random_moments(settings, undisturbed, request, tmp_path):
                 process.kill()
                 output = process.communicate(timeout=60)[0]  # ends with the last worker
             last = output.strip().split("\n")[-1]
+            check_pieces(finished, data_dir)
             print(f"sequence {sequence}, kill {kills + 1} after {moment} s: {process.returncode}, {last}")
             if process.returncode == 0:
                 if not before:  # the reference may have been made by a colder or busier machine

@@ -21,6 +21,7 @@ def test_a_plan_is_json_for_machines(data, tmp_path):
     assert states["balanced"] == ("run", "folder is missing")
     assert states["split"] == ("run", "VALIDATION_PCNT 0.2 -> 0.25")
     assert states["tfrecord_training"] == ("run", "split changes")
+    assert rows["tfrecord_training"]["reuse"] == "reuses unchanged images"
     images = {name: row["images"] for name, row in rows.items()}
     assert images["raw"] == 33
     assert images["inspected"] == images["balanced"] == 31

@@ -50,7 +50,7 @@ def run(
                 )
             )
             context = RunContext(
-                values, check_stopped=signals.check_stopped, tell=holder.tell, forced=forced, name=values.model_name,
+                values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
             )  # fmt: skip
             code, message = _finish(values, context, until, scheduler_url, verbose)
@@ -72,7 +72,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
     """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        plans = planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until), with_reuse=True)
     if as_json:
         print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
     else:
@@ -108,12 +108,15 @@ def _finish(
         if not idle:
             show_plan(plans, values.data_dir)
             _check_what_is_needed_later(values, plans)
-            resources.start_early(context, plans)
             try:
+                resources.connect_early(context, plans)
+                result.dashboard = context.executor.dashboard
+                resources.start_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
                 resources.close(context)
                 context.executor.close()
+                result.usage = context.executor.usage()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
@@ -163,9 +166,19 @@ def publish_status(
     outcome = status.outcome(code, changed)
     known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
     failed = result.failed_step if result and outcome == status.FAILED else None
+    dashboard = result.dashboard if result else None
     text = redact(message)
     published = status.Status(
-        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed, until=until
+        outcome,
+        code,
+        text,
+        utc_now(),
+        round(seconds, 1),
+        values.model_name,
+        **known,
+        step=failed,
+        until=until,
+        dashboard=dashboard,
     )
     try:
         before = status.read(values.data_dir)
@@ -220,7 +233,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else format_bytes(each.bytes)
-        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.reason}"
+        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.explanation}"
         log.info("%s", row.rstrip(), extra={"table": 48})
     unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
     if unused and plans[-1].step == names.REGISTERED_MODEL:
@@ -232,3 +245,5 @@ def _show_times(result: RunResult, seconds: float) -> None:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line, extra={"table": 2})
+        if result.usage:
+            log.info("%s", result.usage)

@@ -53,27 +53,27 @@ class InspectedFile(NamedTuple):
 
 
 class PreviousInspection:
-    """The results of an earlier inspection. Empty without one."""
+    """The results of earlier inspections, as far as their files are intact; of two for a path, those of the later."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._rows: dict[str, tuple[InspectedFile, int]] = {}  # with the position of the thumbnail
-        self._thumbnails = np.empty((0, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3), np.uint8)
-        self.known: Known | None = None
-        if folder is not None and _is_intact(folder):
-            usable = 0
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
+        # With the thumbnails in the folder and the position among them.
+        self._rows: dict[str, tuple[InspectedFile, np.ndarray, int]] = {}
+        self.known: Known | None = None  # of the first folder: the others are pieces, in which nothing is compared
+        for folder in filter(_is_intact, folders):
+            usable, thumbnails = 0, open_thumbnails(folder)
             for row in manifest.read(folder / FILES, InspectedFile):
-                self._rows[row.path] = row, usable
+                self._rows[row.path] = row, thumbnails, usable
                 usable += not row.reason
-            if usable:
-                self._thumbnails = open_thumbnails(folder)
-            self.known = Known(np.load(folder / HASHES), np.load(folder / COPIES))
+            self.known = self.known or Known(np.load(folder / HASHES), np.load(folder / COPIES))
 
     def find(self, file: RawFile, version: str | None) -> Outcome | None:
         """Return the result for a file that has not changed; None if it is new or has changed."""
-        row, position = self._rows.get(file.path, (None, 0))
-        if row is None or version is None or row.version != version:
+        if version is None or file.path not in self._rows:
             return None
-        return row.outcome(file.label, b"" if row.reason else self._thumbnails[position].tobytes())
+        row, thumbnails, position = self._rows[file.path]
+        if row.version != version:
+            return None
+        return row.outcome(file.label, b"" if row.reason else thumbnails[position].tobytes())
 
 
 def version(path: Path, etag: str | None) -> str | None:
@@ -87,13 +87,28 @@ def version(path: Path, etag: str | None) -> str | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return f"{status.st_size} {status.st_mtime_ns if etag is None else etag}"
+    return describe(status.st_size, status.st_mtime_ns if etag is None else etag)
+
+
+def describe(size: int, changed: object) -> str:
+    """Return the version of a file of `size` bytes with this ETag or time of the last change."""
+    return f"{size} {changed}"
+
+
+def count_unchanged(folder: Path, versions: Mapping[str, str | None]) -> int:
+    """Return how many files (path -> version) an inspection in `folder` has results for; 0 if they are unreadable."""
+    try:
+        return sum(versions.get(row.path) == row.version for row in manifest.read(folder / FILES, InspectedFile))
+    except PipelineError:
+        return 0
 
 
 def open_thumbnails(folder: Path) -> np.ndarray:
-    """Return the thumbnails in a folder, at least one: uint8 [n, 16, 16, 3], mapped from disk."""
-    mapped = np.memmap(folder / THUMBNAILS, np.uint8, "r")
-    return mapped.reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+    """Return the thumbnails in a folder: uint8 [n, 16, 16, 3], mapped from disk."""
+    shape = -1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3
+    path = folder / THUMBNAILS
+    is_empty = path.stat().st_size == 0  # and cannot be mapped
+    return (np.empty(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r")).reshape(shape)
 
 
 def write(folder: Path, rows: Iterable[InspectedFile], known: Known) -> None:

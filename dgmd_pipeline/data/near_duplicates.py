@@ -40,6 +40,9 @@ class Known(NamedTuple):
     copies: np.ndarray  # int64 [m, 2], ascending: positions of near-duplicates whose hashes are neighbours
 
 
+NOTHING_KNOWN = Known(np.empty(0, HASH), np.empty((0, 2), np.int64))
+
+
 def group(
     images: list[Image], thumbnails: np.ndarray, positions: np.ndarray, known: Known | None = None
 ) -> tuple[list[Image], Known]:
@@ -52,7 +55,7 @@ def group(
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)
     hashes["hash"][new], hashes["brightness"][new] = _hash(thumbnails, positions[new])
-    candidates, copies = _candidates(hashes, old, known or Known(np.empty(0, HASH), np.empty((0, 2), np.int64)))
+    candidates, copies = _candidates(hashes, old, known or NOTHING_KNOWN)
     sizes = np.array([(image.width, image.height) for image in images], np.float64).reshape(-1, 2)
     found = [copies]
     for start in range(0, len(candidates), _CHUNK):

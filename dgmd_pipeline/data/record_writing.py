@@ -1,18 +1,23 @@
-"""A piece of a shard -> its bytes: new images are encoded, and stored records are copied. Workers run this."""
+"""A piece of a shard -> a folder of records: new images are encoded, stored records are copied. Workers run this."""
 
+import hashlib
+import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from dgmd_pipeline import manifest
 from dgmd_pipeline.data import encoding, limits, tfrecord
 from dgmd_pipeline.data.decoding import DAMAGED, describe
 from dgmd_pipeline.errors import PipelineError, TooLittleMemory, WorkerDied
-from dgmd_pipeline.manifest import Example, Fit
+from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard
+from dgmd_pipeline.workflow import files
 
+SHARD = "records.tfrecord"  # the only shard in the folder of a piece
 COPY_BYTES = 1 << 20  # read at a time
 _EXCLUDE = (
     "Raise the memory limit of the pipeline, or exclude the image with a row in corrections.csv (docs/operating.md). "
@@ -21,27 +26,38 @@ _EXCLUDE = (
 
 
 class Piece(NamedTuple):
-    """A part of a shard, for a worker to write."""
+    """A part of a shard, for a worker to write into a folder of its own."""
 
-    raw: Path
-    shard: Path
-    part: Path  # the file to write; the shard itself for the first part
+    target: Path  # the folder
+    shard: int  # number
     rows: Sequence[Example]
     records: np.ndarray  # manifest.RECORD [rows]: hashes and label
     stored: np.ndarray  # manifest.RECORD [rows]: the stored record of the image; undefined where there is none
     sources: Sequence[Path | None]  # the shard with the stored record of each row; None: there is none
+    raw: Path
     width: int
     height: int
     fit: Fit
     reserve_memory: limits.ReserveMemory
 
 
-def write_piece(piece: Piece) -> np.ndarray:
-    """Write the records of a piece and return them: manifest.RECORD [rows], with positions in the piece's file."""
+def write_piece(piece: Piece) -> int:
+    """Write the folder of a piece, which looks like a finished folder of one shard, and return the number of images.
+
+    The piece may be written several times at the same time (`files.commit`).
+    """
+    with files.commit(piece.target) as folder:
+        records = _write_records(piece, folder / SHARD)
+        write_index(folder, records, {SHARD: slice(0, len(records))}, piece.width, piece.height, piece.fit)
+    return len(piece.rows)
+
+
+def _write_records(piece: Piece, path: Path) -> np.ndarray:
+    """Write the records of a piece into a file and return them: manifest.RECORD [rows]."""
     written = piece.records.copy()
     unchanged = (piece.stored["row"] == written["row"]).tolist()
     lengths = []
-    with piece.part.open("wb") as file:
+    with path.open("wb") as file:
         output = _Output(file)
         for row, stored, source, same in zip(piece.rows, piece.stored, piece.sources, unchanged, strict=True):
             if source is not None and same:
@@ -60,27 +76,61 @@ def write_piece(piece: Piece) -> np.ndarray:
     return written
 
 
-def check(piece: Piece, outcome: np.ndarray | WorkerDied) -> np.ndarray:
-    """Return the records of a piece. Raises PipelineError with the image at which the process died, if it did."""
+def check(piece: Piece, outcome: int | WorkerDied) -> Path:
+    """Return the folder of a piece. Raises PipelineError with the image at which the process died, if it did."""
     if isinstance(outcome, WorkerDied):
-        written = tfrecord.count(piece.part) if piece.part.exists() else 0
+        files_of_attempts = [path for folder in files.attempts(piece.target) if (path := folder / SHARD).exists()]
+        written = tfrecord.count(files_of_attempts[-1]) if files_of_attempts else 0
         path = piece.raw / piece.rows[min(written, len(piece.rows) - 1)].path
         raise PipelineError(f"{path} cannot be converted: {limits.explain(outcome)}. {_EXCLUDE}")
-    return outcome
+    return piece.target
 
 
-def join(shard: Path, parts: Iterable[tuple[Piece, np.ndarray]]) -> np.ndarray:
-    """Append the parts of a shard to the first one. Return its records, given those of each part."""
+def join(target: Path, parts: Sequence[Path], width: int, height: int, fit: Fit) -> Path:
+    """Write the folder of a shard from the folders of its parts, and remove them. Return it; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
     records = []
-    with shard.open("ab") as file:
-        for piece, written in parts:
-            if piece.part != shard:
+    with files.commit(target) as folder:
+        with (folder / SHARD).open("wb") as file:
+            for part in parts:
+                written = np.array(manifest.read_records(part))
                 written["start"] += np.uint64(file.tell())
-                with piece.part.open("rb") as source:
+                records.append(written)
+                with (part / SHARD).open("rb") as source:
                     shutil.copyfileobj(source, file, COPY_BYTES)
-                piece.part.unlink()
-            records.append(written)
-    return np.concatenate(records)
+        joined = np.concatenate(records)
+        write_index(folder, joined, {SHARD: slice(0, len(joined))}, width, height, fit)
+    for part in parts:
+        shutil.rmtree(part)
+    return target
+
+
+def write_index(
+    folder: Path, records: np.ndarray, shards: Mapping[str, slice], width: int, height: int, fit: Fit
+) -> dict[str, int]:
+    """Write `records.npy` and `index.json` into a folder that has the shards, and return the numbers in the index.
+
+    `shards` are the names of the files, and which of the `records` (manifest.RECORD [n]) each has.
+    """
+    np.save(folder / manifest.RECORDS, records, allow_pickle=False)
+    entries = [_entry(folder / name, records[each]) for name, each in shards.items()]
+    counts = {"images": len(records), "shards": len(shards), "bytes": sum(entry.bytes for entry in entries)}
+    kind = {"format": encoding.FORMAT, "lossless": True}
+    index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
+    counted = {**counts, "records_sha256": files.sha256(folder / manifest.RECORDS)}
+    text = json.dumps({**index, **counted, "files": [entry._asdict() for entry in entries]}, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+    return counts
+
+
+def _entry(path: Path, records: np.ndarray) -> Shard:
+    return Shard(path.name, len(records), path.stat().st_size, files.sha256(path), rows_digest(records))
+
+
+def rows_digest(records: np.ndarray) -> str:
+    """Return `Shard.rows` for the records of a shard."""
+    return hashlib.sha256(records["row"].tobytes()).hexdigest()
 
 
 class _Output:

@@ -13,26 +13,32 @@ TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `t
 
 import contextlib
 import hashlib
-import json
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline import formatting, manifest
-from dgmd_pipeline.data import encoding, limits, record_writing
+from dgmd_pipeline.data import columns, limits, record_writing
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable
-from dgmd_pipeline.data.record_writing import Piece
+from dgmd_pipeline.data.record_writing import SHARD, Piece
 from dgmd_pipeline.errors import PipelineError, WorkerDied
-from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard, ShardIndex, read_shard_index
+from dgmd_pipeline.manifest import INDEX, Example, Fit, Shard, ShardIndex, read_shard_index
 from dgmd_pipeline.workflow import files
 
 # Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
-# cores and the last pieces end at about the same time.
+# cores, the last pieces end at about the same time, and a run that is stopped loses little.
 PIECE_IMAGES = 256
+LARGE_SHARD = 1_000_000_000  # bytes
+# "At least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
+SHARD_BYTES = 200_000_000
 
 
 class Written(NamedTuple):
@@ -58,9 +64,10 @@ def write(
     width: int,
     height: int,
     fit: Fit,
-    map: Callable[[Callable[[Piece], np.ndarray], Sequence[Piece]], Iterable[np.ndarray | WorkerDied]] = map,
+    map: Callable[[Callable[[Piece], int], Sequence[Piece]], Iterable[int | WorkerDied]] = map,
     reserve_memory: limits.ReserveMemory = contextlib.nullcontext,
     previous: Iterable[Path] = (),
+    pieces: Path | None = None,
 ) -> Written:
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
 
@@ -68,41 +75,49 @@ def write(
     assigns an image to one of the `shards` shards, so the shards differ in size and may be empty. `previous` are
     finished folders of shards: a shard with equal rows is linked, and the record of an equal image file is copied. The
     bytes depend on the set of rows and on the images only, not on the order of `rows`, the number of processes, or
-    `previous`. `map` works like the builtin. It may call its function for the pieces in other processes, and yields the
-    results (manifest.RECORD [images of the piece]) in order; for a piece whose process died, a WorkerDied.
-    `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
+    `previous`. `map` works like the builtin. It may call its function for the pieces in other processes or on other
+    machines, and yields the results (the number of images) in order; for a piece whose process died, a WorkerDied.
+    `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded. Finished pieces are
+    folders in `pieces`, and stay: after a stop, they can be among `previous`. None: they are removed at the end.
     Raises PipelineError where an image is missing or no longer readable, or needs too much memory or time, OSError
     where `folder` cannot be written.
     """
-    ordered = _ordered(rows)
-    examples = [row for _, row in ordered]
+    ranks, examples = _ordered(rows)
     records = _expected_records(examples)
-    shard_of = np.array([int.from_bytes(key[:8]) * shards >> 64 for key, _ in ordered], np.int64)
+    shard_of = np.array([rank * shards >> 64 for rank in ranks[:, 0].tolist()], np.int64)
     slices = [slice(*each) for each in pairwise(np.searchsorted(shard_of, np.arange(shards + 1)).tolist())]
-    digests = [hashlib.sha256(records["row"][each].tobytes()).hexdigest() for each in slices]
-    names = [f"{split}-{number:05d}-of-{shards:05d}.tfrecord" for number in range(shards)]
     stored = StoredRecords(previous, width, height, fit)
-    reuse = find_reusable(stored, digests, records["sha256"], shard_of)
-    pieces: list[Piece] = []
-    for number, rows_of_shard in enumerate(slices):
-        path = folder / names[number]
-        if number in reuse.shards:
-            files.link(reuse.shards[number].path, path, path.with_suffix(".part"))
-            records[rows_of_shard] = stored.records[reuse.shards[number].records]
-        else:
-            given = examples[rows_of_shard], records[rows_of_shard], reuse.positions[rows_of_shard]
-            pieces += _pieces(path, *given, stored, raw, (width, height), fit, reserve_memory)
-    outcomes = zip(pieces, map(record_writing.write_piece, pieces), strict=True)
-    results = ((piece, record_writing.check(piece, outcome)) for piece, outcome in outcomes)
-    slice_of = dict(zip(names, slices, strict=True))
-    for shard, parts in groupby(results, key=lambda result: result[0].shard):
-        records[slice_of[shard.name]] = record_writing.join(shard, parts)
-    np.save(folder / manifest.RECORDS, records, allow_pickle=False)
-    entries = [_entry(folder / name, each, digest) for name, each, digest in zip(names, slices, digests, strict=True)]
-    counts = {"images": len(examples), "shards": shards, "bytes": sum(entry.bytes for entry in entries)}
-    _write_index(folder, width, height, fit, counts, entries)
+    rows_of_shards = [record_writing.rows_digest(records[each]) for each in slices]
+    reuse = find_reusable(stored, rows_of_shards, records["sha256"], shard_of)
+    names = [f"{split}-{number:05d}-of-{shards:05d}.tfrecord" for number in range(shards)]
+    make = partial(Piece, raw=raw, width=width, height=height, fit=fit, reserve_memory=reserve_memory)
+    with contextlib.nullcontext(pieces) if pieces else tempfile.TemporaryDirectory(dir=folder) as place:
+        start = Path(place, uuid.uuid4().hex[:8])  # of names: those of an earlier run's pieces are others
+        todo: list[Piece] = []
+        for number in sorted({*range(shards)} - {*reuse.shards}):
+            each = slices[number]
+            todo += _pieces(make, start, number, examples[each], records[each], reuse.positions[each], stored)
+        outcomes = zip(todo, map(record_writing.write_piece, todo), strict=True)
+        for number, parts in groupby(outcomes, key=lambda outcome: outcome[0].shard):
+            finished = [record_writing.check(*part) for part in parts]
+            found = record_writing.join(_place(start, number), finished, width, height, fit)
+            records[slices[number]] = manifest.read_records(found)
+            _link(found / SHARD, folder / names[number])
+    for number, shard in reuse.shards.items():
+        records[slices[number]] = stored.records[shard.records]
+        _link(shard.path, folder / names[number])
+    counts = record_writing.write_index(folder, records, dict(zip(names, slices, strict=True)), width, height, fit)
     new = (reuse.positions == NEW) & ~np.isin(shard_of, list(reuse.shards))
     return Written(counts, int(new.sum()), int(records["length"][new].sum()))
+
+
+def _place(start: Path, *numbers: int) -> Path:
+    """Return the folder of a shard or, with two numbers, of a part of a shard."""
+    return start.with_name("-".join([start.name, *(f"{number:05d}" for number in numbers)]))
+
+
+def _link(source: Path, target: Path) -> None:
+    files.link(source, target, target.with_suffix(".part"))
 
 
 def _expected_records(examples: Sequence[Example]) -> np.ndarray:
@@ -116,33 +131,34 @@ def _expected_records(examples: Sequence[Example]) -> np.ndarray:
 
 
 def _pieces(
-    shard: Path,
+    make: Callable[..., Piece],
+    start: Path,
+    shard: int,
     examples: Sequence[Example],
     records: np.ndarray,
     positions: np.ndarray,
     stored: StoredRecords,
-    raw: Path,
-    size: tuple[int, int],
-    fit: Fit,
-    reserve_memory: limits.ReserveMemory,
 ) -> Iterator[Piece]:
     """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are those in `stored`, or NEW."""
     new = positions == NEW
     numbers = (np.cumsum(new) - new) // PIECE_IMAGES
-    for first, stop in pairwise(np.searchsorted(numbers, np.arange(numbers.max(initial=0) + 2)).tolist()):
+    edges = pairwise(np.searchsorted(numbers, np.arange(numbers.max(initial=0) + 2)).tolist())
+    for part, (first, stop) in enumerate(edges):
         each = slice(first, stop)
         sources = [
             None if position == NEW else stored.shards[stored.shard_of[position]].path
             for position in positions[each].tolist()
         ]
-        part = shard if first == 0 else shard.with_suffix(f".part{first}")
         found = stored.records[positions[each]] if len(stored.records) else np.zeros(stop - first, manifest.RECORD)
-        yield Piece(raw, shard, part, examples[each], records[each], found, sources, *size, fit, reserve_memory)
+        yield make(_place(start, shard, part), shard, examples[each], records[each], found, sources)
 
 
-def _ordered(rows: Iterable[Example]) -> list[tuple[bytes, Example]]:
-    keyed = [(hashlib.sha256(f"records {row.sha256}".encode()).digest(), row) for row in rows]
-    return sorted(keyed, key=lambda pair: (pair[0], pair[1].path))
+def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, list[Example]]:
+    """Return the ranks (`columns.ranks`) in ascending order, and the rows in this order."""
+    by_path = sorted(rows, key=attrgetter("path"))
+    ranks = columns.ranks("records", (row.sha256.encode() for row in by_path))
+    order = columns.order(ranks)
+    return ranks[order], [by_path[position] for position in order.tolist()]
 
 
 def record_order(rows: Iterable[Example]) -> list[Example]:
@@ -150,7 +166,7 @@ def record_order(rows: Iterable[Example]) -> list[Example]:
 
     A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
     """
-    return [row for _, row in _ordered(rows)]
+    return _ordered(rows)[1]
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:
@@ -159,6 +175,11 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
     Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
     """
     return round(images * width * height * 1.15)
+
+
+def suggest_shards(sizes: Sequence[int]) -> int | None:
+    """Return the number of shards that makes shards of these sizes SHARD_BYTES large, if one exceeds LARGE_SHARD."""
+    return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
@@ -192,17 +213,3 @@ def _find_problem_of_records(folder: Path, index: ShardIndex) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     return None if files.sha256(path) == index.records_sha256 else f"{path} does not have the checksum in {INDEX}"
-
-
-def _entry(path: Path, records: slice, digest: str) -> Shard:
-    return Shard(path.name, records.stop - records.start, path.stat().st_size, files.sha256(path), digest)
-
-
-def _write_index(
-    folder: Path, width: int, height: int, fit: Fit, counts: dict[str, int], shards: Iterable[Shard]
-) -> None:
-    kind = {"format": encoding.FORMAT, "lossless": True}
-    index = {"schema": INDEX_SCHEMA, "encoding": kind, "width": width, "height": height, "fit": fit}
-    counted = {**counts, "records_sha256": files.sha256(folder / manifest.RECORDS)}
-    text = json.dumps({**index, **counted, "files": [shard._asdict() for shard in shards]}, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")

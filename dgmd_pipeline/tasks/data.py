@@ -3,9 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
@@ -45,9 +45,9 @@ class DownloadImages(Step):
             sync.check_untracked_files(self.path)
         listed, resources.listing = resources.listing or self._list(s3), None
         previous = self.path if self.settings.refresh and record and not self.outdated(record, {}) else None
-        resume_dir = draft / folders.RESUME
         limit = self.settings.max_rejected_pcnt
-        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, limit, self.progress)
+        options = draft / folders.RESUME, previous, self.folder, limit, self.progress, self._fetch()
+        result = sync.download_folder(s3, listed, draft, *options)
         _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
             counts=result.counts,
@@ -56,6 +56,12 @@ class DownloadImages(Step):
             bytes_processed=sync.total_bytes(result.fetched),
             summary=result.summary,
         )
+
+    def _fetch(self) -> Callable[..., Any]:
+        from dgmd_pipeline.s3 import download
+
+        executor = self.context.executor
+        return partial(download.download_in_chunks, map=executor.map) if executor.is_cluster else download.download
 
     def _list(self, s3: "Client") -> "Listing":
         from dgmd_pipeline.s3 import listing
@@ -100,6 +106,7 @@ class InspectImages(Step):
     """Files under `raw/` -> rows in `images.csv` (usable images) and `rejected.csv` (other files, with the reason)."""
 
     name, verb, format_version = names.INSPECTED, "inspect", 3
+    keeps_pieces = True
 
     def requires(self) -> dict[str, Step]:
         return {"raw": DownloadImages()}
@@ -112,6 +119,19 @@ class InspectImages(Step):
     def extra_inputs(self) -> dict[str, str]:
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Compare the files, or the objects in the bucket if it was listed, with the last inspection."""
+        previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
+        listing, objects = self.context.shared(Resources).listing, None
+        if previous is None or (upstream[0].state != "done" and not listing):
+            return ""
+        from dgmd_pipeline.data import inspection
+
+        if listing or read_record(raw):
+            objects = listing.objects if listing else manifest.read(raw / manifest.LISTING, manifest.SourceObject)
+        new, reused = inspection.expect(raw, objects, self._corrections, previous)
+        return f"{new:,} new, {reused:,} reused"
+
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import inspection
 
@@ -122,7 +142,7 @@ class InspectImages(Step):
             done = self.context.executor.map(function, files, inspection.CHUNK)
             return self.progress(done, len(files), "images")
 
-        options = run, reserve_memory, next(iter(self.reusable_folders()), None)
+        options = run, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         _warn_of_rejected(counts["rejected"], "files", self.path)
         return StepResult(
@@ -144,16 +164,16 @@ class MapLabels(Step):
         return {"inspected": InspectImages()}
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import inspection, labels
+        from dgmd_pipeline.data import columns, inspection, labels
 
         inspected: Path = self.input()["inspected"].path
-        images = list(manifest.read(inspected / "images.csv", manifest.Image))
+        usable = columns.count_labels(inspected / "images.csv")
         report = inspected / manifest.REJECTED
         rejected = manifest.read(report, manifest.Rejected)
-        inspection.check_rejected(images, rejected, self.settings.max_rejected_pcnt, report)
-        counts = labels.write_label_map(images, self._known(), self.settings.min_images_per_label, draft)
+        inspection.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
+        counts = labels.write_label_map(usable, self._known(), self.settings.min_images_per_label, draft)
         summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
-        return StepResult(counts=counts, images_processed=len(images), summary=summary)
+        return StepResult(counts=counts, images_processed=usable.total(), summary=summary)
 
     def declared_settings(self) -> Json:
         """Return the settings; without the bucket and prefix if `raw/` was not downloaded from there."""
@@ -194,7 +214,7 @@ class BalanceClasses(Step):
         from dgmd_pipeline.data import balance, labels
 
         rows = manifest.read(self.input()["label_map"].path / "labels.csv", labels.LabelRow)
-        images = manifest.read(self.input()["inspected"].path / "images.csv", manifest.Image)
+        images = self.input()["inspected"].path / "images.csv"
         used = {row.label: row.class_index for row in rows if row.state == "used"}
         counts = balance.write_balanced(images, used, self.settings.balance_limit, draft)
         return StepResult(
@@ -217,7 +237,7 @@ class SplitImages(Step):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import split
 
-        rows = manifest.read(self.input()["balanced"].path / "images.csv", manifest.Example)
+        rows = self.input()["balanced"].path / "images.csv"
         counts = split.write_splits(rows, self.settings.validation_pcnt, draft)
         images = counts["training"] + counts["validation"]
         return StepResult(counts=counts, images=images, summary=split.summary(counts))
@@ -227,6 +247,7 @@ class PerSplitStep(Step):
     """A step that exists once for each split, with a folder for each."""
 
     split: str = luigi.ChoiceParameter(choices=names.SPLITS)
+    image_params: ClassVar[tuple[str, ...]] = ()  # settings that the result for each image depends on
 
     @property
     def folder(self) -> str:
@@ -245,6 +266,13 @@ class PerSplitStep(Step):
         own = super().reusable_folders()
         return own and [*own, *self._other._finished_folders()]
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        record, now = read_record(folders.current_path(self.path)), self.declared_settings()
+        if record is None or record.inputs | self.extra_inputs() != record.inputs or not self.reusable_folders():
+            return ""
+        same = all(record.settings.get(name) == now[name] for name in self.image_params)
+        return "reuses unchanged images" if same else ""
+
     def keeps_replaced(self) -> bool:
         return not self._other.complete()
 
@@ -257,8 +285,10 @@ class WriteTFRecords(PerSplitStep):
     """Rows of a split -> records in the shards of the split."""
 
     name, verb, format_version = names.TFRECORD, "convert", 4
+    keeps_pieces = True
     priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
-    params = ("num_shards", "image_width", "image_height", "image_fit")
+    image_params = ("image_width", "image_height", "image_fit")
+    params = ("num_shards", *image_params)
 
     def requires(self) -> dict[str, Step]:
         return {"split": SplitImages(), "inspected": InspectImages(), "raw": DownloadImages()}
@@ -271,12 +301,14 @@ class WriteTFRecords(PerSplitStep):
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
             done = self.context.executor.map(function, pieces)
-            return self.progress(done, total, "images", count=lambda records: getattr(records, "size", 0))
+            return self.progress(done, total, "images", count=lambda done: done if isinstance(done, int) else 0)
 
-        given = self.settings
-        size, fit, raw = (given.image_width, given.image_height), given.image_fit, self.input()["raw"].path
-        target, previous = (draft, self.split, given.num_shards), self.reusable_folders()
-        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous)
+        given, previous, raw = self.settings, self.reusable_folders(), self.input()["raw"].path
+        size, fit, pieces = (given.image_width, given.image_height), given.image_fit, draft / folders.RESUME
+        target = draft, self.split, given.num_shards
+        written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
+        if suggested := shards.suggest_shards([shard.bytes for shard in manifest.read_shard_index(draft).shards]):
+            log.warning("%s has a shard of more than 1 GB. NUM_SHARDS=%d makes about 200 MB.", self.folder, suggested)
         return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:

@@ -7,7 +7,7 @@ indexes; and `index.json`.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -135,50 +135,45 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
     return Reuse(dimensions, linked, copied, positions, int(rows["length"][positions].sum()), shards)
 
 
-def write(
-    folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int, computed: Iterable[np.ndarray]
-) -> Iterator[int]:
-    """Write a folder of features for a folder of records.
+def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int) -> None:
+    """Write a folder of features for a folder of records, all of which are reused.
 
-    `computed` are the vectors (float32 [m, dimensions]) of the images at `reuse.new`, in this order, in blocks of any
-    length. Yields the length of each block. Only a few blocks are in memory. Raises ValueError where vectors are
-    missing, OSError where the folder cannot be written.
+    Raises ValueError where vectors are missing, OSError where the folder cannot be written.
     """
+    if len(reuse.new):
+        raise ValueError(f"{folder}: {len(reuse.new)} vectors are missing")
     record_table, edges = manifest.read_records(records), _edges(records)
-    images = np.ascontiguousarray(record_table["sha256"])
     paths = [folder / f"features-{number:05d}-of-{len(edges):05d}.npy" for number in range(len(edges))]
     for number, stored in reuse.linked.items():
         files.link(stored.path, paths[number], paths[number].with_suffix(".part"))
-    open_files = {
-        number: VectorFile(paths[number], (stop - start, dimensions))
-        for number, (start, stop) in enumerate(edges)
-        if number not in reuse.linked
-    }
     for number, copies in reuse.copied.items():
+        start, stop = edges[number]
+        file = VectorFile(paths[number], (stop - start, dimensions))
         for stored, rows, target in copies:
             vectors = np.load(stored.path, mmap_mode="r")
             for first in range(0, len(rows), COPY_ROWS):
                 chunk = slice(first, first + COPY_ROWS)
-                _write_runs(open_files[number], target[chunk], vectors[rows[chunk]])
-    ends, done = np.array([stop for _, stop in edges]), 0
-    for block in computed:
-        positions = reuse.new[done : done + len(block)]
-        shard_of = np.searchsorted(ends, positions, side="right")
-        for number in np.unique(shard_of).tolist():
-            at = shard_of == number
-            _write_runs(open_files[number], positions[at] - edges[number][0], block[at])
-        done += len(block)
-        yield len(block)
-    if done != len(reuse.new):
-        raise ValueError(f"{folder}: expected {len(reuse.new)} vectors, got {done}")
-    np.save(folder / IMAGES, images, allow_pickle=False)
+                _write_runs(file, target[chunk], vectors[rows[chunk]])
     np.save(folder / LABELS, record_table["label"].astype(np.int64), allow_pickle=False)
-    entries = [
-        FeatureShard(path.name, int(stop - start), path.stat().st_size, files.sha256(path), _digest(images[start:stop]))
-        for path, (start, stop) in zip(paths, edges, strict=True)
-    ]
+    shards = {path.name: slice(*each) for path, each in zip(paths, edges, strict=True)}
+    write_index(folder, np.ascontiguousarray(record_table["sha256"]), shards, origin, dimensions)
+
+
+def write_index(
+    folder: Path, images: np.ndarray, vectors: Mapping[str, slice], origin: Origin, dimensions: int
+) -> None:
+    """Write `images.npy` and `index.json` into a folder that has the files of vectors.
+
+    `vectors` are the names of the files, and which of the `images` (S32 [n]) each is about.
+    """
+    np.save(folder / IMAGES, images, allow_pickle=False)
+    entries = [_entry(folder / name, images[each]) for name, each in vectors.items()]
     index = {"schema": SCHEMA, "origin": dict(origin), "images": len(images), "dimensions": dimensions}
     manifest.write_json(folder / manifest.INDEX, index | {"files": [entry._asdict() for entry in entries]})
+
+
+def _entry(path: Path, images: np.ndarray) -> FeatureShard:
+    return FeatureShard(path.name, len(images), path.stat().st_size, files.sha256(path), _digest(images))
 
 
 def load(folder: Path) -> LabeledFeatures:
@@ -212,7 +207,7 @@ def _write_runs(file: VectorFile, rows: np.ndarray, vectors: np.ndarray) -> None
 def _is_intact(stored: _Stored) -> bool:
     intact = files.is_intact(stored.path, stored.entry.bytes, stored.entry.sha256)
     if not intact:
-        log.warning("%s is damaged: its vectors are computed again", stored.path)
+        files.warn_of_damage(stored.path, "its vectors are computed again")
     return intact
 
 

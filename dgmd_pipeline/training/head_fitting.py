@@ -92,8 +92,8 @@ def _chunks(
 
 
 def _mean(totals: Iterable["tf.Tensor"]) -> tuple[float, float]:
-    loss, correct, count = np.sum([each.numpy() for each in totals], axis=0, dtype=np.float64).tolist()
-    return loss / count, correct / count
+    loss, correct, count = np.array([each.numpy() for each in totals], np.float64).sum(axis=0)
+    return float(loss / count), float(correct / count)
 
 
 def _build_steps(network: "keras.Model", class_weights: np.ndarray) -> tuple[Callable, Callable]:

@@ -1,15 +1,21 @@
-"""Files in step folders: checksums that are computed once in a run, hard links, and what reaches the disk."""
+"""Files in step folders: checksums that are computed once in a run, hard links, pieces, and what reaches the disk."""
 
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_damaged: set[tuple[int, int, str]] = set()  # device and inode of the folder, name
 _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
 
 
@@ -34,6 +40,15 @@ def is_intact(path: Path, size: int, checksum: str) -> bool:
         return False
 
 
+def warn_of_damage(path: Path, consequence: str) -> None:
+    """Log that a file is damaged, once in a process: its folder may have got another name since the last call."""
+    folder = path.parent.stat()
+    key = folder.st_dev, folder.st_ino, path.name
+    if key not in _damaged:
+        _damaged.add(key)
+        log.warning("%s is damaged: %s", path, consequence)
+
+
 def link(source: Path, target: Path, temporary: Path) -> None:
     """Create `target` as a hard link to a file, or as a copy where that is impossible.
 
@@ -46,6 +61,31 @@ def link(source: Path, target: Path, temporary: Path) -> None:
             raise
         shutil.copyfile(source, temporary)  # the disk has no hard links, or the file belongs to another user
         temporary.replace(target)
+
+
+@contextlib.contextmanager
+def commit(target: Path) -> Iterator[Path]:
+    """Provide a new folder, which is renamed to `target` when the block succeeds, and removed when it fails.
+
+    Any number of attempts may run at the same time, on several machines. The first that ends makes `target`, the
+    folders of the others are removed, and nothing is written into `target` any more. Raises OSError.
+    """
+    attempt = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    attempt.mkdir()
+    try:
+        yield attempt
+        try:
+            attempt.rename(target)
+        except OSError as error:
+            if error.errno not in EXISTS:
+                raise
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)  # what remains is removed with the draft of the step
+
+
+def attempts(target: Path) -> list[Path]:
+    """Return the folders of attempts to make `target` that have not ended, the latest last."""
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}-*"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def sync(folder: Path) -> None:

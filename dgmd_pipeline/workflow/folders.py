@@ -78,8 +78,27 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _can_resume(folder: Path) -> bool:
-    resume_dir = folder / RESUME
-    return resume_dir.is_dir() and any(path.name != FINGERPRINT for path in resume_dir.iterdir())
+    return bool(_kept(folder))
+
+
+def _kept(folder: Path) -> list[Path]:
+    """Return what a step has written into RESUME, without unfinished pieces, whose names begin with a dot."""
+    found = (folder / RESUME).iterdir() if (folder / RESUME).is_dir() else ()
+    return sorted(path for path in found if path.name != FINGERPRINT and not path.name.startswith("."))
+
+
+def keep_pieces(folder: Path) -> int:
+    """Remove everything from a draft but its finished pieces, which are in RESUME. Return their number."""
+    kept = _kept(folder)
+    for path in [*folder.iterdir(), *(folder / RESUME).iterdir()]:
+        if path.name not in (RESUME, FINGERPRINT) and path not in kept:
+            disk.remove(path)
+    return len(kept)
+
+
+def pieces(target: Path) -> list[Path]:
+    """Return the finished pieces in the draft of a folder."""
+    return _kept(_beside(target)[0])
 
 
 def recover(data_dir: Path, names: Iterable[str]) -> None:

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from luigi.task_register import Register
 
-from dgmd_pipeline.workflow.executors import ProcessExecutor
-from dgmd_pipeline.workflow.success_file import Json, StepRecord
+from dgmd_pipeline.workflow.executors import Executor, ProcessExecutor
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest
 
 Shared = TypeVar("Shared")
 
@@ -35,6 +36,8 @@ class RunResult:
     summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None
     failed_step: str | None = None
+    dashboard: str | None = None  # address of the page of the cluster, if one worked
+    usage: str = ""  # how much a cluster worked
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class RunContext:
     """One run."""
 
     settings: Values
-    executor: ProcessExecutor = field(default_factory=ProcessExecutor)
+    executor: Executor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     tell: Callable[[str, str], None] = lambda _step, _progress: None  # says which step runs, and how far it is
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date
@@ -50,6 +53,11 @@ class RunContext:
     holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)
+
+    @cached_property
+    def deployment(self) -> str:
+        """The name, and a hash of the settings."""
+        return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:
         """Return this run's only object of a class. The first call creates it."""

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +31,11 @@ from dgmd_pipeline.workflow.success_file import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _version() -> str:
+    return version("dgmd_pipeline")
 
 
 class UpstreamChange(NamedTuple):
@@ -64,8 +70,7 @@ class DeploymentParameter(luigi.Parameter):
 
     def task_value(self, task_name: str, param_name: str) -> str:
         """Return the value of the current run."""
-        context = run_context.current()
-        return f"{context.name}-{digest(context.settings.public())[:8]}"
+        return run_context.current().deployment
 
 
 class DeclaredSettings:
@@ -116,6 +121,7 @@ class Step(luigi.Task):
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
     accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's own and is used as is
     resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
+    keeps_pieces: ClassVar[bool] = False  # reuses the finished pieces in the draft of a run that was stopped
 
     # Of the tasks that need the same resource, Luigi's scheduler runs only one at a time.
     resources = {"data_dir": 1}
@@ -148,6 +154,20 @@ class Step(luigi.Task):
     def requires(self) -> dict[str, "Step"]:
         """Return the steps that this one needs, by the name that `work` uses for them."""
         return {}
+
+    @classmethod
+    @cache
+    def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
+        """Return the parameters of the class. Luigi looks at all its attributes each time a task is created."""
+        return super().get_params()
+
+    @cached_property
+    def _needed(self) -> list["Step"]:
+        return super().deps()
+
+    def deps(self) -> list["Step"]:
+        """Return the steps that this one needs. Luigi makes them again at each call, from all their parameters."""
+        return self._needed
 
     def output(self) -> StepTarget:
         """Return the step's folder as a Luigi target."""
@@ -183,6 +203,10 @@ class Step(luigi.Task):
         """Return how many images the step will get, or None if the plans of its inputs do not say."""
         return next((plan.images for plan in upstream if plan.images is not None), None)
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Return what the step will take over from its folder, for the plan; "" for nothing or if it is unknown."""
+        return ""
+
     def keeps_replaced(self) -> bool:
         """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
         return False
@@ -205,8 +229,11 @@ class Step(luigi.Task):
         return differences(record, self.declared_settings(), self.format_version, inputs)
 
     def reusable_folders(self) -> list[Path]:
-        """Return the finished folders of this step, from which `work` may take what is unchanged; none if forced."""
-        return [] if self._forced() else self._finished_folders()
+        """Return the folders from which `work` may take what is unchanged: finished ones of this step; none if forced.
+
+        If the step `keeps_pieces`, those that a stopped run has finished follow.
+        """
+        return [] if self._forced() else [*self._finished_folders(), *folders.pieces(self.path)]
 
     def _finished_folders(self) -> list[Path]:
         """Return the step's folder and the one that it has replaced, if they exist and have the current format."""
@@ -215,7 +242,10 @@ class Step(luigi.Task):
 
     def _forced(self) -> str | None:
         """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
-        forced, steps = self.context.forced, reversed(planning.upstream_steps(self))  # its own reason first
+        forced = self.context.forced
+        if not forced:
+            return None
+        steps = reversed(planning.upstream_steps(self))  # its own reason first
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
@@ -239,17 +269,25 @@ class Step(luigi.Task):
             self.context.result.summaries[self.folder] = summary
             log.info("%-20s %s (%.1f s)", self.folder, summary, record.seconds)
 
+    def _draft_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
+        """Return what the draft of a stopped run must have been started for; None if it is never used again."""
+        if self.keeps_pieces:  # each piece says what it was made from
+            return digest([self.folder, self.format_version])
+        return self._input_fingerprint(inputs) if self.resumable else None
+
     def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
+        if self.keeps_pieces and self._forced():
+            folders.sweep(self.path.parent, [self.folder])
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
-            folders.draft(
-                self.path, self._input_fingerprint(inputs) if self.resumable else None, self.keeps_replaced()
-            ) as draft,
+            folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
             # Again, because the draft is removed when the work fails: what the disk lacked would not be visible then.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
+            if self.keeps_pieces and (kept := folders.keep_pieces(draft)):
+                log.info("  %s: %s finished pieces of a run that was stopped are reused", self.label, f"{kept:,}")
             result = self.work(draft)
             self.context.check_stopped()
             record = StepRecord(
@@ -261,7 +299,7 @@ class Step(luigi.Task):
                 counts=result.counts,
                 started=started,
                 seconds=round(time.monotonic() - start, 3),
-                version=version("dgmd_pipeline"),
+                version=_version(),
                 images=result.images,
                 bytes=folders.folder_bytes(draft),
                 worked=result.images if result.images_processed is None else result.images_processed,
@@ -288,7 +326,8 @@ class Step(luigi.Task):
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
         """Yield `items` and show how far the step is, in the log and to those that `report` tells."""
-        return progress.progress(items, self.label, total, unit, report=self.report, **options)
+        shown = {"report": self.report, "note": self.context.executor.describe, **options}
+        return progress.progress(items, self.label, total, unit, **shown)
 
     def report(self, percent: int, text: str) -> None:
         """Tell how far the step is: the command `health`, and the page of a Luigi scheduler."""

@@ -1,13 +1,15 @@
 """Small trainings for tests."""
 
 import hashlib
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.manifest import Example
-from dgmd_pipeline.training import dataset, feature_store, features, from_scratch, head_fitting, linear
+from dgmd_pipeline.training import dataset, extraction, feature_store, from_scratch, head_fitting, linear
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures
@@ -62,9 +64,12 @@ def write_stripe_records(folder):
 def store_features(folder, records, backbone):
     """Write the features of a folder of records into a new folder."""
     folder.mkdir()
-    reuse = feature_store.find_reusable(records, (), {})
-    computed = features.extract(dataset.read_images(records, reuse.new).batch(16), backbone)
-    list(feature_store.write(folder, records, reuse, {}, backbone.output_shape[-1], computed))
+    network = extraction.Network("", "none", 16, 16, folder)
+    with tempfile.TemporaryDirectory() as place:
+        pieces = extraction.divide(records, feature_store.find_reusable(records, (), {}), Path(place), {}, network)
+        list(extraction.extract_pieces(pieces, backbone))
+        reuse = feature_store.find_reusable(records, [piece.target for piece in pieces], {})
+        feature_store.write(folder, records, reuse, {}, backbone.output_shape[-1])
 
 
 def train(config=CONFIG, splits=None, classes=3, class_weights=None, on_epoch=ignore, checkpoint=None):

@@ -1,22 +1,22 @@
 """Folders of stored features: what is reused, and damage."""
 
-import shutil
+import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.images import put_image
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import feature_store
+from dgmd_pipeline.training import extraction, feature_store
 from dgmd_pipeline.training.vectors import ShardedVectors
 
 POOL = 10
 ORIGIN = {"backbone": "a", "weights": "b"}
+NETWORK = extraction.Network("a", "b", 8, 8, Path())
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +38,20 @@ def vectors_of(records: Path) -> np.ndarray:
 
 
 def store(folder: Path, records: Path, previous=(), origin=ORIGIN) -> feature_store.Reuse:
+    """Write a folder of features, and return what was reused from `previous`."""
     folder.mkdir()
-    reuse = feature_store.find_reusable(records, previous, origin)
-    computed = np.array_split(vectors_of(records)[reuse.new], 2)
-    assert sum(feature_store.write(folder, records, reuse, origin, 3, computed)) == len(reuse.new)
-    return reuse
+    found = feature_store.find_reusable(records, previous, origin)
+    with tempfile.TemporaryDirectory() as place:
+        pieces = extraction.divide(records, found, Path(place), origin, NETWORK)
+        blocks = np.array_split(vectors_of(records)[found.new], 2)
+        assert sum(extraction.write_pieces(pieces, blocks, 3)) == len(found.new)
+        reuse = feature_store.find_reusable(records, [*previous, *(piece.target for piece in pieces)], origin)
+        feature_store.write(folder, records, reuse, origin, 3)
+    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    history=st.lists(st.tuples(st.sets(st.integers(0, POOL - 1)), st.integers(1, 4)), min_size=2, max_size=4),
-    two=st.booleans(),
-)
-def test_a_folder_brought_up_to_date_equals_one_computed_from_nothing(history, two, pool, tmp_path_factory):
-    base = tmp_path_factory.mktemp("history")
-    previous, known = [], []
-    for number, (chosen, count) in enumerate(history):
-        records = write_records(base / f"records{number}", pool, chosen, count)
-        reuse = store(base / f"{number}", records, previous)
-        assert len(reuse.new) == len(chosen - set().union(*known))
-        store(base / "scratch", records)
-        assert contents(base / f"{number}") == contents(base / "scratch")
-        loaded = feature_store.load(base / f"{number}")
-        np.testing.assert_array_equal(loaded.vectors, vectors_of(records))
-        np.testing.assert_array_equal(loaded.labels, manifest.read_records(records)["label"])
-        shutil.rmtree(base / "scratch")
-        previous, known = [*previous, base / f"{number}"], [*known, chosen]
-        if not two:
-            previous, known = previous[-1:], known[-1:]
-    shutil.rmtree(base)
 
 
 def test_vectors_of_another_origin_are_not_reused(pool, tmp_path):
@@ -116,9 +97,12 @@ def test_a_folder_with_a_damaged_index_or_list_of_images_is_not_reused(content, 
 def test_missing_vectors_are_an_error(pool, tmp_path):
     records = write_records(tmp_path / "records", pool, range(POOL), 2)
     reuse = feature_store.find_reusable(records, (), ORIGIN)
-    (tmp_path / "after").mkdir()
-    with pytest.raises(ValueError, match="expected 10 vectors, got 4"):
-        list(feature_store.write(tmp_path / "after", records, reuse, ORIGIN, 3, [vectors_of(records)[:4]]))
+    with pytest.raises(ValueError, match="10 vectors are missing"):
+        feature_store.write(tmp_path, records, reuse, ORIGIN, 3)
+    pieces = extraction.divide(records, reuse, tmp_path, ORIGIN, NETWORK)
+    count = len(pieces[0].positions)
+    with pytest.raises(ValueError, match=f"expected {count} vectors, got 1"):
+        list(extraction.write_pieces(pieces, [vectors_of(records)[:1]], 3))
 
 
 @pytest.mark.parametrize("file", ["index.json", "labels.npy", "features-00001-of-00002.npy"])
@@ -132,6 +116,38 @@ def test_a_missing_or_damaged_file_is_named(file, damage, pool, tmp_path):
         path.unlink()
     with pytest.raises(PipelineError, match=f"{file}.* was changed after it was written: delete the folder"):
         feature_store.load(tmp_path / "features")
+
+
+def test_an_extraction_that_was_stopped_computes_only_what_no_finished_piece_has(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "PIECE_IMAGES", 2)
+    records, place = write_records(tmp_path / "records", pool, range(POOL), 2), tmp_path / "pieces"
+    place.mkdir()
+    pieces = extraction.divide(records, feature_store.find_reusable(records, (), ORIGIN), place, ORIGIN, NETWORK)
+    assert len(pickle.dumps(pieces)) < len(pieces) * 1000
+    vectors = vectors_of(records)
+    with pytest.raises(ValueError, match="expected 2 vectors, got 1"):
+        list(extraction.write_pieces(pieces, np.array_split(vectors[:5], 2), 3))
+    kept = sorted(place.iterdir())
+    assert kept == [piece.target for piece in pieces[:2]]
+    assert store(tmp_path / "after", records, kept).new.tolist() == [*range(4, POOL)]
+    store(tmp_path / "scratch", records)
+    assert contents(tmp_path / "after") == contents(tmp_path / "scratch")
+    assert store(tmp_path / "other", records, kept, ORIGIN | {"weights": "others"}).new.tolist() == [*range(POOL)]
+
+
+def test_a_piece_that_is_computed_twice_at_the_same_time_is_written_once(pool, tmp_path):
+    records = write_records(tmp_path / "records", pool, range(POOL), 1)
+    reuse = feature_store.find_reusable(records, (), ORIGIN)
+    pieces = extraction.divide(records, reuse, tmp_path, ORIGIN, NETWORK)
+    vectors = vectors_of(records)
+    attempts = [extraction.write_pieces(pieces, np.array_split(vectors + noise, 2), 3) for noise in (0, 1e-6)]
+    for written in zip(*attempts, strict=True):
+        assert written == (5, 5)
+    found = feature_store.find_reusable(records, [pieces[0].target], ORIGIN)
+    assert not len(found.new)
+    feature_store.write(tmp_path, records, found, ORIGIN, 3)
+    np.testing.assert_array_equal(feature_store.load(tmp_path).vectors, vectors)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {records, pieces[0].target}
 
 
 def test_many_vectors_stay_on_the_disk(pool, tmp_path, monkeypatch):

@@ -1,9 +1,14 @@
 """Feature vectors: extraction, and the batches of a training."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from support.images import put_image
 
-from dgmd_pipeline.training import features, networks
+from dgmd_pipeline.data import shards
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.training import extraction, feature_store, features, networks
 from dgmd_pipeline.workflow import executors
 
 
@@ -58,3 +63,35 @@ def test_each_epoch_reads_every_feature_once_in_batches_of_even_size_and_another
         assert [len(batch) for batch in epoch] == [4, 3, 3]
         assert sorted(np.concatenate(epoch)) == list(range(10))
     assert any(set(a) != set(b) for a, b in zip(*epochs, strict=True))
+
+
+def test_a_piece_that_two_workers_extract_at_the_same_time_has_the_vectors_of_a_local_run(backbone, tmp_path):
+    raw = tmp_path / "raw"
+    rows = [put_image(raw, f"mint/{number}.png", 0) for number in range(20)]
+    for name in ("records", "local", "workers"):
+        (tmp_path / name).mkdir()
+    records, origin = tmp_path / "records", {"weights": "none"}
+    shards.write(rows, raw, records, "training", 2, 48, 32, "stretch")
+    reuse = feature_store.find_reusable(records, (), origin)
+    network = extraction.Network("MobileNetV3-Small", "none", 32, 48, tmp_path)
+    local, pieces = (
+        extraction.divide(records, reuse, tmp_path / name, origin, network) for name in ("local", "workers")
+    )
+    assert sum(extraction.extract_pieces(local, backbone, executors.in_threads)) == 20
+    extraction._network(network, "none")  # once, and not in both threads
+    with ThreadPoolExecutor(2) as pool:
+        for piece in pieces:
+            assert [*pool.map(extraction.extract_piece, 2 * [piece])] == 2 * [len(piece.positions)]
+    for one, other in zip(local, pieces, strict=True):
+        vectors = [np.load(piece.target / extraction.VECTORS) for piece in (one, other)]
+        np.testing.assert_allclose(*vectors, rtol=0, atol=1e-5)
+        assert (one.target / "images.npy").read_bytes() == (other.target / "images.npy").read_bytes()
+    assert len(list((tmp_path / "workers").iterdir())) == len(pieces)
+
+
+def test_a_worker_with_other_weights_than_the_run_is_an_error(tmp_path):
+    network = extraction.Network("MobileNetV3-Small", "none", 32, 48, tmp_path)
+    piece = extraction.Piece(tmp_path / "piece", tmp_path, np.arange(3), {"weights": "imagenet"}, network)
+    with pytest.raises(PipelineError, match=r"BACKBONE_WEIGHTS=none: expected .* imagenet, found none\. Provide"):
+        extraction.extract_piece(piece)
+    assert list(tmp_path.iterdir()) == []
