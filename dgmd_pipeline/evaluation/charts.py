@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 ALL_BARS = 30  # labels; of more, a chart shows those that matter
 BARS = 10  # labels at each end of such a chart
+PAIRS = 15  # confused pairs
 MATRIX_LABELS = 10  # more do not fit on the screen of a phone
 FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
 WIDTH, HEIGHT = 420, 230  # of the view box of curves
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
+COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in a view box of their own
 MARKED = 30  # points of a curve that have a mark
 
 
@@ -85,7 +87,6 @@ class Matrix(NamedTuple):
     rows: list[list[Cell]]  # for each true label: one cell for each label
     others: list[Cell]  # for each true label: the images that are predicted as a label that is not shown
     all_labels: bool  # whether no measured label is missing
-    wrong: int  # misclassified images in the cells and in `others`
 
 
 class LabelRow(NamedTuple):
@@ -173,7 +174,7 @@ def percent(share: float) -> str:
 
 
 def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
-    """Return the bars of the accuracy by confidence (one view box), and of the number of images (60 units below it)."""
+    """Return the bars of the accuracy and of the number of images by confidence, in a view box each."""
     most = max(row.images for row in bins)
 
     def across(share: float) -> float:
@@ -187,7 +188,7 @@ def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
             left=across(row.low) + 1,
             width=round(across(row.high) - across(row.low) - 2, 1),
             top=down(row.accuracy),
-            images_top=round(60 - 50 * row.images / most, 1),
+            images_top=round(COUNTS_BOTTOM - 50 * row.images / most, 1),
             text=f"confidence {percent(row.low)} to {percent(row.high)}: {percent(row.accuracy)} of {row.images:,} "
             "images are correct",
         )
@@ -224,8 +225,7 @@ def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Ma
         counts = [correct if other == label else wrong.get((label, other), 0) for other in labels]
         rows.append([_cell(count, images, other == label) for count, other in zip(counts, labels, strict=True)])
         others.append(_cell(images - sum(counts), images, right=False))
-    shown = sum(cell.images for row in [*rows, others] for cell in row if cell.kind == "wrong")
-    return Matrix(labels, rows, others, complete, shown)
+    return Matrix(labels, rows, others, complete)
 
 
 def _cell(images: int, total: int, right: bool) -> Cell:

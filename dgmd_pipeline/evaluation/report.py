@@ -101,6 +101,7 @@ def write(folder: Path, content: Content, review: "Review", decision: Decision) 
         "css": lambda value: f"{value:.2f}".rstrip("0").rstrip(".") + "%",  # a length
     }
     environment.filters |= filters
+    environment.globals["charts"] = charts  # the sizes that the templates draw with
     values = content._asdict() | review._asdict() | _derived(content, review.comparison)
     decided = {"decision": decision, "gates": grouped(decision.gates), "mark": _mark(decision)}
     text = environment.get_template(f"{PAGE}.jinja").render(values | _charts(content, review.comparison), **decided)
