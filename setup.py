@@ -17,6 +17,8 @@ setup(
     extras_require={
         # the demo's local S3 endpoint
         "demo": ["moto[server,s3]>=5.2,<6"],
+        # heavy steps on a Dask cluster; scheduler, workers and run need the same version, which is compared
+        "cluster": ["distributed>=2026.8,<2027", "dask>=2026.8,<2027"],
         # TensorFlow for NVIDIA GPUs on Linux. It replaces tensorflow-cpu: see docs/container.md.
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # baselines and data of the benchmarks
@@ -35,6 +37,8 @@ setup(
         # tests and linters
         "test": [
             "moto[server,s3]>=5.2,<6",  # an S3 endpoint in a thread
+            "distributed>=2026.8,<2027",  # a Dask scheduler and workers
+            "dask>=2026.8,<2027",
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",  # most tests start a single-threaded process: two workers take half the time
             "hypothesis>=6.150,<7",  # property tests of labels and splits

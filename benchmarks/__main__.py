@@ -21,6 +21,7 @@ SCRIPTS = (
     "inspecting",
     "writing",
     "extracting",
+    "cluster",
     "epochs",
     "reading",
     "evaluating",
@@ -39,6 +40,7 @@ LIBRARIES = (
     "awscrt",
     "s5cmd",
     "simplejpeg",
+    "distributed",
 )
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

@@ -3,9 +3,24 @@
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+LIBRARY_DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
+    "GIT_PYTHON_REFRESH": "quiet",
+    # Pillow reuses two blocks of up to 16 MB for the next image: new memory takes a third of the time of a record.
+    "PILLOW_BLOCKS_MAX": "2",
+}
+# A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
+# one batch; see docs/measurements/speed.md.
+FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 
 
 def remove_carriage_returns() -> None:
@@ -14,6 +29,12 @@ def remove_carriage_returns() -> None:
     if ended:
         log.warning("A carriage return at the end of these variables is ignored: %s", ", ".join(sorted(ended)))
     os.environ.update(ended)
+
+
+def provide(defaults: Mapping[str, str]) -> None:
+    """Set variables unless they are set."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def wants_colours() -> bool:

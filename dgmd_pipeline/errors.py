@@ -50,11 +50,16 @@ class WorkerDied(PipelineError):
 
     def __init__(self, exit_code: int) -> None:
         """Take the exit code of the process, which is -N if signal N ended it."""
+        self._exit_code = exit_code
         self.by_timer = exit_code == -signal.SIGPROF
         name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
         text = f"was ended by {name}" if exit_code < 0 else f"ended with exit code {exit_code}"
         cause = ", most likely because memory ran out" if exit_code == -signal.SIGKILL else ""
         super().__init__(f"the process {text}{cause}")
+
+    def __reduce__(self) -> tuple[type["WorkerDied"], tuple[int]]:
+        """Pickle the exit code: the default would call `__init__` with the message."""
+        return type(self), (self._exit_code,)
 
 
 class Stopped(KeyboardInterrupt):

@@ -91,6 +91,12 @@ def check_page(value: str) -> None:
         raise ValueError("http://... or https://... in ASCII, without a user name or password")
 
 
+def check_scheduler(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not the address of a Dask scheduler."""
+    if not re.fullmatch(r"(tcp|tls|ws|wss)://[^\s/@]+:\d+/?", value):
+        raise ValueError("tcp://host:port or tls://host:port")
+
+
 def check_bucket(value: str) -> None:
     """Raise ValueError, which says what is expected, if `value` cannot be the name of a bucket."""
     if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
@@ -133,6 +139,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # by the name of a fie
     "model_name": (check_model_name, check_name),
     "schedule": (check_cron_expression,),
     "notify_url": (check_page,),
+    "dask_scheduler_address": (check_scheduler,),
 }
 
 

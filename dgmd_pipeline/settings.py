@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +23,8 @@ from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
 from dgmd_pipeline.workflow import machine
 
-LIBRARY_DEFAULTS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
-    "TF_ENABLE_ONEDNN_OPTS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
-    "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow reuses two blocks of up to 16 MB for the next image: new memory takes a third of the time of a record.
-    "PILLOW_BLOCKS_MAX": "2",
-}
-# A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
-# one batch; see docs/measurements/speed.md.
-FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+# For a worker of a cluster, which has one thread.
+provide_worker_defaults = partial(environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS)
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
 # With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
@@ -223,6 +212,12 @@ class Settings(BaseSettings):
         description="Address of a Luigi scheduler (`luigid`), whose page then shows the run, for example "
         "`http://luigid:8082`.",
     )
+    dask_scheduler_address: str | None = Field(
+        None,
+        description="Address of a Dask scheduler, for example `tcp://dask-scheduler:8786` or `tls://host:8786`. Its "
+        "workers then download, inspect, convert and extract. Unset: processes on this machine do. All other variables "
+        "of Dask (`DASK_...`) and its files are read by Dask itself.",
+    )
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
@@ -348,8 +343,7 @@ def load(path: str | Path | None = None) -> Settings:
     for name in UNSET_IF_EMPTY:
         if not os.environ.get(name, "").strip():
             os.environ.pop(name, None)
-    for name, value in LIBRARY_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    environment.provide(environment.LIBRARY_DEFAULTS)
     try:
         settings = Settings()
     except ValidationError as error:
@@ -366,14 +360,14 @@ def load(path: str | Path | None = None) -> Settings:
     from dgmd_pipeline.training.backbones import is_frozen
 
     if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
-        for name, value in FROZEN_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-    for name, value in machine.thread_defaults().items():
-        os.environ.setdefault(name, value)
+        environment.provide(environment.FROZEN_DEFAULTS)
+    if settings.dask_scheduler_address:  # paths are sent to workers, which have another working directory
+        settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+    environment.provide(machine.thread_defaults())
     return settings
 
 
 def serving_environment() -> dict[str, str]:
     """Return the environment for a process that serves a model, without the defaults that are only for training."""
-    kept = {name: value for name, value in os.environ.items() if FROZEN_DEFAULTS.get(name) != value}
+    kept = {name: value for name, value in os.environ.items() if environment.FROZEN_DEFAULTS.get(name) != value}
     return {**machine.thread_defaults(), **kept}

@@ -41,6 +41,7 @@ SETTINGS = {
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
 HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect the demo
+KEPT = "DASK_SCHEDULER_ADDRESS"  # where the demo computes, not what
 # File name extension and content; scraped files often have a wrong extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
 SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images, put into the bucket
@@ -141,7 +142,7 @@ def _remove_own_settings() -> list[str]:
     """
     from dgmd_pipeline.settings import Settings, variable
 
-    settings = {variable(name) for name in Settings.model_fields}
+    settings = {variable(name) for name in Settings.model_fields} - {KEPT}
     found = sorted(name for name in os.environ if name in settings or name.startswith("AWS_"))
     for name in found:
         del os.environ[name]
@@ -156,7 +157,8 @@ def _fill_bucket(mark_ready: bool = False) -> None:
     client.create_bucket(Bucket=BUCKET)
     count = 0
     for name, content in _objects():
-        client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=content)
+        # Public: the workers of a cluster have no credentials for this endpoint.
+        client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=content, ACL="public-read")
         count += 1
     log.info("Demo bucket s3://%s/%s: %d objects", BUCKET, PREFIX, count)
     if mark_ready:

@@ -59,7 +59,7 @@ def run(
                 )
             )
             context = RunContext(
-                values, check_stopped=signals.check_stopped, tell=holder.tell, forced=forced, name=values.model_name,
+                values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
             )  # fmt: skip
             code, message, shown = _finish(values, context, until, scheduler_url, verbose)
@@ -119,12 +119,15 @@ def _finish(values: Settings, context: RunContext, until: str | None, url: str |
         if not idle:
             show_plan(plans, values.data_dir)
             _check_what_is_needed_later(values, plans)
-            resources.start_early(context, plans)
             try:
+                resources.connect_early(context, plans)
+                result.dashboard = context.executor.dashboard
+                resources.start_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
                 resources.close(context)
                 context.executor.close()
+                result.usage = context.executor.usage()
         if result.failure is not None:
             return _Ending(PipelineError.exit_code, _explain_failure(result), [])
         record = read_record(last[-1].path)
@@ -180,9 +183,19 @@ def publish_status(
     registered = result is not None and names.REGISTERED_MODEL in result.summaries
     outcome = status.outcome(code, changed, worse=registered and known.get("verdict") == WORSE)
     failed = result.failed_step if result and outcome == status.FAILED else None
+    dashboard = result.dashboard if result else None
     text = redact(message)
     published = status.Status(
-        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed, until=until
+        outcome,
+        code,
+        text,
+        utc_now(),
+        round(seconds, 1),
+        values.model_name,
+        **known,
+        step=failed,
+        until=until,
+        dashboard=dashboard,
     )
     try:
         before = status.read(values.data_dir)
@@ -250,3 +263,5 @@ def _show_times(result: RunResult, seconds: float) -> None:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line, extra={"table": 2})
+        if result.usage:
+            log.info("%s", result.usage)

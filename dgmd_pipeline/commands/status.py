@@ -38,6 +38,7 @@ class Status:
     step: str | None = None  # that failed
     until: str | None = None  # --until: the last step that the run was to do
     last_success: str | None = None  # when the last run that did not fail ended: ISO 8601, UTC
+    dashboard: str | None = None  # address of the page of the Dask cluster that worked
 
     @property
     def is_good(self) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import NoUsableInput
@@ -21,8 +21,35 @@ if TYPE_CHECKING:
 Client = Any  # a boto3 S3 client; boto3 generates its methods at run time and ships no type stubs
 
 
-def connect(threads: int = 32) -> Client:
+class Place(NamedTuple):
+    """Where a client finds S3, without credentials."""
+
+    endpoint: str | None  # None: AWS's own
+    region: str
+    is_signed: bool  # whether the client has credentials
+
+
+def place(client: Client) -> Place:
+    """Return where a client finds S3. The endpoint is None if it contains a user or password."""
+    from botocore import UNSIGNED
+
+    url = client.meta.endpoint_url
+    endpoint = None if _is_default(client) or "@" in urlsplit(url).netloc else url
+    return Place(endpoint, client.meta.region_name, client.meta.config.signature_version is not UNSIGNED)
+
+
+def _is_default(client: Client) -> bool:
+    """Return whether no endpoint is configured."""
+    return client.meta.endpoint_url in (
+        f"https://s3.{client.meta.region_name}.amazonaws.com",
+        "https://s3.amazonaws.com",
+    )
+
+
+def connect(threads: int = 32, default: Place | None = None) -> Client:
     """Return an S3 client for `threads` threads; it is anonymous if no credentials are configured.
+
+    The endpoint and the region are those of the environment and the AWS files, then those of `default`.
 
     Raises NoUsableInput for settings that boto3 rejects and for configured credentials that cannot be used. botocore
     itself ignores a credentials file that is missing, unreadable or a folder, and then sends anonymous requests or uses
@@ -47,9 +74,12 @@ def connect(threads: int = 32) -> Client:
         connect_timeout=5,
         read_timeout=30,
     )
-    region = session.get_config_variable("region") or "us-east-1"
+    region = session.get_config_variable("region") or (default.region if default else "us-east-1")
     try:
-        client = boto3.Session(botocore_session=session, region_name=region).client("s3", config=config)
+        boto3_session = boto3.Session(botocore_session=session, region_name=region)
+        client = boto3_session.client("s3", config=config)
+        if default and default.endpoint and _is_default(client):
+            client = boto3_session.client("s3", config=config, endpoint_url=default.endpoint)
     except (BotoCoreError, ValueError) as error:
         raise NoUsableInput(
             f"boto3 rejects the AWS settings ({_without_user(error)}). Correct them. AWS_ENDPOINT_URL, if set, must "

@@ -1,18 +1,21 @@
 """Objects in the bucket -> files below raw/."""
 
 import shutil
-from collections.abc import Generator, Iterable
+import socket
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from time import monotonic
 from typing import NamedTuple
 
+from dgmd_pipeline.errors import NoUsableInput, PipelineError, WorkerDied
 from dgmd_pipeline.manifest import Rejected, SourceObject
-from dgmd_pipeline.s3 import throttling
-from dgmd_pipeline.s3.client import Client
+from dgmd_pipeline.s3 import errors, throttling
+from dgmd_pipeline.s3.client import Client, Place, connect, place
 from dgmd_pipeline.s3.crt import CrtTransfer, PendingTransfer
 from dgmd_pipeline.s3.throttling import Gate
 from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
@@ -20,11 +23,17 @@ from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
 PARTS = ".part"  # folder of unfinished files, named by number: no name is too long or conflicts with a key
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
+CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # at most, in what a worker gets at once
 SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
 
 
 def download(
-    client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, threads: int = 32
+    client: Client,
+    bucket: str,
+    objects: Iterable[SourceObject],
+    folder: Path,
+    threads: int = 32,
+    parts: Path | None = None,
 ) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
@@ -33,14 +42,14 @@ def download(
     MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it, or
     never completely). What may differ the next time is fetched up to four times.
 
-    Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
-    and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
-    transfers in progress.
+    Fetches at most `threads` objects at a time. Unfinished files are in `parts`, by default `folder/.part`, which is
+    removed at the start and at the end: every other file in `folder` is complete, even after a kill. Closing the
+    generator cancels the transfers in progress.
 
     Raises NoUsableInput if S3 does not accept the credentials, has no such bucket or does not answer at all, and
     OSError for errors of the disk.
     """
-    parts = folder / PARTS
+    parts = parts or folder / PARTS
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
     free = [parts / str(number) for number in range(threads)]
@@ -63,6 +72,79 @@ def download(
         finally:
             downloader.close()
             shutil.rmtree(parts, ignore_errors=True)
+
+
+class Chunk(NamedTuple):
+    """Objects that a worker fetches at once."""
+
+    place: Place
+    bucket: str
+    objects: Sequence[SourceObject]
+    folder: Path
+
+
+Map = Callable[
+    [Callable[[Chunk], list[SourceObject | Rejected]], Iterable[Chunk]],
+    Iterator[list[SourceObject | Rejected] | WorkerDied],
+]
+
+
+def download_in_chunks(
+    client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, map: Map
+) -> Generator[SourceObject | Rejected]:
+    """Do what `download` does, in chunks of objects. `map` works like the builtin, in processes of any machine.
+
+    The workers read S3 with the credentials of their own environment. Raises PipelineError if a worker dies twice.
+    """
+    parts = folder / PARTS
+    shutil.rmtree(parts, ignore_errors=True)  # attempts of an earlier run then end
+    parts.mkdir(parents=True)
+    try:
+        for done in map(download_chunk, _chunks(place(client), bucket, objects, folder)):
+            if isinstance(done, WorkerDied):
+                raise PipelineError(f"Downloading from s3://{bucket} failed on a worker: {done}. Run again.")
+            yield from done
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
+    """Return what `download` yields for a chunk. Any number of attempts may run at the same time.
+
+    Raises NoUsableInput, also if this process has no credentials, the run has, and S3 refuses an object.
+    """
+    client, parts = _client(chunk.place), chunk.folder / PARTS / uuid.uuid4().hex
+    parts.mkdir()  # fails where the run has ended
+    try:
+        done = list(download(client, chunk.bucket, chunk.objects, chunk.folder, parts=parts))
+    except Throttled as error:
+        raise NoUsableInput(str(error)) from None  # can be pickled
+    refused = [row for row in done if isinstance(row, Rejected) and row.reason == errors.REFUSED]
+    if refused and chunk.place.is_signed and not place(client).is_signed:
+        raise NoUsableInput(
+            f"S3 refuses s3://{chunk.bucket}/{refused[0].path} to the worker on {socket.gethostname()}, which has no "
+            "AWS credentials. The run has some, and does not send them to workers. Give them to the worker as to the "
+            "run: by its environment, a file or a role."
+        )
+    return done
+
+
+@lru_cache(1)
+def _client(default: Place) -> Client:
+    return connect(default=default)
+
+
+def _chunks(place: Place, bucket: str, objects: Iterable[SourceObject], folder: Path) -> Iterator[Chunk]:
+    chunk: list[SourceObject] = []
+    size = 0
+    for source in objects:
+        if chunk and (len(chunk) == CHUNK_OBJECTS or size + source.size > CHUNK_BYTES):
+            yield Chunk(place, bucket, chunk, folder)
+            chunk, size = [], 0
+        chunk.append(source)
+        size += source.size
+    if chunk:
+        yield Chunk(place, bucket, chunk, folder)
 
 
 class _Completed(NamedTuple):

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +69,13 @@ def download_folder(
     step: str,
     max_failed: float,
     show: ShowProgress,
+    fetch: Callable[[Client, str, Iterable[SourceObject], Path], Generator[Item]] = download,
 ) -> DownloadResult:
     """Download the listed objects into `folder`, and write `listing.csv` and `rejected.csv`.
 
     Reuses what an interrupted download left in `folder`, whose listing is in `resume_dir`, and the objects in the
-    folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for errors.
+    folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for errors. `fetch`
+    works like `download`.
 
     Raises NoUsableInput if no object can be used, or if S3 does not send more than `max_failed` (0..1) of the objects
     of a label; and PipelineError if the disk has too little space.
@@ -87,7 +89,7 @@ def download_folder(
     fetched: list[SourceObject] = []
     rejected = list(listing.rejected)
     check_failure = _failure_check(client, listing, max_failed)
-    with closing(download(client, listing.bucket, missing, folder)) as items:
+    with closing(fetch(client, listing.bucket, missing, folder)) as items:
         for item in show(items, len(missing), "objects", size=lambda item: getattr(item, "size", 0)):
             if isinstance(item, SourceObject):
                 fetched.append(item)

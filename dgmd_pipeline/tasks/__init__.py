@@ -7,7 +7,7 @@ a few functions, and writes the results. Modules that import TensorFlow, MLflow,
 are used, so that a run with nothing to do starts without them.
 """
 
-from dgmd_pipeline.tasks import model
+from dgmd_pipeline.tasks import model, resources
 from dgmd_pipeline.workflow import run_context, signals
 from dgmd_pipeline.workflow.run_context import RunContext
 
@@ -18,7 +18,8 @@ def _context_of_environment() -> RunContext:
     from dgmd_pipeline import settings
 
     values = settings.load()
-    return RunContext(values, check_stopped=signals.check_stopped, name=values.model_name, holds_lock=False)
+    executor = resources.executor(values)
+    return RunContext(values, executor, signals.check_stopped, name=values.model_name, holds_lock=False)
 
 
 run_context.provide_default(_context_of_environment)

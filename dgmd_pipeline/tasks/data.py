@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,9 +45,9 @@ class DownloadImages(Step):
             sync.check_untracked_files(self.path)
         listed, resources.listing = resources.listing or self._list(s3), None
         previous = self.path if self.settings.refresh and record and not self.outdated(record, {}) else None
-        resume_dir = draft / folders.RESUME
         limit = self.settings.max_rejected_pcnt
-        result = sync.download_folder(s3, listed, draft, resume_dir, previous, self.folder, limit, self.progress)
+        options = draft / folders.RESUME, previous, self.folder, limit, self.progress, self._fetch()
+        result = sync.download_folder(s3, listed, draft, *options)
         _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
             counts=result.counts,
@@ -56,6 +56,12 @@ class DownloadImages(Step):
             bytes_processed=sync.total_bytes(result.fetched),
             summary=result.summary,
         )
+
+    def _fetch(self) -> Callable[..., Any]:
+        from dgmd_pipeline.s3 import download
+
+        executor = self.context.executor
+        return partial(download.download_in_chunks, map=executor.map) if executor.is_cluster else download.download
 
     def _list(self, s3: "Client") -> "Listing":
         from dgmd_pipeline.s3 import listing

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline.tasks import names
+from dgmd_pipeline.workflow.executors import Executor, ProcessExecutor
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext
 
@@ -27,6 +28,23 @@ class Resources:
     serving: "Process | None" = None  # of the serving benchmark, if it was started early
 
 
+def executor(settings: Any) -> Executor:
+    """Return what does the heavy work of a run: a Dask cluster if there is one, else processes on this machine."""
+    if settings.dask_scheduler_address is None:
+        return ProcessExecutor()
+    from dgmd_pipeline.settings import provide_worker_defaults
+    from dgmd_pipeline.workflow.cluster import ClusterExecutor
+
+    return ClusterExecutor(settings.dask_scheduler_address, settings.data_dir, provide_worker_defaults)
+
+
+def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
+    """Check a cluster before the first step, if the run will need it."""
+    heavy = (names.RAW, names.INSPECTED, names.TFRECORD, names.FEATURES)
+    if any(plan.state != "done" and plan.step.startswith(heavy) for plan in plans):
+        context.executor.connect()
+
+
 def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """Build the frozen network in a background thread, if this run will need it, while earlier steps run.
 
@@ -38,6 +56,7 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     # Where there are features, most of them are reused. The forward pass is then built when there is a new image.
     features = {f"{names.FEATURES}_{split}" for split in names.SPLITS}
     extracts = any(name in due and not (context.settings.data_dir / name).exists() for name in features)
+    extracts = extracts and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
         _start_network(context, extracts)
 

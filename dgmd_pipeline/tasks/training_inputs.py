@@ -85,12 +85,15 @@ class ExtractFeatures(PerSplitStep):
         from dgmd_pipeline.training import extraction, features
         from dgmd_pipeline.workflow.executors import in_threads
 
+        executor = self.context.executor
         network, folder = self._network(), pieces[0].target.parent
         images = sum(len(piece.positions) for piece in pieces)
         disk.check_space(folder, self.folder, features.estimate_bytes(images, int(network.output_shape[-1])))
+        if executor.is_cluster:
+            return map(extraction.check, pieces, executor.map(extraction.extract_piece, pieces))
         return extraction.extract_pieces(pieces, network, in_threads)
 
     def _network(self) -> "keras.Model":
-        network = resources.network(self.context, extracts=True)
+        network = resources.network(self.context, extracts=not self.context.executor.is_cluster)
         assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
         return network

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import PipelineError, WorkerDied
 from dgmd_pipeline.training import backbones, dataset, feature_store, features, networks
 from dgmd_pipeline.training.feature_store import Origin, Reuse
 from dgmd_pipeline.training.features import ParallelMap
@@ -62,6 +62,16 @@ def extract_piece(piece: Piece) -> int:
     PipelineError where the weights differ from those of the run.
     """
     return sum(extract_pieces([piece], _network(piece.network, piece.origin["weights"])))
+
+
+def check(piece: Piece, outcome: int | WorkerDied) -> int:
+    """Return the number of images of a piece. Raises PipelineError if its process died."""
+    if isinstance(outcome, WorkerDied):
+        raise PipelineError(
+            f"Features of {piece.records} cannot be extracted: {outcome}. TensorFlow needs 1 to 2 GB of memory in each "
+            "worker. Run again: finished pieces are kept."
+        )
+    return outcome
 
 
 @lru_cache(maxsize=1)

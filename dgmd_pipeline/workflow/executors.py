@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dgmd_pipeline.errors import PipelineError, WorkerDied
 from dgmd_pipeline.workflow import machine, worker
@@ -20,11 +20,38 @@ Result = TypeVar("Result")
 CHUNKS_OF_A_WORKER = 2  # one that it works on, and one that waits
 
 
+class Executor(Protocol):
+    """Does the heavy work of a run: in processes on this machine, or on a cluster."""
+
+    is_cluster: bool
+    dashboard: str | None  # address of a page that shows the work
+
+    def connect(self) -> None:
+        """Check before the first step what would otherwise fail in a step. Raises PipelineError."""
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
+    ) -> Iterator[Result | WorkerDied]:
+        """Yield `function(item)` in the order of the items; a WorkerDied where every process died with an item."""
+
+    def describe(self) -> str:
+        """Return who works, for the progress of a step; an empty text for this machine."""
+
+    def usage(self) -> str:
+        """Return how much was worked elsewhere, as a line for the end of the run, or an empty text."""
+
+    def close(self) -> None:
+        """End the work, even in the middle."""
+
+
 class ProcessExecutor:
     """Worker processes. They start when there is work for them, and exist until the end of the run.
 
     docs/decisions/0009-processes-and-threads.md says why this is no `concurrent.futures.ProcessPoolExecutor`.
     """
+
+    is_cluster = False
+    dashboard: str | None = None
 
     def __init__(self, processes: int | None = None, memory: int | None = None) -> None:
         """Use so many processes and bytes of memory at most; by default as many as the machine or container has.
@@ -71,6 +98,15 @@ class ProcessExecutor:
         finally:
             if window:  # the iterator was closed, or something was raised
                 self.close()
+
+    def connect(self) -> None:
+        """Do nothing: processes start when there is work for them."""
+
+    def describe(self) -> str:
+        """Return an empty text."""
+        return ""
+
+    usage = describe
 
     def close(self) -> None:
         """Terminate the processes, even if they are working."""

@@ -22,10 +22,12 @@ def progress(
     count: Callable[[Item], int] = lambda _: 1,
     size: Callable[[Item], int] | None = None,
     report: Callable[[int, str], None] | None = None,
+    note: Callable[[], str] = str,
 ) -> Iterator[Item]:
     """Yield `items`, and show how many `unit`s of `total` are done and how fast; with `size` (bytes), also MB/s.
 
     `report` is called about once a second with the percentage that is done and a text with the same information.
+    `note` returns a text that is shown too, or an empty one.
     """
     done = volume = 0
     start = last = reported = time.monotonic()
@@ -37,7 +39,9 @@ def progress(
             now = time.monotonic()
             if size is not None:
                 volume += size(item)
-                bar.set_postfix_str(f"{volume / 1e6 / max(now - start, 1e-9):.1f} MB/s", refresh=False)
+            if not bar.disable:
+                speed = "" if size is None else f"{volume / 1e6 / max(now - start, 1e-9):.1f} MB/s"
+                bar.set_postfix_str(", ".join(filter(None, (speed, note()))), refresh=False)
             if report and total and now - reported > SECONDS_BETWEEN_REPORTS:
                 reported = now
                 report(100 * done // total, f"{done:,} of {total:,} {unit}")
@@ -46,5 +50,6 @@ def progress(
                 speed = f"{done / (now - start):.0f} {unit}/s"
                 if size is not None:
                     speed += f", {volume / 1e6 / (now - start):.1f} MB/s"
+                speed = ", ".join(filter(None, (speed, note())))
                 log.info("  %s: %s of %s %s, %s", what, f"{done:,}", f"{total:,}" if total else "?", unit, speed)
             yield item

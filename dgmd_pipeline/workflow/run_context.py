@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from luigi.task_register import Register
 
-from dgmd_pipeline.workflow.executors import ProcessExecutor
+from dgmd_pipeline.workflow.executors import Executor, ProcessExecutor
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest
 
 Shared = TypeVar("Shared")
@@ -36,6 +36,8 @@ class RunResult:
     summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None
     failed_step: str | None = None
+    dashboard: str | None = None  # address of the page of the cluster, if one worked
+    usage: str = ""  # how much a cluster worked
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class RunContext:
     """One run."""
 
     settings: Values
-    executor: ProcessExecutor = field(default_factory=ProcessExecutor)
+    executor: Executor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     tell: Callable[[str, str], None] = lambda _step, _progress: None  # says which step runs, and how far it is
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date

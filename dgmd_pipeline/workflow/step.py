@@ -326,7 +326,8 @@ class Step(luigi.Task):
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
         """Yield `items` and show how far the step is, in the log and to those that `report` tells."""
-        return progress.progress(items, self.label, total, unit, report=self.report, **options)
+        shown = {"report": self.report, "note": self.context.executor.describe, **options}
+        return progress.progress(items, self.label, total, unit, **shown)
 
     def report(self, percent: int, text: str) -> None:
         """Tell how far the step is: the command `health`, and the page of a Luigi scheduler."""

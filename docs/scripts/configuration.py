@@ -5,8 +5,9 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from dgmd_pipeline.environment import FROZEN_DEFAULTS, LIBRARY_DEFAULTS
 from dgmd_pipeline.invalid_settings import expected_values
-from dgmd_pipeline.settings import FROZEN_DEFAULTS, LIBRARY_DEFAULTS, Settings, variable
+from dgmd_pipeline.settings import Settings, variable
 from dgmd_pipeline.training.backbones import BACKBONES
 
 TARGET = Path(__file__).parents[1] / "configuration.md"
@@ -43,6 +44,7 @@ GROUPS = {
         *("allow_lost_labels", "promote_if_better", "git_revision"),
     ),
     "Schedule and notifications": ("schedule", "tz", "notify_url", "notify_on", "health_max_age"),
+    "Cluster": ("dask_scheduler_address",),
     "Luigi": ("luigi_scheduler_url", "luigi_config_path"),
 }
 TAIL = """\

@@ -1,0 +1,117 @@
+"""What a worker of a Dask cluster does: it checks that it fits a run, and does pieces of its work in a process."""
+
+import functools
+import hashlib
+import importlib.metadata
+import multiprocessing
+import pickle
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.workflow import lock
+from dgmd_pipeline.workflow.executors import ProcessExecutor
+
+PACKAGE = Path(__file__).parent.parent
+COMPARED = ("dask", "distributed", "tensorflow", "tensorflow-cpu", "numpy", "pillow", "dgmd_pipeline")
+ANSWER = ".cluster-"  # start of the name of the file that a worker writes to DATA_DIR
+OWN_MEMORY = 150_000_000  # bytes of a Dask worker before its first piece
+
+DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
+_pools: dict[str, ProcessExecutor] = {}  # by run: the process of the last run that gave this worker a piece
+
+
+class Job(NamedTuple):
+    """What a worker is told about the run that a piece belongs to. It contains no secret."""
+
+    id: str
+    data_dir: Path
+    holder: str  # which process holds the lock of DATA_DIR
+    versions: dict[str, str]
+    prepare: Callable[[], None]  # called before the first piece
+
+    def answer(self, worker: str) -> Path:
+        """Return the file that a worker writes to DATA_DIR when it is checked."""
+        return self.data_dir / f"{ANSWER}{self.id}-{hashlib.sha256(worker.encode()).hexdigest()[:16]}"
+
+
+@functools.cache  # a worker keeps the code that it has loaded, even if its files change
+def versions() -> dict[str, str]:
+    """Return the versions that have to be the same in the run and in all workers, and a hash of this package's code."""
+    found = {"Python": platform.python_version()}
+    for name in COMPARED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "(missing)"
+    code = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".jinja")):
+        code.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return {**found, "code of dgmd_pipeline": code.hexdigest()[:12]}
+
+
+def holder(data_dir: Path) -> str:
+    """Return which process holds the lock of DATA_DIR, and since when. Raises OSError."""
+    return (data_dir / lock.LOCK).read_text("utf-8").partition("\n")[0]
+
+
+def check(content: bytes, dask_worker: DaskWorker) -> str | None:
+    """Return why a worker cannot do pieces of a job, as the rest of a sentence. Write a file to DATA_DIR.
+
+    `content` is the pickled Job.
+    """
+    job: Job = pickle.loads(content)
+    here = versions()
+    if different := [name for name in here if here[name] != job.versions[name]]:
+        found, expected = (", ".join(f"{name} {each[name]}" for name in different) for each in (here, job.versions))
+        return f"has {found}, and the run has {expected}. Start it with the image of the run."
+    if dask_worker.state.nthreads != 1:
+        return f"has {dask_worker.state.nthreads} threads. Start it with `--nthreads 1`, and more workers instead."
+    try:
+        seen = holder(job.data_dir)
+        job.answer(dask_worker.address).touch()
+    except OSError as error:
+        return f"cannot use DATA_DIR: {error}. Give it the disk of the run at the same path, writable."
+    if seen != job.holder:
+        return f"sees another folder at {job.data_dir} than the run. Give both the same disk at this path."
+    return None
+
+
+def do_piece(job: bytes, content: bytes, dask_worker: DaskWorker) -> bytes:
+    """Return the pickled outcome of a piece: whether it succeeded, the results or the exception, and the seconds.
+
+    `job` is the pickled Job, `content` the pickled function and items.
+    """
+    start = time.monotonic()
+    try:
+        pool = _pool(job, dask_worker)
+        function, items = pickle.loads(content)
+        return pickle.dumps((True, list(pool.map(function, items, len(items))), time.monotonic() - start))
+    except Exception as error:  # noqa: BLE001 - raised in the run
+        return pickle.dumps((False, error, time.monotonic() - start))
+
+
+def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
+    job: Job = pickle.loads(content)
+    if job.id not in _pools:
+        end()
+        if problem := check(content, dask_worker):  # it may have joined later
+            raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
+        job.answer(dask_worker.address).unlink(missing_ok=True)
+        job.prepare()
+        # Dask starts a worker as a daemon, which may not have children. Its own children end with it all the same.
+        multiprocessing.current_process().daemon = False
+        limit = dask_worker.memory_manager.memory_limit
+        # An executor leaves half of the memory for TensorFlow in its parent, which is not used there.
+        _pools[job.id] = ProcessExecutor(1, 2 * max(limit - OWN_MEMORY, 0) if limit else None)
+    return _pools[job.id]
+
+
+def end(_: str = "") -> None:
+    """End the process of the last run."""
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()

@@ -1,0 +1,62 @@
+"""Functions that workers of a cluster call in tests."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def nothing():
+    """Do what a worker does before its first piece."""
+
+
+def square(number):
+    return number * number
+
+
+def fail(number):
+    raise ValueError(f"not {number}")
+
+
+def process_id(_):
+    return os.getpid()
+
+
+def wait_for(path):
+    """Say that it has begun, and wait until `path` exists."""
+    with path.with_suffix(".begun").open("a") as file:
+        file.write("x")
+    while not path.exists():
+        time.sleep(0.02)
+    return path.name
+
+
+def die_at(number, bad, folder):
+    if number == bad:
+        with Path(folder, str(number)).open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def kill_worker_at(number, bad):
+    """End the Dask worker, this process's parent."""
+    if number == bad:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    return number
+
+
+def allocate(size):
+    from dgmd_pipeline.workflow.worker import reserve_memory
+
+    with reserve_memory(size):
+        return len(bytearray(size))
+
+
+def burn(forever):
+    """Take processor time in C, as a decoder does."""
+    if forever:
+        signal.setitimer(signal.ITIMER_PROF, 0.1)
+        sum(range(10**10))
+    return forever
