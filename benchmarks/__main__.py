@@ -22,8 +22,11 @@ SCRIPTS = (
     "writing",
     "extracting",
     "cluster",
+    "epochs",
     "reading",
+    "evaluating",
     "scaling",
+    "rows",
 )
 LIBRARIES = (
     "tensorflow",
@@ -31,6 +34,7 @@ LIBRARIES = (
     "keras",
     "mlflow",
     "numpy",
+    "pyarrow",
     "pillow",
     "boto3",
     "awscrt",

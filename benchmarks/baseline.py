@@ -1,8 +1,7 @@
-"""The baseline of `whole_run.py`: a plain training script.
+"""The first baseline of `whole_run.py`: a training script of the usual kind.
 
 Serial downloads, copied folders for balance and split, images converted one by one in eager TensorFlow, `model.fit` of
-the whole frozen network in each epoch, requirements inferred by MLflow. It prints a line after each epoch and waits
-for a line on standard input: the pipeline runs in these pauses.
+the whole frozen network in each epoch, requirements inferred by MLflow. It prints the seconds of each part.
 
     python -m benchmarks.baseline FOLDER
 """
@@ -13,20 +12,16 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-LABELS: list[str]
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
 HEIGHT, WIDTH, BATCH, EPOCHS = 192, 256, 128, 15
-paused = 0.0
-
-
-def say(**what: object) -> None:
-    """Print a message and wait for a line. The waiting time is not counted."""
-    global paused
-    print(json.dumps(what), flush=True)
-    start = time.monotonic()
-    sys.stdin.readline()
-    paused += time.monotonic() - start
+SPLITS = ("training", "validation")
 
 
 def download(folder: Path) -> None:
@@ -63,6 +58,7 @@ def split(source: Path, training: Path, validation: Path) -> None:
 def convert(source: Path, target: Path) -> None:
     import tensorflow as tf
 
+    names = sorted(path.name for path in source.iterdir())
     paths = list(source.glob("*/*"))
     random.shuffle(paths)
     with tf.io.TFRecordWriter(str(target)) as writer:
@@ -71,14 +67,13 @@ def convert(source: Path, target: Path) -> None:
             small = tf.cast(tf.round(tf.image.resize(image, (HEIGHT, WIDTH))), tf.uint8)
             features = {
                 "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(small).numpy()])),
-                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[LABELS.index(path.parent.name)])),
+                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[names.index(path.parent.name)])),
             }
             writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
 
 
-def train(folder: Path, learning_rate: float) -> None:
-    import keras
-    import mlflow
+def read(records: Path) -> "tf.data.Dataset":
+    """Return batches of images (uint8 [n, HEIGHT, WIDTH, 3]) and labels (int64 [n]), in the order of the records."""
     import tensorflow as tf
 
     def parse(record):
@@ -86,53 +81,82 @@ def train(folder: Path, learning_rate: float) -> None:
         features = tf.io.parse_single_example(record, schema)
         return tf.ensure_shape(tf.io.decode_jpeg(features["image"], channels=3), (HEIGHT, WIDTH, 3)), features["label"]
 
-    def read(name):
-        records = tf.data.TFRecordDataset(str(folder / name)).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-        return records.shuffle(1000).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+    return tf.data.TFRecordDataset(str(records)).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def frozen_backbone() -> "keras.Model":
+    import keras
 
     backbone = keras.applications.EfficientNetV2B1(
         include_top=False, weights=None, input_shape=(HEIGHT, WIDTH, 3), pooling="avg"
     )
     backbone.trainable = False
+    return backbone
+
+
+def head(labels: int) -> "keras.Model":
+    import keras
+
     layers = [keras.layers.Dense(units, activation="relu") for units in (124, 64)]
-    model = keras.Sequential([backbone, *layers, keras.layers.Dense(len(LABELS), activation="softmax")])
+    return keras.Sequential([*layers, keras.layers.Dense(labels, activation="softmax")])
+
+
+def fit(model: "keras.Model", learning_rate: float, *data: Any, **options: Any) -> dict[str, list[float]]:
+    """Train for all epochs; return the metrics of each."""
+    import keras
+
     model.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    pause = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, _: say(epoch=epoch))
     decay = keras.callbacks.LearningRateScheduler(lambda epoch: learning_rate / (1 + 0.5 * epoch))
-    history = model.fit(
-        read("training.tfrecord"),
-        validation_data=read("validation.tfrecord"),
-        epochs=EPOCHS,
-        verbose=0,
-        callbacks=[decay, pause],
-    )
+    return model.fit(*data, epochs=EPOCHS, verbose=0, callbacks=[decay], **options).history
+
+
+def register(folder: Path, model: "keras.Model", learning_rate: float, history: dict[str, list[float]]) -> None:
+    """Store parameters, metrics, and the model in MLflow, with MLflow's defaults."""
+    import mlflow
+
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     mlflow.set_experiment("baseline")
     with mlflow.start_run():
         mlflow.log_params({"learning_rate": learning_rate, "epochs": EPOCHS, "batch_size": BATCH})
-        for name, values in history.history.items():
+        for name, values in history.items():
             mlflow.log_metric(name, values[-1])
         mlflow.keras.log_model(model, name="model", registered_model_name="baseline")
 
 
-def main() -> None:
+def train(folder: Path, learning_rate: float) -> None:
+    import keras
+    import tensorflow as tf
+
+    def batches(split: str) -> tf.data.Dataset:
+        return read(folder / f"{split}.tfrecord").shuffle(1000).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+
+    labels = sum(1 for _ in (folder / "training").iterdir())
+    model = keras.Sequential([frozen_backbone(), head(labels)])
+    history = fit(model, learning_rate, batches("training"), validation_data=batches("validation"))
+    register(folder, model, learning_rate, history)
+
+
+def run(steps: dict[str, Callable[[], object]]) -> None:
     """Run all parts and print the seconds of each."""
-    global LABELS
-    folder, start, parts = Path(sys.argv[1]), time.monotonic(), {}
-    os.chdir(folder)
-    splits = ("training", "validation")
-    for name, step in {
-        "download": lambda: download(folder / "raw"),
-        "balance": lambda: balance(folder / "raw", folder / "balanced"),
-        "split": lambda: split(folder / "balanced", *(folder / each for each in splits)),
-        "convert": lambda: [convert(folder / each, folder / f"{each}.tfrecord") for each in splits],
-        "train": lambda: train(folder, 0.01),
-    }.items():
-        step()
-        LABELS = sorted(path.name for path in (folder / "raw").iterdir())
-        parts[name] = time.monotonic() - start - paused
+    parts = {}
+    for name, step in steps.items():
         start = time.monotonic()
-    say(parts=parts)
+        step()
+        parts[name] = time.monotonic() - start
+    print(json.dumps(parts))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    run(
+        {
+            "download": lambda: download(folder / "raw"),
+            "balance": lambda: balance(folder / "raw", folder / "balanced"),
+            "split": lambda: split(folder / "balanced", *(folder / each for each in SPLITS)),
+            "convert": lambda: [convert(folder / each, folder / f"{each}.tfrecord") for each in SPLITS],
+            "train": lambda: train(folder, 0.01),
+        }
+    )
 
 
 if __name__ == "__main__":

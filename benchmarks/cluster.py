@@ -15,7 +15,7 @@ from benchmarks import dataset, measure
 from benchmarks.writing import HEIGHT, WIDTH, rows_of
 from dgmd_pipeline.data import inspection, shards
 from dgmd_pipeline.settings import provide_worker_defaults
-from dgmd_pipeline.workflow import executors, folders
+from dgmd_pipeline.workflow import executors, lock
 from dgmd_pipeline.workflow.cluster import ClusterExecutor
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     rows = rows_of(files)
     provide_worker_defaults()
     workers = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    with measure.folder() as scratch, folders.lock(Path(scratch)), workers:
+    with measure.folder() as scratch, lock.hold(Path(scratch)), workers:
         cluster = ClusterExecutor(workers.scheduler_address, Path(scratch).resolve(), provide_worker_defaults)
 
         def inspect(pool: executors.Executor) -> int:

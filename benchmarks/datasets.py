@@ -6,6 +6,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ from PIL import Image
 from benchmarks import measure
 from dgmd_pipeline import manifest
 from dgmd_pipeline.commands import demo
-from dgmd_pipeline.data import inspection, split
-from dgmd_pipeline.manifest import Example
+from dgmd_pipeline.data import columns, inspection, split
 
 FOLDER = measure.WORK / "quality"
 SHARED = measure.ROOT.parent / "shared" / "data"
@@ -163,11 +163,10 @@ def third_split(rows: Sequence[manifest.Image], repeat: int) -> tuple[list[manif
 
     It is the pipeline's split with renamed groups, so near-duplicates stay together.
     """
-    by_path = {row.path: row for row in rows}
-    renamed = [Example(row.path, row.label, 0, row.sha256, f"{repeat} {row.group}") for row in rows]
-    found = split.split(renamed, TEST)
-    kept, test = ([by_path[row.path] for row in part] for part in (found.training, found.validation))
-    return kept, test
+    _, labels = np.unique([row.label for row in rows], return_inverse=True)
+    groups = columns.ranks("split", (f"{repeat} {row.group}".encode() for row in rows))
+    is_test = split.split(labels, groups, TEST).validation
+    return list(compress(rows, ~is_test)), list(compress(rows, is_test))
 
 
 def link(rows: Iterable[manifest.Image], source: Path, raw: Path) -> None:

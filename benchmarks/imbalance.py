@@ -7,15 +7,16 @@ shares of the labels (`datasets.third_split`), makes the rest long-tailed, and t
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from benchmarks import datasets, heads, measure, quality_report
 from dgmd_pipeline import manifest
-from dgmd_pipeline.data import balance, labels, split
-from dgmd_pipeline.manifest import Example
+from dgmd_pipeline.data import balance, columns, labels, split
 from dgmd_pipeline.training import dataset, feature_store
 
 NAME = "imbalance"
@@ -100,13 +101,16 @@ def trained(
     seed: int,
 ) -> tuple[Any, int, float]:
     """Balance, split and train as the steps do; return the head, its number of training images and its CPU seconds."""
-    balanced = balance.balance(rows, {name: index for index, name in enumerate(names)}, limit)
-    weights = balance.class_weights(balanced) if weighted else {}
-    found = split.split(balanced, VALIDATION)
-
-    def arrays(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-        return np.stack([vectors[row.path] for row in examples]), np.array([row.class_index for row in examples])
-
-    splits, groups = (arrays(found.training), arrays(found.validation)), [row.group for row in found.training]
-    head, seconds = quality_report.timed(lambda: heads.train(*splits, groups, len(names), weights, seed))
-    return head, len(found.training), seconds
+    classes = np.array([names.index(row.label) for row in rows])
+    hashes = pa.record_batch({"sha256": pa.array([row.sha256.encode() for row in rows])})
+    kept = balance.balance(classes, limit, [hashes])
+    balanced = list(compress(rows, kept))
+    classes = classes[kept]
+    weights = balance.class_weights(balance.count_classes(classes)) if weighted else {}
+    groups = columns.ranks("split", (row.group.encode() for row in balanced))
+    is_validation = split.split(classes, groups, VALIDATION).validation
+    vectors_of = np.stack([vectors[row.path] for row in balanced])
+    splits = [(vectors_of[chosen], classes[chosen]) for chosen in (~is_validation, is_validation)]
+    learned = [row.group for row in compress(balanced, ~is_validation)]
+    head, seconds = quality_report.timed(lambda: heads.train(*splits, learned, len(names), weights, seed))
+    return head, len(learned), seconds

@@ -1,93 +1,107 @@
-"""From an empty DATA_DIR to a registered version, and training again: compared with a plain script.
+"""From an empty DATA_DIR to a registered version, training again, and 12 new images: compared with two scripts.
 
-EfficientNetV2-B1 with random weights, frozen, 15 epochs, as many images as in the first deployment. `baseline.py` runs
-once. It waits after some of its epochs, and the whole pipeline runs in these pauses, so both have the same conditions.
-The pipeline's time includes steps that the script does not have (inspection, checkpoints). Its evaluation (metrics,
-serving benchmark, report) is reported separately. The baseline for training again is the script's training, without
-the start of Python and TensorFlow.
+EfficientNetV2-B1 with random weights, frozen, 15 epochs, as many images as in the first deployment. The second script
+(`baseline_features.py`) and the pipeline take turns, so both have the same conditions. The first script (`baseline.py`,
+all epochs through the network) runs once. Wall time of whole processes. The pipeline also inspects the images, selects
+a head by cross-validation, and writes checkpoints. The script's only way to use 12 new images is to run again.
 
     python -m benchmarks.whole_run [--repeats 3]
 """
 
 import json
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks import dataset, endpoint, measure
+from benchmarks import dataset, endpoint, measure, refreshing
 
 EPOCHS = 15
 REGISTERED = "non-production"
 
 
+class Seconds(NamedTuple):
+    """Wall time of a run."""
+
+    whole: float
+    evaluation: float  # of it, for metrics, serving benchmark and report
+
+    @property
+    def without(self) -> float:
+        return self.whole - self.evaluation
+
+
 def main() -> None:
     repeats = measure.arguments(__doc__, repeats=3).repeats
     raw = dataset.make(measure.WORK / "spice")
-    turns = {EPOCHS * (2 * turn + 1) // (2 * repeats) for turn in range(repeats)}
-    with measure.folder() as scratch, endpoint.serving(raw) as url:
-        where = endpoint.VARIABLES | {"AWS_ENDPOINT_URL": url}
-        settings = measure.variables(**where, EPOCHS=EPOCHS, PATIENCE=EPOCHS, DATA_DIR=Path(scratch, "data"))
-        baseline = Path(scratch, "baseline")
-        baseline.mkdir()
-        command = [sys.executable, "-m", "benchmarks.baseline", str(baseline)]
-        environment = measure.environment(**where)
-        found: dict[str, list[tuple[float, float]]] = {"whole": [], "again": []}
-        parts: dict[str, float] = {}
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, cwd=measure.ROOT, env=environment,
-        ) as script:  # fmt: skip
-            assert script.stdin and script.stdout
-            for line in script.stdout:
-                said = json.loads(line) if line.startswith("{") else {}
-                if said.get("epoch") in turns:
-                    for name, seconds in found.items():
-                        seconds.append(one_run(settings, name, len(seconds)))
-                        rest, evaluation = seconds[-1]
-                        print(
-                            f"  epoch {said['epoch']}, {name}: {rest:.1f} s + {evaluation:.1f} s",
-                            file=sys.stderr, flush=True,
-                        )  # fmt: skip
-                parts |= said.get("parts", {})
-                if said:
-                    script.stdin.write("\n")
-                    script.stdin.flush()
-        if not parts or script.returncode:
-            raise SystemExit(f"the baseline ended with exit code {script.returncode}")
-    listed = ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())
-    whole = sum(parts.values())
+    ours: dict[str, list[Seconds]] = {"first": [], "again": [], "refresh": []}
+    theirs: dict[str, list[Seconds]] = {"first": [], "again": []}
+    with measure.folder() as scratch:
+        old = refreshing.without_new(raw, Path(scratch, "old"))
+        with endpoint.serving(raw) as url, endpoint.serving(old / "raw") as old_url:
+            for number in range(repeats):
+                folder = Path(scratch, str(number))
+                theirs["first"].append(script("baseline_features", folder / "script", url))
+                ours["first"].append(pipeline(folder / "first", url))
+                theirs["again"].append(script("baseline_features", folder / "script", url, "--again"))
+                shutil.rmtree(folder / "first" / "trained_model")
+                ours["again"].append(pipeline(folder / "first", url, LEARNING_RATE=0.02))
+                pipeline(folder / "refresh", old_url)
+                ours["refresh"].append(pipeline(folder / "refresh", url, REFRESH="true"))
+                shutil.rmtree(folder)
+            usual = script("baseline", Path(scratch, "usual"), url).whole
+    theirs["refresh"] = theirs["first"]
     claims = []
-    for what, name, reference, goal, figure in (
-        ("whole run", "whole", whole, 10, f"{whole:.0f} s ({listed})"),
-        ("training again", "again", parts["train"], 20, f"{parts['train']:.0f} s"),
+    for name, what, without, with_evaluation in (
+        ("first", "whole run", 1.3, 1),
+        ("again", "training again", 1.3, 1),
+        ("refresh", "12 new images", None, 4),
     ):
-        ours, evaluations = zip(*found[name], strict=True)
-        with_it = [sum(pair) for pair in found[name]]
-        claims += [
-            measure.Claim(
-                f"{what}, times faster", [reference / seconds for seconds in ours], goal,
-                figures=f"{figure} / {measure.median(ours, ' s')}",
-            ),
-            measure.Claim(
-                f"{what} with evaluation and report, times faster", [reference / seconds for seconds in with_it], None,
-                figures=f"the same, and {measure.median(evaluations, ' s')}",
-            ),
-        ]  # fmt: skip
+        script_times = [seconds.whole for seconds in theirs[name]]
+        pairs = ("", without, [run.without for run in ours[name]]), (
+            ", with evaluation and report", with_evaluation, [run.whole for run in ours[name]]
+        )  # fmt: skip
+        claims += [faster(f"{what}{suffix}", script_times, times, goal) for suffix, goal, times in pairs]
+    for name, what in (("first", "whole run"), ("refresh", "12 new images")):
+        times = [run.whole for run in ours[name]]
+        title = f"{what}, with evaluation and report, of the script with all epochs through the network"
+        claims.append(faster(title, [usual] * repeats, times, None))
     measure.show(*claims)
 
 
-def one_run(settings: dict, name: str, number: int) -> tuple[float, float]:
-    """Run on an empty folder ("whole") or without a training ("again"); return seconds without and of evaluation."""
-    folder = settings["DATA_DIR"]
-    shutil.rmtree(folder / "trained_model" if name == "again" else folder, ignore_errors=True)
-    rate = 0.02 + number / 1000 if name == "again" else 0.01
+def faster(what: str, theirs: Sequence[float], ours: Sequence[float], goal: float | None) -> measure.Claim:
+    figures = f"{measure.median(theirs, ' s')} / {measure.median(ours, ' s')}"
+    return measure.Claim(f"{what}, times faster", measure.ratios(theirs, ours), goal, figures=figures)
+
+
+def script(name: str, folder: Path, url: str, *options: str) -> Seconds:
+    """Run a baseline."""
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    measure.run(sys.executable, "pipeline.py", says=REGISTERED, **settings, LEARNING_RATE=rate)
+    variables = {**endpoint.VARIABLES, "AWS_ENDPOINT_URL": url}
+    result = measure.run(sys.executable, "-m", f"benchmarks.{name}", folder, *options, **variables)
     seconds = time.monotonic() - start
-    evaluation = json.loads((folder / "evaluation" / "_SUCCESS").read_text())["seconds"]
-    return seconds - evaluation, evaluation
+    tell(f"{name} {' '.join(options)}", seconds, json.loads(result.output.splitlines()[-1]))
+    return Seconds(seconds, 0)
+
+
+def pipeline(folder: Path, url: str, **more: object) -> Seconds:
+    """Run the pipeline."""
+    where = {**endpoint.VARIABLES, "AWS_ENDPOINT_URL": url, "DATA_DIR": folder}
+    variables = measure.variables(**where, EPOCHS=EPOCHS, PATIENCE=EPOCHS, **more)
+    start = time.monotonic()
+    measure.run(sys.executable, "pipeline.py", says=REGISTERED, **variables)
+    seconds = time.monotonic() - start
+    steps = {path.parent.name: json.loads(path.read_text())["seconds"] for path in sorted(folder.glob("*/_SUCCESS"))}
+    tell(f"pipeline {more}", seconds, steps)
+    return Seconds(seconds, steps["evaluation"])
+
+
+def tell(what: str, seconds: float, parts: dict[str, float]) -> None:
+    listed = ", ".join(f"{name} {part:.1f}" for name, part in parts.items())
+    print(f"  {what}: {seconds:.1f} s ({listed})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dgmd_pipeline import environment
 from dgmd_pipeline.commands import logs
-from dgmd_pipeline.errors import PipelineError, SettingsError
+from dgmd_pipeline.errors import Declined, PipelineError, SettingsError
 from dgmd_pipeline.workflow import disk, process, signals
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, object] = {
     "force": [],
     "until": None,
     "refresh": False,
+    "only_if_better": False,
     "json": False,
     "csv": False,
     "time": 0,
@@ -74,12 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            logs.start(sys.stderr if options.json or options.csv else sys.stdout, options.verbose)
+            logs.start(
+                sys.stderr if options.json or options.csv else sys.stdout, options.verbose, environment.wants_colours()
+            )
             try:
                 process.check()
                 code = options.command(options)
             except PipelineError as error:
-                log.error("%s", error)
+                log.log(logging.INFO if isinstance(error, Declined) else logging.ERROR, "%s", error)
                 return error.exit_code
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
@@ -117,6 +121,8 @@ def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.Argum
     steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
     steps.add_argument("--until", metavar="STEP", help="stop after STEP")
     steps.add_argument("--refresh", action="store_true", help="update the images from the bucket (REFRESH=true)")
+    text = "promote the version of the run if it is better than production (PROMOTE_IF_BETTER=true)"
+    steps.add_argument("--only-if-better", action="store_true", help=text)
     return steps
 
 
@@ -127,6 +133,13 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 1e9")
 
 
+def _hours(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected hours, more than 0 and at most 1e6")
+
+
 def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser) -> None:
     steps = _step_options(common, "force")
     run = commands.add_parser("run", help="run the steps that are not done yet (the default)", parents=[steps])
@@ -135,6 +148,8 @@ def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser
     plan.set_defaults(command=_plan)
     health = commands.add_parser("health", help="show whether the last run succeeded", parents=[common])
     health.set_defaults(command=_health)
+    text = "fail if no run has succeeded in the last HOURS (HEALTH_MAX_AGE)"
+    health.add_argument("--max-age", metavar="HOURS", type=_hours, help=text)
     demo = commands.add_parser("demo", help="run on a small data set behind a local S3 endpoint", parents=[common])
     demo.set_defaults(command=_demo)
     text = "only serve the demo bucket at PORT, to other containers"
@@ -178,7 +193,8 @@ def _settings(options: argparse.Namespace) -> "Settings":
     from dgmd_pipeline import settings  # imported here, so that a signal during the import is handled
 
     values = settings.load(options.env_file)
-    return values.model_copy(update={"refresh": True}) if options.refresh else values
+    chosen = {"refresh": options.refresh, "promote_if_better": options.only_if_better}
+    return values.model_copy(update={name: True for name, given in chosen.items() if given})
 
 
 def _load_luigi(values: "Settings") -> str | None:
@@ -196,6 +212,7 @@ def _run_or_schedule(options: argparse.Namespace) -> int:
     from dgmd_pipeline.commands import schedule
 
     arguments = ["--verbose"] if options.verbose else []
+    arguments += ["--only-if-better"] if options.only_if_better else []
     for name, value in (("--env-file", options.env_file), ("--until", options.until)):
         arguments += [name, value] if value else []
     for step in options.force:
@@ -226,7 +243,7 @@ def _health(options: argparse.Namespace) -> int:
     values = _settings(options)
     from dgmd_pipeline.commands import health
 
-    return health.health(values, options.json)
+    return health.health(values, options.json, options.max_age)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -37,6 +37,11 @@ def provide(defaults: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def wants_colours() -> bool:
+    """Return whether a terminal may show colours: NO_COLOR has no value (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR")
+
+
 def provide_home(data_dir: Path) -> None:
     """Make DATA_DIR (default: `data_dir`) the home of a user who has none, because libraries fail without one."""
     if os.path.expanduser("~") == "~":  # noqa: PTH111 - Path.home raises

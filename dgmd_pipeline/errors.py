@@ -37,6 +37,10 @@ class Refused(PipelineError):
     exit_code = 40
 
 
+class Declined(Refused):
+    """The operator answered no. The message is not shown as an error."""
+
+
 class TooLittleMemory(PipelineError):
     """Something needs more memory than the run may use for it. The message is what it needs, without a subject."""
 

@@ -1,7 +1,10 @@
 """Checks of values; an invalid setting -> one line with its name, its value and what is expected."""
 
+import os
 import re
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -13,6 +16,7 @@ from pydantic.fields import FieldInfo
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import SettingsError
 
+MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
 # Training `cnn` on 64 images of 256 x 192 pixels instead of 32 took 180 bytes more for each pixel. A float32 image
 # alone has 12. What needs even this many bytes certainly does not fit.
@@ -85,6 +89,58 @@ def check_page(value: str) -> None:
         known = False
     if not known or not re.fullmatch(r"[!-~]+", value):
         raise ValueError("http://... or https://... in ASCII, without a user name or password")
+
+
+def check_scheduler(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not the address of a Dask scheduler."""
+    if not re.fullmatch(r"(tcp|tls|ws|wss)://[^\s/@]+:\d+/?", value):
+        raise ValueError("tcp://host:port or tls://host:port")
+
+
+def check_bucket(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` cannot be the name of a bucket."""
+    if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
+        raise ValueError("the name of a bucket, without s3:// and without slashes")
+
+
+def check_weights(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` names no weights of a backbone."""
+    readable = value.endswith(".h5") and Path(value).is_file() and os.access(value, os.R_OK)
+    if value not in ("imagenet", "none") and not readable:
+        raise ValueError("imagenet, none, or the path of a weights file (.h5) that can be read")
+
+
+def check_store(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is not the URI of an MLflow server or database."""
+    known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
+    if not re.fullmatch(known, value) or ":memory:" in value:
+        raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+
+
+def check_model_name(value: str) -> None:
+    """Raise ValueError, which says what is expected, if MLflow does not accept `value` as the name of a model."""
+    if re.search(r"[/:'\"]", value):
+        raise ValueError("a name without /, : and quotes, which MLflow reserves")
+    if value == "." or value.startswith(".."):
+        raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+
+
+def check_name(value: str) -> None:
+    """Raise ValueError, which says what is expected, if `value` is blank or longer than MLflow's database allows."""
+    if not value.strip() or len(value) > MAX_NAME:
+        raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
+
+
+CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # by the name of a field
+    "aws_data_bucket": (check_bucket,),
+    "backbone_weights": (check_weights,),
+    "mlflow_tracking_uri": (check_store,),
+    "mlflow_experiment_name": (check_name,),
+    "model_name": (check_model_name, check_name),
+    "schedule": (check_cron_expression,),
+    "notify_url": (check_page,),
+    "dask_scheduler_address": (check_scheduler,),
+}
 
 
 def check_memory(width: int, height: int, batch_size: int | None, memory: int) -> None:

@@ -1,9 +1,10 @@
 """The files that steps exchange: row types and their CSV files, JSON files, and the index of TFRecord shards."""
 
 import csv
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_type_hints
 
@@ -14,6 +15,7 @@ csv.field_size_limit(2**31 - 1)  # earlier versions wrote details of more than t
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 
 class SourceObject(NamedTuple):
@@ -168,6 +170,11 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     return count
 
 
+# The number of texts of which `read` keeps one object each. Neighbouring rows have the same label, and most rows have
+# `group` equal to `sha256`: a million Examples take 0.3 GB instead of 0.5.
+_SHARED = 1000
+
+
 def read(path: Path, kind: type[Row]) -> Iterator[Row]:
     """Yield the rows of a file that `write` wrote; `int` and `float` fields are converted.
 
@@ -182,16 +189,121 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
             header = next(reader, [])
             if header != list(kind._fields):
                 raise ValueError(f"expected the columns {','.join(kind._fields)}, found {','.join(header)[:100]!r}")
+            shared: dict[str, str] = {}
             for values in reader:
                 if len(values) != len(types):
                     raise ValueError(f"line {reader.line_num} has {len(values)} values instead of {len(types)}")
                 if "'" in "".join(values):
                     values[:] = map(from_cell, values)
+                if len(shared) > _SHARED:
+                    shared.clear()
+                values[:] = map(shared.setdefault, values, values)
                 for index, number in numbers:
                     values[index] = number(values[index])
                 yield kind(*values)  # type: ignore[arg-type]
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, csv.Error) as error:
         raise changed_file_error(path, error) from error
+
+
+_BATCH_BYTES = 2**18  # of a file in one batch; Arrow reads 32 batches ahead, and a row must fit into one
+
+
+def read_columns(path: Path, kind: type[Row], *names: str) -> "Iterator[pa.RecordBatch]":
+    """Yield the columns `names` of a file that `write` or `write_columns` wrote, or all of them, about 1,000 rows each.
+
+    `str` fields are binary columns, which `decode` reads, `int` fields are int64. Takes a fifth of the time of `read`.
+    Raises PipelineError if the file is missing, has other columns, or was edited.
+    """
+    import pyarrow as pa
+    from pyarrow import csv as arrow
+
+    hints = get_type_hints(kind)
+    types = {name: pa.int64() if hints[name] is int else pa.binary() for name in kind._fields}
+    try:
+        with path.open("rb") as file:
+            header = next(csv.reader([decode(file.readline())]), [])
+            if header != list(kind._fields):
+                raise ValueError(f"expected the columns {','.join(kind._fields)}, found {','.join(header)[:100]!r}")
+            if not file.peek(1):
+                return
+            with arrow.open_csv(
+                file,
+                arrow.ReadOptions(use_threads=False, block_size=_BATCH_BYTES, column_names=header),
+                arrow.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
+                arrow.ConvertOptions(column_types=types, include_columns=list(names or header), null_values=[]),
+            ) as batches:
+                for batch in batches:
+                    yield _without_apostrophes(batch)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, csv.Error) as error:
+        raise changed_file_error(path, error) from error
+
+
+def _without_apostrophes(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """Apply `from_cell` to the texts of a batch."""
+    import pyarrow as pa
+
+    for position, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
+        if pa.types.is_binary(column.type) and b"'" in _content(column):
+            texts = [_encode(from_cell(text)) for text in map(decode, column.to_pylist())]
+            batch = batch.set_column(position, name, pa.array(texts, pa.binary()))
+    return batch
+
+
+def write_columns(path: Path, kind: type[Row], batches: "Iterable[pa.RecordBatch]") -> None:
+    """Write the file that `write` writes, from batches with the columns of `kind` in their order."""
+    with path.open("wb") as file:
+        file.write(f"{','.join(kind._fields)}\r\n".encode())
+        for batch in batches:
+            if batch.num_rows:
+                file.write(_to_csv(batch.columns))
+
+
+def _to_csv(columns: "Sequence[pa.Array]") -> bytes:
+    import pyarrow as pa
+    from pyarrow import compute
+
+    *cells, last = (
+        column.cast(pa.string()).view(pa.binary()) if pa.types.is_integer(column.type) else column for column in columns
+    )
+    lines = compute.binary_join_element_wise(*cells, compute.binary_join_element_wise(last, b"\r\n", b""), b",")
+    text = _content(lines)
+    if _is_plain(text, len(lines), len(columns)):
+        return text
+    buffer = io.StringIO(newline="")
+    values = (
+        [decode(value) if isinstance(value, bytes) else value for value in column.to_pylist()] for column in columns
+    )
+    csv.writer(buffer).writerows(map(to_cell, row) for row in zip(*values, strict=True))
+    return _encode(buffer.getvalue())
+
+
+def _is_plain(text: bytes, rows: int, columns: int) -> bool:
+    """Return whether `csv` would quote no cell of this text and `to_cell` would change none. False is always safe."""
+    import numpy as np
+
+    counts = (text.count(character) for character in (b",", b"\r", b"\n"))
+    if [*counts] != [rows * (columns - 1), rows, rows] or any(each in text for each in (b'"', b";", b"\xef\xbc")):
+        return False
+    values = np.frombuffer(text, np.uint8)
+    positions = np.flatnonzero(
+        (values == ord("=")) | (values == ord("+")) | (values == ord("-")) | (values == ord("@"))
+    )
+    before = values[positions - 1]  # of the first byte: the line break at the end
+    return not ((before <= ord(" ")) | (before == ord(",")) | (before == ord("'")) | (before > ord("~"))).any()
+
+
+def _content(column: "pa.BinaryArray") -> bytes:
+    """Return the values of a new column, one after the other."""
+    return column.buffers()[2].to_pybytes() if column.buffers()[2] else b""
+
+
+def decode(text: bytes) -> str:
+    """Return a text of a binary column; bytes that are not UTF-8, as a file's name may have, become surrogates."""
+    return text.decode("utf-8", "surrogateescape")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def read_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dotenv
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -26,7 +26,6 @@ from dgmd_pipeline.workflow import machine
 # For a worker of a cluster, which has one thread.
 provide_worker_defaults = partial(environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS)
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-MAX_NAME = 256  # characters of a name in MLflow's database
 # With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
@@ -172,7 +171,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
         description="`promote` refuses a version if its recall of a class is lower than production's by more than this "
-        "fraction. Classes with fewer than 3 images are not checked.",
+        "fraction and significantly lower.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -180,6 +179,14 @@ class Settings(BaseSettings):
         le=10**6,
         description="`promote` refuses a version if its latency for one image is more than this multiple of "
         "production's.",
+    )
+    allow_lost_labels: bool = Field(
+        False,
+        description="`true`: `promote` accepts a version that was trained on no image of one of production's labels.",
+    )
+    promote_if_better: bool = Field(
+        False,
+        description="`true`: a run promotes its version if it is better than production and no condition fails.",
     )
     mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment. Unset: `MODEL_NAME`.")
     mlflow_tracking_uri: str | None = Field(
@@ -215,6 +222,18 @@ class Settings(BaseSettings):
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
     notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
+    notify_on: Literal["always", "change", "problem"] = Field(
+        "always",
+        description="After which runs `NOTIFY_URL` receives a message: `always`, `change` (not after `unchanged`), "
+        "`problem` (only what needs attention).",
+    )
+    health_max_age: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Hours since the last successful run after which `health` fails, for example 26 with a nightly "
+        "schedule. Unset: never.",
+    )
 
     keras_home: Path = Field(
         Path("~/.keras"), validate_default=True, description="Folder for downloaded ImageNet weights."
@@ -245,66 +264,18 @@ class Settings(BaseSettings):
     def _is_a_folder(cls, value: str) -> str:
         return value.strip("/")
 
-    @field_validator("aws_data_bucket")
+    @field_validator(*invalid_settings.CHECKS)
     @classmethod
-    def _is_a_bucket(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.-]+|arn:\S+", value):
-            raise ValueError("the name of a bucket, without s3:// and without slashes")
-        return value
-
-    @field_validator("backbone_weights")
-    @classmethod
-    def _is_there(cls, value: str) -> str:
-        readable = value.endswith(".h5") and Path(value).is_file() and os.access(value, os.R_OK)
-        if value not in ("imagenet", "none") and not readable:
-            raise ValueError("imagenet, none, or the path of a weights file (.h5) that can be read")
+    def _passes_its_checks(cls, value: Any, info: ValidationInfo) -> Any:
+        for check in invalid_settings.CHECKS[str(info.field_name)] if value is not None else ():
+            check(value.get_secret_value() if isinstance(value, SecretStr) else value)
         return value
 
     @field_validator("mlflow_tracking_uri")
     @classmethod
-    def _is_a_store(cls, value: str | None) -> str | None:
-        known = r"https?://[^/\s]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*"
-        if value is not None and (not re.fullmatch(known, value) or ":memory:" in value):
-            raise ValueError("http://host:port, https://host, or a database like sqlite:////data/mlflow.db")
+    def _has_its_driver(cls, value: str | None) -> str | None:
         if value is not None:
             check_driver(value)
-        return value
-
-    @field_validator("dask_scheduler_address")
-    @classmethod
-    def _is_a_scheduler(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(tcp|tls|ws|wss)://[^\s/@]+:\d+/?", value):
-            raise ValueError("tcp://host:port or tls://host:port")
-        return value
-
-    @field_validator("schedule")
-    @classmethod
-    def _is_a_cron_expression(cls, value: str | None) -> str | None:
-        if value is not None:
-            invalid_settings.check_cron_expression(value)
-        return value
-
-    @field_validator("notify_url")
-    @classmethod
-    def _is_a_page(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            invalid_settings.check_page(value.get_secret_value())
-        return value
-
-    @field_validator("model_name")
-    @classmethod
-    def _is_one_name(cls, value: str) -> str:
-        if re.search(r"[/:'\"]", value):
-            raise ValueError("a name without /, : and quotes, which MLflow reserves")
-        if value == "." or value.startswith(".."):
-            raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
-        return value
-
-    @field_validator("model_name", "mlflow_experiment_name")
-    @classmethod
-    def _is_not_blank(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or len(value) > MAX_NAME):
-            raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
         return value
 
     @field_validator("backbone")

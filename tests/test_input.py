@@ -71,8 +71,8 @@ assert not heavy, heavy
 
 def test_a_second_run_at_the_same_time_exits_with_its_own_code(tmp_path):
     (tmp_path / "data").mkdir()
-    code = "import sys, pathlib; from dgmd_pipeline.workflow import folders\n" \
-        "with folders.lock(pathlib.Path('data')): print(flush=True); sys.stdin.read()"  # fmt: skip
+    code = "import sys, pathlib; from dgmd_pipeline.workflow import lock\n" \
+        "with lock.hold(pathlib.Path('data')): print(flush=True); sys.stdin.read()"  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     result = run_pipeline(tmp_path)

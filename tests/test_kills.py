@@ -42,8 +42,7 @@ after write .draft-balanced/_SUCCESS
 before write .draft-split/validation.csv
 before rename .draft-split split
 after rename .draft-split split
-before read .draft-tfrecord_training/.resume/*/records.npy
-after read .draft-tfrecord_*/*-00001-of-00002.tfrecord
+before read .draft-tfrecord_*/.resume/*/records.npy
 before rename .draft-tfrecord_* tfrecord_*
 after say *epoch 2/3*
 before rename .draft-trained_model trained_model

@@ -21,6 +21,7 @@ def test_a_plan_is_json_for_machines(data, tmp_path):
     assert states["balanced"] == ("run", "folder is missing")
     assert states["split"] == ("run", "VALIDATION_PCNT 0.2 -> 0.25")
     assert states["tfrecord_training"] == ("run", "split changes")
+    assert rows["tfrecord_training"]["reuse"] == "reuses unchanged images"
     images = {name: row["images"] for name, row in rows.items()}
     assert images["raw"] == 33
     assert images["inspected"] == images["balanced"] == 31
@@ -33,11 +34,13 @@ def test_a_plan_is_json_for_machines(data, tmp_path):
 def test_a_plan_fits_a_terminal(data, tmp_path):
     data_dir, variables = data
     (data_dir / "split").rename(tmp_path / "away")
+    (data_dir / "features_training").mkdir(exist_ok=True)  # the data are those of `cnn`
     lines = on_a_terminal(tmp_path, "plan", **variables)
     assert max(map(len, lines[1:])) <= 80  # the first one names the folder, however long that is
     rows = "\n".join(lines)
     assert re.search(r"^  inspected +done +31 +\d+\.\d kB$", rows, re.MULTILINE), rows
     assert re.search(r"^  registered_model +maybe +\d+ B  only if split changes$", rows, re.MULTILINE), rows
+    assert "Not used with these settings, and kept: features_training." in " ".join(rows.split())
 
 
 def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tmp_path):

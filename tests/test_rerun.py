@@ -102,6 +102,8 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "MAX_REJECTED_PCNT": (0.4, ["label_map"]),
     "MAX_CLASS_DROP": (0.3, []),  # a promotion's
     "MAX_LATENCY_RATIO": (2, []),
+    "ALLOW_LOST_LABELS": ("true", []),
+    "PROMOTE_IF_BETTER": ("true", []),
     "MIN_IMAGES_PER_LABEL": (3, ["label_map"]),
     "BALANCE_LIMIT": (1.5, ["balanced", "split", *RECORDS, *LEARNED]),
     "VALIDATION_PCNT": (0.4, ["split", *RECORDS, *LEARNED]),
@@ -206,9 +208,9 @@ def test_fine_tuning_trains_again_and_is_evaluated_on_the_records(frozen, monkey
     about = json.loads((data_dir / "trained_model" / "training.json").read_text())
     assert about["fine_tuned"] == about["fine_tuning"]["kept"] is True
     whole = networks.load(data_dir / "trained_model" / "model.keras")
-    expected, _ = predictions.predict(whole, dataset.read(data_dir / "tfrecord_validation"))
-    found = predictions.read(data_dir / "evaluation", labels=[])
-    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    expected = np.concatenate([*predictions.predict(whole, dataset.read(data_dir / "tfrecord_validation"))])
+    with np.load(data_dir / "evaluation" / predictions.PREDICTIONS) as found:
+        np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
     assert "Fine-tuning was kept" in (data_dir / "evaluation" / "report.html").read_text()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.evaluation import gates as evaluation_gates
+from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
     """Compare two versions on the validation images in DATA_DIR that neither was trained on."""
-    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.evaluation import review, serving_benchmark
     from dgmd_pipeline.training import runtime
 
     store, state = versions.read_registry(values)
@@ -28,22 +28,24 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
         raise NoUsableInput(
             f"There are no validation records in {values.data_dir}: run the command where the pipeline runs."
         )
-    with output.temporary_folder() as folder:
+    starting = serving_benchmark.start_process(settings.serving_environment())
+    with output.temporary_folder() as folder, starting as process:
         log.info("Loading versions %d and %d from the registry ...", *(entry.version for entry in entries))
         runtime.start_tensorflow()
         first, second = (
             lookup.candidate_model(store, values.model_name, entry, folder / str(entry.version)) for entry in entries
         )
-        first = first._replace(probabilities=review.predict(first, images))
-        reviewed = review.review(first, second, images, folder, settings.serving_environment())
+        first = first._replace(answers=review.predict(first, images))
+        reviewed = review.review(first, review.Rivals(second), images, folder, process)
     if reviewed.comparison is None:
         raise PipelineError(reviewed.comparison_error)
+    decision = gates.decide(reviewed, lookup.promotion_limits(values))
     if as_json:
-        output.print_json({"version": entries[0].version, **_as_json(reviewed)})
+        decided = {"verdict": decision.verdict, "gates": [gate._asdict() for gate in decision.gates]}
+        numbers = {"version": entries[0].version, "other_version": entries[1].version}
+        output.print_json({**numbers, **decided, **_as_json(reviewed)})
         return
-    limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    gates = evaluation_gates.check_gates(reviewed, limits)
-    output.print_review(values.model_name, entries[0], entries[1].version, reviewed, gates)
+    output.print_review(values.model_name, entries[0], entries[1].version, reviewed, decision)
 
 
 def _as_json(reviewed: "Review") -> dict[str, object]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import dotenv
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
@@ -61,6 +62,10 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
             **CREDENTIALS,
             "NO_PROXY": "127.0.0.1",
         }
+        kept = _changes_in_env_file(variables)
+        if kept:
+            log.info("%s keeps your changes: %s", ENV_FILE, ", ".join(kept))
+        variables |= kept
         _write_env_file(variables)
         removed = _remove_own_settings()
         os.environ.update(variables)
@@ -108,6 +113,17 @@ def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
     server = ThreadedMotoServer(host, port=port, verbose=False)
     server.start()
     return server
+
+
+def _changes_in_env_file(variables: dict[str, str]) -> dict[str, str]:
+    """Return the variables that the operator has changed or added in an existing file; not those of the endpoint."""
+    if not ENV_FILE.exists():
+        return {}
+    own = {"DATA_DIR", "AWS_ENDPOINT_URL", "NO_PROXY", *CREDENTIALS}
+    written = dotenv.dotenv_values(ENV_FILE)
+    return {
+        name: value for name, value in written.items() if value and name not in own and value != variables.get(name)
+    }
 
 
 def _write_env_file(variables: dict[str, str]) -> None:
@@ -209,7 +225,8 @@ What next?
   {pipeline} plan --env-file {ENV_FILE}
   # train again on the same images (edit {ENV_FILE} to change parameters)
   rm -r {DATA_DIR}/trained_model
-  {pipeline} --env-file {ENV_FILE}"""
+  {pipeline} --env-file {ENV_FILE}""",
+        extra={"verbatim": True},
     )
 
 

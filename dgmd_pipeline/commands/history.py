@@ -19,7 +19,9 @@ def history(values: "Settings", as_json: bool) -> None:
         return
     rows: list[Sequence[str]] = [("when", "what", "from", "to", "who", "why")]
     for event in events:
-        what = event.action + (" (forced)" if event.forced else "") + ("" if event.done else " (not carried out)")
+        overridden = ", ".join(name for name, passed, _ in event.gates if passed is False)
+        how = f"forced: {overridden}" if event.forced else "automatic" if event.automatic else ""
+        what = event.action + (f" ({how})" if how else "") + ("" if event.done else " (not carried out)")
         change = (str(event.previous or ""), str(event.version))
         rows.append((event.time[:16], what, *change, event.user, event.reason))
     output.print_table(rows)

@@ -1,11 +1,13 @@
-"""Log lines on a stream, without secrets; standard streams that cannot stop a run."""
+"""Log lines on a stream, without secrets, and readable on a terminal; standard streams that cannot stop a run."""
 
 import errno
 import io
 import logging
 import os
 import select
+import shutil
 import sys
+import textwrap
 import traceback
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -67,14 +69,20 @@ def lost_output() -> str | None:
     return "; ".join(problems) or None
 
 
-def start(stream: TextIO, verbose: bool) -> None:
-    """Log to `stream`; `verbose` adds the package's debug lines. Uncaught exceptions are logged, too."""
+def start(stream: TextIO, verbose: bool, colours: bool = False) -> None:
+    """Log to `stream`; `verbose` adds the package's debug lines. Uncaught exceptions are logged, too.
+
+    A terminal shows warnings and errors in colour if `colours` is set.
+    """
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # a line with a file name that is not UTF-8 would be lost
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Lines("%(message)s" if stream.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_TerminalLines(colours) if stream.isatty() else _Lines("%(asctime)s %(message)s"))
     logging.raiseExceptions = False  # no traceback about a log line that cannot be written
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    # TensorFlow warns about functions that it traces again, Keras through absl about an old format: neither helps an
+    # operator.
+    for name in ("urllib3", *(() if verbose else ("tensorflow", "absl"))):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     sys.excepthook = _log_exception
@@ -93,6 +101,42 @@ class _Lines(logging.Formatter):
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname.lower()}: {record.message}"
         return super().formatMessage(record)
+
+
+class _TerminalLines(_Lines):
+    """Begins a message with the time of day, and wraps it between words.
+
+    A record may have an attribute: `table` is the column of a table's last cell, `verbatim` is for lines to copy. Both
+    are shown without a time. `result` is for the result of a run.
+    """
+
+    STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow
+    RESULT = "1"  # bold
+
+    def __init__(self, colours: bool) -> None:
+        super().__init__("%(message)s")
+        self._colours = colours
+
+    def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "verbatim", False):
+            return super().format(record)
+        column = getattr(record, "table", None)
+        time = "" if column else datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S ")
+        width = max(60, shutil.get_terminal_size().columns) - len(time)
+        text = "\n".join(_wrap(line, width, column) for line in super().format(record).split("\n"))
+        text = text.replace("\n", "\n" + " " * len(time))
+        style = next((code for level, code in self.STYLES if record.levelno >= level), None)
+        style = style or (self.RESULT if getattr(record, "result", False) else None)
+        return f"{time}\x1b[{style}m{text}\x1b[0m" if style and self._colours else time + text
+
+
+def _wrap(line: str, width: int, column: int | None) -> str:
+    """Break a line between words, and indent the rest to a column, or a little more than the line."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(line) or line
 
 
 def _log_exception(_: type[BaseException], error: BaseException, __: object) -> None:

@@ -26,9 +26,12 @@ class ModelRow:
     aliases: list[str]
     accuracy: float | None  # on the validation images, 0 to 1
     difference: float | None  # of the accuracy to that of the version `compared_with`
-    compared_with: str | None
-    latency_p50_ms: float | None
-    bytes: float | None
+    compared_with: int | None
+    verdict: str | None  # "better", "no difference", "worse", "first" or "not compared"; None: an older pipeline's
+    failed: list[str]  # conditions for a promotion that failed when the version was made
+    latency_p50_ms: float | None  # not comparable between versions: another night, perhaps another machine
+    latency_ratio: float | None  # to the latency of the version `compared_with`, measured alternately
+    bytes: int | None
     run: str  # MLflow's id
     promoted_by: str | None
     promoted_at: str | None  # ISO 8601, UTC
@@ -43,13 +46,15 @@ def models(values: "Settings", as_json: bool) -> None:
         output.print_json([asdict(row) for row in rows])
         return
     print(f"{values.model_name} at {formatting.redact(store.uri)}")
-    columns = ("version", "created", "environment", "accuracy", "difference", "latency", "size")
+    columns = ("version", "created (UTC)", "environment", "accuracy", "latency", "size")
     header, *lines = formatting.table([columns, *map(_cells, rows)])
     print(header)
     for line, row in zip(lines, rows, strict=True):
         print(line)
-        if row.promoted_at:  # on a line of its own: one line would be wider than a terminal
-            print(f"{'':9}promoted {row.promoted_at[:10]} by {row.promoted_by}")
+        for more in _more_lines(row):  # on lines of their own: one line would be wider than a terminal
+            print(f"{'':9}{more}")
+    if any(row.latency_ratio for row in rows):
+        print("latency: for one image, as a multiple of that of the version compared with")
     if any(CANDIDATE in row.aliases for row in rows):
         print("* candidate: the version that `promote` selects by default")
     if missing := lookup.missing_registration(values):
@@ -61,6 +66,10 @@ def _row(version: ModelVersion, promoted: Event | None) -> ModelRow:
         value = version.tags.get(f"dgmd.{name}")
         return None if value is None else float(value)
 
+    def whole(name: str) -> int | None:
+        value = number(name)
+        return None if value is None else round(value)
+
     return ModelRow(
         version=version.version,
         created=datetime.fromtimestamp(version.created, UTC).isoformat(timespec="seconds"),
@@ -68,9 +77,12 @@ def _row(version: ModelVersion, promoted: Event | None) -> ModelRow:
         aliases=list(version.aliases),
         accuracy=number("validation_accuracy"),
         difference=number("difference"),
-        compared_with=version.tags.get("dgmd.compared_with"),
+        compared_with=whole("compared_with"),
+        verdict=version.tags.get("verdict"),
+        failed=[name for name in version.tags.get("dgmd.failed", "").split(", ") if name],
         latency_p50_ms=number("latency_p50_ms"),
-        bytes=number("bytes"),
+        latency_ratio=number("latency_ratio"),
+        bytes=whole("bytes"),
         run=version.run_id,
         promoted_by=promoted.user if promoted else None,
         promoted_at=promoted.time if promoted else None,
@@ -83,10 +95,30 @@ def _cells(row: ModelRow) -> tuple[str, ...]:
 
     return (
         str(row.version),
-        row.created[:10],
+        _minute(row.created),
         row.environment + (" *" if CANDIDATE in row.aliases else ""),
         text(row.accuracy, "{:.4f}"),
-        text(row.difference, "{:+.4f}") + (f" v{row.compared_with}" if row.compared_with else ""),
-        text(row.latency_p50_ms, "{:.0f} ms"),
-        "" if row.bytes is None else formatting.format_bytes(int(row.bytes)),
+        text(row.latency_ratio, "x {:.2f}"),
+        "" if row.bytes is None else formatting.format_bytes(row.bytes),
     )
+
+
+def _more_lines(row: ModelRow) -> list[str]:
+    """Return the verdict and the promotion of a version."""
+    found = []
+    if row.difference is not None:
+        points = f"{100 * row.difference:+.1f} points"
+        than = {"better": "better than", "worse": "worse than", "no difference": "no difference shown from"}
+        found.append(f"{than.get(row.verdict or '', 'compared with')} version {row.compared_with}: {points}")
+    elif row.verdict:
+        found.append({"first": "first version"}.get(row.verdict, row.verdict))
+    if row.failed:
+        found[-1:] = [f"{', '.join(found)}; failed: {', '.join(row.failed)}"]
+    if row.promoted_at:
+        found.append(f"promoted {_minute(row.promoted_at)} by {row.promoted_by}")
+    return found
+
+
+def _minute(time: str) -> str:
+    """Return an ISO 8601 time as in "2026-11-26 03:00"."""
+    return time[:16].replace("T", " ")

@@ -9,21 +9,21 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.errors import Refused, SettingsError
+from dgmd_pipeline.errors import Declined, SettingsError
 from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.formatting import format_bytes
 from dgmd_pipeline.registry.versions import ModelVersion
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.evaluation.comparison import Comparison
+    from dgmd_pipeline.evaluation.comparison import ClassComparison, Comparison
     from dgmd_pipeline.evaluation.review import Review
     from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 
+SHOWN_LABELS = 10
 
-def print_review(
-    name: str, entry: ModelVersion, other: int | None, review: "Review", gates: Sequence[gates.Gate]
-) -> None:
-    """Print a version's comparison with another, its serving benchmark and the results of the gates."""
+
+def print_review(name: str, entry: ModelVersion, other: int | None, review: "Review", decision: gates.Decision) -> None:
+    """Print a version's comparison with another, its serving benchmark, the results of the gates and the verdict."""
     comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")
     print_table([
@@ -32,23 +32,22 @@ def print_review(
         *_benchmark_rows(review.serving_benchmark),
     ])  # fmt: skip
     if comparison:
-        _print_labels(comparison, entry.version, other)
-    for gate in gates:
+        _print_labels(comparison.classes)
+    for gate in gates.grouped(decision.gates):
         state = {True: "holds", False: "FAILS", None: "-"}[gate.passed]
         print(f"  {gate.name:11} {state:6} {gate.text}")
+    print(f"{decision.headline}. {decision.reason}")
+    if decision.drift:
+        print(decision.drift)
 
 
 def _accuracy_rows(comparison: "Comparison | None", accuracy: str) -> list[Sequence[str]]:
     if comparison is None:
         return [("accuracy", accuracy, "", "")]
-    interval = f"{100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}"
     return [
-        (
-            "accuracy", f"{comparison.accuracy:.4f}", f"{comparison.production_accuracy:.4f}",
-            f"{100 * comparison.difference:+.1f} points ({interval})",
-        ),
+        ("accuracy", f"{comparison.accuracy:.4f}", f"{comparison.production_accuracy:.4f}", ""),
         ("images", f"{comparison.images:,}", "", f"{comparison.gained:,} gained, {comparison.lost:,} lost"),
-    ]  # fmt: skip
+    ]
 
 
 def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]:
@@ -66,30 +65,27 @@ def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]
     ]
 
 
-def _print_labels(comparison: "Comparison", version: int, other: int | None) -> None:
-    for row in comparison.classes:
-        if row.gained or row.lost:
-            print(
-                f"  {row.label}: {row.production_recall:.0%} -> {row.recall:.0%} of {row.images:,} "
-                f"({row.gained:,} gained, {row.lost:,} lost)"
-            )
-    for known_to, labels in (
-        (version, comparison.labels_only_candidate),
-        (other, comparison.labels_only_production),
-    ):
-        if labels:
-            print(f"  labels that only version {known_to} knows: {', '.join(labels)}")
+def _print_labels(classes: "Sequence[ClassComparison]") -> None:
+    """Print how the recall of each label changed, the worst first."""
+    changed = sorted((row for row in classes if row.gained or row.lost), key=lambda row: (row.change, -row.lost))
+    for row in changed[:SHOWN_LABELS]:
+        print(
+            f"  {row.label}: {row.production_recall:.0%} -> {row.recall:.0%} of {row.images:,} "
+            f"({row.gained:,} gained, {row.lost:,} lost)"
+        )
+    if (more := len(changed) - SHOWN_LABELS) > 0:
+        print(f"  {more:,} more labels with other predictions")
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a question, unless `yes` is set. Raises Refused if the answer is no, SettingsError without a terminal."""
+    """Ask a question, unless `yes` is set. Raises Declined if the answer is no, SettingsError without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
         raise SettingsError(f"{question} Cannot ask: stdin is not a terminal. Add --yes.")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout may be JSON for another program
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Refused("Nothing was changed.")
+        raise Declined("Nothing was changed.")
 
 
 @contextmanager

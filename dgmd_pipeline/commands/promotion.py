@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
-from dgmd_pipeline.evaluation import gates as evaluation_gates
+from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.registry import promotion
 from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.registry.store import Store
@@ -38,37 +38,90 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         )  # fmt: skip
         return
     _warn_of_ignored_stages(state)
-    with output.temporary_folder() as folder:
-        model = _load_and_check(store, state.name, candidate, folder)
-        known = _reviewed(values, store, candidate, model, state.production, folder)
-    limits = evaluation_gates.Limits(values.max_class_drop, values.max_latency_ratio)
-    gates = evaluation_gates.check_gates(known, limits)
+    known, decision = _decide(values, store, state, candidate)
     previous = state.production.version if state.production else None
+    shown = {"verdict": decision.verdict, "gates": [gate._asdict() for gate in decision.gates]}
     if not as_json:
-        output.print_review(state.name, candidate, previous, known, gates)
-    failed = [gate for gate in gates if gate.passed is False]
+        output.print_review(state.name, candidate, previous, known, decision)
+        if known.best is None and (best := promotion.best_former(state, candidate)):
+            print(
+                f"Version {best.version}, which was production before, had an accuracy of "
+                f"{best.tags[promotion.ACCURACY]} on the images of its own run. The two were not compared."
+            )
+    failed = ", ".join(decision.failed)
     if failed and not force:
         if as_json:
-            output.print_json(
-                {"version": candidate.version, "promoted": False, "gates": [gate._asdict() for gate in gates]}
-            )
-        raise Refused(
-            f"Version {candidate.version} is not promoted. {' '.join(gate.text for gate in failed)} "
-            'To promote it anyway: --force --reason "...".'
-        )
-    output.confirm(
-        f"Make version {candidate.version} production{f' instead of version {previous}' if previous else ''}?", yes
-    )
+            output.print_json({"version": candidate.version, "promoted": False, **shown})
+        raise Refused(f'Version {candidate.version} is not promoted. To promote it anyway: --force --reason "...".')
+    output.confirm(_question(candidate, previous, decision), yes)
     event = promotion.set_production(
         store, state, candidate.version,
-        action="promote", user=settings.operator(), reason=reason, gates=gates, forced=bool(failed),
+        action="promote", user=settings.operator(), reason=reason, gates=decision.gates, forced=bool(failed),
     )  # fmt: skip
     output.print_result(
         f"{state.name} version {candidate.version} is production"
-        + (f"; version {previous} was. `rollback` restores it." if previous else "."),
-        as_json, version=candidate.version, promoted=True, event=event.as_json(),
-        gates=[gate._asdict() for gate in gates],
+        + (f"; version {previous} was. `rollback` restores it." if previous else ".")
+        + (f" Overridden: {failed}." if failed else ""),
+        as_json, version=candidate.version, promoted=True, event=event.as_json(), overridden=decision.failed, **shown,
     )  # fmt: skip
+
+
+def promote_if_better(values: "Settings", version: int) -> str:
+    """Make a version production if it is better than production and meets all conditions; return a sentence.
+
+    The first version is never promoted, nor one that was production before: an operator may have rolled it back.
+    """
+    store, state = versions.read_registry(values)
+    candidate = versions.select_version(state, str(version))
+    refused = f"Version {version} is not promoted:"
+    if state.production is None:
+        return f"{refused} an operator promotes the first version."
+    if candidate == state.production or any(event.version == version for event in promotion.history(state)):
+        return f"{refused} an operator decides on a version that was production before."
+    _, decision = _decide(values, store, state, candidate)
+    if decision.verdict != gates.BETTER or decision.failed:
+        return f"{refused} {decision.headline[0].lower()}{decision.headline[1:]}. {decision.reason}"
+    promotion.set_production(
+        store, state, version,
+        action="promote", user=settings.operator(), reason=decision.headline, gates=decision.gates, automatic=True,
+    )  # fmt: skip
+    better = f"{decision.headline[0].lower()}{decision.headline[1:]}"
+    return f"Version {version} is production now: {better}. `rollback` restores version {state.production.version}."
+
+
+def _decide(
+    values: "Settings", store: Store, state: ModelState, candidate: ModelVersion
+) -> "tuple[Review, gates.Decision]":
+    """Check that a version can be loaded; return its review and the decision."""
+    with output.temporary_folder() as folder:
+        model = _load_and_check(store, state.name, candidate, folder)
+        known = _reviewed(values, store, candidate, model, state, folder)
+        if state.production:
+            known = _with_labels(known, store, model, state.production, folder / "production")
+    return known, gates.decide(known, lookup.promotion_limits(values))
+
+
+def _with_labels(known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path) -> "Review":
+    """Return a review with the changes of the labels, which its run does not record."""
+    from dgmd_pipeline.evaluation import review
+
+    try:
+        before = registry_versions.trained_labels(store, now, folder)
+    except PipelineError as error:
+        return known._replace(label_changes_error=f"The labels of version {now.version} are unknown: {error}")
+    if before is None:
+        return known._replace(
+            label_changes_error=f"Version {now.version} has no list of its training images and labels."
+        )
+    return known._replace(label_changes=review.label_changes(model, before))
+
+
+def _question(candidate: ModelVersion, previous: int | None, decision: gates.Decision) -> str:
+    question = f"Make version {candidate.version} production"
+    if previous is None:
+        return f"{question}?"
+    despite = ", although no difference was shown" if decision.verdict == gates.NO_DIFFERENCE else ""
+    return f"{question} instead of version {previous}{despite}?"
 
 
 def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
@@ -138,13 +191,13 @@ def _reviewed(
     store: Store,
     entry: ModelVersion,
     candidate: "CandidateModel",
-    now: ModelVersion | None,
+    state: ModelState,
     folder: Path,
 ) -> "Review":
     """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
-    from dgmd_pipeline.evaluation import review
+    from dgmd_pipeline.evaluation import review, serving_benchmark
 
-    name = names.EVALUATION
+    name, now = names.EVALUATION, state.production
     for file in (review.COMPARISON, review.SERVING_BENCHMARK):
         if registry_versions.artifact(store, entry, f"{name}/{file}", folder) is None:
             return review.Review(None, "", None, f"The run of version {entry.version} has no {name}/{file}.")
@@ -158,8 +211,9 @@ def _reviewed(
         f"Production is version {now.version}: comparing" if now else "Benchmarking the model in a clean process",
     )
     try:
-        production = lookup.candidate_model(store, values.model_name, now, folder / str(now.version)) if now else None
-        found = review.review(candidate, production, images, folder, settings.serving_environment())
+        rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
+        with serving_benchmark.start_process(settings.serving_environment()) as process:
+            found = review.review(candidate, rivals, images, folder, process)
     except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
-import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -17,7 +14,7 @@ from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
 from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_variables
 from dgmd_pipeline.tasks import LAST, lookup, names, resources
-from dgmd_pipeline.workflow import disk, folders, planning, runner, signals, timing
+from dgmd_pipeline.workflow import disk, folders, lock, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
 from dgmd_pipeline.workflow.step import Step
@@ -44,15 +41,19 @@ def run(
     result = RunResult()
     code, message = 1, "a bug of the pipeline; the log has the traceback"
     try:
-        with disk.disk_errors_explained(values.data_dir), folders.lock(values.data_dir):
+        with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
             # The message to NOTIFY_URL is left out: it could take longer than the system waits.
             quiet = values.model_copy(update={"notify_url": None})
             signals.before_end.append(
                 lambda number: publish_status(
-                    quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start
+                    quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start, until
                 )
             )
-            code, message = _finish(values, result, forced, until, scheduler_url, verbose)
+            context = RunContext(
+                values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
+                result=result,
+            )  # fmt: skip
+            code, message = _finish(values, context, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
         raise
@@ -61,7 +62,7 @@ def run(
         raise
     finally:
         if code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
-            publish_status(values, result, code, message, time.monotonic() - start)
+            publish_status(values, result, code, message, time.monotonic() - start, until)
     if not code:
         _show_times(result, time.monotonic() - start)
     return code
@@ -71,7 +72,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
     """Show what `run` would do, and why."""
     context = RunContext(values, name=values.model_name, forced=_forced(values, force, until))
     with disk.disk_errors_explained(values.data_dir), activate(context):
-        plans = planning.plan(*_last_steps(until))
+        plans = planning.plan(*_last_steps(until), with_reuse=True)
     if as_json:
         print(json.dumps({"data_dir": str(values.data_dir), "steps": [each.as_json() for each in plans]}, indent=1))
     else:
@@ -91,13 +92,12 @@ def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[s
 
 
 def _finish(
-    values: Settings, result: RunResult, forced: Mapping[str, str], until: str | None, url: str | None, verbose: bool
+    values: Settings, context: RunContext, until: str | None, url: str | None, verbose: bool
 ) -> tuple[int, str]:
     """Run the steps that are not done yet; return the exit code and a message."""
+    result = context.result
     folders.recover(values.data_dir, names.ALL)
     disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
-    executor = resources.executor(values)
-    context = RunContext(values, executor, signals.check_stopped, forced, values.model_name, result=result)
     with activate(context):
         last = _last_steps(until)
         plans = planning.plan(*last)
@@ -114,16 +114,34 @@ def _finish(
                 resources.start_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
+                resources.close(context)
                 context.executor.close()
                 result.usage = context.executor.usage()
         if result.failure is not None:
             return PipelineError.exit_code, _explain_failure(result)
         record = read_record(last[-1].path)
         if record and record != before:
-            return 0, f"{name}: {result.summaries[name]}"
+            return 0, f"{name}: {result.summaries[name]}{_promote_if_better(values, name, record.counts)}"
         message = _unchanged_message(values, name, record.counts if record else {}, idle, _fingerprint(raw) == images)
         log.info("%s", message)
         return 0, message
+
+
+def _promote_if_better(values: Settings, last: str, counts: Mapping[str, Any]) -> str:
+    """Promote the version that a run registered if PROMOTE_IF_BETTER is set; return a sentence, "" if it is not."""
+    if not values.promote_if_better or last != names.REGISTERED_MODEL:
+        return ""
+    from dgmd_pipeline.commands import promotion
+
+    try:
+        text = promotion.promote_if_better(values, counts["version"])
+    except PipelineError as error:
+        raise PipelineError(
+            f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} No later run repeats "
+            f"this: use `promote {counts['version']}`."
+        ) from error
+    log.info("%s", text)
+    return f". {text}"
 
 
 def _explain_failure(result: RunResult) -> str:
@@ -137,8 +155,13 @@ def _explain_failure(result: RunResult) -> str:
     return f"{result.failed_step} failed because of a bug of the pipeline; the log has the traceback"
 
 
-def publish_status(values: Settings, result: RunResult | None, code: int, message: str, seconds: float) -> None:
-    """Write the outcome of a run to `status.json`, for the health check, and send it to NOTIFY_URL."""
+def publish_status(
+    values: Settings, result: RunResult | None, code: int, message: str, seconds: float, until: str | None = None
+) -> None:
+    """Write the outcome of a run to `status.json`, for the health check, and send it to NOTIFY_URL.
+
+    A run with --until does not replace the status of a run without it.
+    """
     changed = result is None or bool(result.records)
     outcome = status.outcome(code, changed)
     known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
@@ -146,13 +169,26 @@ def publish_status(values: Settings, result: RunResult | None, code: int, messag
     dashboard = result.dashboard if result else None
     text = redact(message)
     published = status.Status(
-        outcome, code, text, utc_now(), round(seconds, 1), values.model_name, **known, step=failed, dashboard=dashboard
+        outcome,
+        code,
+        text,
+        utc_now(),
+        round(seconds, 1),
+        values.model_name,
+        **known,
+        step=failed,
+        until=until,
+        dashboard=dashboard,
     )
     try:
-        status.write(published, values.data_dir)
+        before = status.read(values.data_dir)
+        success = published.ended if code == 0 else before.last_success if before else None
+        published = dataclasses.replace(published, last_success=success)
+        if not until or before is None or before.until:
+            status.write(published, values.data_dir)
     except OSError as error:
         log.debug("%s is not written: %s", status.NAME, error)  # the same error fails the run itself
-    if values.notify_url:
+    if values.notify_url and outcome in status.TOLD[values.notify_on]:
         text = f"{values.model_name}: {outcome}. {text}"
         notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(published)})
 
@@ -193,21 +229,21 @@ def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> 
 def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
     """Log a table: the state of each step, and why."""
     log.info("Plan for %s", data_dir)
-    # A terminal gets wrapped reasons; a log file gets whole lines, which can be searched.
-    width = shutil.get_terminal_size().columns - 48 if sys.stdout.isatty() else 10_000
-    log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why")
+    log.info("  %-19s %-5s %9s %8s  %s", "step", "state", "images", "size", "why", extra={"table": 48})
     for each in plans:
         images = "" if each.images is None else f"{each.images:,}"
         size = "" if each.bytes is None else format_bytes(each.bytes)
-        why = textwrap.wrap(each.reason, max(20, width)) or [""]
-        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  " + f"\n{48 * ' '}".join(why)
-        log.info("%s", row.rstrip())
+        row = f"  {each.step:19} {each.state:5} {images:>9} {size:>8}  {each.explanation}"
+        log.info("%s", row.rstrip(), extra={"table": 48})
+    unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
+    if unused and plans[-1].step == names.REGISTERED_MODEL:
+        log.info("  Not used with these settings, and kept: %s. You may delete them.", ", ".join(unused))
 
 
 def _show_times(result: RunResult, seconds: float) -> None:
     if result.records:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
-            log.info("%s", line)
+            log.info("%s", line, extra={"table": 2})
         if result.usage:
             log.info("%s", result.usage)

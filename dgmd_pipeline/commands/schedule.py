@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
+NEXT = ".next-run"  # file in DATA_DIR: when the schedule starts its next run
 POLL_INTERVAL = 30.0  # seconds: how late a changed clock, or a machine that slept, is noticed
 
 
@@ -37,10 +38,32 @@ def schedule(values: "Settings", interval: float, arguments: Sequence[str]) -> N
 
     def ended(code: int, seconds: float) -> None:
         nonlocal before
-        _report(values, code, seconds, published=last_status(values) != before)
+        until = before.until if before else None
+        _report(values, code, seconds, last_status(values) != before, until)
         before = last_status(values)
 
-    run_on_schedule(command, times, ended)
+    try:
+        run_on_schedule(command, _announced(times, values.data_dir), ended)
+    finally:
+        with contextlib.suppress(OSError):
+            (values.data_dir / NEXT).unlink(missing_ok=True)
+
+
+def _announced(times: Iterable[datetime], data_dir: Path) -> Iterator[datetime]:
+    """Yield the times, and write each of them to NEXT for `health`."""
+    for due in times:
+        with contextlib.suppress(OSError):  # before the first run, the folder may be missing
+            (data_dir / NEXT).write_text(due.isoformat(timespec="seconds"), "utf-8")
+        yield due
+
+
+def read_next(data_dir: Path) -> str | None:
+    """Return when the active schedule starts its next run (ISO 8601); None without a schedule, or while it runs."""
+    try:
+        time = (data_dir / NEXT).read_text("utf-8")
+        return time if datetime.fromisoformat(time) > _now() else None
+    except (OSError, ValueError):
+        return None
 
 
 def last_status(values: "Settings") -> status.Status | None:
@@ -50,7 +73,7 @@ def last_status(values: "Settings") -> status.Status | None:
     return None
 
 
-def _report(values: "Settings", code: int, seconds: float, published: bool) -> None:
+def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
     """Log a failed run, and publish its status if the run was killed or ended before it could `publish` its own."""
     from dgmd_pipeline.commands import run
 
@@ -60,7 +83,7 @@ def _report(values: "Settings", code: int, seconds: float, published: bool) -> N
     if code:
         log.error("Run failed with exit code %d%s; the schedule continues.", code, f" ({killed})" if killed else "")
     if not published and (killed or may_end_before_it_begins):
-        run.publish_status(values, None, code, killed or "the run could not start; see the log", seconds)
+        run.publish_status(values, None, code, killed or "the run could not start; see the log", seconds, until)
 
 
 def _now() -> datetime:

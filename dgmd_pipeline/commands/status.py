@@ -5,11 +5,16 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow import lock
 
 KILLED = "for example because memory ran out. Give it more memory, or fewer cores, and run it again"
 NAME = "status.json"
 SUCCEEDED, UNCHANGED, STOPPED, FAILED = "succeeded", "unchanged", "stopped", "failed"
+TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
+    "always": (SUCCEEDED, UNCHANGED, STOPPED, FAILED),
+    "change": (SUCCEEDED, STOPPED, FAILED),
+    "problem": (FAILED,),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Status:
     accuracy: float | None = None  # on the validation images, 0 to 1
     difference: float | None = None  # of the accuracy to that of production, on the same images
     step: str | None = None  # that failed
+    until: str | None = None  # --until: the last step that the run was to do
+    last_success: str | None = None  # when the last run that did not fail ended: ISO 8601, UTC
     dashboard: str | None = None  # address of the page of the Dask cluster that worked
 
     @property
@@ -67,8 +74,9 @@ def last(data_dir: Path, model: str) -> Status | None:
 
     A killed run has written none: its status says so, `ended` is when it started, and `model` is its model.
     """
-    known, killed = read(data_dir), folders.killed_run(data_dir)
-    if killed and (known is None or known.ended < killed.started):
-        message = f"the run that started at {killed.started} ({killed.process}) was killed, {KILLED}"
-        return Status(FAILED, 128 + signal.SIGKILL, message, killed.started, 0.0, model)
+    known, run = read(data_dir), lock.last_run(data_dir)
+    if run and run.killed and (known is None or known.ended < run.started):
+        message = f"the run that started at {run.started} ({run.process}) was killed, {KILLED}"
+        success = known.last_success if known else None
+        return Status(FAILED, 128 + signal.SIGKILL, message, run.started, 0.0, model, last_success=success)
     return known

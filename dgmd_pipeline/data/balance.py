@@ -1,12 +1,14 @@
 """Rows -> fewer rows and class weights. A cap on the class size removes images; no image is repeated."""
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
+import pyarrow as pa
+
 from dgmd_pipeline import manifest
+from dgmd_pipeline.data import columns
 from dgmd_pipeline.manifest import Example, Image
 
 MAX_LISTED = 5  # labels in the log line
@@ -14,20 +16,35 @@ MAX_LISTED = 5  # labels in the log line
 BalanceCounts = TypedDict("BalanceCounts", {"before": dict[str, int], "after": dict[str, int], "largest weight": float})
 
 
-def write_balanced(
-    images: Iterable[Image], indexes: Mapping[str, int], limit: float | None, folder: Path
-) -> BalanceCounts:
-    """Write the rows of `balance` and their class weights into `folder`, and return the counts of each label."""
-    labelled = [image for image in images if image.label in indexes]
-    rows = balance(labelled, indexes, limit)
-    weights = class_weights(rows)
-    manifest.write(folder / "images.csv", Example, rows)
+def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None, folder: Path) -> BalanceCounts:
+    """Write the rows that `balance` keeps and their class weights into `folder`, and return the counts of each label.
+
+    `images` is a file of Images; their order is kept.
+    """
+    numbers = columns.LabelNumbers()
+    found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
+    index_of = np.array([indexes.get(name, -1) for name in numbers.names])  # of a label's number
+    classes = index_of[np.concatenate(found)]
+    kept = balance(classes, limit, manifest.read_columns(images, Image, "sha256"))
+    batches = _examples(manifest.read_columns(images, Image), classes)
+    manifest.write_columns(folder / "images.csv", Example, columns.select(batches, kept))
+    before, after = count_classes(classes[classes >= 0]), count_classes(classes[kept])
+    weights = class_weights(after)
     manifest.write_json(folder / "class_weights.json", weights)
+    present = sorted(name for name in numbers.names if name in indexes)
     return {
-        "before": dict(sorted(Counter(image.label for image in labelled).items())),
-        "after": dict(sorted(Counter(row.label for row in rows).items())),
+        "before": {name: before[indexes[name]] for name in present},
+        "after": {name: after[indexes[name]] for name in present},
         "largest weight": round(max(weights.values()), 3),
     }
+
+
+def _examples(batches: Iterable[pa.RecordBatch], classes: np.ndarray) -> Iterator[pa.RecordBatch]:
+    first = 0
+    for batch in batches:
+        indexed = batch.append_column("class_index", pa.array(classes[first : first + batch.num_rows]))
+        yield indexed.select(Example._fields)
+        first += batch.num_rows
 
 
 def summary(counts: BalanceCounts) -> str:
@@ -43,32 +60,44 @@ def summary(counts: BalanceCounts) -> str:
     )
 
 
-def balance(images: Iterable[Image], indexes: Mapping[str, int], limit: float | None) -> list[Example]:
-    """Return the images of the labels in `indexes`, sorted by path, and reduce large classes.
+def balance(classes: np.ndarray, limit: float | None, hashes: Iterable[pa.RecordBatch]) -> np.ndarray:
+    """Return which images to keep (bool [images]), so that large classes are reduced.
 
-    A class has at most `limit` (>= 1) times the mean class size; None keeps all images. The content hash decides which
-    images remain: the same images give the same rows, and most rows remain when others arrive.
+    `classes` are the class indexes of the images, -1 for an unused label. A class has at most `limit` (>= 1) times the
+    mean class size; None keeps all images. `hashes` are batches with the column `sha256`, read only if a class is too
+    large. They decide which images remain: the same images give the same rows, and most rows remain when others arrive.
     """
-    classes: dict[str, list[Example]] = defaultdict(list)
-    for image in images:
-        if image.label in indexes:
-            row = Example(image.path, image.label, indexes[image.label], image.sha256, image.group)
-            classes[image.label].append(row)
-    cap = int(limit * sum(map(len, classes.values())) / len(classes)) if limit else None
-    return sorted(row for rows in classes.values() for row in sorted(rows, key=_rank)[:cap])
+    kept = classes >= 0
+    counts = np.bincount(classes[kept])
+    cap = int(limit * int(counts.sum()) / np.count_nonzero(counts)) if limit else None
+    if cap is None or counts.max() <= cap:
+        return kept
+    large = kept & (counts > cap)[classes]
+    batches = columns.select(hashes, large)
+    ranks = np.concatenate([columns.ranks("balance", batch["sha256"].to_pylist()) for batch in batches])
+    positions = np.flatnonzero(large)[columns.order(ranks)]
+    positions = positions[np.argsort(classes[positions], kind="stable")]  # by class, then by rank
+    by_class = classes[positions]
+    place = np.arange(len(positions)) - np.searchsorted(by_class, by_class)
+    kept[positions[place >= cap]] = False
+    return kept
 
 
-def _rank(row: Example) -> bytes:
-    return hashlib.sha256(f"balance {row.sha256}".encode()).digest()
+def count_classes(classes: np.ndarray) -> dict[int, int]:
+    """Return the number of images by class index, in the order of each class's first image."""
+    found, first, counts = np.unique(classes, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return dict(zip(found[order].tolist(), counts[order].tolist(), strict=True))
 
 
-def class_weights(rows: Iterable[Example]) -> dict[int, float]:
+def class_weights(counts: Mapping[int, int]) -> dict[int, float]:
     """Return class index -> weight: the inverse square root of the class size, scaled to a mean of 1 over the images.
+
+    `counts` are the numbers of images by class index.
 
     Inverse frequencies, which give every class the same total weight, cost up to 0.8 points of accuracy where the
     imbalance is mild: docs/measurements/head.md. Square root: Mahajan et al., "Exploring the Limits of Weakly
     Supervised Pretraining", 2018, section 2.2.
     """
-    counts = Counter(row.class_index for row in rows)
     mean = sum(count**0.5 for count in counts.values()) / sum(counts.values())
     return {index: 1 / (mean * count**0.5) for index, count in sorted(counts.items())}

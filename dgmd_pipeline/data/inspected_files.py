@@ -87,7 +87,20 @@ def version(path: Path, etag: str | None) -> str | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return f"{status.st_size} {status.st_mtime_ns if etag is None else etag}"
+    return describe(status.st_size, status.st_mtime_ns if etag is None else etag)
+
+
+def describe(size: int, changed: object) -> str:
+    """Return the version of a file of `size` bytes with this ETag or time of the last change."""
+    return f"{size} {changed}"
+
+
+def count_unchanged(folder: Path, versions: Mapping[str, str | None]) -> int:
+    """Return how many files (path -> version) an inspection in `folder` has results for; 0 if they are unreadable."""
+    try:
+        return sum(versions.get(row.path) == row.version for row in manifest.read(folder / FILES, InspectedFile))
+    except PipelineError:
+        return 0
 
 
 def open_thumbnails(folder: Path) -> np.ndarray:

@@ -1,47 +1,35 @@
 """Files under `raw/` -> rows: a usable `Image`, or a `Rejected` with the reason why the file is left out."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import uuid
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypedDict
+from typing import BinaryIO, TypedDict
 
 import numpy as np
-import PIL.Image
 
 from dgmd_pipeline import formatting, manifest
-from dgmd_pipeline.data import corrections, decoding, inspected_files, limits, near_duplicates
-from dgmd_pipeline.data.inspected_files import InspectedFile, Outcome, PreviousInspection
-from dgmd_pipeline.data.near_duplicates import THUMBNAIL_SIZE
-from dgmd_pipeline.errors import NoUsableInput, TooLittleMemory, WorkerDied
-from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected
+from dgmd_pipeline.data import corrections, inspected_files, limits, near_duplicates
+from dgmd_pipeline.data.file_inspection import MIN_SIDE, ForNow, Result, inspect_file
+from dgmd_pipeline.data.inspected_files import InspectedFile, PreviousInspection
+from dgmd_pipeline.errors import NoUsableInput, WorkerDied
+from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected, SourceObject
 from dgmd_pipeline.workflow.files import commit
 
 log = logging.getLogger(__name__)
-MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
 CHUNK = 64  # files that a worker gets at once
 PIECE_FILES = 256  # files whose results are stored together
 UNDECODABLE = (
     "unreadable", "truncated", "empty", "too many pixels", "too many bytes", "too many scans", "too little memory",
 )  # fmt: skip
-_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
 
 
-class _ForNow(NamedTuple):
-    """A result that another inspection of the same file may not have, for example for lack of memory."""
-
-    rejected: Rejected
-
-
-_Result = Outcome | _ForNow
-Map = Callable[[Callable[[RawFile], _Result], Sequence[RawFile]], Iterable[_Result | WorkerDied]]
+Map = Callable[[Callable[[RawFile], Result], Sequence[RawFile]], Iterable[Result | WorkerDied]]
 InspectionCounts = TypedDict(
     "InspectionCounts",
     {
@@ -73,7 +61,7 @@ def inspect_folder(
     Raises NoUsableInput without files.
     """
     etags = _etags(raw) if downloaded else {}
-    files = [RawFile(path, path.split("/", 1)[0]) for path in etags] if downloaded else list(find(raw))
+    files = [_raw_file(path) for path in etags] if downloaded else list(find(raw))
     if not files:
         raise NoUsableInput(
             f"{raw} contains no label folders with images. Add images as <label>/<file>, or delete the folder to "
@@ -83,7 +71,7 @@ def inspect_folder(
     corrections.warn_of_mismatches(corrected)
     opened: list[RawFile] = []
 
-    def map_new(function: Callable[[RawFile], _Result], new: Sequence[RawFile]) -> Iterable[_Result | WorkerDied]:
+    def map_new(function: Callable[[RawFile], Result], new: Sequence[RawFile]) -> Iterable[Result | WorkerDied]:
         opened.extend(new)
         return map(function, new)
 
@@ -148,12 +136,12 @@ def inspect(
     earlier = PreviousInspection(previous)
     versions = [inspected_files.version(raw / file.path, (etags or {}).get(file.path)) for file in files]
     reused = [earlier.find(file, version) for file, version in zip(files, versions, strict=True)]
-    inspect_file = partial(
-        _inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
+    inspect_one = partial(
+        inspect_file, raw=raw, reserve_memory=reserve_memory, min_side=min_side, max_pixels=max_pixels
     )
     is_new = [outcome is None for outcome in reused]
     new = list(compress(files, is_new))
-    results = _keep(new, list(compress(versions, is_new)), map(inspect_file, new), pieces)
+    results = _keep(new, list(compress(versions, is_new)), map(inspect_one, new), pieces)
     outcomes = (next(results) if outcome is None else outcome for outcome in reused)
     with (folder / inspected_files.THUMBNAILS).open("wb") as file:
         decoded, rejected, rows = _collect(files, versions, outcomes, file)
@@ -196,15 +184,34 @@ def find(raw: Path) -> Iterator[RawFile]:
     yield from sorted(found)
 
 
-def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
+def expect(
+    raw: Path, objects: Iterable[SourceObject] | None, corrected_labels: Mapping[str, str], previous: Path
+) -> tuple[int, int]:
+    """Return how many files an inspection will open, and how many results it will reuse from the folder `previous`.
+
+    `objects` are those that were or will be downloaded into `raw`; None if the files were put there by hand.
+    `corrected_labels` comes from `corrections.read`.
+    """
+    if objects is None:
+        versions = {file.path: inspected_files.version(raw / file.path, None) for file in find(raw)}
+    else:
+        versions = {source.path: inspected_files.describe(source.size, source.etag) for source in objects}
+    files = corrections.apply([_raw_file(path) for path in versions], corrected_labels).files
+    unchanged = inspected_files.count_unchanged(previous, {file.path: versions[file.path] for file in files})
+    return len(files) - unchanged, unchanged
+
+
+def check_rejected(usable: Mapping[str, int], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
+
+    `usable` is the number of usable images by label.
 
     A file could not be decoded if its reason is in `UNDECODABLE`. Duplicates, conflicts and small images count as
     decoded. Excluded files and rows without a label do not count at all. `report` is the path of `rejected.csv`.
     """
     rejected = [row for row in rejected if row.label and row.reason != EXCLUDED]
     undecodable = [row for row in rejected if row.reason in UNDECODABLE]
-    totals = Counter(row.label for row in images) + Counter(row.label for row in rejected)
+    totals = Counter(usable) + Counter(row.label for row in rejected)
     counts = Counter(row.label for row in undecodable)
     over = sorted(label for label in counts if counts[label] > limit * totals[label])
     if over:
@@ -218,6 +225,10 @@ def check_rejected(images: Iterable[Image], rejected: Iterable[Rejected], limit:
         )
 
 
+def _raw_file(path: str) -> RawFile:
+    return RawFile(path, path.split("/", 1)[0])
+
+
 def _etags(raw: Path) -> dict[str, str]:
     """Return the ETag of each downloaded file, by its path."""
     return {source.path: source.etag for source in manifest.read(raw / manifest.LISTING, manifest.SourceObject)}
@@ -229,86 +240,10 @@ def _unlabelled_files(raw: Path) -> Iterator[Rejected]:
             yield Rejected(path.name, "", "no label", "directly in raw/, not in the folder of a label")
 
 
-def _inspect_file(
-    file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
-) -> _Result:
-    path = raw / file.path
-    try:
-        if not path.is_file():  # reading a named pipe would block forever
-            return _ForNow(Rejected(*file, "unreadable", "not a regular file, or a broken link"))
-        if (size := path.stat().st_size) > limits.MAX_BYTES:
-            return Rejected(*file, "too many bytes", f"{size:,}, expected at most {limits.MAX_BYTES:,}")
-        data = path.read_bytes()
-    except OSError as error:
-        return _ForNow(Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}"))
-    if not data:
-        return Rejected(*file, "empty", "0 bytes")
-    with decoding.guard(data, max_pixels) as caught, limits.limit_time():
-        try:
-            kind, (width, height), thumbnail = _decode(data, reserve_memory)
-        except TooLittleMemory as error:
-            advice = "raise the memory limit, and inspect again with --force inspect"
-            return _ForNow(Rejected(*file, "too little memory", f"{error}; {advice}"))
-        except (PIL.Image.DecompressionBombError, *decoding.DAMAGED) as error:
-            return Rejected(*file, *_explain(error, data, caught))
-    if min(width, height) < min_side:
-        return Rejected(*file, "too small", f"{width} x {height} pixels, expected at least {min_side} on each side")
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Image(*file, sha256, kind, width, height, sha256), thumbnail.tobytes()
-
-
-def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tuple[int, int], PIL.Image.Image]:
-    """Return the format, the width and height of the upright image, and its thumbnail."""
-    square, bilinear = (THUMBNAIL_SIZE, THUMBNAIL_SIZE), PIL.Image.Resampling.BILINEAR
-    images = [decoding.open_header(data)]
-    kind = str(images[0].format)
-    with reserve_memory(limits.check(images[0], data)):
-        if kind not in ("JPEG", "MPO"):
-            rgb = decoding.to_rgb(images.pop())  # popped, so that the pixels before the conversion are not kept
-            return kind, rgb.size, rgb.resize(square, bilinear)
-        image = images[0]
-        orientation = decoding.read_orientation(image)
-        size = decoding.oriented_size(image.size, orientation)
-        draft = image.draft("RGB", _DRAFT_SIZE)
-        # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
-        # by a shift.
-        thumbnail = image.convert("RGB").resize(square, bilinear, draft and draft[1])
-        return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
-
-
-def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage]) -> tuple[str, str]:
-    """Return the reason and the detail for an error of a reader and the warnings before it."""
-    if isinstance(error, limits.TooManyScans):
-        return "too many scans", str(error)
-    if isinstance(error, PIL.Image.DecompressionBombError):
-        return "too many pixels", str(error).split(",", 1)[0]
-    message = decoding.describe(error)
-    truncated = "truncated" in message.lower() or len(data) < _announced_size(data)
-    detail = "; ".join(dict.fromkeys([message, *(str(warning.message) for warning in caught)]))
-    return "truncated" if truncated else "unreadable", detail
-
-
-def _announced_size(data: bytes) -> int:
-    """Return the size in bytes that the headers of a WebP, TIFF or AVIF announce, 0 for other formats.
-
-    Pillow's readers of these formats raise the same errors for truncated and for damaged files.
-    """
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return int.from_bytes(data[4:8], "little") + 8
-    if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which most writers put at the end
-        return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
-    end = 0
-    if data[4:8] == b"ftyp":  # boxes, each with its size; 0 means "to the end of the file"
-        for _ in range(100):  # an image has fewer
-            if end < len(data):
-                end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
-    return end
-
-
 def _collect(
     files: Sequence[RawFile],
     versions: Sequence[str | None],
-    results: Iterable[_Result | WorkerDied],
+    results: Iterable[Result | WorkerDied],
     thumbnails: BinaryIO,
 ) -> tuple[list[Image], list[Rejected], list[InspectedFile]]:
     """Separate the decoded images from the rejected files, and write the thumbnails to a file.
@@ -322,7 +257,7 @@ def _collect(
         if isinstance(result, WorkerDied):
             rejected.append(Rejected(*file, "unreadable", limits.explain(result)))
             continue
-        if isinstance(result, _ForNow):
+        if isinstance(result, ForNow):
             rejected.append(result.rejected)
             continue
         if isinstance(result, Rejected):
@@ -338,9 +273,9 @@ def _collect(
 def _keep(
     files: Sequence[RawFile],
     versions: Sequence[str | None],
-    results: Iterable[_Result | WorkerDied],
+    results: Iterable[Result | WorkerDied],
     pieces: Path | None,
-) -> Iterator[_Result | WorkerDied]:
+) -> Iterator[Result | WorkerDied]:
     """Yield the results for files with these versions, and store those of each PIECE_FILES files in `pieces`."""
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
     for first in range(0, len(files), PIECE_FILES):

@@ -3,14 +3,14 @@
 import json
 import logging
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.manifest import Image, changed_file_error
+from dgmd_pipeline.manifest import changed_file_error
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class LabelRow(NamedTuple):
     state: str  # "used", "too few" or "gone"
 
 
-def write_label_map(images: Iterable[Image], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
-    """Write the label map of the usable images (see `assign`) into `folder`, and return the counts.
+def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
+    """Write the label map for the usable images of each label (see `assign`) into `folder`, and return the counts.
 
     `mapping.json` is for users of the model; `labels.csv` also contains the number of images of each label. Warns of
     unused and of confusable labels.
     """
-    rows = assign(images, known, minimum)
+    rows = assign(counts, known, minimum)
     outputs = [row.label for row in rows if row.class_index >= 0]
     write_mapping(folder / "mapping.json", outputs)
     manifest.write(folder / "labels.csv", LabelRow, rows)
@@ -45,14 +45,13 @@ def write_label_map(images: Iterable[Image], known: Sequence[str], minimum: int,
     return {"labels": sum(row.state == "used" for row in rows), "outputs": len(outputs)}
 
 
-def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[LabelRow]:
+def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> list[LabelRow]:
     """Assign a class index to every label: those in `known` keep theirs, new ones follow in alphabetical order.
 
-    A label with fewer than `minimum` usable images is not used. It keeps its index if it is in `known`, and gets none
-    otherwise. The rows are in the order of their indexes, followed by those without one. Raises NoUsableInput where
-    fewer than two labels can be used.
+    `counts` are the numbers of usable images. A label with fewer than `minimum` is not used. It keeps its index if it
+    is in `known`, and gets none otherwise. The rows are in the order of their indexes, followed by those without one.
+    Raises NoUsableInput where fewer than two labels can be used.
     """
-    counts = Counter(image.label for image in images)
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:
         listed = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
@@ -62,7 +61,10 @@ def assign(images: Iterable[Image], known: Sequence[str], minimum: int) -> list[
             "that were left out."
         )
     names = [*known, *sorted(used - set(known))]
-    rows = [LabelRow(label, index, counts[label], _state(counts[label], minimum)) for index, label in enumerate(names)]
+    rows = [
+        LabelRow(label, index, count := counts.get(label, 0), _state(count, minimum))
+        for index, label in enumerate(names)
+    ]
     rows += [LabelRow(label, -1, counts[label], "too few") for label in sorted(counts.keys() - set(names))]
     return rows
 

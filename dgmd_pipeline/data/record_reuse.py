@@ -92,5 +92,5 @@ def _damaged(stored: StoredRecords, numbers: Sequence[int]) -> set[int]:
         )
     damaged = {number for number, good in zip(numbers, intact, strict=True) if not good}
     for number in sorted(damaged):
-        log.warning("%s is damaged: its images are converted again", stored.shards[number].path)
+        files.warn_of_damage(stored.shards[number].path, "its images are converted again")
     return damaged

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline import formatting, manifest
-from dgmd_pipeline.data import limits, record_writing
+from dgmd_pipeline.data import columns, limits, record_writing
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable
 from dgmd_pipeline.data.record_writing import SHARD, Piece
 from dgmd_pipeline.errors import PipelineError, WorkerDied
@@ -35,6 +36,9 @@ from dgmd_pipeline.workflow import files
 # Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
 # cores, the last pieces end at about the same time, and a run that is stopped loses little.
 PIECE_IMAGES = 256
+LARGE_SHARD = 1_000_000_000  # bytes
+# "At least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
+SHARD_BYTES = 200_000_000
 
 
 class Written(NamedTuple):
@@ -78,10 +82,9 @@ def write(
     Raises PipelineError where an image is missing or no longer readable, or needs too much memory or time, OSError
     where `folder` cannot be written.
     """
-    ordered = _ordered(rows)
-    examples = [row for _, row in ordered]
+    ranks, examples = _ordered(rows)
     records = _expected_records(examples)
-    shard_of = np.array([int.from_bytes(key[:8]) * shards >> 64 for key, _ in ordered], np.int64)
+    shard_of = np.array([rank * shards >> 64 for rank in ranks[:, 0].tolist()], np.int64)
     slices = [slice(*each) for each in pairwise(np.searchsorted(shard_of, np.arange(shards + 1)).tolist())]
     stored = StoredRecords(previous, width, height, fit)
     rows_of_shards = [record_writing.rows_digest(records[each]) for each in slices]
@@ -150,9 +153,12 @@ def _pieces(
         yield make(_place(start, shard, part), shard, examples[each], records[each], found, sources)
 
 
-def _ordered(rows: Iterable[Example]) -> list[tuple[bytes, Example]]:
-    keyed = [(hashlib.sha256(f"records {row.sha256}".encode()).digest(), row) for row in rows]
-    return sorted(keyed, key=lambda pair: (pair[0], pair[1].path))
+def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, list[Example]]:
+    """Return the ranks (`columns.ranks`) in ascending order, and the rows in this order."""
+    by_path = sorted(rows, key=attrgetter("path"))
+    ranks = columns.ranks("records", (row.sha256.encode() for row in by_path))
+    order = columns.order(ranks)
+    return ranks[order], [by_path[position] for position in order.tolist()]
 
 
 def record_order(rows: Iterable[Example]) -> list[Example]:
@@ -160,7 +166,7 @@ def record_order(rows: Iterable[Example]) -> list[Example]:
 
     A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
     """
-    return [row for _, row in _ordered(rows)]
+    return _ordered(rows)[1]
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:
@@ -169,6 +175,11 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
     Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
     """
     return round(images * width * height * 1.15)
+
+
+def suggest_shards(sizes: Sequence[int]) -> int | None:
+    """Return the number of shards that makes shards of these sizes SHARD_BYTES large, if one exceeds LARGE_SHARD."""
+    return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:

@@ -1,14 +1,16 @@
 """Rows -> the training and the validation split, by content: the same images give the same split on every machine."""
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dgmd_pipeline import manifest
+from dgmd_pipeline.data import columns
+from dgmd_pipeline.data.subset_sum import nearest_subset
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Example
 
@@ -16,33 +18,40 @@ log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """The rows of both splits, sorted by path, and the effects of near-duplicate groups."""
+    """Which rows are in the validation split, and the effects of near-duplicate groups."""
 
-    training: list[Example]
-    validation: list[Example]
-    labels_without_validation: list[str]  # sorted; each is a single group
+    validation: np.ndarray  # bool [rows]
     groups_across_labels: int  # groups with images of several labels; they are all in the training split
 
 
-def write_splits(rows: Iterable[Example], fraction: float, folder: Path) -> dict[str, int]:
+def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:
     """Write `training.csv` and `validation.csv` into `folder` (see `split`), and return the counts.
 
-    Warns of labels without validation images. Raises NoUsableInput where no label has any.
+    `rows` is a file of Examples; their order is kept. Warns of labels without validation images. Raises NoUsableInput
+    where no label has any.
     """
-    found = split(rows, fraction)
-    manifest.write(folder / "training.csv", Example, found.training)
-    manifest.write(folder / "validation.csv", Example, found.validation)
-    if not found.validation:
+    numbers = columns.LabelNumbers()
+    labels, ranks = [], []
+    for batch in manifest.read_columns(rows, Example, "label", "group"):
+        labels.append(numbers.of(batch["label"]))
+        ranks.append(columns.ranks("split", batch["group"].to_pylist()))
+    label_of = np.concatenate(labels)
+    found = split(label_of, np.concatenate(ranks), fraction)
+    for name, chosen in (("training", ~found.validation), ("validation", found.validation)):
+        batches = columns.select(manifest.read_columns(rows, Example), chosen)
+        manifest.write_columns(folder / f"{name}.csv", Example, batches)
+    if not found.validation.any():
         raise NoUsableInput(
             "No label has images for the validation split: each label is a single group of near-duplicates. "
             "Add images that differ."
         )
-    if found.labels_without_validation:
-        listed = ", ".join(found.labels_without_validation)
-        log.warning("labels without validation images (near-duplicates only): %s", listed)
+    images = np.bincount(label_of[found.validation], minlength=len(numbers))
+    if missing := sorted(name for name, count in zip(numbers.names, images, strict=True) if not count):
+        log.warning("labels without validation images (near-duplicates only): %s", ", ".join(missing))
+    validation = int(found.validation.sum())
     return {
-        "training": len(found.training),
-        "validation": len(found.validation),
+        "training": len(label_of) - validation,
+        "validation": validation,
         "across labels": found.groups_across_labels,
     }
 
@@ -55,56 +64,31 @@ def summary(counts: Mapping[str, int]) -> str:
     )
 
 
-def split(rows: Iterable[Example], fraction: float) -> Split:
+def split(labels: np.ndarray, groups: np.ndarray, fraction: float) -> Split:
     """Put `round(fraction * n)` of each label's n images, at least 1 and at most n - 1, into the validation split.
 
-    A near-duplicate group is never divided, so the number is the nearest one that the groups of the label allow. A
-    label that is a single group goes into the training split, and so does a group with images of several labels.
+    `labels` (integers >= 0 [rows]) and `groups` (uint64 [rows, 2], `columns.ranks` of the near-duplicate groups)
+    describe the rows. A group is never divided, so the number is the nearest one that the groups of the label allow;
+    those of lower rank come first. A label that is a single group goes into the training split, and so does a group
+    with images of several labels.
     """
-    rows = sorted(rows, key=attrgetter("path"))  # paths are unique; comparing whole rows takes twice as long
-    counts = Counter(row.label for row in rows)
-    sizes = Counter(row.group for row in rows)
-    labels: dict[str, str] = {}
-    across_labels = {row.group for row in rows if labels.setdefault(row.group, row.label) != row.label}
-    groups: dict[str, list[str]] = defaultdict(list)
-    for group, label in labels.items():
-        if group not in across_labels:
-            groups[label].append(group)
-    chosen: set[str] = set()
-    for label, candidates in groups.items():
-        candidates.sort(key=_rank)
-        target = min(max(round(fraction * counts[label]), 1), counts[label] - 1)
-        positions = _choose([sizes[group] for group in candidates], target, limit=counts[label] - 1)
-        chosen.update(candidates[position] for position in positions)
-    training = [row for row in rows if row.group not in chosen]
-    validation = [row for row in rows if row.group in chosen]
-    without_validation = sorted(counts.keys() - {row.label for row in validation})
-    return Split(training, validation, without_validation, len(across_labels))
-
-
-def _rank(group: str) -> bytes:
-    return hashlib.sha256(f"split {group}".encode()).digest()
-
-
-def _choose(sizes: Sequence[int], target: int, limit: int) -> list[int]:
-    """Return positions of `sizes` whose sum is nearest to `target`, from 1 to `limit`; earlier positions come first.
-
-    A subset sum with bit sets: bit s of reachable[i] is set if a subset of sizes[i:] has the sum s.
-    """
-    bound = min(limit, target + max(sizes))
-    all_sums = (1 << (bound + 1)) - 1
-    reachable = [1]
-    for size in reversed(sizes):
-        sums = (reachable[-1] | reachable[-1] << size) & all_sums
-        reachable.append(all_sums if sums == all_sums else sums)  # one object for all full sets: memory stays linear
-    reachable.reverse()
-    totals = [total for total in range(1, bound + 1) if reachable[0] >> total & 1]
-    if not totals:
-        return []
-    remaining = min(totals, key=lambda total: abs(total - target))
-    chosen = []
-    for position, size in enumerate(sizes):
-        if size <= remaining and reachable[position + 1] >> (remaining - size) & 1:
-            chosen.append(position)
-            remaining -= size
-    return chosen
+    order = columns.order(groups)
+    is_first = np.append(True, (groups[order[1:]] != groups[order[:-1]]).any(axis=1))
+    group_of = np.empty(len(labels), np.int64)  # numbered by rank
+    group_of[order] = np.cumsum(is_first) - 1
+    sizes = np.bincount(group_of)
+    label_of = np.empty(len(sizes), np.int64)
+    label_of[group_of] = labels
+    across_labels = np.zeros(len(sizes), bool)
+    across_labels[group_of[label_of[group_of] != labels]] = True
+    candidates = np.flatnonzero(~across_labels)
+    candidates = candidates[np.argsort(label_of[candidates], kind="stable")]
+    counts = np.bincount(labels).tolist()
+    edges = np.searchsorted(label_of[candidates], np.arange(len(counts) + 1)).tolist()
+    chosen = np.zeros(len(sizes), bool)
+    for count, (first, stop) in zip(counts, pairwise(edges), strict=True):
+        if first < stop:
+            target = min(max(round(fraction * count), 1), count - 1)
+            positions = nearest_subset(sizes[candidates[first:stop]].tolist(), target, limit=count - 1)
+            chosen[candidates[first:stop][positions]] = True
+    return Split(chosen[group_of], int(across_labels.sum()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dgmd_pipeline.evaluation.predictions import Predictions
+from dgmd_pipeline.evaluation.predictions import PredictedLabels
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -83,7 +83,11 @@ class Comparison:
 
 
 def compare(
-    candidate: Predictions, production: Predictions, version: int | None = None, run: str = "", left_out: int = 0
+    candidate: PredictedLabels,
+    production: PredictedLabels,
+    version: int | None = None,
+    run: str = "",
+    left_out: int = 0,
 ) -> Comparison:
     """Compare a candidate's and production's predictions for the same images, in the same order.
 
@@ -93,15 +97,14 @@ def compare(
     The interval of the difference is a paired bootstrap with 10,000 resamples of the images (Efron and Tibshirani, "An
     Introduction to the Bootstrap", 1993, chapter 13).
     """
-    truth = candidate.true_labels
     correct, production_correct = candidate.correct, production.correct
     gained, lost = int((correct & ~production_correct).sum()), int((production_correct & ~correct).sum())
-    low, high = _interval(gained, lost, len(truth))
+    low, high = _interval(gained, lost, len(correct))
     return Comparison(
         version=version,
         run=run,
         left_out=left_out,
-        images=len(truth),
+        images=len(correct),
         accuracy=float(correct.mean()),
         production_accuracy=float(production_correct.mean()),
         difference=float(correct.mean() - production_correct.mean()),
@@ -110,26 +113,29 @@ def compare(
         gained=gained,
         lost=lost,
         p=mid_p(gained, lost),
-        detection=detection(len(truth), gained + lost),
-        classes=_compare_classes(truth, correct, production_correct),
+        detection=detection(len(correct), gained + lost),
+        classes=_compare_classes(candidate, production_correct),
         labels_only_candidate=sorted(set(candidate.labels) - set(production.labels)),
         labels_only_production=sorted(set(production.labels) - set(candidate.labels)),
     )
 
 
-def _compare_classes(truth: np.ndarray, correct: np.ndarray, production_correct: np.ndarray) -> list[ClassComparison]:
-    return [
-        ClassComparison(
-            label=str(label),
-            images=int(chosen.sum()),
-            recall=float(correct[chosen].mean()),
-            production_recall=float(production_correct[chosen].mean()),
-            gained=int((correct & ~production_correct)[chosen].sum()),
-            lost=int((production_correct & ~correct)[chosen].sum()),
-        )
-        for label in np.unique(truth)
-        for chosen in [truth == label]
+def _compare_classes(candidate: PredictedLabels, production_correct: np.ndarray) -> list[ClassComparison]:
+    correct, labels = candidate.correct, candidate.labels
+    kinds = (
+        np.ones_like(correct),
+        correct,
+        production_correct,
+        correct & ~production_correct,
+        production_correct & ~correct,
+    )
+    counts = np.stack([np.bincount(candidate.truth[kind], minlength=len(labels)) for kind in kinds], axis=1).tolist()
+    found = [
+        ClassComparison(label, images, right / images, production_right / images, gained, lost)
+        for label, (images, right, production_right, gained, lost) in zip(labels, counts, strict=True)
+        if images
     ]
+    return sorted(found, key=lambda row: row.label)
 
 
 def mid_p(gained: int, lost: int) -> float:

@@ -32,7 +32,7 @@ from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.evaluation.review import CandidateModel, Review, ValidationImages
+from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -79,33 +79,35 @@ class _Splits(NamedTuple):
 def evaluate(
     data: EvaluationData,
     network: "keras.Model",
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     limits: gates.Limits,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
 ) -> dict[str, float]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the production version into a folder and returns it, or None if there is none. If it raises
-    PipelineError, the comparison is missing. `environment` is that of a process that serves a model.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
+    missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
     splits = _read_splits(data)
-    predicted = _predict(data, network, splits)
     suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
-    measured = metrics.evaluate(predicted, folder, [leak.position for leak in leaked.pairs] if leaked else None)
+    measured, answers = _measure(data, network, splits, leaked, folder)
     content = _content(data, splits, measured, suspects, leaked)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
         trained_on=frozenset(row.sha256 for row in splits.training),
-        probabilities=predicted.probabilities,
+        answers=answers,
+        trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, environment, folder, partial(report.draw, folder, content))
+    found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
     review.write(found, folder)
-    report.write(folder, content, found, gates.check_gates(found, limits))
+    decision = gates.decide(found, limits)
+    gates.write(decision, folder)
+    report.write(folder, content, found, decision)
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
 
 
@@ -116,14 +118,20 @@ def _read_splits(data: EvaluationData) -> _Splits:
     return _Splits(training, validation, [feature_store.load(folder)[0] for folder in data.features or ()])
 
 
-def _predict(data: EvaluationData, network: "keras.Model", splits: _Splits) -> Predictions:
-    keys = [row.path for row in splits.validation]
+def _measure(
+    data: EvaluationData, network: "keras.Model", splits: _Splits, leaked: Leaks | None, folder: Path
+) -> tuple[Measurements, Answers]:
+    """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
     fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
-    if data.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
-        vectors, truth = feature_store.load(data.features[1])
-        return Predictions(predictions.predict_head(network, vectors), truth, data.labels, keys)
-    probabilities, truth = predictions.predict(network, dataset.read(data.records))
-    return Predictions(probabilities, truth, data.labels, keys)
+    if splits.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
+        blocks = predictions.predict_head(network, splits.features[1])
+    else:
+        blocks = predictions.predict(network, dataset.read(data.records))
+    probabilities = predictions.gather(blocks, len(splits.validation), len(data.labels))
+    truth = np.array([row.class_index for row in splits.validation], np.int64)
+    predicted = Predictions(probabilities, truth, data.labels, [row.path for row in splits.validation])
+    positions = [leak.position for leak in leaked.pairs] if leaked else None
+    return metrics.evaluate(predicted, folder, positions), review.answers([probabilities])
 
 
 def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -> LabelSuspects | None:
@@ -202,19 +210,19 @@ def _class_counts(balanced: Mapping[str, Mapping[str, int]], splits: _Splits) ->
 
 def _review(
     candidate: CandidateModel,
-    production: Callable[[Path], CandidateModel | None],
+    production: Callable[[Path], Rivals],
     images: ValidationImages,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     folder: Path,
     before_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        current, error = None, ""
+        rivals, error = Rivals(), ""
         try:
-            current = production(Path(scratch))
+            rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, current, images, folder, environment, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, before_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)
@@ -241,7 +249,9 @@ def tags_of(folder: Path) -> dict[str, str]:
     if benchmark := found.serving_benchmark:
         tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
         tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        if benchmark.production:
+            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
     if found.comparison:
         tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
         tags["dgmd.compared_with"] = str(found.comparison.version)
-    return tags
+    return tags | gates.tags_of(folder)

@@ -1,13 +1,25 @@
-"""A review of a candidate -> whether it may be promoted: the gates and their results."""
+"""A review of a candidate -> whether it should be promoted: the verdict, the gates and their results.
 
+The verdict says how its accuracy compares with production's. A gate is a condition for a promotion. A version whose
+verdict is "no difference" meets the conditions, but nothing has been shown that speaks for it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dgmd_pipeline import manifest
+from dgmd_pipeline.evaluation import class_losses
+
 if TYPE_CHECKING:
-    from dgmd_pipeline.evaluation.comparison import Comparison
+    from dgmd_pipeline.evaluation.comparison import ClassComparison, Comparison
     from dgmd_pipeline.evaluation.review import Review
 
+BETTER, NO_DIFFERENCE, WORSE = "better", "no difference", "worse"
+FIRST = "first"  # there is no production version
+NOT_COMPARED = "not compared"  # the comparison failed
 NO_PRODUCTION = "There is no production version to compare with."
-MIN_CLASS_IMAGES = 3  # the recall of a class with fewer images is not checked
+VERDICT = "verdict.json"
 
 
 class Gate(NamedTuple):
@@ -21,13 +33,113 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # how much lower the recall of a class may be, 0 to 1
+    max_class_drop: float  # how much lower the recall of a class may be even if that is no chance, 0 to 1
     max_latency_ratio: float  # candidate's median latency for one image, divided by production's
+    allow_lost_labels: bool = False  # whether a label of production may have no training images
+
+
+class Decision(NamedTuple):
+    """What speaks for and against a promotion."""
+
+    verdict: str  # BETTER, NO_DIFFERENCE, WORSE, FIRST or NOT_COMPARED
+    headline: str  # a clause
+    reason: str  # sentences
+    gates: Sequence[Gate]  # those that fail first
+    drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
+
+    @property
+    def failed(self) -> list[str]:
+        """Return the names of the gates that fail."""
+        return [gate.name for gate in self.gates if gate.passed is False]
+
+
+def decide(review: "Review", limits: Limits) -> Decision:
+    """Return the verdict on a candidate and the results of the gates."""
+    gates = sorted(check_gates(review, limits), key=lambda gate: gate.passed is not False)
+    failed = [gate.name for gate in gates if gate.passed is False]
+    applying = sum(gate.passed is not None for gate in gates)
+    verdict, headline = _verdict(review)
+    reason = f"Every condition that applies holds ({applying} of {applying})."
+    if failed:
+        headline += ", but do not promote" if verdict == BETTER else ": do not promote"
+        reason = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
+    elif verdict == NO_DIFFERENCE:
+        headline += ": no reason to promote"
+    elif verdict == FIRST:
+        headline += ": nothing to compare it with"
+    return Decision(verdict, headline, reason, gates, _drift(review.best) if review.best else "")
+
+
+def grouped(gates: Sequence[Gate]) -> list[Gate]:
+    """Return the gates with those that do not apply for the same reason as one, whose name lists theirs."""
+    found: dict[tuple[bool | None, str], list[str]] = {}
+    for gate in gates:
+        found.setdefault((gate.passed, gate.text), []).append(gate.name)
+    return [Gate(", ".join(names), passed, text) for (passed, text), names in found.items()]
+
+
+def _verdict(review: "Review") -> tuple[str, str]:
+    """Return the verdict and its headline."""
+    compared = review.comparison
+    if compared is None:
+        return (NOT_COMPARED, "Not compared with production") if review.comparison_error else (FIRST, "First version")
+    figure = f"{100 * compared.difference:+.1f} points"
+    if compared.is_better:
+        return BETTER, f"Better than version {compared.version} ({figure})"
+    if compared.is_worse:
+        return WORSE, f"Worse than version {compared.version} ({figure})"
+    return NO_DIFFERENCE, f"No difference from version {compared.version} shown ({figure})"
+
+
+def _drift(best: "Comparison") -> str:
+    """Return a sentence about the best version that was production before: small losses add up."""
+    outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
+    return (
+        f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
+        f"version is {outcome} ({_points(best)} on the same {best.images:,} images)."
+    )
+
+
+def _points(comparison: "Comparison") -> str:
+    low, high = 100 * comparison.low, 100 * comparison.high
+    return f"{100 * comparison.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def check_gates(review: "Review", limits: Limits) -> list[Gate]:
     """Return the result of every gate. Gates that need production do not apply if there is none."""
-    return [_assessment(review), *_accuracy(review, limits), _latency(review, limits)]
+    return [
+        _labels(review, limits.allow_lost_labels),
+        _assessment(review),
+        *_accuracy(review, limits),
+        _latency(review, limits),
+    ]
+
+
+def _labels(review: "Review", allowed: bool) -> Gate:
+    changes = review.label_changes
+    if review.label_changes_error:
+        return Gate("labels", False, review.label_changes_error)
+    if changes is None:
+        unknown = "The labels were not compared with production's."
+        return Gate("labels", None, unknown if review.comparison_error else NO_PRODUCTION)
+    lost = bool(changes.lost or changes.emptied)
+    found = [
+        f"{meaning}: {_listed(labels)}."
+        for meaning, labels in (
+            ("This version cannot predict these labels any more", changes.lost),
+            ("These labels have no training images any more, but are still outputs", changes.emptied),
+            ("New labels", changes.new),
+        )
+        if labels
+    ]
+    if lost and allowed:
+        found.append("ALLOW_LOST_LABELS accepts this.")
+    return Gate("labels", allowed or not lost, " ".join(found) or "No label is lost or new.")
+
+
+def _listed(labels: Sequence[str], shown: int = 20) -> str:
+    more = len(labels) - shown
+    return ", ".join(labels[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _assessment(review: "Review") -> Gate:
@@ -49,27 +161,57 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
     if comparison is None:
         why = "The version was not compared with production." if review.comparison_error else NO_PRODUCTION
         return [Gate(name, None, why) for name in ("accuracy", "classes")]
+    outcome = {(True, False): "Significantly better", (False, True): "Significantly worse"}.get(
+        (comparison.is_better, comparison.is_worse), "Not significantly better or worse"
+    )
+    p = "p below 0.001" if comparison.p < 0.001 else f"p {comparison.p:.2g}"
     accuracy = Gate(
         "accuracy",
         not comparison.is_worse,
-        f"{'Significantly worse' if comparison.is_worse else 'Not significantly worse'} than version "
-        f"{comparison.version}: {100 * comparison.difference:+.1f} points (95 % interval {100 * comparison.low:+.1f} "
-        f"to {100 * comparison.high:+.1f}, p {comparison.p:.2g}) on {comparison.images:,} images.",
+        f"{outcome} than version {comparison.version}: {_points(comparison)}, {p}, on {comparison.images:,} images.",
     )
     return [accuracy, _classes(comparison, limits.max_class_drop)]
 
 
 def _classes(comparison: "Comparison", max_drop: float) -> Gate:
-    dropped = [
-        f"{row.label} {row.production_recall:.0%} to {row.recall:.0%} of {row.images:,}"
-        for row in comparison.classes
-        if row.images >= MIN_CLASS_IMAGES and -row.change > max_drop + 1e-9
-    ]
+    dropped = lost_classes(comparison, max_drop)
     if dropped:
-        text = f"Classes whose recall is lower by more than {100 * max_drop:.0f} points: {'; '.join(dropped)}."
+        listed = "; ".join(
+            f"{row.label} {100 * row.production_recall:.0f} to {100 * row.recall:.0f} % of {row.images:,} images"
+            for row in dropped
+        )
+        text = f"Significantly worse, and by more than {100 * max_drop:.0f} points: {listed}."
         return Gate("classes", False, text)
-    text = f"No class has a recall more than {100 * max_drop:.0f} points below that of version {comparison.version}."
-    return Gate("classes", True, text)
+    text = f"No label is significantly worse and more than {100 * max_drop:.0f} points below version"
+    return Gate("classes", True, f"{text} {comparison.version}. {_detectable(comparison, max_drop)}")
+
+
+def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassComparison]":
+    """Return the classes that are significantly worse and whose recall is lower by more than `max_drop`, worst first.
+
+    Of equally good models, at most a share of `class_losses.LEVEL` has any.
+    """
+    rows = comparison.classes
+    adjusted = class_losses.adjusted_p([row.gained for row in rows], [row.lost for row in rows])
+    found = [
+        row for row, p in zip(rows, adjusted, strict=True) if p <= class_losses.LEVEL and -row.change > max_drop + 1e-9
+    ]
+    return sorted(found, key=lambda row: row.change)
+
+
+def _detectable(comparison: "Comparison", max_drop: float) -> str:
+    """Return a sentence about the loss that the gate finds for a label with the median number of images."""
+    rows = sorted(comparison.classes, key=lambda row: row.images)
+    middle = rows[(len(rows) - 1) // 2]
+    images = middle.images
+    others = [row.gained + row.lost for row in rows if row is not middle]
+    loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
+    label = f"a label with {images:,} {'image' if images == 1 else 'images'}"
+    if loss is None:
+        return f"Of {label}, no loss is found with a probability of {100 * class_losses.POWER:.0f} %."
+    return f"Of {label}, a loss of {100 * loss:.0f} points is found with a probability of " + (
+        f"{100 * class_losses.POWER:.0f} %."
+    )
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:
@@ -84,3 +226,17 @@ def _latency(review: "Review", limits: Limits) -> Gate:
         f"One image takes {production.latency_ratio:.2f} times as long as with the other model; the limit is "
         f"{limits.max_latency_ratio:g}.",
     )
+
+
+def write(decision: Decision, folder: Path) -> None:
+    """Write `verdict.json` into the folder of an evaluation."""
+    gates = [gate._asdict() for gate in decision.gates]
+    manifest.write_json(folder / VERDICT, {**decision._asdict(), "failed": decision.failed, "gates": gates})
+
+
+def tags_of(folder: Path) -> dict[str, str]:
+    """Return the tags of a version about the decision in `folder`; none if an older pipeline wrote the folder."""
+    if not (folder / VERDICT).exists():
+        return {}
+    found = manifest.read_json(folder / VERDICT)
+    return {"verdict": found["verdict"]} | ({"dgmd.failed": ", ".join(found["failed"])} if found["failed"] else {})

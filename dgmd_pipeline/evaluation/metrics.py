@@ -13,6 +13,7 @@ from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.manifest import to_cell
 
 METRICS = "metrics.json"
+MAX_MATRIX = 1000  # labels of a confusion matrix; more do not fit on a screen, and memory grows with their square
 BINS = 15  # of confidence, equally wide
 SHOWN = 24  # misclassifications of each kind
 MOST_WRONG, MOST_CONFIDENT = "most wrong", "most confident"
@@ -64,7 +65,7 @@ class Measurements(NamedTuple):
 
     overall: dict[str, float]  # the content of metrics.json
     classes: list[ClassMetrics]  # in the order of the class indexes, without labels that have no images
-    confusion_matrix: np.ndarray  # int64 [classes, classes]; rows are true labels, columns predicted ones
+    confusion_matrix: np.ndarray | None  # int64 [k, k], k labels; rows are true ones. None: more than MAX_MATRIX labels
     confused_pairs: list[ConfusedPair]  # most images first
     calibration: list[CalibrationBin]  # from low to high, without empty bins
     misclassifications: list[Misclassification]  # up to SHOWN of each kind, worst first; an image may be in both kinds
@@ -97,30 +98,39 @@ def measure(predictions: Predictions) -> Measurements:
     """
     from sklearn import metrics
 
+    if np.isnan(predictions.confidence).any():
+        raise ValueError("the probabilities contain NaN")
     truth, predicted, labels = predictions.truth, predictions.predicted, predictions.labels
     occurring = np.unique(truth)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         truth, predicted, labels=occurring, zero_division=0
     )
-    indexes = np.arange(len(labels))
-    matrix = metrics.confusion_matrix(truth, predicted, labels=indexes)
-    top_3 = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :3]  # the first of equals, as argmax
     bins = _bins(predictions.confidence, predictions.correct)
     overall = {
         "accuracy": float(predictions.correct.mean()),
         "balanced_accuracy": float(recall.mean()),
-        "top_3_accuracy": float((top_3 == truth[:, None]).any(axis=1).mean()),
+        "top_3_accuracy": float((predictions.true_ranks() < 3).mean()),
         "precision": float(precision.mean()),
         "recall": float(recall.mean()),
         "f1": float(f1.mean()),
-        "log_loss": float(metrics.log_loss(truth, predictions.probabilities, labels=indexes)),
+        "log_loss": _log_loss(predictions.of_truth),
         "expected_calibration_error": sum(row.images * abs(row.confidence - row.accuracy) for row in bins) / len(truth),
         "images": len(truth),
     }
     names = [labels[index] for index in occurring]
     columns = (values.tolist() for values in (precision, recall, f1, support))
     classes = [ClassMetrics(*row) for row in zip(names, *columns, strict=True)]
-    return Measurements(overall, classes, matrix, _confused_pairs(matrix, labels), bins, _worst(predictions))
+    few = len(labels) <= MAX_MATRIX
+    matrix = metrics.confusion_matrix(truth, predicted, labels=np.arange(len(labels))) if few else None
+    return Measurements(overall, classes, matrix, _confused_pairs(predictions), bins, _worst(predictions))
+
+
+def _log_loss(of_truth: np.ndarray) -> float:
+    """Return the mean log loss (nats) of the true labels' probabilities; 0 counts as the smallest step of their type.
+
+    `sklearn.metrics.log_loss` computes the same from all probabilities, in five times their memory.
+    """
+    return float(-np.log(np.maximum(of_truth, np.finfo(of_truth.dtype).eps), dtype=np.float64).mean())
 
 
 def shares(matrix: np.ndarray) -> np.ndarray:
@@ -148,20 +158,22 @@ def _bins(confidence: np.ndarray, correct: np.ndarray) -> list[CalibrationBin]:
     ]
 
 
-def _confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[ConfusedPair]:
-    share = shares(matrix)
-    off_diagonal = matrix - np.diag(np.diag(matrix))
-    pairs = [
-        ConfusedPair(labels[true], labels[predicted], int(matrix[true, predicted]), float(share[true, predicted]))
-        for true, predicted in np.argwhere(off_diagonal)
-    ]
-    return sorted(pairs, key=lambda pair: (-pair.images, -pair.share, pair.label, pair.predicted))
+def _confused_pairs(predictions: Predictions) -> list[ConfusedPair]:
+    """Return the pairs in time and memory that grow with the images, not with the square of the labels."""
+    labels, wrong = predictions.labels, ~predictions.correct
+    pairs, counts = np.unique(predictions.truth[wrong] * len(labels) + predictions.predicted[wrong], return_counts=True)
+    true, predicted = np.divmod(pairs, len(labels))
+    share = counts / np.bincount(predictions.truth, minlength=len(labels))[true]
+    place = np.argsort(np.argsort(np.array(labels, np.str_)))  # of each label by name
+    order = np.lexsort((place[predicted], place[true], -share, -counts))
+    columns = (values[order].tolist() for values in (true, predicted, counts, share))
+    return [ConfusedPair(labels[one], labels[other], *rest) for one, other, *rest in zip(*columns, strict=True)]
 
 
 def _worst(predictions: Predictions) -> list[Misclassification]:
     """Return the misclassifications of each kind: lowest probability of the true label, highest of a wrong one."""
     predicted, confidence, labels = predictions.predicted, predictions.confidence, predictions.labels
-    of_true = predictions.probabilities[np.arange(len(predictions)), predictions.truth]
+    of_true = predictions.of_truth
     wrong = np.flatnonzero(~predictions.correct)
     return [
         Misclassification(
@@ -181,9 +193,10 @@ def _worst(predictions: Predictions) -> list[Misclassification]:
 def _write_tables(measured: Measurements, labels: Sequence[str], folder: Path) -> None:
     (folder / METRICS).write_text(json.dumps(measured.overall, indent=1) + "\n", encoding="utf-8")
     write_table(folder / "per_class.csv", ClassMetrics._fields, measured.classes)
-    header, matrix = ["true label", *labels], measured.confusion_matrix
-    write_table(folder / "confusion_matrix.csv", header, _with_labels(labels, matrix))
-    write_table(folder / "confusion_matrix_normalised.csv", header, _with_labels(labels, shares(matrix)))
+    if (matrix := measured.confusion_matrix) is not None:
+        header = ["true label", *labels]
+        write_table(folder / "confusion_matrix.csv", header, _with_labels(labels, matrix))
+        write_table(folder / "confusion_matrix_normalised.csv", header, _with_labels(labels, shares(matrix)))
     columns = ["true label", "predicted label", "images", "share"]
     write_table(folder / "confused_pairs.csv", columns, measured.confused_pairs)
     write_table(folder / "calibration.csv", CalibrationBin._fields, measured.calibration)

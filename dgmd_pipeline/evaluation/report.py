@@ -17,7 +17,7 @@ import numpy as np
 from dgmd_pipeline import formatting
 from dgmd_pipeline.evaluation import plots
 from dgmd_pipeline.evaluation.comparison import Comparison, detection
-from dgmd_pipeline.evaluation.gates import Gate
+from dgmd_pipeline.evaluation.gates import BETTER, Decision, grouped
 from dgmd_pipeline.evaluation.label_suspects import SHOWN, LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import MOST_CONFIDENT, MOST_WRONG, Measurements
@@ -77,7 +77,7 @@ def draw(folder: Path, content: Content, comparison: Comparison | None) -> None:
         (folder / f"{name}.png").write_bytes(plot.png())
 
 
-def write(folder: Path, content: Content, review: "Review", gates: Sequence[Gate]) -> None:
+def write(folder: Path, content: Content, review: "Review", decision: Decision) -> None:
     """Write `report.html` into `folder`, with the plots that `draw` wrote there."""
     import jinja2
 
@@ -101,7 +101,8 @@ def write(folder: Path, content: Content, review: "Review", gates: Sequence[Gate
     environment.filters |= filters
     drawn = {name: _plot_image(folder / f"{name}.png") for name in _plots(content, review.comparison)}
     values = content._asdict() | review._asdict() | _derived(content, review.comparison)
-    text = environment.get_template(f"{PAGE}.jinja").render(values, plots=drawn, gates=gates, verdict=_verdict(gates))
+    decided = {"decision": decision, "gates": grouped(decision.gates), "mark": _mark(decision)}
+    text = environment.get_template(f"{PAGE}.jinja").render(values, plots=drawn, **decided)
     (folder / PAGE).write_text(text, encoding="utf-8")
 
 
@@ -143,9 +144,10 @@ def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
     ]
     found = {
         "recall": plots.recall(recalls),
-        "confusion_matrix": plots.confusion_matrix(measured.confusion_matrix, content.labels),
         "reliability": plots.reliability(measured.calibration, measured.overall["expected_calibration_error"]),
     }
+    if measured.confusion_matrix is not None:
+        found["confusion_matrix"] = plots.confusion_matrix(measured.confusion_matrix, content.labels)
     if measured.confused_pairs:
         found["confused_pairs"] = plots.confused_pairs(measured.confused_pairs)
     if content.counts:
@@ -169,16 +171,11 @@ def _contact_sheets(content: Content) -> dict[str, Plot]:
     return found
 
 
-def _verdict(gates: Sequence[Gate]) -> tuple[str, str, str]:
-    """Return a CSS class, the verdict and the reason."""
-    failed = [gate.name for gate in gates if gate.passed is False]
-    applying = sum(gate.passed is not None for gate in gates)
-    if failed:
-        failures = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
-        return "no", "Do not promote this version", failures
-    if not applying:
-        return "open", "No condition decides", "None of the conditions for a promotion applies: you decide."
-    return "yes", "This version may be promoted", f"Every condition that applies holds ({applying} of {applying})."
+def _mark(decision: Decision) -> str:
+    """Return the CSS class of the verdict: only a better version that meets all conditions is green."""
+    if decision.failed:
+        return "no"
+    return "yes" if decision.verdict == BETTER else "open"
 
 
 def _interval(comparison: Comparison) -> _Interval:

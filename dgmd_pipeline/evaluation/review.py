@@ -14,13 +14,14 @@ from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import comparison, predictions, serving_benchmark
 from dgmd_pipeline.evaluation.comparison import Comparison
-from dgmd_pipeline.evaluation.predictions import Predictions
+from dgmd_pipeline.evaluation.predictions import PredictedLabels
 from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
+BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
 Part = TypeVar("Part")
 
 
@@ -32,15 +33,38 @@ class ValidationImages(NamedTuple):
     raw: Path | None = None  # the folder of the original files, if it exists
 
 
+class Answers(NamedTuple):
+    """What a model answers to the validation images."""
+
+    predicted: np.ndarray  # int64 [n], class index of the most probable label
+    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
+
+
 class CandidateModel(NamedTuple):
     """A model to review, or production to compare it with."""
 
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
+    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
     version: int | None = None  # None: not registered yet
-    probabilities: np.ndarray | None = None  # float32 [n, classes], of all validation images; None: not predicted yet
+    answers: Answers | None = None  # None: not predicted yet
     run: str = ""  # that made the model
+
+
+class Rivals(NamedTuple):
+    """The versions to compare a candidate with."""
+
+    production: CandidateModel | None = None
+    best: CandidateModel | None = None  # was production before, with a higher accuracy; None: production is the best
+
+
+class LabelChanges(NamedTuple):
+    """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
+
+    lost: Sequence[str]  # production was trained on them; the candidate has no such output
+    emptied: Sequence[str]  # production was trained on them; the candidate has the output, but no training images
+    new: Sequence[str]  # only the candidate was trained on them
 
 
 class Review(NamedTuple):
@@ -50,6 +74,9 @@ class Review(NamedTuple):
     comparison_error: str  # why there is no comparison; "" if there is no production version
     serving_benchmark: ServingBenchmark | None
     benchmark_error: str  # why there is no serving benchmark
+    label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
+    label_changes_error: str = ""  # why production's labels are unknown
+    best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
 
 
 def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
@@ -58,6 +85,16 @@ def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = 
     With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
     """
     return ValidationImages(folder, shards.record_order(rows), raw)
+
+
+def label_changes(candidate: CandidateModel, trained_before: frozenset[str]) -> LabelChanges:
+    """Return how a candidate's labels differ from those that production was trained on."""
+    gone = sorted(trained_before - candidate.trained_labels)
+    return LabelChanges(
+        lost=[label for label in gone if label not in candidate.labels],
+        emptied=[label for label in gone if label in candidate.labels],
+        new=sorted(candidate.trained_labels - trained_before),
+    )
 
 
 def compare(candidate: CandidateModel, production: CandidateModel, images: ValidationImages) -> Comparison:
@@ -74,36 +111,45 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
             f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
             f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
         )
-    candidate_predictions, production_predictions = (
-        _select(predict(model, images), model.labels, images.examples, chosen) for model in (candidate, production)
+    labels, others = (
+        _select(predict(model, images).predicted, model.labels, images.examples, chosen)
+        for model in (candidate, production)
     )
-    return comparison.compare(
-        candidate_predictions, production_predictions, production.version, production.run, left_out=int(seen.sum())
-    )
+    return comparison.compare(labels, others, production.version, production.run, left_out=int(seen.sum()))
 
 
 def _select(
-    probabilities: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
-) -> Predictions:
-    """Return the predictions for the chosen images (bool [n]); the true class indexes are those of the model."""
+    predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
+) -> PredictedLabels:
+    """Return the predicted labels of the chosen images (bool [n]); the true class indexes are those of the model."""
     index_of = {label: index for index, label in enumerate(labels)}
-    rows = [row for row, wanted in zip(examples, chosen, strict=True) if wanted]
-    truth = np.array([index_of[row.label] for row in rows], np.int64)
-    return Predictions(probabilities[chosen], truth, labels, [row.path for row in rows])
+    truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
+    return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
 
 
-def predict(model: CandidateModel, images: ValidationImages) -> np.ndarray:
-    """Return a model's probabilities (float32 [n, classes]) of all validation images.
+def answers(blocks: Iterable[np.ndarray]) -> Answers:
+    """Return the answers in a model's probabilities (float32 [m, classes], in blocks) of all validation images."""
+    predicted: list[np.ndarray] = []
+    first: list[np.ndarray] = []
+    for block in blocks:
+        predicted.append(block.argmax(axis=1))
+        if sum(map(len, first)) < serving_benchmark.ORIGINALS:
+            first.append(block[: serving_benchmark.ORIGINALS].copy())  # a slice would keep the block in memory
+    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.ORIGINALS])
+
+
+def predict(model: CandidateModel, images: ValidationImages) -> Answers:
+    """Return a model's answers to all validation images. Their probabilities are not kept.
 
     Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
     given the original files: its measured accuracy would be too low.
     """
-    if model.probabilities is not None:
-        return model.probabilities
+    if model.answers is not None:
+        return model.answers
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(networks.input_size(network), networks.input_fit(network), images.records)
-    return predictions.predict(network, dataset.read(images.records))[0]
+    return answers(predictions.predict(network, dataset.read(images.records)))
 
 
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
@@ -126,45 +172,49 @@ def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
 
 def review(
     candidate: CandidateModel,
-    production: CandidateModel | None,
+    rivals: Rivals,
     images: ValidationImages,
     scratch: Path,
-    environment: Mapping[str, str],
+    process: serving_benchmark.Process,
     before_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with production, if there is one, and benchmark it.
+    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
 
-    `scratch` is a folder for temporary files, `environment` that of the benchmark's process. `before_timing` is called
-    with the comparison while that process starts; the benchmark waits until it returns.
+    `scratch` is a folder for temporary files. `before_timing` is called with the comparison; the benchmark waits until
+    it returns.
 
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
     """
-    with serving_benchmark.start_process(environment) as process:
-        compared, error = None, ""
-        if production is not None:
-            production, error = _with_predictions(production, images)
-        if production is not None:
-            try:
-                compared = compare(candidate, production, images)
-            except PipelineError as failure:
-                error = str(failure)
-        candidate = candidate._replace(probabilities=predict(candidate, images))
-        sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
-        before_timing(compared)
-        try:
-            benchmark = _benchmark(process, candidate, production, images, sample, scratch)
-        except PipelineError as failure:
-            return Review(compared, error, None, str(failure))
-    return Review(compared, error, benchmark, "")
-
-
-def _with_predictions(production: CandidateModel, images: ValidationImages) -> tuple[CandidateModel | None, str]:
-    """Return production with its probabilities; or None, so that it is not timed either, and the reason."""
+    candidate = candidate._replace(answers=predict(candidate, images))
+    labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
+    production, compared, error = _compare(candidate, rivals.production, images)
+    _, best, best_error = _compare(candidate, rivals.best, images)
+    if best_error:
+        log.warning("No comparison with the best former production version: %s", best_error)
+    sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
+    before_timing(compared)
     try:
-        return production._replace(probabilities=predict(production, images)), ""
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+    except PipelineError as failure:
+        return Review(compared, error, None, str(failure), labels, best=best)
+    return Review(compared, error, benchmark, "", labels, best=best)
+
+
+def _compare(
+    candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
+) -> tuple[CandidateModel | None, Comparison | None, str]:
+    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    if rival is None:
+        return None, None, ""
+    try:
+        rival = rival._replace(answers=predict(rival, images))
     except PipelineError as error:
-        return None, f"Version {production.version} cannot be used: {error}"
+        return None, None, f"Version {rival.version} cannot be used: {error}"
+    try:
+        return rival, compare(candidate, rival, images), ""
+    except PipelineError as error:
+        return rival, None, str(error)
 
 
 def _benchmark(
@@ -176,19 +226,19 @@ def _benchmark(
     scratch: Path,
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
-    assert candidate.probabilities is not None  # noqa: S101 - `review` has predicted them
+    assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f", beside version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
     originals = serving_benchmark.Originals()
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
         files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
-        originals = serving_benchmark.Originals(files, candidate.probabilities[: len(files)])
+        originals = serving_benchmark.Originals(files, candidate.answers.first[: len(files)])
     return serving_benchmark.benchmark(
         process,
         candidate.path,
         sample,
-        candidate.probabilities[: len(sample)],
+        candidate.answers.first[: len(sample)],
         scratch,
         production.path if production else None,
         originals,
@@ -196,10 +246,11 @@ def _benchmark(
 
 
 def write(found: Review, folder: Path) -> None:
-    """Write `comparison.json` and `assessment.json` into `folder`."""
+    """Write `comparison.json` and `assessment.json` into `folder`. The labels are not written."""
     compared, benchmark = found.comparison, found.serving_benchmark
+    best: dict[str, object] = {BEST: comparison.to_json(found.best)} if found.best else {}
     values: dict[str, dict[str, object]] = {
-        COMPARISON: comparison.to_json(compared) if compared else {"missing": found.comparison_error},
+        COMPARISON: comparison.to_json(compared) | best if compared else {"missing": found.comparison_error},
         SERVING_BENCHMARK: serving_benchmark.to_json(benchmark) if benchmark else {"missing": found.benchmark_error},
     }
     for name, value in values.items():
@@ -207,10 +258,15 @@ def write(found: Review, folder: Path) -> None:
 
 
 def read(folder: Path) -> Review:
-    """Return what `write` wrote. Raises PipelineError if a file is missing or was edited."""
+    """Return what `write` wrote, without the labels. Raises PipelineError if a file is missing or was edited."""
     compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
+    best, _ = _read_part(folder / COMPARISON, _best_from_json)
     benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)
-    return Review(compared, comparison_error, benchmark, benchmark_error)
+    return Review(compared, comparison_error, benchmark, benchmark_error, best=best)
+
+
+def _best_from_json(values: Mapping[str, Any]) -> Comparison | None:
+    return comparison.from_json(values[BEST]) if BEST in values else None
 
 
 def _read_part(path: Path, from_json: Callable[[Mapping[str, Any]], Part]) -> tuple[Part | None, str]:

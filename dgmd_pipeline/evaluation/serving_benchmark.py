@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,13 +28,24 @@ from dgmd_pipeline.training import networks, runtime
 if TYPE_CHECKING:
     import keras
 
-IMAGES = 32  # given to the model, also as one batch
-MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many, and for at least this long
-BATCHES = 2
+IMAGES = 32  # given to the model one by one, and as one batch
+MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many by each model, and this long by all
 TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
-ORIGINALS = 100  # original files, predicted one by one; 3 CPU seconds with MobileNetV2
+ORIGINALS = 50  # original files, predicted one by one; a CPU second with MobileNetV2
 TIMEOUT_MINUTES = 10
-Process = subprocess.Popen[bytes]
+UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
+
+
+class Process(subprocess.Popen[bytes]):
+    """A process that waits for `benchmark`. It ends with its `with` block, with `end`, or with its parent."""
+
+    def __exit__(self, *details: Any) -> None:
+        self.kill()
+        super().__exit__(*details)
+
+    def end(self) -> None:
+        """Kill the process and close its pipes."""
+        self.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -81,21 +92,13 @@ class Originals(NamedTuple):
     recorded: np.ndarray = np.empty((0, 0), np.float32)  # float [files, classes]
 
 
-@contextlib.contextmanager
-def start_process(environment: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """Start a process that imports TensorFlow, which takes seconds, and waits for `benchmark`.
-
-    The process is killed at the end of the block.
-    """
+def start_process(environment: Mapping[str, str] | None = None) -> Process:
+    """Start a process that imports TensorFlow, which takes seconds, and waits for `benchmark`."""
     command = [sys.executable, "-m", __spec__.name]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(  # noqa: S603
+    return Process(
         command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    )
 
 
 def benchmark(
@@ -184,12 +187,16 @@ def _measure(task: Path) -> ServingBenchmark:
     start = time.perf_counter()
     network = networks.load(path)
     load_seconds = time.perf_counter() - start
+    _trace(network)
     difference = float(np.abs(_predict(network, images) - recorded).max())
-    batch_seconds = sum(_time(network, images) for _ in range(BATCHES)) / BATCHES
+    batch_seconds = _time(network, images)
     singles = [] if others else _time_alternately(images, network)
     memory = _peak_memory()  # before another model is loaded
     if others:
-        singles = _time_alternately(images, network, *map(networks.load, others))
+        rivals = [networks.load(other) for other in others]
+        for rival in rivals:
+            _trace(rival)
+        singles = _time_alternately(images, network, *rivals)
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
     found = ServingBenchmark(
         load_seconds=load_seconds,
@@ -215,13 +222,17 @@ def _measure(task: Path) -> ServingBenchmark:
 
 def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPredictions:
     """Predict original files one by one, as a service does, and compare with the predictions for their records."""
+    import tensorflow as tf
+
     images, differences, other_labels = 0, [0.0], 0
     for path, recorded in zip(originals.files, originals.recorded, strict=True):
         try:
             pixels = np.asarray(decoding.open_rgb(path))
         except (*decoding.DAMAGED, PIL.Image.DecompressionBombError):  # deleted or changed since; not in `images`
             continue
-        found = network.predict_on_batch(pixels[np.newaxis])[0]
+        # What `predict` calls. `predict` itself takes three times as long for one image; `predict_on_batch` has another
+        # signature, and would be traced.
+        found = network.predict_function([tf.constant(pixels[np.newaxis])])[0].numpy()
         images += 1
         other_labels += int(found.argmax() != recorded.argmax())
         differences.append(float(np.abs(found - recorded).max()))
@@ -237,12 +248,23 @@ def _peak_memory() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
+def _trace(network: "keras.Model") -> None:
+    """Trace what `predict` calls, for images of any number and size.
+
+    Keras would trace it for the first shape, and again for other numbers and for other sizes: 0.7 CPU seconds each.
+    """
+    import tensorflow as tf
+
+    network.make_predict_function()
+    network.predict_function.get_concrete_function([tf.TensorSpec(network.input_shape, tf.uint8)])
+
+
 def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
     """Return for each network the seconds of predictions of one image; the networks alternate."""
     seconds: list[list[float]] = [[] for _ in networks]
     for network in networks:
-        _predict(network, images[:1])  # traces the network
-    end = time.perf_counter() + SECONDS * len(networks)
+        _predict(network, images[:1])  # the first call takes longer
+    end = time.perf_counter() + SECONDS
     for number, image in enumerate(itertools.cycle(images)):
         if number >= MIN_SINGLES and time.perf_counter() > end:
             break
@@ -266,6 +288,11 @@ def _answer(task: Path, found: ServingBenchmark) -> None:
 
 
 if __name__ == "__main__":
+    # If memory runs out while the process waits, Linux kills it and not the training.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
+    for _name in UNUSED:
+        sys.modules[_name] = None  # type: ignore[assignment]  # None: an import of it raises ImportError
     runtime.start_tensorflow()
     if _request := sys.stdin.buffer.read():  # empty: the parent has exited without a request
         _task = Path(os.fsdecode(_request))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.registry import versions
 from dgmd_pipeline.registry.store import (
+    ACCURACY,
     CANDIDATE,
     ENVIRONMENT,
     NON_PRODUCTION,
@@ -51,6 +52,7 @@ class Event(NamedTuple):
     gates: Sequence[GateResult]
     forced: bool  # True: a gate did not pass, and --force was given
     done: bool | None = None  # False: interrupted before the alias moved; None: in progress, or interrupted
+    automatic: bool = False  # True: a run promoted the version, because it was better
 
     def as_json(self) -> dict[str, object]:
         """Return the JSON object that is stored and printed."""
@@ -88,9 +90,30 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     return stack[:-1]
 
 
+def best_former(state: ModelState, candidate: ModelVersion | None = None) -> ModelVersion | None:
+    """Return the version that was production before with the highest accuracy, if that is above production's.
+
+    The accuracies were measured on the images of each version's own run: they choose what to compare, and no more. None
+    if production is the best, or if the versions are no longer registered. It is not `candidate`.
+    """
+    production = state.production
+    events = [event for event in history(state) if event.done]
+    numbers = {event.version for event in events} | {event.previous for event in events}
+    former = [
+        version for version in state.versions if version.version in numbers and version not in (production, candidate)
+    ]
+    best = max(former, key=_accuracy, default=None)
+    return best if best and production and _accuracy(best) > _accuracy(production) else None
+
+
+def _accuracy(version: ModelVersion) -> float:
+    """Return the accuracy on the validation images of the version's run, 0 to 1; 0 if it was not recorded."""
+    return float(version.tags.get(ACCURACY, 0))
+
+
 def set_production(
     store: Store, state: ModelState, version: int, *, action: str, user: str, reason: str,
-    gates: Sequence[GateResult] = (), forced: bool = False,
+    gates: Sequence[GateResult] = (), forced: bool = False, automatic: bool = False,
 ) -> Event:  # fmt: skip
     """Make a version production in place of the production version of `state`, and record who did it and why.
 
@@ -108,8 +131,9 @@ def set_production(
         now = datetime.now(UTC)
         short = [(name, passed, text[:MAX_CHARACTERS]) for name, passed, text in gates]
         event = Event(
-            now.isoformat(timespec="seconds"), user, action, previous, version, reason[:MAX_CHARACTERS], short, forced
-        )
+            now.isoformat(timespec="seconds"), user, action, previous, version, reason[:MAX_CHARACTERS], short, forced,
+            automatic=automatic,
+        )  # fmt: skip
         key = f"{EVENT}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
         _write(client, state.name, key, event)
         client.set_registered_model_alias(state.name, PRODUCTION, str(version))

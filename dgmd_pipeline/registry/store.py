@@ -12,6 +12,7 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
+ACCURACY = "dgmd.validation_accuracy"  # tag of a version
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 REGISTRATION_FAILED = (

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mlflow.entities import model_registry
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
+TRAINING = "split/training.csv"  # artifact of a version's run: the list of its training images
+
 
 class ForeignVersion(PipelineError):
     """This pipeline did not make the version."""
@@ -52,6 +54,7 @@ class DownloadedVersion(NamedTuple):
     path: Path  # of the Keras model
     labels: Sequence[str]  # of the model's outputs, in their order
     trained_on: frozenset[str]  # SHA-256 of each training image's file
+    trained_labels: frozenset[str]  # labels of the training images
 
 
 def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
@@ -94,14 +97,24 @@ def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> Downl
         _files(store, uri).download_artifacts("", str(folder / "model"))
         metadata = Model.load(str(folder / "model")).metadata or {}
     path, labels = folder / "model" / "data" / "model.keras", metadata.get("labels")
-    rows = artifact(store, version, "split/training.csv", folder)
+    rows = artifact(store, version, TRAINING, folder)
     if not path.is_file() or not labels or not rows:
         raise ForeignVersion(
             f"{name} version {version.version} was not made by this pipeline: its model, its labels or the list of its "
             "training images is missing."
         )
-    trained_on = frozenset(row.sha256 for row in manifest.read(rows, manifest.Example))
-    return DownloadedVersion(version.version, path, labels, trained_on)
+    examples = list(manifest.read(rows, manifest.Example))
+    trained_on, known = frozenset(row.sha256 for row in examples), frozenset(row.label for row in examples)
+    return DownloadedVersion(version.version, path, labels, trained_on, known)
+
+
+def trained_labels(store: Store, version: ModelVersion, folder: Path) -> frozenset[str] | None:
+    """Return the labels of a version's training images, whose list is downloaded into `folder`; None if it has none.
+
+    Raises PipelineError if MLflow cannot be reached or refuses.
+    """
+    rows = artifact(store, version, TRAINING, folder)
+    return frozenset(row.label for row in manifest.read(rows, manifest.Example)) if rows else None
 
 
 def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Path | None:

@@ -114,6 +114,7 @@ def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     Raises NoUsableInput, also if this process has no credentials, the run has, and S3 refuses an object.
     """
     client, parts = _client(chunk.place), chunk.folder / PARTS / uuid.uuid4().hex
+    parts.mkdir()  # fails where the run has ended
     try:
         done = list(download(client, chunk.bucket, chunk.objects, chunk.folder, parts=parts))
     except Throttled as error:

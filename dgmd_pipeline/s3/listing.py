@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import NoUsableInput
@@ -39,7 +40,7 @@ class _ListedObject(TypedDict):
 
     Key: str
     Size: int
-    ETag: NotRequired[str]
+    ETag: str  # with quotes; empty if there is none
 
 
 def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = False) -> Listing:
@@ -57,6 +58,8 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     from botocore.parsers import ResponseParserError
 
     root = f"{prefix}/" if prefix else ""
+    # First, so that other handlers parse only the rest of the page.
+    client.meta.events.register_first("before-parse.s3.ListObjectsV2", _parse_objects, unique_id="objects")
     try:
         with throttling.gate(client):
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
@@ -72,6 +75,33 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
         log.info("  s3://%s/%s: %s", bucket, root, manifest.describe_system_files(ignored, "objects"))
     _warn_of_lost_labels(objects, rejected)
     return Listing(bucket, prefix, objects, rejected)
+
+
+def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
+    """Handle the event "before-parse" of botocore: parse the objects of a page, and leave the rest to botocore.
+
+    botocore's general parser takes six times as long for an object, which was 80 % of the time of a listing.
+    """
+    from xml.etree import ElementTree
+
+    if response_dict["status_code"] != HTTPStatus.OK:
+        return
+    try:
+        page = ElementTree.fromstring(response_dict["body"])  # noqa: S314 - botocore parses it with the same parser
+    except ElementTree.ParseError:
+        return  # botocore raises its own error
+    namespace = page.tag.rpartition("}")[0]
+    contents, key, size, etag = (
+        f"{namespace}}}{name}" if namespace else name for name in ("Contents", "Key", "Size", "ETag")
+    )
+    objects = [
+        _ListedObject(Key=each.findtext(key, ""), Size=int(each.findtext(size, "")), ETag=each.findtext(etag, ""))
+        for each in page.iterfind(contents)
+    ]
+    if objects:
+        page[:] = [each for each in page if each.tag != contents]
+        response_dict["body"] = ElementTree.tostring(page)
+        customized_response_dict["Contents"] = objects
 
 
 def ignores_case(folder: Path) -> bool:
@@ -137,7 +167,7 @@ def _assign_paths(
             safe_label = label if slash and _path_problem(label) is None else ""
             rejected.append(Rejected(formatting.printable(key), safe_label, *problem))
         else:
-            objects.append(SourceObject(key, size, item.get("ETag", "").strip('"'), path))
+            objects.append(SourceObject(key, size, item["ETag"].strip('"'), path))
     return objects, rejected, ignored
 
 

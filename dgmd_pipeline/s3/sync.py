@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,8 @@ class DownloadResult:
     def summary(self) -> str:
         """The counts as a line for the log."""
         left_out = f", {len(self.rejected):,} left out" if self.rejected else ""
-        return f"{len(self.objects):,} objects, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
+        objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
+        return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
 
 
 def total_bytes(objects: Iterable[SourceObject]) -> int:
@@ -145,25 +146,40 @@ def reuse(
     objects in `previous`, the folder of a finished download, are linked, or copied if the disk has no hard links.
     """
     listed = {source.path: source for source in objects}
+    complete: set[str] = set()  # paths in `folder`
     for source in _interrupted(folder, resume_listing):
         if listed.get(source.path) != source:
             _remove(folder, source.path)
+        elif _is_complete(folder, source.path, source.size):
+            complete.add(source.path)
     temporary = resume_listing.with_suffix(".part")
     manifest.write(temporary, SourceObject, objects)
     temporary.replace(resume_listing)
     if previous is not None:
-        for source in manifest.read(previous / LISTING, SourceObject):
-            unchanged = listed.get(source.path) == source and _is_complete(previous, source)
-            if unchanged and not _is_complete(folder, source):
-                target = folder / source.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)
-                files.link(previous / source.path, target, temporary)
+        _link_unchanged(previous, listed, folder, complete, temporary)
     available: list[SourceObject] = []
     missing: list[SourceObject] = []
     for source in objects:
-        (available if _is_complete(folder, source) else missing).append(source)
+        (available if source.path in complete else missing).append(source)
     return available, missing
+
+
+def _link_unchanged(
+    previous: Path, listed: Mapping[str, SourceObject], folder: Path, complete: set[str], temporary: Path
+) -> None:
+    """Link the unchanged objects of a finished download into `folder`, and add their paths to `complete`."""
+    made: set[Path] = set()
+    for path, size, etag in _listed(previous):
+        now = listed.get(path)
+        unchanged = now is not None and (now.size, now.etag) == (size, etag) and _is_complete(previous, path, size)
+        if unchanged and path not in complete:
+            target = folder / path
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
+            target.unlink(missing_ok=True)
+            files.link(previous / path, target, temporary)
+            complete.add(path)
 
 
 def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
@@ -180,12 +196,12 @@ def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
     return []
 
 
-def _is_complete(folder: Path, source: SourceObject) -> bool:
+def _is_complete(folder: Path, path: str, size: int) -> bool:
     try:
-        status = os.lstat(f"{folder}/{source.path}")
+        status = os.lstat(f"{folder}/{path}")
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == source.size
+    return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
 def _remove(folder: Path, path: str) -> None:
@@ -207,25 +223,6 @@ def fingerprint(objects: Iterable[SourceObject]) -> str:
     return digest.hexdigest()
 
 
-class ListingChanges(NamedTuple):
-    """Numbers of objects that differ between two listings."""
-
-    new: int
-    changed: int  # another size or ETag
-    gone: int
-
-
-def compare_listings(earlier: Iterable[SourceObject], current: Iterable[SourceObject]) -> ListingChanges:
-    """Compare two listings by path, size and ETag."""
-    known = {source.path: (source.size, source.etag) for source in earlier}
-    new = changed = 0
-    for source in current:
-        before = known.pop(source.path, None)
-        new += before is None
-        changed += before is not None and before != (source.size, source.etag)
-    return ListingChanges(new, changed, len(known))
-
-
 class FolderChanges(NamedTuple):
     """Why a downloaded folder is out of date, and what a new download will contain."""
 
@@ -237,23 +234,33 @@ class FolderChanges(NamedTuple):
 
 def compare_folder(folder: Path, objects: Sequence[SourceObject]) -> FolderChanges | None:
     """Compare a downloaded folder with a new listing; None if it is up to date."""
-    downloaded = list(manifest.read(folder / LISTING, SourceObject))
     left_out = {row.path for row in manifest.read(folder / REJECTED, Rejected)}
-    usable = [source for source in objects if source.key not in left_out]
-    changes = {name: count for name, count in compare_listings(downloaded, usable)._asdict().items() if count}
+    usable = [source for source in objects if source.key not in left_out] if left_out else objects
+    known = {source.path: source for source in usable}
+    changed = gone = missing = 0
+    for path, size, etag in _listed(folder):
+        missing += not _is_complete(folder, path, size)
+        source = known.pop(path, None)
+        gone += source is None
+        changed += source is not None and (source.size, source.etag) != (size, etag)
+    changes = {"new": len(known), "changed": changed, "gone": gone}
     reasons = changes | {
         "left out before": len(objects) - len(usable),  # an archived object may have been restored
-        "missing from the folder": missing_files(folder, downloaded),
+        "missing from the folder": missing,
     }
     reason = ", ".join(f"{count:,} {name}" for name, count in reasons.items() if count)
     if not reason:
         return None
-    return FolderChanges(reason, fingerprint(usable) if changes else None, len(objects), total_bytes(objects))
+    return FolderChanges(
+        reason, fingerprint(usable) if any(changes.values()) else None, len(objects), total_bytes(objects)
+    )
 
 
-def missing_files(folder: Path, objects: Iterable[SourceObject]) -> int:
-    """Return how many objects of a downloaded folder are missing from it or have another size."""
-    return sum(not _is_complete(folder, source) for source in objects)
+def _listed(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield path, size and ETag of each object in the listing of a downloaded folder."""
+    for batch in manifest.read_columns(folder / LISTING, SourceObject, "path", "size", "etag"):
+        paths, sizes, etags = (column.to_pylist() for column in batch.columns)
+        yield from zip(map(manifest.decode, paths), sizes, map(manifest.decode, etags), strict=True)
 
 
 def check_untracked_files(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import luigi
 
@@ -119,6 +119,19 @@ class InspectImages(Step):
     def extra_inputs(self) -> dict[str, str]:
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Compare the files, or the objects in the bucket if it was listed, with the last inspection."""
+        previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
+        listing, objects = self.context.shared(Resources).listing, None
+        if previous is None or (upstream[0].state != "done" and not listing):
+            return ""
+        from dgmd_pipeline.data import inspection
+
+        if listing or read_record(raw):
+            objects = listing.objects if listing else manifest.read(raw / manifest.LISTING, manifest.SourceObject)
+        new, reused = inspection.expect(raw, objects, self._corrections, previous)
+        return f"{new:,} new, {reused:,} reused"
+
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import inspection
 
@@ -151,16 +164,16 @@ class MapLabels(Step):
         return {"inspected": InspectImages()}
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.data import inspection, labels
+        from dgmd_pipeline.data import columns, inspection, labels
 
         inspected: Path = self.input()["inspected"].path
-        images = list(manifest.read(inspected / "images.csv", manifest.Image))
+        usable = columns.count_labels(inspected / "images.csv")
         report = inspected / manifest.REJECTED
         rejected = manifest.read(report, manifest.Rejected)
-        inspection.check_rejected(images, rejected, self.settings.max_rejected_pcnt, report)
-        counts = labels.write_label_map(images, self._known(), self.settings.min_images_per_label, draft)
+        inspection.check_rejected(usable, rejected, self.settings.max_rejected_pcnt, report)
+        counts = labels.write_label_map(usable, self._known(), self.settings.min_images_per_label, draft)
         summary = f"{counts['labels']:,} labels, {counts['outputs']:,} outputs"
-        return StepResult(counts=counts, images_processed=len(images), summary=summary)
+        return StepResult(counts=counts, images_processed=usable.total(), summary=summary)
 
     def declared_settings(self) -> Json:
         """Return the settings; without the bucket and prefix if `raw/` was not downloaded from there."""
@@ -201,7 +214,7 @@ class BalanceClasses(Step):
         from dgmd_pipeline.data import balance, labels
 
         rows = manifest.read(self.input()["label_map"].path / "labels.csv", labels.LabelRow)
-        images = manifest.read(self.input()["inspected"].path / "images.csv", manifest.Image)
+        images = self.input()["inspected"].path / "images.csv"
         used = {row.label: row.class_index for row in rows if row.state == "used"}
         counts = balance.write_balanced(images, used, self.settings.balance_limit, draft)
         return StepResult(
@@ -224,7 +237,7 @@ class SplitImages(Step):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import split
 
-        rows = manifest.read(self.input()["balanced"].path / "images.csv", manifest.Example)
+        rows = self.input()["balanced"].path / "images.csv"
         counts = split.write_splits(rows, self.settings.validation_pcnt, draft)
         images = counts["training"] + counts["validation"]
         return StepResult(counts=counts, images=images, summary=split.summary(counts))
@@ -234,6 +247,7 @@ class PerSplitStep(Step):
     """A step that exists once for each split, with a folder for each."""
 
     split: str = luigi.ChoiceParameter(choices=names.SPLITS)
+    image_params: ClassVar[tuple[str, ...]] = ()  # settings that the result for each image depends on
 
     @property
     def folder(self) -> str:
@@ -252,6 +266,13 @@ class PerSplitStep(Step):
         own = super().reusable_folders()
         return own and [*own, *self._other._finished_folders()]
 
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        record, now = read_record(folders.current_path(self.path)), self.declared_settings()
+        if record is None or record.inputs | self.extra_inputs() != record.inputs or not self.reusable_folders():
+            return ""
+        same = all(record.settings.get(name) == now[name] for name in self.image_params)
+        return "reuses unchanged images" if same else ""
+
     def keeps_replaced(self) -> bool:
         return not self._other.complete()
 
@@ -266,7 +287,8 @@ class WriteTFRecords(PerSplitStep):
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
     priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
-    params = ("num_shards", "image_width", "image_height", "image_fit")
+    image_params = ("image_width", "image_height", "image_fit")
+    params = ("num_shards", *image_params)
 
     def requires(self) -> dict[str, Step]:
         return {"split": SplitImages(), "inspected": InspectImages(), "raw": DownloadImages()}
@@ -285,6 +307,8 @@ class WriteTFRecords(PerSplitStep):
         size, fit, pieces = (given.image_width, given.image_height), given.image_fit, draft / folders.RESUME
         target = draft, self.split, given.num_shards
         written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
+        if suggested := shards.suggest_shards([shard.bytes for shard in manifest.read_shard_index(draft).shards]):
+            log.warning("%s has a shard of more than 1 GB. NUM_SHARDS=%d makes about 200 MB.", self.folder, suggested)
         return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import manifest
+from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.tasks import names
 from dgmd_pipeline.workflow.run_context import RunResult
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
-    from dgmd_pipeline.evaluation.review import CandidateModel, ValidationImages
+    from dgmd_pipeline.evaluation.gates import Limits
+    from dgmd_pipeline.evaluation.review import CandidateModel, Rivals, ValidationImages
     from dgmd_pipeline.registry.store import Store
-    from dgmd_pipeline.registry.versions import ModelVersion
+    from dgmd_pipeline.registry.versions import ModelState, ModelVersion
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -79,17 +81,48 @@ def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: 
     from dgmd_pipeline.registry import versions
 
     fetched = versions.fetch(store, name, version, folder)
-    return review.CandidateModel(fetched.path, fetched.labels, fetched.trained_on, version.version, run=version.run_id)
+    return review.CandidateModel(**fetched._asdict(), run=version.run_id)
 
 
-def production(settings: "Settings", folder: Path) -> "CandidateModel | None":
-    """Download the production version into `folder` and return it; None if there is none."""
+def production(settings: "Settings", folder: Path) -> "Rivals":
+    """Download the production version, and a better one that was production before, into `folder`."""
+    from dgmd_pipeline.evaluation.review import Rivals
     from dgmd_pipeline.registry import versions
 
-    if (place := store(settings)) and (now := versions.read(place, settings.model_name).production):
-        log.info("  version %d is production: fetching it to compare ...", now.version)
-        return candidate_model(place, settings.model_name, now, folder)
-    return None
+    place = store(settings)
+    state = versions.read(place, settings.model_name) if place else None
+    if place is None or state is None or state.production is None:
+        return Rivals()
+    log.info("  version %d is production: fetching it to compare ...", state.production.version)
+    return rivals(place, state, state.production, folder)
+
+
+def rivals(
+    store: "Store", state: "ModelState", now: "ModelVersion", folder: Path, candidate: "ModelVersion | None" = None
+) -> "Rivals":
+    """Download the production version `now`, and a better one that was production before, into `folder`.
+
+    `candidate` is the version that is compared with them, if it is registered.
+    """
+    from dgmd_pipeline.evaluation.review import Rivals
+    from dgmd_pipeline.registry import promotion
+
+    current = candidate_model(store, state.name, now, folder / str(now.version))
+    best = promotion.best_former(state, candidate)
+    if best is None:
+        return Rivals(current)
+    try:
+        return Rivals(current, candidate_model(store, state.name, best, folder / str(best.version)))
+    except PipelineError as error:  # for example, somebody has deleted its files
+        log.warning("Version %d, which was production before, is not compared: %s", best.version, error)
+        return Rivals(current)
+
+
+def promotion_limits(settings: "Settings") -> "Limits":
+    """Return the settings that limit how much worse than production a version may be."""
+    from dgmd_pipeline.evaluation.gates import Limits
+
+    return Limits(settings.max_class_drop, settings.max_latency_ratio, settings.allow_lost_labels)
 
 
 def validation_images(settings: "Settings") -> "ValidationImages | None":

@@ -76,6 +76,7 @@ class TrainModel(Step):
         from dgmd_pipeline.workflow.executors import in_threads
 
         backbone = resources.network(self.context, extracts=False)
+        resources.start_serving_early(self.context)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
@@ -126,7 +127,7 @@ class EvaluateModel(Step):
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
     params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
-    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio")
+    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels")
 
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
@@ -137,13 +138,13 @@ class EvaluateModel(Step):
         return upstream[2].images
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.evaluation import evaluate, gates
-        from dgmd_pipeline.settings import serving_environment
+        from dgmd_pipeline.evaluation import evaluate
 
-        limits = gates.Limits(self.settings.max_class_drop, self.settings.max_latency_ratio)
         production = partial(lookup.production, self.settings)
         network = resources.trained_model(self.context, self.input()["trained"].path)
-        counts = evaluate.evaluate(self._data(), network, production, limits, serving_environment(), draft)
+        limits = lookup.promotion_limits(self.settings)
+        with resources.serving_process(self.context) as process:
+            counts = evaluate.evaluate(self._data(), network, production, limits, process, draft)
         images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
         summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)

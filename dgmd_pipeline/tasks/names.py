@@ -13,8 +13,9 @@ EVALUATION = "evaluation"
 REGISTERED_MODEL = "registered_model"
 STORE = "mlflow"  # the embedded MLflow store, which is not a step folder
 
-ALL = (  # every folder that can exist, with any settings
+STEPS = (  # every step folder that can exist, with any settings
     *(RAW, INSPECTED, LABEL_MAP, BALANCED, SPLIT),
     *(f"{name}_{split}" for name in (TFRECORD, FEATURES) for split in SPLITS),
-    *(TRAINED_MODEL, EVALUATION, REGISTERED_MODEL, STORE),
+    *(TRAINED_MODEL, EVALUATION, REGISTERED_MODEL),
 )
+ALL = (*STEPS, STORE)

@@ -1,4 +1,4 @@
-"""Objects that a run keeps in memory between steps: a listing, the frozen network, the trained model."""
+"""What a run keeps between steps: a listing, the frozen network, the trained model, the serving benchmark's process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from dgmd_pipeline.workflow.run_context import RunContext
 if TYPE_CHECKING:
     import keras
 
+    from dgmd_pipeline.evaluation.serving_benchmark import Process
     from dgmd_pipeline.s3.listing import Listing
 
 
@@ -24,6 +25,7 @@ class Resources:
     listing: "Listing | None" = None  # of the bucket, if planning needed it
     network: "Callable[[], keras.Model] | None" = None  # waits until the frozen network is built and returns it
     trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, if this run trained it
+    serving: "Process | None" = None  # of the serving benchmark, if it was started early
 
 
 def executor(settings: Any) -> Executor:
@@ -88,3 +90,38 @@ def trained_model(context: RunContext, folder: Path) -> "keras.Model":
         return trained[1]
     runtime.start_tensorflow()
     return networks.load(folder / "model.keras")
+
+
+def start_serving_early(context: RunContext) -> None:
+    """Start the serving benchmark's process, if this run evaluates, so that it is ready after the training.
+
+    Its start takes 2 CPU seconds. While it waits it holds 200 MB of memory of its own, and Linux ends it first if
+    memory runs out; `serving_process` then starts another.
+    """
+    if context.holds_lock and names.EVALUATION in context.result.planned:  # all steps run in this process
+        context.shared(Resources).serving = _start_serving()
+
+
+def serving_process(context: RunContext) -> "Process":
+    """Return the serving benchmark's process, which the caller ends: the one that was started early, or a new one."""
+    resources = context.shared(Resources)
+    early, resources.serving = resources.serving, None
+    if early is None or early.poll() is None:
+        return early or _start_serving()
+    early.end()  # it was killed while it waited
+    return _start_serving()
+
+
+def _start_serving() -> "Process":
+    from dgmd_pipeline.evaluation import serving_benchmark
+    from dgmd_pipeline.settings import serving_environment
+
+    return serving_benchmark.start_process(serving_environment())
+
+
+def close(context: RunContext) -> None:
+    """End the serving benchmark's process, if no step has taken it."""
+    resources = context.shared(Resources)
+    early, resources.serving = resources.serving, None
+    if early:
+        early.end()

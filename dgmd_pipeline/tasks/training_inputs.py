@@ -8,6 +8,7 @@ from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.tasks import names, resources
 from dgmd_pipeline.tasks.data import PerSplitStep, WriteTFRecords
 from dgmd_pipeline.workflow import disk, folders
+from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class ExtractFeatures(PerSplitStep):
 
     name, verb, format_version = names.FEATURES, "extract", 2
     keeps_pieces = True
-    params = ("backbone", "image_width", "image_height")
+    params = image_params = ("backbone", "image_width", "image_height")
     runtime_params = ("backbone_weights", "keras_home")
 
     def requires(self) -> dict[str, Step]:
@@ -40,6 +41,10 @@ class ExtractFeatures(PerSplitStep):
         from dgmd_pipeline.training import backbones
 
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
+
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        changed = upstream[0].state == "run" and not upstream[0].reuse  # the records, for example by IMAGE_FIT
+        return "" if changed else super().expected_reuse(upstream)
 
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import shards

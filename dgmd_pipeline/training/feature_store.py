@@ -207,7 +207,7 @@ def _write_runs(file: VectorFile, rows: np.ndarray, vectors: np.ndarray) -> None
 def _is_intact(stored: _Stored) -> bool:
     intact = files.is_intact(stored.path, stored.entry.bytes, stored.entry.sha256)
     if not intact:
-        log.warning("%s is damaged: its vectors are computed again", stored.path)
+        files.warn_of_damage(stored.path, "its vectors are computed again")
     return intact
 
 

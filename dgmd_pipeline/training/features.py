@@ -69,17 +69,21 @@ def read_batches(
     import tensorflow as tf
 
     vectors, labels = data
-    selected = np.arange(len(labels)) if rows is None else rows
-    count = -(-len(selected) // batch_size)
+    batches = divide_rows(np.arange(len(labels)) if rows is None else rows, batch_size, shuffle)
 
     def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = selected.copy()
-        if shuffle is not None:
-            np.random.default_rng(shuffle).shuffle(order)
-        for batch in np.array_split(order, count):
-            batch.sort()  # read in the order of the file
+        for batch in batches:
             yield vectors[batch], labels[batch]
 
     spec = (tf.TensorSpec([None, *vectors.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64))
     batched = tf.data.Dataset.from_generator(generate, output_signature=spec)
-    return batched.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
+    return batched.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
+
+
+def divide_rows(rows: np.ndarray, batch_size: int, shuffle: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """Return the rows (int64 [n]) of batches whose sizes differ by at most one; `shuffle` as in `read_batches`."""
+    order = rows.copy()
+    if shuffle is not None:
+        np.random.default_rng(shuffle).shuffle(order)
+    # Sorted, a batch is read in the order of the file.
+    return [np.sort(batch) for batch in np.array_split(order, -(-len(order) // batch_size))]

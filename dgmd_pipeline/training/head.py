@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgmd_pipeline.training import head_selection, loop
+from dgmd_pipeline.training import head_selection, linear, loop
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures
-from dgmd_pipeline.training.head_fitting import fit_hidden, fit_linear
+from dgmd_pipeline.training.head_fitting import HiddenHead, fit_linear
+from dgmd_pipeline.training.runtime import one_blas_thread
 
 if TYPE_CHECKING:
     import keras
 
 
+@one_blas_thread
 def train_head(
     data: LabeledFeatures,
     validation: LabeledFeatures,
@@ -47,28 +49,33 @@ def train_head(
     selection_file = checkpoint.with_name(head_selection.FILE) if checkpoint else None
     selection = head_selection.load(selection_file) if selection_file and selection_file.exists() else None
     state = load_or_start(config._replace(seed=selection.seed) if selection else config, checkpoint)
+    config = config._replace(seed=state.seed)
+    components = linear.principal_components(data.vectors)
+    hidden = None if kind == "linear" else HiddenHead(components, weights, config)
     if selection is None:
-        selection = head_selection.select(data, groups, weights, config._replace(seed=state.seed), kind)
+        selection = head_selection.select(data, groups, weights, config, kind, components, hidden)
         if selection_file:
             head_selection.save(selection, selection_file)
     head_selection.log_selection(selection)
     chosen = selection.chosen
-    if chosen.kind == "linear":
-        trained = fit_linear(data, validation, weights, chosen.shrinkage, chosen.strength, selection.seed)
-        on_epoch(trained.history[0])
-    else:
+    if chosen.kind == "hidden" and hidden:
         config = config._replace(epochs=chosen.epochs)
-        log_epochs = loop.log_epochs(on_epoch, config.epochs)
-        trained = fit_hidden(data, validation, weights, config, state, log_epochs, checkpoint)
+        trained = hidden.fit(data, validation, config, state, loop.log_epochs(on_epoch, config.epochs), checkpoint)
+    else:
+        trained = fit_linear(data, validation, weights, components, chosen.shrinkage, chosen.strength, state.seed)
+        on_epoch(trained.history[0])
     return trained._replace(selection=selection)
 
 
+@one_blas_thread
 def refit(
     data: LabeledFeatures, chosen: head_selection.Option, class_weights: np.ndarray, config: TrainingConfig
 ) -> "keras.Model":
     """Fit the chosen head to other rows. `class_weights` are float32 [classes]; `config` has a seed."""
     assert config.seed is not None  # noqa: S101
+    components = linear.principal_components(data.vectors)
     if chosen.kind == "linear":
-        return fit_linear(data, data, class_weights, chosen.shrinkage, chosen.strength, config.seed).model
+        return fit_linear(data, data, class_weights, components, chosen.shrinkage, chosen.strength, config.seed).model
     config = config._replace(epochs=chosen.epochs)
-    return fit_hidden(data, data, class_weights, config, load_or_start(config, None), lambda _: None).model
+    hidden = HiddenHead(components, class_weights, config)
+    return hidden.fit(data, data, config, load_or_start(config, None), lambda _: None).model

@@ -4,7 +4,8 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
@@ -14,8 +15,7 @@ from dgmd_pipeline.training import early_stopping, folds, linear, loop
 from dgmd_pipeline.training.checkpoint import TrainingState, unusable_checkpoint, write_atomically
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 from dgmd_pipeline.training.features import LabeledFeatures
-from dgmd_pipeline.training.head_fitting import build_hidden, fit_hidden
-from dgmd_pipeline.training.runtime import one_blas_thread
+from dgmd_pipeline.training.head_fitting import HiddenHead
 
 log = logging.getLogger(__name__)
 HEADS = ("auto", "linear", "hidden")
@@ -26,6 +26,7 @@ HELD_OUT_ROWS = 2_000  # folds are evaluated until this many images were held ou
 SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as it helped: docs/measurements/head.md
 MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above, only centred features are evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
+FIRST_STRENGTH = 3  # position of the strength that is evaluated first
 FALLBACK_STRENGTH = 0.03  # where there are too few images to hold any out
 
 
@@ -73,30 +74,44 @@ class _Fold(NamedTuple):
     held_out: LabeledFeatures
 
 
-@one_blas_thread
+class _Fits(NamedTuple):
+    """The logistic regressions of all folds with the same settings."""
+
+    option: Option
+    strength: int  # its position in STRENGTHS
+    coefficients: Sequence[np.ndarray | None]  # of each fold; None before the first fit
+
+
 def select(
-    data: LabeledFeatures, groups: Sequence[str], class_weights: np.ndarray, config: TrainingConfig, kind: str
+    data: LabeledFeatures,
+    groups: Sequence[str],
+    class_weights: np.ndarray,
+    config: TrainingConfig,
+    kind: str,
+    components: linear.Components,
+    hidden: HiddenHead | None,
 ) -> Selection:
     """Cross-validate heads of `kind` on at most SELECTION_ROWS training images; choose the lowest log loss.
 
     The log loss distinguishes similar heads with fewer images than the accuracy does, and it rewards probabilities that
     are right, which the served model returns. A logistic regression is always evaluated, as the baseline.
-    `class_weights` are float32 [classes]; `config` has a seed.
+    `class_weights` are float32 [classes]; `config` has a seed. `components` are those of the training images. `hidden`
+    is evaluated unless `kind` is linear; its weights change.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)
-    components = linear.principal_components(sample.vectors)
-    cv_folds = list(_cv_folds(sample, groups, seed))
-    held_out = sum(len(fold.held_out.labels) for fold in cv_folds)
+    masks = list(_cv_masks(sample.labels, groups, seed))
+    held_out = sum(int(mask.sum()) for _, mask in masks)
     if not held_out:
         fallback = Option("linear", math.nan, math.nan, strength=FALLBACK_STRENGTH)
         if kind == "hidden":
             fallback = Option("hidden", math.nan, math.nan, epochs=config.epochs)
         return Selection(fallback, [], 0, seed)
-    options = [_best_linear(cv_folds, components, class_weights)]
-    if kind != "linear":
+    coordinates, components = linear.project(sample.vectors, components)
+    options = [_best_linear(_divide(coordinates, sample.labels, masks), components, class_weights)]
+    if hidden and kind != "linear":
         try:
-            options.append(_best_hidden(cv_folds, sample, class_weights, config))
+            options.append(_best_hidden(_divide(np.asarray(sample.vectors), sample.labels, masks), hidden, config))
         except loop.Diverged as error:
             if kind == "hidden":
                 raise
@@ -115,9 +130,11 @@ def _sample(data: LabeledFeatures, groups: Sequence[str], seed: int) -> tuple[La
     return sample, [groups[row] for row in rows.tolist()]
 
 
-def _cv_folds(data: LabeledFeatures, groups: Sequence[str], seed: int) -> Iterator[_Fold]:
-    """Yield folds until HELD_OUT_ROWS images were held out. Images whose label is not fitted are not held out."""
-    vectors, labels = data
+def _cv_masks(labels: np.ndarray, groups: Sequence[str], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield masks (bool [n]) of the fitted and the held-out rows of folds until HELD_OUT_ROWS rows were held out.
+
+    Images whose label is not fitted are not held out.
+    """
     fold_of = folds.assign(labels, groups, FOLDS, seed)
     count = 0
     for number in range(FOLDS):
@@ -125,70 +142,73 @@ def _cv_folds(data: LabeledFeatures, groups: Sequence[str], seed: int) -> Iterat
         held_out = ~fitted & np.isin(labels, labels[fitted])
         if held_out.any() and count < HELD_OUT_ROWS:
             count += int(held_out.sum())
-            yield _Fold(*(LabeledFeatures(vectors[rows], labels[rows]) for rows in (fitted, held_out)))
+            yield fitted, held_out
+
+
+def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[_Fold]:
+    return [_Fold(*(LabeledFeatures(vectors[mask], labels[mask]) for mask in pair)) for pair in masks]
 
 
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
-    """Return the best logistic regression over shrinkages and strengths."""
-    products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
-    shrinkages = SHRINKAGES if products <= MAX_PRODUCTS else SHRINKAGES[:1]
-    options = [
-        option for shrinkage in shrinkages for option in _linear_path(cv_folds, components, shrinkage, class_weights)
-    ]
-    return min(options, key=lambda option: option.log_loss)
+    """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates, not features.
 
-
-def _linear_path(
-    cv_folds: Sequence[_Fold], components: linear.Components, shrinkage: float, class_weights: np.ndarray
-) -> Iterator[Option]:
-    """Yield a logistic regression for each strength, until the loss has risen twice in a row.
-
-    Each fit starts from the previous one. High strengths are the slowest: nine tenths of the time went into fits that
-    could not win.
+    Each shrinkage starts at the best strength of the previous one.
     """
-    basis = linear.build_basis(components, shrinkage)
-    fits: list[np.ndarray | None] = [None] * len(cv_folds)
-    losses = [math.inf, math.inf]
-    for strength in STRENGTHS:
-        fitted = [
-            linear.fit(*fold.fitted, class_weights, basis, strength, start)
-            for fold, start in zip(cv_folds, fits, strict=True)
-        ]
-        option = Option("linear", *_measure_linear(cv_folds, fitted, basis), shrinkage, strength)
-        yield option
-        fits = [*fitted]
-        losses.append(option.log_loss)
-        if losses[-1] > losses[-2] > losses[-3]:
-            return
+    products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
+    found = [_Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))]
+    for shrinkage in SHRINKAGES if products <= MAX_PRODUCTS else SHRINKAGES[:1]:
+        evaluate = partial(_evaluate_linear, cv_folds, components, class_weights, shrinkage)
+        found.append(_descend(evaluate, found[-1]))
+    return min((fits.option for fits in found), key=lambda option: option.log_loss)
 
 
-def _measure_linear(cv_folds: Sequence[_Fold], fits: Sequence[np.ndarray], basis: linear.Basis) -> tuple[float, float]:
-    """Return the log loss and the accuracy of all held-out images."""
-    true_logs, correct = [], []
-    for fold, coefficients in zip(cv_folds, fits, strict=True):
+def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
+    """Follow the decreasing loss along the strengths, which has one minimum. Each fit starts from its neighbour's."""
+    best = evaluate(start.strength, start)
+    for step in (1, -1):
+        before = best
+        while 0 <= best.strength + step < len(STRENGTHS):
+            tried = evaluate(best.strength + step, best)
+            if tried.option.log_loss >= best.option.log_loss:
+                break
+            best = tried
+        if best is not before:
+            break
+    return best
+
+
+def _evaluate_linear(
+    cv_folds: Sequence[_Fold],
+    components: linear.Components,
+    class_weights: np.ndarray,
+    shrinkage: float,
+    strength: int,
+    start: "_Fits",
+) -> "_Fits":
+    """Fit a logistic regression to each fold, and measure it on the images that were held out."""
+    penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
+    fits, true_logs, correct = [], [], []
+    for fold, coefficients in zip(cv_folds, start.coefficients, strict=True):
+        fits.append(linear.fit(*fold.fitted, class_weights, components, penalty, coefficients))
         vectors, labels = fold.held_out
-        logs = linear.log_probabilities(vectors, *linear.unproject(coefficients, basis))
+        logs = linear.log_probabilities(vectors, *linear.unproject(fits[-1], components))
         true_logs.append(logs[np.arange(len(labels)), labels])
         correct.append(logs.argmax(axis=1) == labels)
-    return -float(np.concatenate(true_logs).mean()), float(np.concatenate(correct).mean())
+    loss, accuracy = -float(np.concatenate(true_logs).mean()), float(np.concatenate(correct).mean())
+    return _Fits(Option("linear", loss, accuracy, shrinkage, STRENGTHS[strength]), strength, fits)
 
 
-def _best_hidden(
-    cv_folds: Sequence[_Fold], data: LabeledFeatures, class_weights: np.ndarray, config: TrainingConfig
-) -> Option:
+def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: TrainingConfig) -> Option:
     """Return a head with hidden layers and the number of epochs with the lowest log loss.
 
-    `data` are the rows of all folds. A fold stops when its loss has not decreased for `config.patience` epochs.
+    A fold stops when its loss has not decreased for `config.patience` epochs.
     """
-    network = build_hidden(data, len(class_weights), config)  # one for all folds: it is traced once
-    start = TrainingState(int(config.seed or 0), [], loop.variable_values(loop.prepare(network, config)))
     histories = []
     for fold in cv_folds:
         history: list[Epoch] = []
-
         with contextlib.suppress(early_stopping.StopEarly):
             stop_early = early_stopping.after(config.patience, history)
-            fit_hidden(*fold, class_weights, config, start._replace(history=[]), stop_early, network=network)
+            hidden.fit(*fold, config, TrainingState(int(config.seed or 0), [], []), stop_early)
         histories.append(history)
     epochs = min(map(len, histories))
     metrics = np.array([[(row.val_loss, row.val_accuracy) for row in history[:epochs]] for history in histories])

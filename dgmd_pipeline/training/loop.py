@@ -30,7 +30,7 @@ def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
 
     def log_epoch(row: Epoch) -> None:
         log.info(
-            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, accuracy %.4f",
+            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, validation accuracy %.4f",
             row.epoch + 1, epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
         )  # fmt: skip
         on_epoch(row)
@@ -65,17 +65,46 @@ def fit(
     checkpoint: Path | None = None,
     callback: "AveragingCallback | None" = None,
 ) -> TrainedModel:
-    """Train a network that returns probabilities until it has had `config.epochs` epochs, starting from `state`.
+    """Train a network that returns probabilities with Keras's `fit`: see `run`.
 
     `training` returns the batches (inputs, labels int64) of an epoch, in that epoch's order. `val_batches` are measured
-    after each epoch and do not affect the training. `class_weights` (float32 [classes]) weigh the training loss. The
-    state after each epoch is saved in `checkpoint` before `on_epoch` is called. `callback.variables` become part of the
-    state.
+    after each epoch and do not affect the training. `class_weights` (float32 [classes]) weigh the training loss.
+    `callback.variables` become part of the state.
+    """
+    import tensorflow as tf
+
+    weights = tf.constant(class_weights)
+
+    def run_epoch(epoch: int) -> dict[str, float]:
+        weighted = training(epoch).map(lambda inputs, labels: (inputs, labels, tf.gather(weights, labels)))
+        # Keras gets one epoch at a time, so its order depends on nothing before it. The data are shuffled already.
+        logs = network.fit(
+            weighted, validation_data=val_batches, shuffle=False, verbose=0, callbacks=[callback] if callback else None
+        ).history
+        return {name: value for name, [value] in logs.items()}
+
+    return run(network, run_epoch, config, state, on_epoch, checkpoint, callback.variables if callback else ())
+
+
+def run(
+    network: "keras.Model",
+    run_epoch: Callable[[int], dict[str, float]],
+    config: TrainingConfig,
+    state: TrainingState,
+    on_epoch: OnEpoch,
+    checkpoint: Path | None = None,
+    more_variables: Sequence["keras.Variable"] = (),
+) -> TrainedModel:
+    """Call `run_epoch` until the network has had `config.epochs` epochs, starting from `state`.
+
+    `run_epoch` trains one epoch, counted from 0, with the learning rate that the optimizer has then, and returns the
+    losses and accuracies of an Epoch by name. The state after each epoch is saved in `checkpoint` before `on_epoch` is
+    called. It includes `more_variables`.
 
     Raises Diverged where the weights or a loss are not finite, UnusableCheckpoint where `state` does not fit the
     network.
     """
-    variables = prepare(network, config) + (callback.variables if callback else [])
+    variables = [*prepare(network, config), *more_variables]
     history = state.history
     if checkpoint:  # the next checkpoint is written beside the previous one
         size = sum(variable.numpy().nbytes for variable in variables)
@@ -84,8 +113,8 @@ def fit(
         _restore(variables, state.values, checkpoint)
     for epoch in range(len(history), config.epochs):
         rate = learning_rate_of(epoch, config.learning_rate, config.decay_rate)
-        metrics = _fit_epoch(network, training(epoch), val_batches, class_weights, rate, callback)
-        row = Epoch(epoch, **metrics, learning_rate=rate)
+        network.optimizer.learning_rate = rate
+        row = Epoch(epoch, **run_epoch(epoch), learning_rate=rate)
         values = variable_values(variables)
         _check_finite(row, values, config)
         history.append(row)
@@ -93,27 +122,6 @@ def fit(
             save_state(TrainingState(state.seed, history, values), checkpoint)
         on_epoch(row)
     return TrainedModel(network, history, state.seed)
-
-
-def _fit_epoch(
-    network: "keras.Model",
-    batches: "tf.data.Dataset",
-    val_batches: "tf.data.Dataset",
-    class_weights: np.ndarray,
-    rate: float,
-    callback: "AveragingCallback | None",
-) -> dict[str, float]:
-    """Train one epoch and return the metrics that Keras measured, by name."""
-    import tensorflow as tf
-
-    weights = tf.constant(class_weights)
-    network.optimizer.learning_rate = rate
-    weighted = batches.map(lambda inputs, labels: (inputs, labels, tf.gather(weights, labels)))
-    # Keras gets one epoch at a time, so its order depends on nothing before it. The data are shuffled already.
-    logs = network.fit(
-        weighted, validation_data=val_batches, shuffle=False, verbose=0, callbacks=[callback] if callback else None
-    ).history
-    return {name: value for name, [value] in logs.items()}
 
 
 def _check_finite(row: Epoch, values: Sequence[np.ndarray], config: TrainingConfig) -> None:

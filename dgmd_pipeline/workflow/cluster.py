@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, WorkerDied
-from dgmd_pipeline.workflow import cluster_worker, folders
+from dgmd_pipeline.workflow import cluster_worker
 from dgmd_pipeline.workflow.cluster_worker import Job
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class ClusterExecutor:
             client.wait_for_workers(1, timeout)
         except TimeoutError:
             raise PipelineError(_no_workers(self._address, timeout)) from None
-        lock = (self._data_dir / folders.LOCK).read_text("utf-8")
-        job = Job(uuid.uuid4().hex, self._data_dir, lock, cluster_worker.versions(), self._prepare)
+        holder = cluster_worker.holder(self._data_dir)
+        job = Job(uuid.uuid4().hex, self._data_dir, holder, cluster_worker.versions(), self._prepare)
         self._job = pickle.dumps(job)
         found: Any = client.get_versions()
         here, there = job.versions, found["scheduler"]["packages"]
@@ -118,12 +118,14 @@ class ClusterExecutor:
             )
         try:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
-                if answer is not None and worker in client.nthreads():
+                if answer is None:
+                    _check_answer(job, worker)
+                elif worker in client.nthreads():  # else it has ended meanwhile
                     raise PipelineError(f"The Dask worker {worker} {answer}")
-                _check_answer(job, worker)
         finally:
             for path in self._data_dir.glob(f"{cluster_worker.ANSWER}*"):
                 path.unlink(missing_ok=True)
+        self._had_workers = time.monotonic()
         self._count_workers()
 
     def map(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow import lock
 from dgmd_pipeline.workflow.executors import ProcessExecutor
 
 PACKAGE = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
     id: str
     data_dir: Path
-    lock: str  # content of the file that locks DATA_DIR
+    holder: str  # which process holds the lock of DATA_DIR
     versions: dict[str, str]
     prepare: Callable[[], None]  # called before the first piece
 
@@ -53,6 +53,11 @@ def versions() -> dict[str, str]:
     return {**found, "code of dgmd_pipeline": code.hexdigest()[:12]}
 
 
+def holder(data_dir: Path) -> str:
+    """Return which process holds the lock of DATA_DIR, and since when. Raises OSError."""
+    return (data_dir / lock.LOCK).read_text("utf-8").partition("\n")[0]
+
+
 def check(content: bytes, dask_worker: DaskWorker) -> str | None:
     """Return why a worker cannot do pieces of a job, as the rest of a sentence. Write a file to DATA_DIR.
 
@@ -65,13 +70,12 @@ def check(content: bytes, dask_worker: DaskWorker) -> str | None:
         return f"has {found}, and the run has {expected}. Start it with the image of the run."
     if dask_worker.state.nthreads != 1:
         return f"has {dask_worker.state.nthreads} threads. Start it with `--nthreads 1`, and more workers instead."
-    lock = job.data_dir / folders.LOCK
     try:
-        seen = lock.read_text("utf-8")
+        seen = holder(job.data_dir)
         job.answer(dask_worker.address).touch()
     except OSError as error:
         return f"cannot use DATA_DIR: {error}. Give it the disk of the run at the same path, writable."
-    if seen != job.lock:
+    if seen != job.holder:
         return f"sees another folder at {job.data_dir} than the run. Give both the same disk at this path."
     return None
 

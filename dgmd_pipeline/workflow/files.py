@@ -5,14 +5,17 @@ import ctypes
 import errno
 import glob
 import hashlib
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_damaged: set[tuple[int, int, str]] = set()  # device and inode of the folder, name
 _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
 
 
@@ -35,6 +38,15 @@ def is_intact(path: Path, size: int, checksum: str) -> bool:
         return path.stat().st_size == size and sha256(path) == checksum
     except OSError:
         return False
+
+
+def warn_of_damage(path: Path, consequence: str) -> None:
+    """Log that a file is damaged, once in a process: its folder may have got another name since the last call."""
+    folder = path.parent.stat()
+    key = folder.st_dev, folder.st_ino, path.name
+    if key not in _damaged:
+        _damaged.add(key)
+        log.warning("%s is damaged: %s", path, consequence)
 
 
 def link(source: Path, target: Path, temporary: Path) -> None:

@@ -1,25 +1,17 @@
-"""A draft -> a complete folder; recovery after a kill; and the lock of DATA_DIR.
+"""A draft -> a complete folder; recovery after a kill.
 
 A step writes into a draft folder in the same parent folder as its target. Its last action renames the draft to the
 target, so a folder that exists is complete. See docs/decisions/0001-a-step-is-a-folder.md.
 """
 
 import contextlib
-import fcntl
 import os
-import socket
-import time
 from collections.abc import Iterable, Iterator
-from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
 
-from dgmd_pipeline import formatting
-from dgmd_pipeline.errors import Busy, PipelineError
 from dgmd_pipeline.workflow import disk, files
 
 RESUME = ".resume"  # folder in a draft with the files needed to resume it; never in a finished folder
-LOCK = ".lock"  # file in DATA_DIR
 FINGERPRINT = "purpose"  # file in RESUME with the fingerprint that the draft was started for
 
 
@@ -148,73 +140,3 @@ def folder_bytes(folder: Path) -> int:
         # Without Path objects: creating one would take longer than lstat.
         total += sum(os.lstat(f"{path}/{name}").st_size for name in names)
     return total
-
-
-@contextlib.contextmanager
-def lock(data_dir: Path) -> Iterator[None]:
-    """Lock `data_dir` for one run. The kernel releases the lock when the process ends.
-
-    Raises Busy, which names the process that holds the lock, if it is locked already, and PipelineError if no file can
-    be created there.
-    """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        file = (data_dir / LOCK).open("a+b", buffering=0)
-    except FileNotFoundError:  # as in /proc
-        raise PipelineError(f"{data_dir}: DATA_DIR must be a folder on a disk: choose another path.") from None
-    with file:
-        if not _acquire(file):
-            raise Busy(f"{data_dir} is in use by another run: {_read_holder(file)}. Wait until it has ended.")
-        _write_holder(file, f"process {os.getpid()} on {socket.gethostname()}, started {formatting.utc_now()}")
-        try:
-            yield
-        finally:
-            _write_holder(file, "")
-
-
-class KilledRun(NamedTuple):
-    """A run that ended without releasing its lock."""
-
-    process: str  # for example "process 7 on host"
-    started: str  # ISO 8601, UTC
-
-
-def killed_run(data_dir: Path) -> KilledRun | None:
-    """Return the run that locked `data_dir` last if it was killed, else None."""
-    try:
-        with (data_dir / LOCK).open("rb", buffering=0) as file:
-            holder = file.read().decode()
-            if not holder:
-                return None
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):  # BlockingIOError: the run is active
-        return None
-    process, _, started = holder.partition(", started ")
-    return KilledRun(process, started)
-
-
-def _acquire(file: FileIO) -> bool:
-    """Lock the file, and return whether it was free. `killed_run` may hold it for a moment."""
-    for _ in range(20):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def _write_holder(file: FileIO, text: str) -> None:
-    # The lock also works without the name of its holder, for example on a full disk.
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(text.encode())
-
-
-def _read_holder(file: FileIO) -> str:
-    """Return the text that the holder wrote. Wait a moment for it: the holder may have only just taken the lock."""
-    for _ in range(20):
-        file.seek(0)
-        if text := file.read():
-            return text.decode()
-        time.sleep(0.01)
-    return "a process that has just started or is about to end"

@@ -1,7 +1,7 @@
 """Records of finished folders -> which steps will run, and why."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from dgmd_pipeline.errors import SettingsError
@@ -24,11 +24,17 @@ class StepPlan:
     bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
     waits_for: Sequence[str] = ()  # for "maybe": the steps that certainly run and whose results decide
+    reuse: str = ""  # what the step will take over, as far as it is known, for example "12 new, 1,588 reused"
 
     @property
     def reason(self) -> str:
         """The reasons as text."""
         return ", ".join(map(str, self.reasons))
+
+    @property
+    def explanation(self) -> str:
+        """The reasons, and what the step will take over, as text."""
+        return "; ".join(filter(None, (self.reason, self.reuse)))
 
     def as_json(self) -> Json:
         """Return what `plan --json` prints."""
@@ -41,6 +47,7 @@ class StepPlan:
             "bytes": self.bytes,
             "counts": self.counts,
             "hangs_on": list(self.waits_for),
+            "reuse": self.reuse,
         }
 
 
@@ -72,17 +79,21 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
     return found
 
 
-def plan(*last: "Step") -> list[StepPlan]:
-    """Return the plan of each step up to `last`, in the order in which they run.
+def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
+    """Return the plan of each step up to `last`, in the order in which they run; `with_reuse` takes longer.
 
     The fingerprints of folders that are up to date are added to the run's result; these folders are not examined again.
     """
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
-        plans[step.folder] = _step_plan(step, [plans[task.folder] for task in step.deps()])
+        upstream = [plans[task.folder] for task in step.deps()]
+        found = _step_plan(step, upstream)
+        if with_reuse and found.state != "done":
+            found = replace(found, reuse=step.expected_reuse(upstream))
+        plans[step.folder] = found
         step.context.result.planned.add(step.folder)
-        if plans[step.folder].state == "done" and (fingerprint := plans[step.folder].fingerprint):
-            step.context.result.fingerprints[step.folder] = fingerprint
+        if found.state == "done" and found.fingerprint:
+            step.context.result.fingerprints[step.folder] = found.fingerprint
     return list(plans.values())
 
 

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from luigi.task_register import Register
 
 from dgmd_pipeline.workflow.executors import Executor, ProcessExecutor
-from dgmd_pipeline.workflow.success_file import Json, StepRecord
+from dgmd_pipeline.workflow.success_file import Json, StepRecord, digest
 
 Shared = TypeVar("Shared")
 
@@ -46,11 +47,17 @@ class RunContext:
     settings: Values
     executor: Executor = field(default_factory=ProcessExecutor)
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
+    tell: Callable[[str, str], None] = lambda _step, _progress: None  # says which step runs, and how far it is
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date
     name: str = "run"  # on the page of a Luigi scheduler
     holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)
+
+    @cached_property
+    def deployment(self) -> str:
+        """The name, and a hash of the settings."""
+        return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:
         """Return this run's only object of a class. The first call creates it."""

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import luigi
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.workflow import disk, folders, planning, progress, run_context
+from dgmd_pipeline.workflow import disk, folders, lock, planning, progress, run_context
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, Values
 from dgmd_pipeline.workflow.success_file import (
@@ -30,6 +31,11 @@ from dgmd_pipeline.workflow.success_file import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _version() -> str:
+    return version("dgmd_pipeline")
 
 
 class UpstreamChange(NamedTuple):
@@ -64,8 +70,7 @@ class DeploymentParameter(luigi.Parameter):
 
     def task_value(self, task_name: str, param_name: str) -> str:
         """Return the value of the current run."""
-        context = run_context.current()
-        return f"{context.name}-{digest(context.settings.public())[:8]}"
+        return run_context.current().deployment
 
 
 class DeclaredSettings:
@@ -150,6 +155,20 @@ class Step(luigi.Task):
         """Return the steps that this one needs, by the name that `work` uses for them."""
         return {}
 
+    @classmethod
+    @cache
+    def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
+        """Return the parameters of the class. Luigi looks at all its attributes each time a task is created."""
+        return super().get_params()
+
+    @cached_property
+    def _needed(self) -> list["Step"]:
+        return super().deps()
+
+    def deps(self) -> list["Step"]:
+        """Return the steps that this one needs. Luigi makes them again at each call, from all their parameters."""
+        return self._needed
+
     def output(self) -> StepTarget:
         """Return the step's folder as a Luigi target."""
         return StepTarget(self)
@@ -183,6 +202,10 @@ class Step(luigi.Task):
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         """Return how many images the step will get, or None if the plans of its inputs do not say."""
         return next((plan.images for plan in upstream if plan.images is not None), None)
+
+    def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
+        """Return what the step will take over from its folder, for the plan; "" for nothing or if it is unknown."""
+        return ""
 
     def keeps_replaced(self) -> bool:
         """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
@@ -219,7 +242,10 @@ class Step(luigi.Task):
 
     def _forced(self) -> str | None:
         """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
-        forced, steps = self.context.forced, reversed(planning.upstream_steps(self))  # its own reason first
+        forced = self.context.forced
+        if not forced:
+            return None
+        steps = reversed(planning.upstream_steps(self))  # its own reason first
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
@@ -234,7 +260,9 @@ class Step(luigi.Task):
                 known[self.folder] = record.identity
                 log.info("%-20s unchanged", self.folder)
                 return
-            log.info("%-20s ...", self.folder)
+            self.context.tell(self.folder, "")
+            total = len(self.context.result.planned)
+            log.info("%-20s ... (step %d of %d)", self.folder, len(known) + 1, total)
             record, summary = self._write(inputs)
             known[self.folder] = record.identity
             self.context.result.records.append(record)
@@ -271,7 +299,7 @@ class Step(luigi.Task):
                 counts=result.counts,
                 started=started,
                 seconds=round(time.monotonic() - start, 3),
-                version=version("dgmd_pipeline"),
+                version=_version(),
                 images=result.images,
                 bytes=folders.folder_bytes(draft),
                 worked=result.images if result.images_processed is None else result.images_processed,
@@ -290,19 +318,20 @@ class Step(luigi.Task):
         if self.context.holds_lock:
             yield
             return
-        with folders.lock(self.path.parent), contextlib.closing(self.context.executor):
+        with lock.hold(self.path.parent), contextlib.closing(self.context.executor):
             folders.recover(self.path.parent, [self.folder])
             yield
 
     def progress(
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
-        """Yield `items` and show how far the step is, in the log and on the page of a Luigi scheduler."""
+        """Yield `items` and show how far the step is, in the log and to those that `report` tells."""
         shown = {"report": self.report, "note": self.context.executor.describe, **options}
         return progress.progress(items, self.label, total, unit, **shown)
 
     def report(self, percent: int, text: str) -> None:
-        """Show on the page of a Luigi scheduler how far the step is."""
+        """Tell how far the step is: the command `health`, and the page of a Luigi scheduler."""
+        self.context.tell(self.folder, text)
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
             if tell := getattr(self, name, None):  # it exists only while Luigi's worker runs the task
                 tell(value)

@@ -41,9 +41,9 @@ GROUPS = {
     "Fine-tuning": ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate"),
     "Registry and promotion": (
         *("model_name", "mlflow_tracking_uri", "mlflow_experiment_name", "max_class_drop", "max_latency_ratio"),
-        "git_revision",
+        *("allow_lost_labels", "promote_if_better", "git_revision"),
     ),
-    "Schedule and notifications": ("schedule", "tz", "notify_url"),
+    "Schedule and notifications": ("schedule", "tz", "notify_url", "notify_on", "health_max_age"),
     "Cluster": ("dask_scheduler_address",),
     "Luigi": ("luigi_scheduler_url", "luigi_config_path"),
 }

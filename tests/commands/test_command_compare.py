@@ -40,7 +40,10 @@ def test_two_versions_are_compared(trained, json_of):
     assert found["comparison"]["accuracy"] == pytest.approx(right)
     assert found["comparison"]["version"] == 1 and "other_accuracy" in found["comparison"]
     assert found["assessment"]["latency_ratio"] > 0 and "other_bytes" in found["assessment"]
-    assert "production_" not in json.dumps(found)
+    assert (found["version"], found["other_version"]) == (2, 1)
+    assert found["verdict"] in ("better", "no difference", "worse")
+    assert [gate["name"] for gate in found["gates"] if gate["passed"] is not None]
+    assert "production" not in json.dumps(found)
 
 
 def test_a_version_that_does_not_exist_is_reported(trained, command):

@@ -13,14 +13,32 @@ pytest_plugins = ["support.trained_versions"]
 def test_models_shows_environment_comparison_and_promotion_of_each_version(trained, json_of, command):
     rows = {row["version"]: row for row in json_of(trained.folder, "models", **trained.variables)}
     assert {number: row["environment"] for number, row in rows.items()} == {1: "production", 2: "non-production"}
-    assert rows[2]["compared_with"] == "1" and rows[2]["bytes"] > 10_000 and rows[2]["latency_p50_ms"] > 0
+    assert rows[2]["compared_with"] == 1 and rows[2]["bytes"] > 10_000 and rows[2]["latency_p50_ms"] > 0
+    assert (rows[1]["verdict"], rows[1]["latency_ratio"], rows[1]["compared_with"]) == ("first", None, None)
+    assert rows[2]["verdict"] in ("better", "no difference", "worse") and rows[2]["latency_ratio"] > 0
+    assert [type(rows[2][name]) for name in ("version", "compared_with", "bytes")] == [int] * 3
     assert rows[2]["aliases"] == ["candidate"]
     assert rows[1]["promoted_by"] and rows[1]["promoted_at"]
     assert rows[2]["promoted_by"] is None and rows[2]["promoted_at"] is None
     table = command(trained.folder, "models", **trained.variables).stdout.splitlines()
     assert max(map(len, table)) <= 80, table
-    assert f"promoted {rows[1]['promoted_at'][:10]} by {rows[1]['promoted_by']}" in table[-2]
+    promoted = rows[1]["promoted_at"][:16].replace("T", " ")
+    assert f"promoted {promoted} by {rows[1]['promoted_by']}" in "\n".join(table)
+    assert rows[1]["created"][:16].replace("T", " ") in "\n".join(table)
+    assert f"x {rows[2]['latency_ratio']:.2f}" in table[2] and " ms" not in "".join(table)
     assert table[-1].startswith("* candidate")
+
+
+def test_a_version_of_before_verdicts_is_shown_without_one(trained, own_model, json_of, command):
+    for name in ("verdict", "dgmd.latency_ratio"):
+        trained.client.delete_model_version_tag(own_model["MODEL_NAME"], "2", name)
+    trained.client.set_model_version_tag(own_model["MODEL_NAME"], "1", "dgmd.failed", "labels, latency")
+    newest, first = json_of(trained.folder, "models", **own_model)
+    assert (newest["verdict"], newest["latency_ratio"], newest["failed"]) == (None, None, [])
+    assert first["failed"] == ["labels", "latency"]
+    table = command(trained.folder, "models", **own_model).stdout
+    assert f"compared with version 1: {100 * newest['difference']:+.1f} points" in table
+    assert "first version; failed: labels, latency" in table
 
 
 @pytest.mark.parametrize("word", ["models", "promote", "rollback", "history"])

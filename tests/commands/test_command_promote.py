@@ -14,6 +14,13 @@ from conftest import ROOT, environment_with
 from support.mlflow_server import registered_model_requests
 from support.trained_versions import NAME, register_again, run_with
 
+from dgmd_pipeline import settings
+from dgmd_pipeline.commands import promotion
+from dgmd_pipeline.registry import promotion as registry_promotion
+from dgmd_pipeline.registry import store as registry_store
+from dgmd_pipeline.registry import versions
+from dgmd_pipeline.tasks import lookup
+
 pytest_plugins = ["support.trained_versions"]
 
 TOO_SLOW = {"MAX_LATENCY_RATIO": 1e-3}  # a condition that no model meets
@@ -26,7 +33,7 @@ def environments(json_of, folder, variables):
 
 
 def test_the_first_promotion_says_that_there_is_nothing_to_compare_with(trained):
-    assert trained.first_promotion.count("There is no production version to compare with.") == 3
+    assert trained.first_promotion.count("There is no production version to compare with.") == 1
     assert "version 1 is production" in trained.first_promotion
 
 
@@ -38,7 +45,7 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
 
     refused = command(folder, "promote", "--yes", **slow)
     assert refused.returncode == 40
-    assert re.search(r"latency +FAILS", refused.stdout) and "Version 2 is not promoted. One " in refused.stdout
+    assert re.search(r"latency +FAILS", refused.stdout) and "Failed: latency (1 of " in refused.stdout
     without_terminal = command(folder, "promote", **own_model)
     assert without_terminal.returncode == 2 and "stdin is not a terminal" in without_terminal.stdout
     without_reason = command(folder, "promote", "--force", **own_model)
@@ -46,7 +53,7 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
     assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
 
     forced = json_of(folder, "promote", "2", "--yes", "--force", "--reason", "it is needed", **slow)
-    assert forced["promoted"] and forced["event"]["forced"]
+    assert forced["promoted"] and forced["event"]["forced"] and forced["overridden"] == ["latency"]
     assert environments(json_of, folder, own_model) == {1: "non-production", 2: "production"}
     assert "is production already" in command(folder, "promote", "@production", **own_model).stdout
     assert trained.client.get_model_version(name, "1").current_stage == "Archived"
@@ -65,7 +72,7 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
     ]
     assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
     table = command(folder, "history", **own_model).stdout.splitlines()
-    assert len(table) == 4 and "promote (forced)" in table[2]
+    assert len(table) == 4 and "promote (forced: latency)" in table[2]
 
 
 def test_a_promotion_asks_for_the_registered_model_at_most_twice(trained, own_model, command):
@@ -80,14 +87,96 @@ def test_an_operator_at_a_terminal_is_asked(trained, own_model, command, json_of
     ours, theirs = os.openpty()
     with os.fdopen(ours, "w") as keyboard, os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
+        trained.client.set_registered_model_alias(own_model["MODEL_NAME"], "production", "1")
         print("n", file=keyboard, flush=True)
         refused = command(trained.folder, "promote", "2", **own_model)
         assert refused.returncode == 40, refused.stdout
-        assert "[y/N]" in refused.stderr and "Nothing was changed." in refused.stdout
-        assert environments(json_of, trained.folder, own_model) == {1: "non-production", 2: "non-production"}
+        assert "version 1, although no difference was shown? [y/N]" in refused.stderr
+        assert "No difference from version 1 shown" in refused.stdout and ": no reason to promote" in refused.stdout
+        assert "Nothing was changed." in refused.stdout and "error" not in refused.stdout
+        assert environments(json_of, trained.folder, own_model) == {1: "production", 2: "non-production"}
         print("y", file=keyboard, flush=True)
         assert command(trained.folder, "promote", "2", **own_model).returncode == 0
     assert environments(json_of, trained.folder, own_model) == {1: "non-production", 2: "production"}
+
+
+def with_changed_file(client, known, folder, path, change):
+    """Register version `known` of NAME under a new name, with a run whose file `path` is changed."""
+    name = f"{NAME}-{path.partition('/')[0]}-changed"
+    run = run_with(client, known, "evaluation", "split")
+    file = Path(client.download_artifacts(known.run_id, path, str(folder)))
+    file.write_text(change(file.read_text()))
+    client.log_artifact(run.info.run_id, str(file), path.rpartition("/")[0])
+    client.create_registered_model(name)
+    return name, run
+
+
+def test_a_label_that_production_knew_and_the_version_does_not_is_refused(trained, tmp_path, json_of, command):
+    client = trained.client
+    first, second = (client.get_model_version(NAME, number) for number in ("1", "2"))
+    more = "sage/1.png,sage,9,00,\n"
+    name, run = with_changed_file(client, first, tmp_path, "split/training.csv", lambda rows: rows + more)
+    register_again(client, name, first, run)
+    register_again(client, name, second)
+    client.set_registered_model_alias(name, "production", "1")
+    variables = {**trained.variables, "MODEL_NAME": name, "DATA_DIR": tmp_path / "nothing"}
+    for allowed in (False, True):
+        words = ("promote", "2", "--yes", "--json")
+        refused = command(trained.folder, *words, **variables, ALLOW_LOST_LABELS=str(allowed).lower())
+        gates = {gate["name"]: gate for gate in json.loads(refused.stdout)["gates"]}
+        assert gates["labels"]["passed"] is allowed
+        assert gates["labels"]["text"].startswith("This version cannot predict these labels any more: sage.")
+
+
+def test_a_version_is_promoted_by_itself_only_if_it_is_better_and_never_the_first(
+    trained, own_model, tmp_path, json_of, command
+):
+    assert "Version 1 is not promoted: an operator promotes the first version." in trained.first_run
+    client, folder = trained.client, trained.folder
+    first, second = (client.get_model_version(NAME, number) for number in ("1", "2"))
+
+    def better(text):
+        found = {"difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001}
+        return json.dumps({**json.loads(text), **found})
+
+    name, run = with_changed_file(client, second, tmp_path, "evaluation/comparison.json", better)
+    register_again(client, name, first)
+    register_again(client, name, second, run)
+    register_again(client, name, second)
+    client.set_registered_model_alias(name, "production", "1")
+    variables = {**trained.variables, "MODEL_NAME": name}
+    assert len(environments(json_of, folder, variables)) == 3  # this sets the variables
+    values = settings.load()
+    assert promotion.promote_if_better(values, 3).startswith("Version 3 is not promoted: ")
+    assert promotion.promote_if_better(values.model_copy(update={"max_latency_ratio": 1e-3}), 2).startswith(
+        "Version 2 is not promoted: better than version 1 (+20.0 points), but do not promote. Failed: latency"
+    )
+    assert promotion.promote_if_better(values, 2).startswith("Version 2 is production now: better than version 1 (")
+    assert environments(json_of, folder, variables) == {1: "non-production", 2: "production", 3: "non-production"}
+    (event,) = json_of(folder, "history", **variables)
+    assert (event["automatic"], event["forced"], event["why"]) == (True, False, "Better than version 1 (+20.0 points)")
+    assert "promote (automatic)" in command(folder, "history", **variables).stdout
+    assert command(folder, "rollback", "--yes", **variables).returncode == 0
+    assert "was production before" in promotion.promote_if_better(values, 2)
+
+
+def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_else_named(
+    trained, own_model, tmp_path, command, json_of
+):
+    client, name = trained.client, own_model["MODEL_NAME"]
+    register_again(client, name, client.get_model_version(NAME, "2"))
+    client.set_model_version_tag(name, "1", "dgmd.validation_accuracy", "0.9900")
+    store = registry_store.at(own_model["MLFLOW_TRACKING_URI"])
+    for version in (1, 2):
+        state = versions.read(store, name)
+        registry_promotion.set_production(store, state, version, action="promote", user="ada@desk", reason="")
+    assert environments(json_of, trained.folder, own_model)[2] == "production"  # this sets the variables
+    found = lookup.production(settings.load(), tmp_path)
+    assert (found.production.version, found.best.version) == (2, 1)
+    assert found.best.path.is_file() and found.best.trained_labels
+    refused = command(tmp_path, "promote", "3", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
+    assert refused.returncode == 40
+    assert "Version 1, which was production before, had an accuracy of 0.9900 on the images of its" in refused.stdout
 
 
 def test_a_review_of_another_production_version_is_repeated_if_the_validation_records_exist(
@@ -170,7 +259,9 @@ def test_a_version_of_an_older_pipeline_is_replaced_and_restored(trained, comman
     assert refused.returncode == 40
     gates = {gate["name"]: gate for gate in json.loads(refused.stdout)["gates"]}
     assert "was not made by this pipeline" in gates["assessment"]["text"] and not gates["assessment"]["passed"]
-    assert json_of(folder, "promote", "2", "--yes", "--force", "--reason", "the first of ours", **variables)["promoted"]
+    forced = command(folder, "promote", "2", "--yes", "--force", "--reason", "the first of ours", **variables)
+    assert "version 2 is production; version 1 was." in forced.stdout
+    assert "Overridden: labels, assessment." in forced.stdout
     back = command(folder, "rollback", "--yes", **variables)
     assert back.returncode == 0, back.stdout + back.stderr
     assert "version 1 is production again" in back.stdout

@@ -13,6 +13,7 @@ import pytest
 from conftest import run_pipeline, wait_for
 
 from dgmd_pipeline import manifest
+from dgmd_pipeline.commands import demo as demo_command
 from dgmd_pipeline.training import dataset
 
 pytestmark = pytest.mark.slow
@@ -154,3 +155,14 @@ for words in ("promote 2 --yes --force --reason tried", "compare 1 2", "rollback
     assert "version 1 is production again; version 2 was." in done.stdout
     events = [line.split()[1:4] for line in done.stdout.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
     assert [event[0] for event in events] == ["promote", "promote", "rollback"]
+
+
+def test_what_the_operator_wrote_into_demo_env_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = {"DATA_DIR": "data", "EPOCHS": "15", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    assert demo_command._changes_in_env_file(written) == {}
+    demo_command._write_env_file(written)
+    assert demo_command._changes_in_env_file(written | {"AWS_ENDPOINT_URL": "http://127.0.0.1:2"}) == {}
+    with demo_command.ENV_FILE.open("a") as file:
+        file.write("EPOCHS='3'\nHEAD=linear\n")
+    assert demo_command._changes_in_env_file(written) == {"EPOCHS": "3", "HEAD": "linear"}

@@ -14,7 +14,7 @@ from conftest import picture, run_pipeline
 
 from dgmd_pipeline.commands import schedule
 from dgmd_pipeline.errors import SettingsError
-from dgmd_pipeline.workflow import folders
+from dgmd_pipeline.workflow import lock
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -127,7 +127,7 @@ def test_a_signal_also_ends_the_active_run(variables, start, tmp_path):
         silent.accept()
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-    with folders.lock(tmp_path / "data"):  # the lock is free again
+    with lock.hold(tmp_path / "data"):  # the lock is free again
         pass
 
 
@@ -147,10 +147,11 @@ def test_a_scheduled_run_waits_for_its_time(start):
 def test_the_schedule_publishes_the_status_of_a_killed_run(variables, start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process = start("--time", "100", "--until", "label", **variables)
+        process = start("--time", "100", "--until", "label", "--only-if-better", **variables)
         silent.settimeout(60)
         silent.accept()
         (run,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert b"--only-if-better" in Path(f"/proc/{run}/cmdline").read_bytes()
         os.kill(int(run), signal.SIGKILL)
         said = lines_until(process, "Next run")
     assert "Run failed with exit code 137 (killed by signal 9, for example because memory ran out" in "".join(said)

@@ -6,7 +6,11 @@ import os
 import pytest
 from conftest import COMMAND, picture, run_in_own_mounts, run_pipeline
 
-from dgmd_pipeline.commands import notify
+from dgmd_pipeline.commands import health as health_command
+from dgmd_pipeline.commands import notify, run, schedule, status
+from dgmd_pipeline.settings import Settings
+from dgmd_pipeline.workflow import lock
+from dgmd_pipeline.workflow.run_context import RunResult
 
 
 def health(folder, variables, *arguments):
@@ -36,12 +40,16 @@ def test_health_and_message_show_success_no_change_and_failure(variables, listen
     assert "failed after" in text
     assert "/gone" in text
 
+    assert "Last success: 20" in text
+
     assert [body["outcome"] for body in bodies] == ["succeeded", "unchanged", "failed"]
+    assert bodies[2]["last_success"] == bodies[1]["ended"]
     assert all(body["model"] == "spices" for body in bodies)
     assert bodies[0]["text"].startswith("spices: succeeded. label_map: ")
     assert bodies[2]["exit_code"] == 20
     status = json.loads(health(tmp_path, variables, "--json")[1])
-    assert status == {name: value for name, value in bodies[2].items() if name != "text"}
+    body = {name: value for name, value in bodies[2].items() if name != "text"}
+    assert status == body | {"running": None, "next_run": None, "problems": []}
 
 
 def test_the_status_names_the_failed_step(variables, tmp_path):
@@ -53,12 +61,59 @@ def test_the_status_names_the_failed_step(variables, tmp_path):
 
 
 def test_a_run_that_finds_data_dir_locked_does_not_write_a_status(variables, tmp_path):
-    from dgmd_pipeline.workflow import folders
-
     (tmp_path / "data").mkdir()
-    with folders.lock(tmp_path / "data"):
+    with lock.hold(tmp_path / "data"):
         assert run_pipeline(tmp_path, **variables).returncode == 10
     assert not (tmp_path / "data" / "status.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("notify_on", "told"),
+    [("always", ["succeeded", "unchanged", "failed"]), ("change", ["succeeded", "failed"]), ("problem", ["failed"])],
+)
+def test_messages_are_sent_only_for_the_outcomes_that_the_operator_wants(notify_on, told, listener, tmp_path):
+    url, bodies = listener
+    values = Settings(DATA_DIR=tmp_path, NOTIFY_URL=url, NOTIFY_ON=notify_on)
+    idle, busy = RunResult(), RunResult(records=[object()])
+    for result, code in ((busy, 0), (idle, 0), (idle, 20)):
+        run.publish_status(values, result, code, "what happened", 1.0)
+    assert [body["outcome"] for body in bodies] == told
+
+
+def test_a_run_of_some_steps_does_not_replace_the_status_of_a_whole_one(tmp_path):
+    values = Settings(DATA_DIR=tmp_path)
+    for code, until in ((0, "label"), (20, None), (0, "label")):
+        run.publish_status(values, RunResult(), code, "what happened", 1.0, until)
+    found = status.read(tmp_path)
+    assert (found.outcome, found.until) == ("failed", None)
+    assert found.last_success
+
+
+def test_health_shows_the_active_run_and_the_next_one(tmp_path, capsys):
+    values = Settings(DATA_DIR=tmp_path)
+    (tmp_path / schedule.NEXT).write_text("2999-01-01T03:00:00+00:00")
+    with lock.hold(tmp_path) as holder:
+        holder.tell("tfrecord_training", "1,200 of 2,251 images")
+        assert health_command.health(values, as_json=True) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["next_run"] == "2999-01-01T03:00:00+00:00"
+        assert shown["running"]["step"] == "tfrecord_training"
+        assert shown["running"]["progress"] == "1,200 of 2,251 images"
+
+        os.utime(tmp_path / lock.LOCK, (0, 0))
+        assert health_command.health(values, as_json=True) == 1  # it hangs
+        assert "has made no progress for" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert health_command.health(values, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["running"] is None
+
+
+def test_an_old_success_is_a_problem_where_the_operator_says_so(tmp_path, capsys):
+    values = Settings(DATA_DIR=tmp_path, HEALTH_MAX_AGE=26)
+    assert health_command.health(values, as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["problems"][0].startswith("No run has succeeded yet")
+    run.publish_status(values, RunResult(), 0, "what happened", 1.0)
+    assert health_command.health(values, as_json=True) == 0
+    assert health_command.health(values, as_json=True, max_age=1e-6) == 1
 
 
 def test_on_a_full_disk_a_failure_replaces_an_old_success(variables, tmp_path):

@@ -122,12 +122,11 @@ def test_a_correction_resolves_a_conflict(rows, kept, reasons, tmp_path):
 
 
 def test_excluded_files_do_not_count_as_undecodable(tmp_path):
-    good = [manifest.Image(f"a/{number}", "a", "", "PNG", 8, 8, "") for number in range(2)]
     rejected = [manifest.Rejected("a/x", "a", "unreadable", "")]
     rejected += [manifest.Rejected(f"a/{number}e", "a", "excluded", "") for number in range(9)]
-    inspection.check_rejected(good, rejected, 0.4, tmp_path)
+    inspection.check_rejected({"a": 2}, rejected, 0.4, tmp_path)
     with pytest.raises(NoUsableInput, match=r"a \(1 of 3 files\)"):
-        inspection.check_rejected(good, rejected, 0.3, tmp_path)
+        inspection.check_rejected({"a": 2}, rejected, 0.3, tmp_path)
 
 
 def test_without_corrections_the_fingerprint_contains_only_the_other_inputs(tmp_path):

@@ -1,12 +1,11 @@
 """What an inspection takes over from an earlier one."""
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.images import encode, put, scene
 
@@ -25,41 +24,9 @@ CONTENTS = {
 PATHS = ("a/1", "a/2", "a/3", "b/1", "b/2")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def inspect(raw: Path, folder: Path, previous: Path | None = None, corrected=None) -> int:
     folder.mkdir()
     return inspect_folder(raw, False, corrected or {}, folder, previous=[previous] if previous else ())["new"]
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    history=st.lists(
-        st.dictionaries(st.sampled_from(PATHS), st.sampled_from(sorted(CONTENTS)), min_size=1), min_size=2, max_size=4
-    ),
-    labels=st.sampled_from([{}, {"a/1": "b"}, {"a/2": "exclude"}]),
-)
-def test_an_inspection_brought_up_to_date_equals_one_from_nothing(history, labels, tmp_path_factory):
-    base = tmp_path_factory.mktemp("history")
-    raw, previous, before = base / "raw", None, {}
-    for number, state in enumerate(history):
-        for path in PATHS:
-            if state.get(path) != before.get(path):
-                (raw / path).unlink(missing_ok=True)
-                if path in state:
-                    put(raw, path, CONTENTS[state[path]])
-        new = inspect(raw, base / f"{number}", previous, labels if number else {})
-        excluded = {path for path, label in labels.items() if label == "exclude" and number}
-        changed = {path for path in state if state[path] != before.get(path)} - excluded
-        assert new == len(changed)
-        inspect(raw, base / "scratch", None, labels if number else {})
-        assert contents(base / f"{number}") == contents(base / "scratch")
-        shutil.rmtree(base / "scratch")
-        before = {path: content for path, content in state.items() if path not in excluded}
-        previous = base / f"{number}"
-    shutil.rmtree(base)
 
 
 def test_a_downloaded_file_is_unchanged_if_its_size_and_etag_are(tmp_path):

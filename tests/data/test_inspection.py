@@ -16,7 +16,7 @@ from dgmd_pipeline import manifest
 from dgmd_pipeline.data.decoding import open_rgb
 from dgmd_pipeline.data.inspection import check_rejected, find, inspect
 from dgmd_pipeline.errors import NoUsableInput
-from dgmd_pipeline.manifest import Image, RawFile, Rejected
+from dgmd_pipeline.manifest import RawFile, Rejected
 
 
 @pytest.fixture
@@ -319,10 +319,6 @@ def test_two_spawned_processes_give_the_same_rows_as_one(raw, scratch):
 # Limit of undecodable files
 
 
-def usable_rows(label: str, count: int) -> list[Image]:
-    return [Image(f"{label}/{index}.png", label, "0" * 64, "PNG", 9, 9, "0" * 64) for index in range(count)]
-
-
 def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
     rejected = [
         Rejected("cat/x.jpg", "cat", "unreadable", "OSError: broken"),
@@ -330,9 +326,8 @@ def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
         Rejected("cow/x.jpg", "cow", "empty", "0 bytes"),
         Rejected("dog/x.jpg", "dog", "too many pixels", "many"),
     ]
-    rows = usable_rows("cat", 1) + usable_rows("dog", 1)
     with pytest.raises(NoUsableInput) as error:
-        check_rejected(rows, rejected, 0.5, Path("/data/rejected.csv"))
+        check_rejected({"cat": 1, "dog": 1}, rejected, 0.5, Path("/data/rejected.csv"))
     message = str(error.value)
     assert "More than 50% of the files cannot be decoded for cat (2 of 3 files), cow (1 of 1 files)" in message
     assert "dog" not in message  # exactly the limit
@@ -343,8 +338,8 @@ def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
 
 def test_duplicates_conflicts_and_small_images_do_not_count_as_undecodable():
     rejected = [Rejected(f"a/{reason}", "a", reason, "") for reason in ("duplicate", "conflict", "too small")]
-    check_rejected([], rejected, 0, Path())
+    check_rejected({}, rejected, 0, Path())
 
 
 def test_rows_without_a_label_do_not_count_as_undecodable():
-    check_rejected(usable_rows("a", 1), [Rejected("key", "", "unreadable", "no label")], 0, Path())
+    check_rejected({"a": 1}, [Rejected("key", "", "unreadable", "no label")], 0, Path())

@@ -6,19 +6,10 @@ from hypothesis import strategies as st
 
 from dgmd_pipeline.data import labels
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
-from dgmd_pipeline.manifest import Image
-
-
-def images(**counts):
-    return [
-        Image(f"{label}/{number}.png", label, f"{label}{number}", "PNG", 32, 32, f"{label}{number}")
-        for label, count in counts.items()
-        for number in range(count)
-    ]
 
 
 def test_labels_are_numbered_in_alphabetical_order():
-    rows = labels.assign(images(mint=2, anise=3), known=[], minimum=2)
+    rows = labels.assign({"mint": 2, "anise": 3}, known=[], minimum=2)
     assert [(row.label, row.class_index, row.images, row.state) for row in rows] == [
         ("anise", 0, 3, "used"),
         ("mint", 1, 2, "used"),
@@ -26,7 +17,7 @@ def test_labels_are_numbered_in_alphabetical_order():
 
 
 def test_a_known_label_keeps_its_index_and_new_ones_follow():
-    rows = labels.assign(images(basil=2, anise=2, zest=2), known=["zest", "mint"], minimum=2)
+    rows = labels.assign({"basil": 2, "anise": 2, "zest": 2}, known=["zest", "mint"], minimum=2)
     assert [(row.label, row.class_index, row.state) for row in rows] == [
         ("zest", 0, "used"),
         ("mint", 1, "gone"),
@@ -36,18 +27,18 @@ def test_a_known_label_keeps_its_index_and_new_ones_follow():
 
 
 def test_a_label_with_too_few_images_gets_no_index():
-    rows = labels.assign(images(anise=2, mint=2, basil=1), known=[], minimum=2)
+    rows = labels.assign({"anise": 2, "mint": 2, "basil": 1}, known=[], minimum=2)
     assert rows[-1] == labels.LabelRow("basil", -1, 1, "too few")
 
 
 def test_a_known_label_with_too_few_images_keeps_its_index_unused():
-    rows = labels.assign(images(anise=2, mint=2, basil=1), known=["basil"], minimum=2)
+    rows = labels.assign({"anise": 2, "mint": 2, "basil": 1}, known=["basil"], minimum=2)
     assert rows[0] == labels.LabelRow("basil", 0, 1, "too few")
 
 
 def test_fewer_than_two_usable_labels_are_an_error_with_the_counts():
     with pytest.raises(NoUsableInput, match=r"at least two labels with 2 usable images.*anise \(5\), mint \(1\)"):
-        labels.assign(images(anise=5, mint=1), known=[], minimum=2)
+        labels.assign({"anise": 5, "mint": 1}, known=[], minimum=2)
 
 
 def test_labels_that_differ_in_case_spaces_or_unicode_form_are_confusable():

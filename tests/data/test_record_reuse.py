@@ -3,19 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.images import put_image
 
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.manifest import Example, read_shard_index
 
 POOL = 12
-STATES = st.tuples(
-    st.dictionaries(st.integers(0, POOL - 1), st.integers(0, 2)),  # image -> class index
-    st.integers(1, 4),  # shards
-    st.sampled_from([(16, 12), (16, 12), (16, 12), (8, 8)]),
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +26,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(history=st.lists(STATES, min_size=2, max_size=5))
-def test_a_folder_brought_up_to_date_equals_one_written_from_nothing(history, pool, tmp_path_factory):
-    raw, images = pool
-    base = tmp_path_factory.mktemp("history")
-    known: dict[tuple[int, int], set[int]] = {}
-    folders: list[Path] = []
-    for number, (chosen, count, size) in enumerate(history):
-        rows = [images[index]._replace(class_index=label) for index, label in chosen.items()]
-        written = write(base / f"{number}", raw, rows, count, size, previous=folders)
-        write(base / "scratch", raw, rows, count, size)
-        assert contents(base / f"{number}") == contents(base / "scratch")
-        shutil.rmtree(base / "scratch")
-        assert written.new == len(set(chosen) - known.get(size, set()))
-        known.setdefault(size, set()).update(chosen)
-        folders.append(base / f"{number}")
-    shutil.rmtree(base)
-
-
 def test_no_old_image_file_is_opened_and_unchanged_shards_are_linked(pool, tmp_path):
     images = pool[1]
     raw = shutil.copytree(pool[0], tmp_path / "raw")
@@ -65,14 +39,6 @@ def test_no_old_image_file_is_opened_and_unchanged_shards_are_linked(pool, tmp_p
         sorted(file.stat().st_ino for file in (tmp_path / name).glob("*.tfrecord")) for name in ("before", "after")
     ]
     assert len({*inodes[0]} & {*inodes[1]}) == 3
-
-
-def test_records_that_move_to_the_other_split_are_reused(pool, tmp_path):
-    raw, images = pool
-    write(tmp_path / "training", raw, images[:8], 2)
-    write(tmp_path / "validation", raw, images[8:], 2)
-    folders = [tmp_path / "training", tmp_path / "validation"]
-    assert write(tmp_path / "larger", raw, images[4:], 3, previous=folders).new == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])

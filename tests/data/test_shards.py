@@ -401,3 +401,10 @@ def test_the_records_of_digits_store_what_the_model_makes_of_the_originals(raw, 
         image.resize((64 + number, 64), Image.Resampling.NEAREST).save(raw / path)
         rows.append(Example(path, "digit", 0, hashlib.sha256((raw / path).read_bytes()).hexdigest(), ""))
     assert_served(rows, raw, tmp_path / "records", 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "suggested"), [([10**9], None), ([10**9 + 1], 5), ([30 * 10**9, 0, 10**9], 155), ([9 * 10**8] * 9, None)]
+)
+def test_a_number_of_shards_is_suggested_where_one_is_larger_than_1_gb(sizes, suggested):
+    assert shards.suggest_shards(sizes) == suggested

@@ -151,11 +151,67 @@ def test_a_spreadsheet_sees_no_formula_in_a_label_or_a_key(tmp_path):
     cells = [cell for path in tmp_path.glob("*.csv") for row in rows(path) for cell in row]
     assert {"'=1+1", "'@basil", "'=1+1/a.jpg", "plain/-c.jpg"} <= set(cells)
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
-    assert predictions.read(tmp_path, labels).keys == keys
+    assert np.load(tmp_path / predictions.PREDICTIONS)["keys"].tolist() == keys
 
 
-def test_written_predictions_give_the_same_metrics(measured):
+def test_a_small_predictions_file_has_all_probabilities(measured):
     folder, overall = measured
-    found = predictions.read(folder, LABELS)
-    assert (found.probabilities.dtype, found.truth.dtype, found.keys) == (np.float32, np.int64, KEYS)
-    assert metrics.measure(found).overall == pytest.approx(overall)
+    with np.load(folder / predictions.PREDICTIONS, allow_pickle=False) as file:
+        found = dict(file)
+    assert found["keys"].tolist() == KEYS and found["truth"].dtype == np.int64
+    assert found["probabilities"].dtype == np.float32
+    again = Predictions(found["probabilities"], found["truth"], LABELS, KEYS)
+    assert metrics.measure(again).overall == pytest.approx(overall)
+    assert (found["top_classes"] == np.argsort(-found["probabilities"], axis=1, kind="stable")).all()
+    assert (found["top_probabilities"] == -np.sort(-found["probabilities"], axis=1)).all()
+
+
+def test_a_large_predictions_file_has_the_most_probable_classes_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "BLOCK", 7)
+    monkeypatch.setattr(predictions, "MAX_BYTES", 4 * 300 * 50 - 1)
+    random = np.random.default_rng(0)
+    # Rounded, so that there are equals; the first image has only equals, the second one zeros beside the last class.
+    probabilities = random.dirichlet(np.full(50, 0.2), 300).round(2).astype(np.float32)
+    probabilities[0], probabilities[1] = 0.02, np.eye(50, dtype=np.float32)[49]
+    truth = random.integers(0, 50, 300)
+    predictions.write(Predictions(probabilities, truth, [str(each) for each in range(50)], ["k"] * 300), tmp_path)
+    with np.load(tmp_path / predictions.PREDICTIONS, allow_pickle=False) as file:
+        found = dict(file)
+    expected = np.argsort(-probabilities, axis=1, kind="stable")[:, : predictions.TOP]
+    assert "probabilities" not in found
+    assert (found["top_classes"] == expected).all()
+    assert (found["top_probabilities"] == np.take_along_axis(probabilities, expected, axis=1)).all()
+    assert (found["true_probabilities"] == probabilities[np.arange(300), truth]).all()
+
+
+def test_metrics_are_those_of_scikit_learn(monkeypatch):
+    from sklearn import metrics as reference
+
+    monkeypatch.setattr(predictions, "BLOCK", 7)
+    random = np.random.default_rng(1)
+    probabilities = random.dirichlet(np.full(8, 0.2), 200).astype(np.float32)
+    probabilities[3] = np.eye(8)[7]  # the probability of the true class is 0
+    truth = np.concatenate([np.arange(8), random.integers(0, 8, 192)])
+    found = measure(probabilities, truth).overall
+    labels = np.arange(8)
+    assert found["log_loss"] == pytest.approx(reference.log_loss(truth, probabilities, labels=labels), rel=1e-5)
+    assert found["top_3_accuracy"] == reference.top_k_accuracy_score(truth, probabilities, k=3, labels=labels)
+
+
+def test_probabilities_that_are_no_numbers_are_a_bug():
+    with pytest.raises(ValueError, match="contain NaN"):
+        measure([[np.nan, np.nan]], [0])
+
+
+def test_with_more_labels_than_a_matrix_may_have_only_the_pairs_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_MATRIX", 3)
+    found = metrics.evaluate(answers(PREDICTED), tmp_path)
+    assert found.confusion_matrix is None and not list(tmp_path.glob("confusion_matrix*"))
+    assert [pair[:3] for pair in found.confused_pairs] == [("basil", "gone", 1), ("anise", "basil", 1)]
+
+
+def test_blocks_are_gathered_in_order_and_counted():
+    blocks = [np.full((2, 3), 1.0), np.full((1, 3), 2.0)]
+    assert predictions.gather(blocks, 3, 3).tolist() == np.concatenate(blocks).tolist()
+    with pytest.raises(ValueError, match="expected probabilities of 4 images, got 3"):
+        predictions.gather(blocks, 4, 3)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dgmd_pipeline.evaluation import metrics, plots, report
 from dgmd_pipeline.evaluation.comparison import ClassComparison, Comparison, Detection
-from dgmd_pipeline.evaluation.gates import Gate
+from dgmd_pipeline.evaluation.gates import Decision, Gate
 from dgmd_pipeline.evaluation.label_suspects import SUSPECT, LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leak, Leaks
 from dgmd_pipeline.evaluation.metrics import Misclassification
@@ -136,9 +136,9 @@ def drawn_names(tmp_path, monkeypatch):
 def page(drawn):
     """A report with changes in `content`, REVIEW and GATES."""
 
-    def render(gates=GATES, **changes):
+    def render(gates=GATES, verdict="better", drift="", **changes):
         review = REVIEW._replace(**{name: changes.pop(name) for name in Review._fields if name in changes})
-        report.write(drawn, content(**changes), review, gates)
+        report.write(drawn, content(**changes), review, Decision(verdict, "The headline", "The reason.", gates, drift))
         return Page((drawn / "report.html").read_text(encoding="utf-8"))
 
     return render
@@ -172,20 +172,35 @@ def test_labels_file_names_and_settings_are_escaped(page):
 
 
 @pytest.mark.parametrize(
-    ("passed", "words"),
+    ("verdict", "passed", "mark"),
     [
-        ([True, True, None], "This version may be promoted Every condition that applies holds (2 of 2)."),
-        ([True, False, None], "Do not promote this version Failed: gate 1 (1 of 2 conditions)."),
-        ([None], "No condition decides"),
-        ([], "No condition decides"),
+        ("better", [True, True, None], "yes ✓"),
+        ("better", [False, True, None], "no ✗"),
+        ("no difference", [True, True], "open ="),
+        ("worse", [False, True], "no ✗"),
+        ("first", [None, None], "open ?"),
+        ("first", [], "open ?"),
     ],
 )
-def test_the_verdict_comes_first_and_names_the_failed_conditions(page, passed, words):
-    shown = page(gates=[Gate(f"gate {number}", one, "text") for number, one in enumerate(passed)])
-    assert words in shown.text
-    assert shown.text.index(words) < shown.text.index("Compared with production")
+def test_the_verdict_comes_first_and_is_green_only_for_a_better_version(page, verdict, passed, mark):
+    gates = [Gate(f"gate {number}", one, f"text {number}") for number, one in enumerate(passed)]
+    shown = page(gates=gates, verdict=verdict, comparison=None if verdict == "first" else COMPARISON)
+    (classes,) = (attrs["class"] for tag, attrs in shown.tags if attrs.get("class", "").startswith("verdict"))
+    sign = shown.text[shown.text.index(" The headline The reason.") - 1]
+    assert f"{classes} {sign}" == f"verdict {mark}"
+    assert shown.text.index("The headline") < shown.text.index("Compared with production")
     assert shown.text.count("✓ holds") == passed.count(True)
     assert shown.text.count("\N{EN DASH} does not apply") == passed.count(None)
+
+
+def test_a_drift_is_shown_below_the_verdict(page):
+    shown = page(drift="Version 3 was better.").text
+    assert shown.index("The reason.") < shown.index("Version 3 was better.") < shown.index("accuracy: at least")
+
+
+def test_a_reason_why_several_conditions_do_not_apply_is_shown_once(page):
+    shown = page(gates=[Gate(name, None, "There is no production version.") for name in ("accuracy", "latency")])
+    assert shown.text.count("accuracy, latency: There is no production version.") == 1
 
 
 def test_the_comparison_is_shown_in_numbers_with_units(page):

@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 from dataclasses import replace
@@ -49,7 +48,8 @@ def probabilities(images, labels, wrong=()):
 
 
 def model(images, labels=LABELS, wrong=(), trained_on=(), version=None):
-    return CandidateModel(None, labels, frozenset(trained_on), version, probabilities(images, labels, wrong))
+    answers = review.answers([probabilities(images, labels, wrong)])
+    return CandidateModel(None, labels, frozenset(trained_on), frozenset(labels), version, answers)
 
 
 def test_images_are_in_the_order_of_their_records(images):
@@ -73,6 +73,13 @@ def test_models_with_other_labels_are_compared_on_the_labels_that_both_models_ha
     assert (found.labels_only_candidate, found.labels_only_production) == (["cloves"], ["pepper"])
 
 
+def test_a_label_without_training_images_is_lost_or_emptied_unless_it_was_before(images):
+    candidate = model(images, labels=["anise", "cloves", "mint", "sage"])
+    candidate = candidate._replace(trained_labels=frozenset(["anise", "mint"]))
+    found = review.label_changes(candidate, frozenset(["anise", "cloves", "pepper"]))
+    assert found == review.LabelChanges(lost=["pepper"], emptied=["cloves"], new=["mint"])
+
+
 def test_a_comparison_without_images_is_refused(images):
     trained_on = [row.sha256 for row in images.examples]
     message = "with version 3: of 12 validation images, one of the two models was trained on 12"
@@ -91,7 +98,6 @@ def benchmarked(monkeypatch):
             raise PipelineError("The model could not be used.")
         return BENCHMARK
 
-    monkeypatch.setattr(serving_benchmark, "start_process", lambda environment: contextlib.nullcontext())
     monkeypatch.setattr(serving_benchmark, "benchmark", benchmark)
     return calls
 
@@ -108,13 +114,13 @@ def models(tmp_path_factory):
     return folder
 
 
-def reviewed(candidate, production, images, tmp_path, **options):
-    return review.review(candidate, production, images, tmp_path, {}, **options)
+def reviewed(candidate, production, images, tmp_path, best=None, **options):
+    return review.review(candidate, review.Rivals(production, best), images, tmp_path, None, **options)
 
 
 def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
     candidate = model(images)._replace(path=models / "model.keras")
-    production = CandidateModel(models / "model.keras", LABELS, frozenset(), 4)
+    production = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS), 4)
     seen = []
     known = images._replace(raw=tmp_path / "raw")
     found = reviewed(candidate, production, known, tmp_path, before_timing=seen.append)
@@ -125,11 +131,11 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     assert path == other == models / "model.keras"
     assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
     assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (originals.recorded == candidate.probabilities).all()
+    assert (originals.recorded == candidate.answers.first).all()
 
 
 def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
-    candidate = CandidateModel(models / "model.keras", LABELS, frozenset())
+    candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS))
     trained_on = frozenset(row.sha256 for row in images.examples)
     found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path)
     assert found.comparison is None and "with version 4" in found.comparison_error
@@ -147,7 +153,7 @@ def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models
 )
 def test_an_unusable_production_is_neither_compared_nor_timed(name, message, models, images, benchmarked, tmp_path):
     candidate = model(images)._replace(path=models / "model.keras")
-    production = CandidateModel(models / f"{name}.keras", LABELS, frozenset(), 5)
+    production = CandidateModel(models / f"{name}.keras", LABELS, frozenset(), frozenset(LABELS), 5)
     found = reviewed(candidate, production, images, tmp_path)
     assert found.comparison is None and re.match(message, found.comparison_error)
     assert found.serving_benchmark == BENCHMARK
@@ -157,6 +163,27 @@ def test_an_unusable_production_is_neither_compared_nor_timed(name, message, mod
 def test_a_candidate_that_cannot_be_used_has_a_benchmark_error(models, images, benchmarked, tmp_path):
     found = reviewed(model(images)._replace(path=models / "broken.keras"), None, images, tmp_path)
     assert found == Review(None, "", None, "The model could not be used.")
+
+
+def test_a_candidate_is_also_compared_with_the_best_former_version(models, images, benchmarked, tmp_path, caplog):
+    candidate = model(images, wrong=["mint/0.png"])._replace(path=models / "model.keras")
+    production = model(images, wrong=["mint/1.png"], version=4)._replace(path=models / "model.keras")
+    best = model(images, version=2)
+    found = reviewed(candidate, production, images, tmp_path, best)
+    assert (found.comparison.version, found.comparison.difference) == (4, 0)
+    assert (found.best.version, found.best.images, found.best.lost) == (2, 12, 1)
+    assert benchmarked[0][3] == production.path  # the best one is not timed
+    unusable = best._replace(path=models / "broken.keras", answers=None)
+    assert reviewed(candidate, production, images, tmp_path, unusable).best is None
+    assert "No comparison with the best former production version: Version 2 cannot be used" in caplog.text
+
+
+def test_the_labels_are_compared_even_if_no_image_can_be(models, images, benchmarked, tmp_path):
+    candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS[1:]))
+    production = CandidateModel(models / "broken.keras", LABELS, frozenset(), frozenset(LABELS[:2]), 5)
+    found = reviewed(candidate, production, images, tmp_path)
+    assert found.comparison is None and found.comparison_error
+    assert found.label_changes == review.LabelChanges([], ["anise"], ["mint"])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +219,7 @@ def test_cropped_records_may_be_resized_but_not_cropped_again(size, refused, ima
     "found",
     [
         Review(COMPARISON, "", BENCHMARK, ""),
+        Review(COMPARISON, "", BENCHMARK, "", best=replace(COMPARISON, version=2)),
         Review(None, "No images are left.", None, "It died."),
         Review(None, "", replace(BENCHMARK, production=ProductionBenchmark(20.5, 1, 10, 0.5)), ""),
         Review(None, "", replace(BENCHMARK, served=ServedPredictions(7, 2, 0.5)), ""),

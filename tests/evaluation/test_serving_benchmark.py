@@ -136,6 +136,18 @@ def test_json_values_are_read_again_and_keep_their_keys(measured):
     ]  # fmt: skip
 
 
+def test_images_of_all_numbers_and_sizes_share_one_trace(saved, tmp_path):
+    network = training_networks.load(saved[0])
+    serving_benchmark._trace(network)
+    path = tmp_path / "larger.png"
+    Image.fromarray(IMAGES[0].repeat(2, axis=0)).save(path)
+    for count in (8, 1):
+        assert np.allclose(serving_benchmark._predict(network, IMAGES[:count]), saved[2][:count], atol=1e-5)
+    served = serving_benchmark._predict_originals(network, Originals([path], saved[2][:1]))
+    assert served.images == 1
+    assert network.predict_function.experimental_get_tracing_count() == 1
+
+
 def test_an_unusable_file_is_reported_with_the_exit_code_and_the_error(tmp_path):
     path = tmp_path / "broken.keras"
     path.write_bytes(b"PK no model")
@@ -160,8 +172,7 @@ def test_a_process_without_a_request_ends_with_its_parent():
     code = """
 import os
 from dgmd_pipeline.evaluation import serving_benchmark
-block = serving_benchmark.start_process()
-process = block.__enter__()
+process = serving_benchmark.start_process()
 assert process.poll() is None
 os.write(1, str(process.pid).encode())
 os._exit(0)

@@ -99,7 +99,7 @@ def test_events_are_stored_and_printed_with_the_keys_that_they_always_had(store,
     assert json.loads(text) == event.as_json()
     assert list(event.as_json().items())[1:] == [
         ("who", "ada@desk"), ("action", "promote"), ("former", None), ("version", 2), ("why", "better"),
-        ("gates", []), ("forced", False), ("done", True),
+        ("gates", []), ("forced", False), ("done", True), ("automatic", False),
     ]  # fmt: skip
     assert next(iter(event.as_json())) == "when"
 
@@ -182,6 +182,20 @@ def test_a_stage_without_the_alias_stays_until_the_first_promotion(store, name):
     assert seen(store, name)[1][2] == ("non-production", "Production", [])
     promote(store, name, 1)
     assert seen(store, name)[1][2] == ("non-production", "Archived", [])
+
+
+def test_the_best_former_version_is_one_that_was_production_and_has_a_higher_accuracy(store, name):
+    client = mlflow.MlflowClient(store.uri, store.uri)
+    for version, accuracy in (("1", "0.93"), ("2", "0.92"), ("3", "0.99")):
+        client.set_model_version_tag(name, version, "dgmd.validation_accuracy", accuracy)
+    promote(store, name, 1)
+    assert promotion.best_former(versions.read(store, name)) is None
+    promote(store, name, 2)
+    state = versions.read(store, name)
+    assert promotion.best_former(state).version == 1  # 3 never was production
+    assert promotion.best_former(state, candidate=state.versions[-1]) is None
+    promote(store, name, 3)
+    assert promotion.best_former(versions.read(store, name)) is None
 
 
 def test_a_promotion_is_refused_if_production_has_changed_since_it_was_read(store, name):

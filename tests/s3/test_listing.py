@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from support.http_server import send
 from support.s3 import read_files, send_listing, upload
 
 from dgmd_pipeline import manifest
@@ -71,6 +72,33 @@ def test_all_pages_of_a_listing_are_read(s3_client, bucket, monkeypatch):
     assert (len(set(paths(found))), found.rejected) == (7, [])
 
 
+@pytest.mark.parametrize("namespace", ["", ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'])
+def test_objects_are_parsed_like_botocore_does(fake_s3, namespace):
+    pages = {
+        None: "<NextContinuationToken>a b&amp;c</NextContinuationToken><IsTruncated>true</IsTruncated>"
+        "<Contents><Key>train/c%2Bd/1+%C3%A9%26.png</Key><LastModified>x</LastModified><ETag>&quot;e-1&quot;</ETag>"
+        "<Size>12</Size><Owner><ID>7</ID></Owner></Contents>"
+        "<Contents><Key>train/c/2.png</Key><Size>0</Size></Contents>",
+        "a b&c": "<IsTruncated>false</IsTruncated><Contents><Size>3</Size><Key>train/c/3.png</Key></Contents>",
+    }
+
+    def answer(request, _key, query):
+        page = pages[query.get("continuation-token")]
+        body = f"<ListBucketResult{namespace}><EncodingType>url</EncodingType>{page}</ListBucketResult>"
+        send(request, 200, body.encode())
+
+    fake_s3(answer)
+    client = connect()
+    by_botocore = [
+        (item["Key"], item["Size"], item.get("ETag", "").strip('"'))
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket="images", Prefix="train/")
+        for item in page["Contents"]
+    ]
+    found = [(source.key, source.size, source.etag) for source in list_objects(client, "images", "train").objects]
+    assert found == by_botocore
+    assert found == [("train/c+d/1 é&.png", 12, "e-1"), ("train/c/2.png", 0, ""), ("train/c/3.png", 3, "")]
+
+
 def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
     reasons = {
         "../outside/1.png": "unsafe name",
@@ -97,7 +125,9 @@ def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
 
 
 def test_a_key_that_is_not_unicode_is_rejected():
-    objects, rejected, _ = listing._assign_paths([{"Key": "train/cat/\ud800.png", "Size": 1}], "train/", False)
+    objects, rejected, _ = listing._assign_paths(
+        [{"Key": "train/cat/\ud800.png", "Size": 1, "ETag": ""}], "train/", False
+    )
     assert (objects, [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
 
 

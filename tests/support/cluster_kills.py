@@ -75,7 +75,9 @@ def main(kills=50, seed=None):
                 if run.returncode == 0:
                     break
                 assert run.returncode == -signal.SIGKILL or (run.returncode == 30 and "were lost" in output), output
-            assert contents(folder / f"{number}") == expected, "another result"
+            found = contents(folder / f"{number}")
+            names = {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+            assert not names, names
     print(f"{done} kills ({workers} of workers), {runs} runs, {number} times the same folders; seed {seed}")
     server.stop()
     os._exit(0)

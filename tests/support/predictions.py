@@ -1,18 +1,14 @@
-"""Predictions and comparisons for tests."""
+"""Predicted labels and comparisons for tests."""
 
 import numpy as np
 
 from dgmd_pipeline.evaluation.comparison import compare
-from dgmd_pipeline.evaluation.predictions import Predictions
+from dgmd_pipeline.evaluation.predictions import PredictedLabels
 
 
-def predictions_of(predicted, truth, labels, high=0.9):
-    """Predictions with the probability `high` for each predicted label; all labels are given by name."""
-    probabilities = np.full((len(predicted), len(labels)), (1 - high) / (len(labels) - 1))
-    for row, label in enumerate(predicted):
-        probabilities[row, labels.index(label)] = high
-    keys = [f"{label}/{row}.jpg" for row, label in enumerate(truth)]
-    return Predictions(probabilities, np.array([labels.index(label) for label in truth]), labels, keys)
+def predictions_of(predicted, truth, labels):
+    """Predicted and true labels, which are given by name."""
+    return PredictedLabels(*(np.array([labels.index(name) for name in names]) for names in (predicted, truth)), labels)
 
 
 def compare_flags(correct, production_correct):

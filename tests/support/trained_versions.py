@@ -29,6 +29,7 @@ class Trained(NamedTuple):
 
     folder: Path  # with data/, the DATA_DIR of version 2, and jar.jpeg
     variables: dict[str, object]  # of the environment
+    first_run: str  # what the run of version 1 printed, with --only-if-better
     first_promotion: str  # what `promote` printed
     second_run: str  # what the run of version 2 printed
     notified: list[dict[str, object]]  # what that run sent to NOTIFY_URL
@@ -71,11 +72,11 @@ def _train_two_versions(folder):
     (folder / "mlflow").mkdir()
     with served(folder / "mlflow") as uri, listening() as (url, bodies):
         variables = _variables(folder, uri)
-        run_here(variables)
+        first = run_here(variables, "run", "--only-if-better")
         promoted = run_here(variables, "promote", "--yes", "--reason", "the first one")
         shutil.rmtree(folder / "data/trained_model")
         second = run_here({**variables, "LEARNING_RATE": 0.003, "NOTIFY_URL": url})
-        outputs = {"first_promotion": promoted, "second_run": second, "notified": bodies}
+        outputs = {"first_run": first, "first_promotion": promoted, "second_run": second, "notified": bodies}
     (folder / "outputs.json").write_text(json.dumps(outputs))
     return folder
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.manifest import Example
-from dgmd_pipeline.training import dataset, extraction, feature_store, from_scratch, head_fitting
+from dgmd_pipeline.training import dataset, extraction, feature_store, from_scratch, head_fitting, linear
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures
@@ -76,8 +76,10 @@ def train(config=CONFIG, splits=None, classes=3, class_weights=None, on_epoch=ig
     """Train a head with hidden layers on (training, validation) features."""
     training, validation = splits or (clouds(), clouds(60, seed=1))
     state = load_or_start(config, checkpoint)
+    components = linear.principal_components(training.vectors)
     weights = weights_by_class(classes, class_weights or {})
-    return head_fitting.fit_hidden(training, validation, weights, config, state, on_epoch, checkpoint)
+    hidden = head_fitting.HiddenHead(components, weights, config._replace(seed=state.seed))
+    return hidden.fit(training, validation, config, state, on_epoch, checkpoint)
 
 
 def train_on_records(folder, config=CONFIG, on_epoch=ignore, checkpoint=None):

@@ -1,14 +1,11 @@
 """Folders of stored features: what is reused, and damage."""
 
 import pickle
-import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.images import put_image
 
 from dgmd_pipeline import manifest
@@ -55,30 +52,6 @@ def store(folder: Path, records: Path, previous=(), origin=ORIGIN) -> feature_st
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    history=st.lists(st.tuples(st.sets(st.integers(0, POOL - 1)), st.integers(1, 4)), min_size=2, max_size=4),
-    two=st.booleans(),
-)
-def test_a_folder_brought_up_to_date_equals_one_computed_from_nothing(history, two, pool, tmp_path_factory):
-    base = tmp_path_factory.mktemp("history")
-    previous, known = [], []
-    for number, (chosen, count) in enumerate(history):
-        records = write_records(base / f"records{number}", pool, chosen, count)
-        reuse = store(base / f"{number}", records, previous)
-        assert len(reuse.new) == len(chosen - set().union(*known))
-        store(base / "scratch", records)
-        assert contents(base / f"{number}") == contents(base / "scratch")
-        loaded = feature_store.load(base / f"{number}")
-        np.testing.assert_array_equal(loaded.vectors, vectors_of(records))
-        np.testing.assert_array_equal(loaded.labels, manifest.read_records(records)["label"])
-        shutil.rmtree(base / "scratch")
-        previous, known = [*previous, base / f"{number}"], [*known, chosen]
-        if not two:
-            previous, known = previous[-1:], known[-1:]
-    shutil.rmtree(base)
 
 
 def test_vectors_of_another_origin_are_not_reused(pool, tmp_path):

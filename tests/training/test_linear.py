@@ -10,6 +10,11 @@ from dgmd_pipeline.training import linear
 ONES = np.ones(3, np.float32)
 
 
+@pytest.fixture(autouse=True)
+def converged(monkeypatch):
+    monkeypatch.setattr(linear, "TOLERANCE", 1e-8)
+
+
 def correlated(count=300, seed=0):
     """Correlated features with a mean, of three overlapping classes."""
     random = np.random.default_rng(seed)
@@ -19,56 +24,80 @@ def correlated(count=300, seed=0):
     return (values @ np.random.default_rng(8).normal(0, 1, (6, 6)) + 50).astype(np.float32), labels
 
 
+def fitted(features, labels, shrinkage=1.0, strength=0.1):
+    """Return the kernel and the bias of a logistic regression."""
+    components = linear.principal_components(features)
+    penalty = linear.penalties(components, shrinkage) / strength
+    return linear.unproject(linear.fit(features, labels, ONES, components, penalty), components)
+
+
 @pytest.mark.parametrize("shrinkage", [1.0, 0.5])
-def test_coordinates_are_centred_and_their_variances_are_shrunk(shrinkage):
+def test_penalties_are_the_shrunk_variances_of_uncorrelated_coordinates(shrinkage):
     features, _ = correlated(5000)
-    mean, kernel = linear.build_basis(linear.principal_components(features), shrinkage)
-    covariance = np.cov((features.astype(np.float64) - mean) @ kernel, rowvar=False)
+    components = linear.principal_components(features)
+    coordinates, _ = linear.project(features, components)
+    whitened = coordinates.astype(np.float64) / np.sqrt(linear.penalties(components, shrinkage))
     variances = np.linalg.eigvalsh(np.cov(features, rowvar=False))
     expected = variances / ((1 - shrinkage) * variances + shrinkage * variances.mean())
-    np.testing.assert_allclose(covariance, np.diag(expected / expected.mean()), atol=0.01)
+    np.testing.assert_allclose(np.cov(whitened, rowvar=False), np.diag(expected / expected.mean()), atol=0.01)
+    assert components.deviation == pytest.approx(features.std(axis=0).mean(), rel=0.2)
 
 
-def test_a_centred_fit_is_that_of_scikit_learn(monkeypatch):
+@pytest.mark.parametrize("strength", [0.1, 30])
+def test_a_centred_fit_is_that_of_scikit_learn(monkeypatch, strength):
     features, labels = correlated()
     monkeypatch.setattr(linear, "BLOCK_ROWS", 64)  # several blocks
-    basis = linear.build_basis(linear.principal_components(features), 1)
-    mean, deviation = linear.mean_and_deviation(features)
-    theirs = LogisticRegression(C=0.1, tol=1e-8, max_iter=10_000).fit((features - mean) / deviation, labels)
-    kernel, bias = linear.unproject(linear.fit(features, labels, ONES, basis, 0.1), basis)
+    monkeypatch.setattr(linear, "MAX_ITERATIONS", 30)  # too few for a weak penalty without the preconditioner
+    components = linear.principal_components(features)
+    scaled = (features - components.mean) / components.deviation
+    theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000).fit(scaled, labels)
+    kernel, bias = fitted(features, labels, strength=strength)
     ours = np.exp(linear.log_probabilities(features, kernel, bias))
-    np.testing.assert_allclose(ours, theirs.predict_proba((features - mean) / deviation), atol=2e-3)
+    np.testing.assert_allclose(ours, theirs.predict_proba(scaled), atol=2e-3)
+
+
+def test_a_fit_in_coordinates_from_a_neighbour_is_that_of_the_features():
+    features, labels = correlated()
+    components = linear.principal_components(features)
+    coordinates, own = linear.project(features, components)
+    unit = linear.penalties(components, 0.5)
+    start = linear.fit(coordinates, labels, ONES, own, unit / 0.3)
+    found = linear.fit(coordinates, labels, ONES, own, unit, start)
+    one = linear.log_probabilities(features, *fitted(features, labels, shrinkage=0.5, strength=1))
+    other = linear.log_probabilities(coordinates, *linear.unproject(found, own))
+    np.testing.assert_allclose(np.exp(one), np.exp(other), atol=2e-3)
 
 
 def test_a_class_weight_equals_that_many_copies():
     features, labels = correlated(90)
-    basis = linear.build_basis(linear.principal_components(features), 0.5)
-    weighted = linear.fit(features, labels, np.array([3, 1, 1], np.float32), basis, 1)
+    components = linear.principal_components(features)
+    penalty = linear.penalties(components, 0.5)
+    weighted = linear.fit(features, labels, np.array([3, 1, 1], np.float32), components, penalty)
     rows = np.concatenate([np.arange(90), *[np.flatnonzero(labels == 0)] * 2])
-    copied = linear.fit(features[rows], labels[rows], ONES, basis, 1)
-    one, other = (linear.log_probabilities(features, *linear.unproject(each, basis)) for each in (weighted, copied))
+    copied = linear.fit(features[rows], labels[rows], ONES, components, penalty)
+    one, other = (
+        linear.log_probabilities(features, *linear.unproject(each, components)) for each in (weighted, copied)
+    )
     np.testing.assert_allclose(np.exp(one), np.exp(other), atol=2e-3)
 
 
 def test_constant_features_predict_the_shares_of_the_labels():
     features = np.full((10, 4), 3, np.float32)
     labels = np.array([0] * 6 + [1] * 3 + [2])
-    basis = linear.build_basis(linear.principal_components(features), 0.5)
-    kernel, bias = linear.unproject(linear.fit(features, labels, ONES, basis, 1), basis)
+    kernel, bias = fitted(features, labels, shrinkage=0.5, strength=1)
     np.testing.assert_allclose(
         np.exp(linear.log_probabilities(features[:1], kernel, bias))[0], [0.6, 0.3, 0.1], atol=0.01
     )
-    assert linear.mean_and_deviation(features)[1] > 0
+    assert linear.principal_components(features).deviation > 0
 
 
 def test_features_that_are_not_finite_are_refused():
     features, labels = correlated()
-    basis = linear.build_basis(linear.principal_components(features), 1)
+    components = linear.principal_components(features)
     features[3, 3] = np.nan
     for function in (
         linear.principal_components,
-        linear.mean_and_deviation,
-        lambda x: linear.fit(x, labels, ONES, basis, 1),
+        lambda x: linear.fit(x, labels, ONES, components, linear.penalties(components, 1)),
     ):
         with pytest.raises(PipelineError, match="not all finite numbers.*BACKBONE_WEIGHTS"):
             function(features)

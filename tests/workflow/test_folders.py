@@ -1,15 +1,15 @@
-import io
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy, PipelineError
-from dgmd_pipeline.workflow import disk, folders
+from dgmd_pipeline.workflow import disk, folders, lock
 
 
 def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
@@ -27,8 +27,8 @@ def test_what_a_killed_run_left_behind_is_put_back_or_swept_away(tmp_path):
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     code = f"""
 import sys, pathlib
-from dgmd_pipeline.workflow import folders
-with folders.lock(pathlib.Path({str(tmp_path)!r})):
+from dgmd_pipeline.workflow import lock
+with lock.hold(pathlib.Path({str(tmp_path)!r})):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -36,12 +36,12 @@ with folders.lock(pathlib.Path({str(tmp_path)!r})):
     assert holder.stdout.readline() == b"held\n"
     with (
         pytest.raises(Busy, match=rf"in use by another run: process {holder.pid} on .*, started 20\d\d-"),
-        folders.lock(tmp_path),
+        lock.hold(tmp_path),
     ):
         pass
     holder.kill()
     holder.communicate()
-    with folders.lock(tmp_path):
+    with lock.hold(tmp_path):
         pass
 
 
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, place):
     with (
         pytest.raises(PipelineError, match=r"DATA_DIR must be (a folder|readable and writable|writable)"),
         disk.disk_errors_explained(data_dir),
-        folders.lock(data_dir),
+        lock.hold(data_dir),
     ):
         pass
 
@@ -168,15 +168,10 @@ def test_what_cannot_fit_is_said_beforehand_with_the_bytes_needed(tmp_path):
         disk.check_space(draft, "raw", 10**18)
 
 
-def test_the_name_of_a_holder_that_is_just_starting_is_waited_for():
-    class Late(io.BytesIO):
-        said = b""
-
-        def read(self):
-            said, self.said = self.said, b"process 7"
-            return said
-
-    assert folders._read_holder(Late()) == "process 7"
+def test_the_name_of_a_holder_that_is_just_starting_is_waited_for(tmp_path):
+    (tmp_path / lock.LOCK).touch()
+    threading.Timer(0.05, (tmp_path / lock.LOCK).write_text, ["process 7, started now"]).start()
+    assert lock._read_holder(tmp_path) == "process 7, started now"
 
 
 def test_what_the_pipeline_did_not_make_is_never_touched(tmp_path):

@@ -64,9 +64,9 @@ def test_two_luigi_workers_do_one_step_at_a_time(data_dir, tmp_path):
 
 
 def test_a_step_that_luigi_runs_waits_for_no_other_run_but_says_that_there_is_one(data_dir, tmp_path):
-    from dgmd_pipeline.workflow import folders
+    from dgmd_pipeline.workflow import lock
 
-    with folders.lock(data_dir):
+    with lock.hold(data_dir):
         result = luigi_command("luigi", tmp_path, "InspectImages", "--local-scheduler", DATA_DIR=data_dir)
     assert "is in use by another run" in result.stderr
     assert not (data_dir / "inspected").exists()

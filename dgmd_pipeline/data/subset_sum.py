@@ -1,0 +1,99 @@
+"""Sizes of groups and a target -> the groups whose sizes add up to it, or as nearly as possible, in linear time."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class _Sums(NamedTuple):
+    """The sums of all subsets of some sizes with a known total.
+
+    s is a sum if total - s is one. From `start` to total - `start`, s is a sum if s + period is one. So a few bits
+    describe the sums of any number of sizes: after the first few, every sum of equal sizes, or of one image and more,
+    follows the period.
+    """
+
+    start: int
+    bits: int  # bit s is set if s is a sum, for s < start + period
+
+
+def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
+    """Return positions of `sizes` (each >= 1) whose sum is nearest to `target`, from 1 to `limit`.
+
+    Of two sums that are equally near, the smaller one is used; of the subsets with this sum, the one with the earliest
+    positions. Returns no positions if no sum is possible.
+    """
+    period = Counter(sizes).most_common(1)[0][0]
+    totals = [*accumulate(reversed(sizes), initial=0)][::-1]  # totals[i]: of sizes[i:]
+    sums = _sums_of_ends(sizes, totals, period)
+    bound = min(limit, target + max(sizes))
+    remaining = next((s for s in _nearest(target, bound) if _is_sum(s, totals[0], sums[0], period)), 0)
+    chosen = []
+    for position, size in enumerate(sizes):
+        if not remaining:
+            break
+        if _is_sum(remaining - size, totals[position + 1], sums[position + 1], period):
+            chosen.append(position)
+            remaining -= size
+    return chosen
+
+
+def _nearest(target: int, bound: int) -> Iterator[int]:
+    """Yield the integers from 1 to `bound`, those nearest to `target` first, the smaller one of two."""
+    for distance in range(max(target, bound - target) + 1):
+        for each in dict.fromkeys((target - distance, target + distance)):
+            if 1 <= each <= bound:
+                yield each
+
+
+def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
+    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal ones are one object."""
+    found = [_Sums(0, 1)]
+    known: dict[tuple[_Sums, int], _Sums] = {}
+    for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
+        last = found[-1]
+        if total < 2 * last.start + size + period:  # too few sizes for a period: all bits count
+            found.append(_add(last, total, size, period))
+            continue
+        if (last, size) not in known:
+            known[last, size] = _add(last, total, size, period)
+        found.append(known[last, size])
+    return found[::-1]
+
+
+def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
+    """Return the sums of sizes with the sum `total` and of one more."""
+    # The first s at which the new sums are known to have the period, up to the middle of all sums.
+    regular = max((total + size - period) // 2 + 1, 0)
+    if total >= 2 * sums.start + size + period:
+        regular = min(regular, sums.start + size)
+    length = regular + period
+    before = _bits(sums, total, period, length)
+    bits = (before | before << size) & _ones(length)
+    start = ((bits ^ bits >> period) & _ones(regular)).bit_length()
+    return _Sums(start, bits & _ones(start + period))
+
+
+def _bits(sums: _Sums, total: int, period: int, length: int) -> int:
+    """Return the integer with bit s set if s is a sum, for s < `length`."""
+    start, bits = sums
+    if length <= start + period:
+        return bits & _ones(length)
+    times = -(-(length - start) // period)
+    repeated = (bits >> start) * (_ones(times * period) // _ones(period))
+    lower = (bits & _ones(start) | repeated << start) & _ones(max(total // 2 + 1, start + period))
+    mirrored = int(f"{lower & _ones(total // 2 + 1):0{total + 1}b}"[::-1], 2) if length > total // 2 else 0
+    return (lower | mirrored) & _ones(length)
+
+
+def _ones(count: int) -> int:
+    return (1 << count) - 1
+
+
+def _is_sum(value: int, total: int, sums: _Sums, period: int) -> bool:
+    if not 0 <= value <= total:
+        return False
+    value = min(value, total - value)
+    beyond = value - sums.start
+    return bool(sums.bits >> (value if beyond < period else sums.start + beyond % period) & 1)

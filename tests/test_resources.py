@@ -1,0 +1,57 @@
+"""The serving benchmark's process between the steps of a run."""
+
+import pytest
+
+from dgmd_pipeline.settings import Settings
+from dgmd_pipeline.tasks import names, resources
+from dgmd_pipeline.workflow.run_context import RunContext
+
+
+@pytest.fixture
+def context(tmp_path):
+    """The context of a run, whose process is ended after the test."""
+    context = RunContext(Settings(DATA_DIR=tmp_path))
+    yield context
+    resources.close(context)
+
+
+def started_early(context):
+    resources.start_serving_early(context)
+    return context.shared(resources.Resources).serving
+
+
+def test_a_run_that_evaluates_starts_the_process_with_the_training_and_hands_it_over(context):
+    context.result.planned.add(names.EVALUATION)
+    early = started_early(context)
+    with resources.serving_process(context) as process:
+        assert process is early and process.poll() is None
+    assert process.poll() is not None
+    assert context.shared(resources.Resources).serving is None
+
+
+def test_a_run_without_an_evaluation_starts_no_process(context):
+    context.result.planned.add(names.TRAINED_MODEL)
+    assert started_early(context) is None
+
+
+def test_a_step_that_runs_in_a_process_of_its_own_starts_no_process(tmp_path):
+    context = RunContext(Settings(DATA_DIR=tmp_path), holds_lock=False)
+    context.result.planned.add(names.EVALUATION)
+    assert started_early(context) is None
+
+
+def test_a_process_that_was_killed_while_it_waited_is_replaced(context):
+    context.result.planned.add(names.EVALUATION)
+    early = started_early(context)
+    early.kill()
+    early.wait()
+    with resources.serving_process(context) as process:
+        assert process is not early and process.poll() is None
+    assert early.stdin.closed
+
+
+def test_a_run_that_ends_before_the_evaluation_ends_the_process(context):
+    context.result.planned.add(names.EVALUATION)
+    early = started_early(context)
+    resources.close(context)
+    assert early.poll() is not None and early.stdin.closed
