@@ -9,7 +9,7 @@ So what counts is the CPU time of the scheduler and of the run for a piece. Its 
 
 Needs the extra `cluster`. Writes no claim: docs/scaling.md has the figures.
 
-    python -m benchmarks.simulated_scheduler [--pieces 4000] [--bytes 67000] [--processes 4] [--most 1000]
+    python -m benchmarks.simulated_scheduler [--pieces 4000] [--bytes 67000] [--processes 4] [--least 10] [--most 1000]
 """
 
 import asyncio
@@ -36,15 +36,20 @@ QUIET = {
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "600s",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "3600s",
 }
+# Of each worker: 50 and 2 calls a second, which have nothing to do here.
+QUIET_WORKERS = {
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1h",
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "1h",
+}
 
 
 def main() -> None:
-    options = measure.arguments(__doc__, pieces=4_000, bytes=67_000, processes=4, most=1_000)
+    options = measure.arguments(__doc__, pieces=4_000, bytes=67_000, processes=4, least=10, most=1_000)
     os.environ.update(QUIET)
     print("| workers | pieces/s here | scheduler, ms | run, ms | scheduler alone, pieces/s | idle | memory | checks |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for count in COUNTS:
-        if count <= options.most:
+        if options.least <= count <= options.most:
             print(row(count, max(options.pieces, 4 * count), options.bytes, options.processes), flush=True)
 
 
@@ -86,13 +91,13 @@ def executor(address: str, folder: Path, count: int) -> Iterator[tuple[Callable[
     """Connect as a run does; give its map function and the seconds that connecting and checking took."""
     from distributed import Client
 
-    from dgmd_pipeline.workflow import cluster, folders
+    from dgmd_pipeline.workflow import cluster, lock
 
     cluster.CHECK_TIMEOUT = 1800  # all workers answer from a few processes
     with Client(address, set_as_default=False) as client:
         client.wait_for_workers(count, timeout=1800)
     used = cluster.ClusterExecutor(address, folder.resolve(), os.getpid)
-    with folders.lock(folder), contextlib.closing(used):
+    with lock.hold(folder), contextlib.closing(used):
         start = time.perf_counter()
         used.connect()
         yield used.map, time.perf_counter() - start
@@ -122,14 +127,17 @@ def workers(address: str, count: int, processes: int) -> Iterator[None]:
         for number in range(processes):
             some = count // processes + (number < count % processes)
             words = ["benchmarks.simulated_scheduler", "workers", address, str(some), str(folder)]
-            stack.enter_context(started(words, Path(folder, f"{number}.log")))
+            stack.enter_context(started(words, Path(folder, f"{number}.log"), **QUIET_WORKERS))
         yield
 
 
 @contextlib.contextmanager
-def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(words: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, **variables}
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "-m", *words], cwd=measure.ROOT, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words], cwd=measure.ROOT, stdout=file, stderr=file, env=environment
+        )
     try:
         yield process
     finally:

@@ -266,9 +266,10 @@ def test_a_worker_that_does_not_fit_is_named_before_the_first_step(bad, problem,
 
 
 def test_an_address_without_tls_where_dask_requires_it_is_explained(data_dir):
-    with dask.config.set({"distributed.comm.require-encryption": True}):
-        with pytest.raises(PipelineError, match=r"tcp://127.0.0.1:9 \(DASK.*cannot be reached: encryption required"):
-            connection("tcp://127.0.0.1:9", data_dir).connect()
+    problem = r"tcp://127.0.0.1:9 \(DASK.*cannot be reached: encryption required"
+    required = dask.config.set({"distributed.comm.require-encryption": True})
+    with required, pytest.raises(PipelineError, match=problem):
+        connection("tcp://127.0.0.1:9", data_dir).connect()
 
 
 def test_a_cluster_without_scheduler_or_workers_is_explained(tmp_path, data_dir):
