@@ -79,7 +79,8 @@ def evaluate() -> Cost:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measured = metrics.evaluate(Predictions(probabilities, truth, labels, [row.path for row in rows]), folder)
-        model = review.CandidateModel(folder, labels, frozenset(), None, review.answers([probabilities]))
+        answers = review.answers([probabilities])
+        model = review.CandidateModel(folder, labels, frozenset(), frozenset(labels), None, answers)
         images = review.ValidationImages(folder, rows)
         compared = review.compare(model, model._replace(version=1, answers=production), images)
         report.draw(folder, content(labels, measured), compared)

@@ -20,5 +20,6 @@ s3/                  bucket -> files
 data/                files -> rows, splits and TFRecord shards
 training/            shards and features -> a trained model
 evaluation/          a trained model -> metrics, comparison, serving benchmark, promotion conditions, report
+serving/             what a served model accepts, and the code that a registered model carries
 registry/            trained models <-> MLflow
 """

@@ -35,9 +35,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
 
     Raises NoUsableInput after printing if a file cannot be read.
     """
-    from PIL import Image
-
-    from dgmd_pipeline.data import decoding
+    from dgmd_pipeline.serving import inputs
     from dgmd_pipeline.training import runtime
 
     paths = list(_files(files))
@@ -56,12 +54,12 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
 
         for path in progress(paths, "predict", len(paths), "images"):
             try:
-                image = np.asarray(decoding.open_rgb(path))[np.newaxis]
-            except (*decoding.DAMAGED, Image.DecompressionBombError) as error:
+                image = inputs.read(path.read_bytes(), network)
+            except (OSError, inputs.InvalidImage) as error:
                 unreadable.append(path)
-                log.warning("%s is not a readable image (%s)", path, decoding.describe(error))
+                log.warning("%s is not a readable image (%s)", path, error)
                 continue
-            probabilities = network.predict_on_batch(image)[0]
+            probabilities = network.predict_on_batch(image[np.newaxis])[0]
             best = int(probabilities.argmax())
             predictions.append(
                 {"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])}

@@ -59,13 +59,17 @@ _SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
 
 
 def open_rgb(path: Path, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
-    """Read an image file as RGB (see `to_rgb`). The content determines the format, not the name.
+    """Read an image file with `read_rgb`. The content determines the format, not the name."""
+    return read_rgb(path.read_bytes(), max_pixels)
+
+
+def read_rgb(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
+    """Return the image in the content of a file as RGB (see `to_rgb`).
 
     Call it from one thread at a time: `guard` changes settings of the process.
     Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels` or exceeds another of `limits`, and
     one of `DAMAGED`.
     """
-    data = path.read_bytes()
     with guard(data, max_pixels):
         header = open_header(data)
         limits.check(header, data)

@@ -9,12 +9,15 @@ model's predictions.
 import contextlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 
 from dgmd_pipeline.data import decoding, limits
-from dgmd_pipeline.manifest import Fit
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.manifest import Fit
 
 FORMAT = "WEBP"
 RECORD_MEMORY = 48  # bytes for each pixel of a record: its channels in floating point, the encoder; measured
@@ -22,7 +25,7 @@ BAND_PIXELS = 2**18  # converted to floating point at a time; halves the time of
 
 
 def encode(
-    path: Path, width: int, height: int, fit: Fit, reserve_memory: limits.ReserveMemory = contextlib.nullcontext
+    path: Path, width: int, height: int, fit: "Fit", reserve_memory: limits.ReserveMemory = contextlib.nullcontext
 ) -> bytes:
     """Return the image of a file, resized with `resize`, as a lossless WebP.
 
@@ -40,7 +43,7 @@ def encode(
     return file.getvalue()
 
 
-def resize(image: PIL.Image.Image, width: int, height: int, fit: Fit) -> np.ndarray:
+def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.ndarray:
     """Return an RGB image resized to `width` x `height` pixels, bilinear and antialiased: uint8 [height, width, 3].
 
     "stretch" changes the aspect ratio. "letterbox" keeps it and adds black bars. "crop" keeps it and cuts off two

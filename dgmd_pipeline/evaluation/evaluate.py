@@ -5,6 +5,7 @@ It runs the other modules of this package in order, and writes their files and t
 
 import logging
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
+from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
 from dgmd_pipeline.training.vectors import Vectors
@@ -61,7 +63,8 @@ class EvaluationData(NamedTuple):
     balanced: Mapping[str, Mapping[str, int]]  # images of each label, "before" and "after" balancing
     source: str  # URI of the images
     settings: Mapping[str, object]  # of the steps, by variable
-    seconds: Sequence[tuple[str, float]]  # of each step
+    seconds: Sequence[tuple[str, float]]  # of each step before the evaluation
+    versions: Sequence[VersionSummary]  # the registered ones, the oldest first
 
 
 class _Splits(NamedTuple):
@@ -90,6 +93,7 @@ def evaluate(
     missing. The model is benchmarked in `process`.
     Returns the counts for the step's record.
     """
+    start = time.monotonic()
     splits = _read_splits(data)
     suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
@@ -107,7 +111,8 @@ def evaluate(
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
-    report.write(folder, content, found, decision)
+    own = ("evaluation", time.monotonic() - start)
+    report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
     return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
 
 
@@ -190,6 +195,7 @@ def _content(
         counts=_class_counts(data.balanced, splits),
         rejected=list(manifest.read(data.rejected, manifest.Rejected)),
         seconds=data.seconds,
+        versions=data.versions,
         fine_tuning=fine_tuning.describe(about["fine_tuning"]) if "fine_tuning" in about else "",
     )
 

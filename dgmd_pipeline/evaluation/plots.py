@@ -227,26 +227,27 @@ def class_counts(rows: Sequence[ClassCounts]) -> Plot:
 
 
 def recall(rows: Sequence[LabelRecall]) -> Plot:
-    """Plot the recall of each label, the lowest first."""
+    """Plot the recall of each label, the lowest first, with production's as a bar and a number of its own."""
     shown = sorted(rows, key=lambda row: (row.recall, row.label))[:MAX_BARS]
     title = "Share of each label's images that is recognised (recall)"
     title += f": the lowest {MAX_BARS} of {len(rows)}" if len(rows) > MAX_BARS else ""
+    compared = [(row.production_recall, position) for position, row in enumerate(shown)]
+    others = [(value, position + 0.3) for value, position in compared if value is not None]
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        axes.barh(range(len(shown)), [row.recall for row in shown], 0.7, color=FIRST, label="this model")
-        compared = [(position, row.production_recall) for position, row in enumerate(shown)]
-        marks = [(value, position) for position, value in compared if value is not None]
-        if marks:
-            axes.plot(
-                *zip(*marks, strict=True), "D", color=SECOND, markeredgecolor=WHITE, markersize=7,
-                linestyle="none", label="production", clip_on=False,
-            )  # fmt: skip
+        axes.barh(range(len(shown)), [row.recall for row in shown], 0.38, color=FIRST, label="this model")
+        if others:
+            values, places = zip(*others, strict=True)
+            axes.barh(places, values, 0.2, color=SECOND, label="production, on the images that both predicted")
             figure.legend(loc="outside lower center", ncols=2)
-        texts = [f"{_percent(row.recall)} of {row.images:,}" for row in shown]
-        # The texts stand right of 100 %: at the end of a bar they would cover production's mark.
+        texts = [
+            f"{_percent(row.recall)} of {row.images:,}"
+            + ("" if row.production_recall is None else f" (production {_percent(row.production_recall)})")
+            for row in shown
+        ]
         _label_bars(axes, [row.label for row in shown], [1] * len(shown), texts)
-        axes.set_xlim(0, 1.2)
+        axes.set_xlim(0, 1.5 if others else 1.2)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         _format_percent(axes.xaxis)
         axes.set_title(title)

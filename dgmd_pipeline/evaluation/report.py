@@ -1,7 +1,8 @@
 """Measurements and plots -> report.html, which an operator reads to decide on a promotion.
 
 The page is self-contained: no script, nothing from a network, images as data: URIs. Labels and file names come from
-outside, so the template escapes everything, and the page's policy forbids scripts and requests.
+outside, so the templates escape everything, and the page's policy forbids scripts and requests. The templates draw the
+charts (see `charts`), so that labels appear in the browser's fonts; the PNG files are for MLflow and for documents.
 """
 
 import base64
@@ -9,19 +10,21 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline import formatting
-from dgmd_pipeline.evaluation import plots
+from dgmd_pipeline.evaluation import charts, plots, versions_so_far
 from dgmd_pipeline.evaluation.comparison import Comparison, detection
 from dgmd_pipeline.evaluation.gates import BETTER, Decision, grouped
 from dgmd_pipeline.evaluation.label_suspects import SHOWN, LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import MOST_CONFIDENT, MOST_WRONG, Measurements
 from dgmd_pipeline.evaluation.plots import Plot
+from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training.config import Epoch
 
@@ -38,7 +41,7 @@ class Content(NamedTuple):
     """What the report shows of a training. Shares are 0 to 1."""
 
     model_name: str
-    created: str
+    created: str  # ISO 8601
     source: str  # URI of the images
     settings: Mapping[str, object]  # by variable
     labels: Sequence[str]  # by class index
@@ -53,6 +56,7 @@ class Content(NamedTuple):
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in order
+    versions: Sequence[VersionSummary] = ()  # the registered ones, the oldest first
     fine_tuning: str = ""  # its result as a sentence; "" if the backbone was not to be fine-tuned
 
 
@@ -65,12 +69,6 @@ class _Interval(NamedTuple):
     words: str
 
 
-class _PlotImage(NamedTuple):
-    link: str  # data: URI
-    width: int  # pixels on the page
-    height: int
-
-
 def draw(folder: Path, content: Content, comparison: Comparison | None) -> None:
     """Write the plots and the contact sheets as PNG files into `folder`, in 3 to 4 s of one core."""
     for name, plot in (_plots(content, comparison) | _contact_sheets(content)).items():
@@ -78,7 +76,7 @@ def draw(folder: Path, content: Content, comparison: Comparison | None) -> None:
 
 
 def write(folder: Path, content: Content, review: "Review", decision: Decision) -> None:
-    """Write `report.html` into `folder`, with the plots that `draw` wrote there."""
+    """Write `report.html` into `folder`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -97,13 +95,48 @@ def write(folder: Path, content: Content, review: "Review", decision: Decision) 
         "milliseconds": lambda value: f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms",
         "human": formatting.format_bytes,
         "duration": formatting.format_seconds,
+        "whole": lambda value: f"{value:,}",
+        "date": _date,
+        "day": lambda seconds: _date(datetime.fromtimestamp(seconds, UTC).isoformat()),
+        "css": lambda value: f"{value:.2f}".rstrip("0").rstrip(".") + "%",  # a length
     }
     environment.filters |= filters
-    drawn = {name: _plot_image(folder / f"{name}.png") for name in _plots(content, review.comparison)}
+    environment.globals["charts"] = charts  # the sizes that the templates draw with
     values = content._asdict() | review._asdict() | _derived(content, review.comparison)
     decided = {"decision": decision, "gates": grouped(decision.gates), "mark": _mark(decision)}
-    text = environment.get_template(f"{PAGE}.jinja").render(values, plots=drawn, **decided)
+    text = environment.get_template(f"{PAGE}.jinja").render(values | _charts(content, review.comparison), **decided)
     (folder / PAGE).write_text(text, encoding="utf-8")
+
+
+def _charts(content: Content, comparison: Comparison | None) -> dict[str, object]:
+    """Return the geometry of the charts."""
+    measured = content.measured
+    compared = comparison.classes if comparison else []
+    shown = [*content.versions, _summary(content)] if content.versions else []
+    return {
+        "changes": charts.changes(compared),
+        "recalls": charts.recalls(measured.classes),
+        "label_rows": charts.label_rows(measured.classes, compared),
+        "matrix": charts.matrix(measured.classes, measured.confused_pairs),
+        "reliability": charts.reliability(measured.calibration),
+        "learning_curves": charts.curves(content.history) if len(content.history) > 1 else [],
+        "versions_shown": shown,
+        "version_panels": versions_so_far.panels(shown),
+        "largest_first": sorted(content.counts, key=lambda row: (-row.before, row.label)),
+        "most_images": max((max(row.before, row.after) for row in content.counts), default=1) or 1,
+    }
+
+
+def _summary(content: Content) -> VersionSummary:
+    """Return this version beside the earlier ones. Its number is the next one, which the registration may give it."""
+    return VersionSummary(
+        version=content.versions[-1].version + 1,
+        created=datetime.fromisoformat(content.created).timestamp(),
+        accuracy=content.measured.overall["accuracy"],
+        images=sum(row.training for row in content.counts) if content.counts else None,
+        labels=len(content.labels),
+        left_out=len(content.rejected),
+    )
 
 
 def _derived(content: Content, comparison: Comparison | None) -> dict[str, object]:
@@ -111,7 +144,6 @@ def _derived(content: Content, comparison: Comparison | None) -> dict[str, objec
     measured = content.measured
     return {
         "interval": comparison and _interval(comparison),
-        "compared": sorted(comparison.classes, key=lambda row: row.change) if comparison else [],
         "detection": comparison.detection if comparison else detection(int(measured.overall["images"])),
         "unmeasured": _unmeasured(content),
         "guessing": math.log(len(content.labels)),  # log loss
@@ -205,12 +237,10 @@ def _points(value: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def _plot_image(path: Path) -> _PlotImage:
-    from PIL import Image
-
-    png = path.read_bytes()
-    width, height = (round(pixels * 96 / plots.DPI) for pixels in Image.open(io.BytesIO(png)).size)
-    return _PlotImage(_data_uri("png", png), width, height)
+def _date(text: str) -> str:
+    """Return a time in ISO 8601, in UTC, as in "26 November 2026, 03:00 UTC"."""
+    time = datetime.fromisoformat(text)
+    return f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 
 def _jpegs(thumbnails: Mapping[int, np.ndarray]) -> dict[int, str]:
@@ -223,9 +253,5 @@ def _jpegs(thumbnails: Mapping[int, np.ndarray]) -> dict[int, str]:
         image.thumbnail(CARD)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=85)
-        found[number] = _data_uri("jpeg", buffer.getvalue())
+        found[number] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return found
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

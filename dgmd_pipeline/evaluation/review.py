@@ -17,6 +17,7 @@ from dgmd_pipeline.evaluation.comparison import Comparison
 from dgmd_pipeline.evaluation.predictions import PredictedLabels
 from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
+from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
         return model.answers
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
-    _check_comparable(networks.input_size(network), networks.input_fit(network), images.records)
+    _check_comparable(inputs.input_size(network), inputs.input_fit(network), images.records)
     return answers(predictions.predict(network, dataset.read(images.records)))
 
 

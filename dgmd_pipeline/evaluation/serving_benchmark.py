@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 
-from dgmd_pipeline.data import decoding
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import networks, runtime
 
 if TYPE_CHECKING:
@@ -227,8 +226,8 @@ def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPr
     images, differences, other_labels = 0, [0.0], 0
     for path, recorded in zip(originals.files, originals.recorded, strict=True):
         try:
-            pixels = np.asarray(decoding.open_rgb(path))
-        except (*decoding.DAMAGED, PIL.Image.DecompressionBombError):  # deleted or changed since; not in `images`
+            pixels = inputs.read(path.read_bytes(), network)
+        except (OSError, inputs.InvalidImage):  # deleted or changed since; not in `images`
             continue
         # What `predict` calls. `predict` itself takes three times as long for one image; `predict_on_batch` has another
         # signature, and would be traced.

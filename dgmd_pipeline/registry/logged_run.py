@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.registry import once
 from dgmd_pipeline.registry.store import TRAINING_ID
+from dgmd_pipeline.serving import source
 
 if TYPE_CHECKING:
     import keras
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 log = logging.getLogger(__name__)
-LOADER = "dgmd_served"  # name of pyfunc.py in a registered model's folder, and of the module in the consumer's process
 MODEL = "model"  # name of the logged model
 MAX_NAME = 500  # characters of a data set's name in MLflow
 
@@ -182,7 +182,7 @@ def _log_model(
 
 
 def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, keras_model: "keras.Model") -> None:
-    """Write the files of the model: MLflow's Keras flavor with the Python function of `pyfunc.py`, and the labels."""
+    """Write the files of the model: MLflow's Keras flavor, the labels, and the Python function of `serving`."""
     import mlflow.keras
     from mlflow.models import Model
 
@@ -194,10 +194,7 @@ def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate
         keras_model, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
         pip_requirements=_requirements(),
     )  # fmt: skip
-    code = folder / "code"
-    code.mkdir()
-    shutil.copyfile(Path(__file__).with_name("pyfunc.py"), code / f"{LOADER}.py")
-    described.flavors["python_function"] |= {"loader_module": LOADER, "code": code.name}
+    described.flavors["python_function"] |= {"loader_module": source.write(folder / "code"), "code": "code"}
     described.save(str(folder / "MLmodel"))
     mapping = next(path for path in candidate.files if path.name == "mapping.json")
     shutil.copyfile(mapping, folder / mapping.name)
@@ -222,18 +219,22 @@ def _log_metrics(
 
 
 def _signature(classes: int) -> "ModelSignature":
-    """Declare images as uint8, so that MLflow refuses images that the caller has already scaled."""
+    """Declare the input as objects, which MLflow passes on as they came.
+
+    MLflow's server converts JSON to the declared type: of uint8, it would make black pixels of scaled ones.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    images = TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))
+    images = TensorSpec(np.dtype("O"), (-1,))
     probabilities = TensorSpec(np.dtype("float32"), (-1, classes))
-    return ModelSignature(Schema([images]), Schema([probabilities]))
+    top_k = ParamSpec("top_k", DataType.long, default=0)  # labels for each image; 0: the probabilities of all
+    return ModelSignature(Schema([images]), Schema([probabilities]), ParamSchema([top_k]))
 
 
 def _requirements() -> list[str]:
     """Return what a consumer installs: `tensorflow`, because `tensorflow-cpu` has wheels for x86-64 only."""
     import tensorflow as tf
 
-    return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy"))]
+    return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy", "pillow"))]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TRAINING = "split/training.csv"  # artifact of a version's run: the list of its training images
 
+RUNS = 100  # whose metrics are read: a run has hundreds of them
+
 
 class ForeignVersion(PipelineError):
     """This pipeline did not make the version."""
@@ -77,6 +79,20 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
             found.append(ModelVersion(number, version.run_id or "", created, version.tags, aliases, stage))
     return ModelState(name, model.tags, sorted(found, key=lambda version: -version.version))
+
+
+def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) -> dict[str, Mapping[str, float]]:
+    """Return the last metrics of an experiment's newest runs, by the id of the run, in two requests.
+
+    There are at most RUNS runs, and none if there is no such experiment. Raises PipelineError like `read`.
+    """
+    from mlflow import MlflowClient
+
+    with errors_explained(store, message):
+        client = MlflowClient(store.uri)
+        found = client.get_experiment_by_name(experiment)
+        runs = client.search_runs([found.experiment_id], max_results=RUNS) if found else []
+        return {run.info.run_id: run.data.metrics for run in runs}
 
 
 def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> DownloadedVersion:

@@ -13,6 +13,7 @@ from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.gates import Limits
     from dgmd_pipeline.evaluation.review import CandidateModel, Rivals, ValidationImages
+    from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
     from dgmd_pipeline.registry.store import Store
     from dgmd_pipeline.registry.versions import ModelState, ModelVersion
     from dgmd_pipeline.settings import Settings
@@ -95,6 +96,34 @@ def production(settings: "Settings", folder: Path) -> "Rivals":
         return Rivals()
     log.info("  version %d is production: fetching it to compare ...", state.production.version)
     return rivals(place, state, state.production, folder)
+
+
+def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary]":
+    """Return what the report shows of the registered versions, the oldest first, without those of this training.
+
+    There are none if the registry cannot be read: the report does without them, and nothing waits for a second attempt.
+    """
+    from dgmd_pipeline.evaluation.versions_so_far import SHOWN, VersionSummary
+    from dgmd_pipeline.registry import once, versions
+    from dgmd_pipeline.registry.store import ACCURACY, TRAINING_ID
+
+    try:
+        place = store(settings)
+        if place is None:
+            return []
+        with once.without_repetition():
+            state = versions.read(place, settings.model_name)
+            metrics = versions.run_metrics(place, settings.mlflow_experiment_name or settings.model_name)
+    except PipelineError as error:  # the comparison with production reports it, too
+        log.debug("The report does not show the versions so far: %s", error)
+        return []
+    found = []
+    for version in [one for one in state.versions if one.tags.get(TRAINING_ID) != training][:SHOWN]:
+        accuracy, of_run = version.tags.get(ACCURACY), metrics.get(version.run_id, {})
+        counts = (of_run.get(name) for name in ("images_training", "labels", "images_rejected"))
+        known = float(accuracy) if accuracy else None
+        found.append(VersionSummary(version.version, version.created, known, *counts))
+    return found[::-1]
 
 
 def rivals(

@@ -127,7 +127,10 @@ class EvaluateModel(Step):
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
     params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
-    runtime_params = ("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels")
+    runtime_params = (
+        *("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels"),
+        "mlflow_experiment_name",  # where the runs of the versions so far are
+    )
 
     def requires(self) -> dict[str, Step]:
         records = WriteTFRecords(split="validation")
@@ -171,6 +174,7 @@ class EvaluateModel(Step):
             source=_source_uri(self.settings, paths[names.RAW]),
             settings=_recorded_settings(records),
             seconds=[(name, record.seconds) for name, record in records.items()],
+            versions=lookup.versions_so_far(self.settings, str(inputs["trained"].fingerprint())),
         )
 
 
@@ -263,15 +267,17 @@ class RegisterModel(Step):
         records = {step.folder: found for step in upstream_steps(self)[:-1] if (found := read_record(step.path))}
         mine = self.declared_settings() | {"backbone_weights": self.settings.backbone_weights, "seed": about["seed"]}
         split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
+        mapping = labels.read_mapping(paths["label_map"] / "mapping.json")
         return logged_run.Candidate(
             training_id=about["id"],
             model=partial(resources.trained_model, self.context, paths["trained"]),
-            labels=labels.read_mapping(paths["label_map"] / "mapping.json"),
+            labels=mapping,
             params=_recorded_settings(records, mine),
             history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
             metrics=evaluate.metrics_of(paths["evaluation"])
             | {"images_inspected": sum(balanced["before"].values()), "images_balanced": sum(balanced["after"].values())}
-            | {f"images_{split_name}": split[split_name] for split_name in names.SPLITS},
+            | {f"images_{split_name}": split[split_name] for split_name in names.SPLITS}
+            | {"labels": len(mapping), "images_rejected": sum(records[names.INSPECTED].counts["rejected"].values())},
             times=timing.metrics(records.values()),
             tags=evaluate.tags_of(paths["evaluation"]) | registration.code_tags(self.settings.git_revision),
             source=_source_uri(self.settings, paths["raw"]),

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
@@ -185,15 +186,20 @@ def _evaluate_linear(
     strength: int,
     start: "_Fits",
 ) -> "_Fits":
-    """Fit a logistic regression to each fold, and measure it on the images that were held out."""
+    """Fit a logistic regression to each fold, and measure it on the images that were held out.
+
+    Each fold has a thread: nearly all of the time is spent in BLAS, with one thread, and in NumPy, without the GIL.
+    """
     penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
-    fits, true_logs, correct = [], [], []
-    for fold, coefficients in zip(cv_folds, start.coefficients, strict=True):
-        fits.append(linear.fit(*fold.fitted, class_weights, components, penalty, coefficients))
+
+    def evaluate(fold: _Fold, coefficients: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        fitted = linear.fit(*fold.fitted, class_weights, components, penalty, coefficients)
         vectors, labels = fold.held_out
-        logs = linear.log_probabilities(vectors, *linear.unproject(fits[-1], components))
-        true_logs.append(logs[np.arange(len(labels)), labels])
-        correct.append(logs.argmax(axis=1) == labels)
+        logs = linear.log_probabilities(vectors, *linear.unproject(fitted, components))
+        return fitted, logs[np.arange(len(labels)), labels], logs.argmax(axis=1) == labels
+
+    with ThreadPoolExecutor(len(cv_folds)) as threads:
+        fits, true_logs, correct = zip(*threads.map(evaluate, cv_folds, start.coefficients), strict=True)
     loss, accuracy = -float(np.concatenate(true_logs).mean()), float(np.concatenate(correct).mean())
     return _Fits(Option("linear", loss, accuracy, shrinkage, STRENGTHS[strength]), strength, fits)
 

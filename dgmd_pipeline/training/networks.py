@@ -144,20 +144,6 @@ def load(path: Path) -> "keras.Model":
         raise changed_file_error(path, error) from error
 
 
-def input_size(network: "keras.Model") -> tuple[int, int]:
-    """Return the height and width in pixels to which a servable model fits images."""
-    layer = network.get_layer("resizing")
-    return layer.height, layer.width
-
-
-def input_fit(network: "keras.Model") -> "Fit":
-    """Return how a servable model fits images to its size."""
-    layer = network.get_layer("resizing")
-    if layer.crop_to_aspect_ratio:
-        return "crop"
-    return "letterbox" if layer.pad_to_aspect_ratio else "stretch"
-
-
 def estimate_bytes(network: "keras.Model") -> int:
     """Return the approximate size of a saved network in bytes: its float32 weights and 200 kB for its structure."""
     return 4 * network.count_params() + 200_000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
-from support.pipeline import LABELS
+from support.pipeline import LABELS, TINY
 
 pytest_plugins = ["support.trained_versions"]
 
@@ -16,7 +16,7 @@ pytest_plugins = ["support.trained_versions"]
 def test_images_are_predicted_from_the_registry_alone(trained, tmp_path, command, json_of):
     (tmp_path / "in/below").mkdir(parents=True)
     for label in LABELS:
-        (tmp_path / f"in/below/{label}.png").write_bytes(picture(label, 3))
+        (tmp_path / f"in/below/{label}.png").write_bytes(picture(label, 3, TINY["IMAGE_WIDTH"]))
     variables = {**trained.variables, "DATA_DIR": tmp_path / "nothing"}
     rows = json_of(tmp_path, "predict", "in", "--version", "1", **variables)
     assert [row["file"] for row in rows] == [f"in/below/{label}.png" for label in LABELS]

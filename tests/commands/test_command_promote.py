@@ -174,6 +174,14 @@ def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_el
     found = lookup.production(settings.load(), tmp_path)
     assert (found.production.version, found.best.version) == (2, 1)
     assert found.best.path.is_file() and found.best.trained_labels
+    values = settings.load().model_copy(update={"mlflow_experiment_name": NAME})
+    first, *others = lookup.versions_so_far(values, "a new training")
+    assert (first.version, first.accuracy, [row.version for row in others]) == (1, 0.99, [2, 3])
+    assert first.images > 1 < first.labels and first.left_out is not None
+    training = client.get_model_version(name, "2").tags["dgmd.training_id"]
+    assert lookup.versions_so_far(values, training) == [first]
+    unreachable = values.model_copy(update={"mlflow_tracking_uri": "http://127.0.0.1:9"})
+    assert lookup.versions_so_far(unreachable, "a new training") == []
     refused = command(tmp_path, "promote", "3", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
     assert refused.returncode == 40
     assert "Version 1, which was production before, had an accuracy of 0.9900 on the images of its" in refused.stdout

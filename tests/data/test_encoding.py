@@ -70,7 +70,7 @@ def test_a_record_stores_what_the_served_model_makes_of_the_original(name, fit, 
 def test_the_same_holds_for_a_file_with_an_exif_orientation_that_predict_opens(kind, orientation, fit, tmp_path):
     data = encode_with_orientation(photo(400, 240), kind, orientation)
     (tmp_path / "x").write_bytes(data)
-    opened = np.asarray(decoding.open_rgb(tmp_path / "x"))  # the input that `predict` gives to the model
+    opened = np.asarray(decoding.open_rgb(tmp_path / "x"))
     assert np.array_equal(opened, upright(data))
     assert_served(stored(tmp_path / "x", fit), opened, fit)
 

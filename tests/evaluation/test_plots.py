@@ -130,10 +130,11 @@ def test_recall_shows_the_lowest_first_with_production_where_it_was_compared():
     (axes,) = figure.axes
     assert ticks(axes.yaxis) == ["bad", "new", "good"]
     assert bars(axes.containers[0], "get_width") == [0, 0.5, 1]
-    assert texts(axes) == ["0 % of 3", "50 % of 4", "100 % of 1,200"]
-    assert axes.lines[0].get_xydata().tolist() == [[0.7, 0], [0.9, 2]]
-    assert sorted(legend(figure)) == ["production", "this model"]
-    assert not plots.recall(rows[1:2]).figure().axes[0].lines
+    assert texts(axes) == ["0 % of 3 (production 70 %)", "50 % of 4", "100 % of 1,200 (production 90 %)"]
+    assert bars(axes.containers[1], "get_width") == [0.7, 0.9]
+    assert [round(bar.get_y()) for bar in axes.containers[1]] == [0, 2]
+    assert legend(figure) == ["this model", "production, on the images that both predicted"]
+    assert len(plots.recall(rows[1:2]).figure().axes[0].containers) == 1
 
 
 def test_confused_pairs_name_both_labels_and_count_images():

@@ -19,6 +19,7 @@ from dgmd_pipeline.evaluation.predictions import Predictions
 from dgmd_pipeline.evaluation.report import Content
 from dgmd_pipeline.evaluation.review import Review
 from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServedPredictions, ServingBenchmark
+from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Rejected
 from dgmd_pipeline.training.config import Epoch
 
@@ -72,7 +73,7 @@ def content(**changes):
     measured = metrics.measure(Predictions(PROBABILITIES, TRUTH, LABELS, KEYS))
     first = Content(
         model_name="dgmd_model",
-        created="2026-01-02 03:04 UTC",
+        created="2026-01-02T03:04:05+00:00",
         source="s3://bucket/train",
         settings={"EPOCHS": 2, "BACKBONE_WEIGHTS": None},
         labels=LABELS,
@@ -112,6 +113,11 @@ class Page(HTMLParser):
         self.text += data
 
 
+def section(page, name):
+    """Return the text of a section."""
+    return Page(page.html.partition(f'<section id="{name}">')[2].partition("</section>")[0]).text
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A folder with all plots of `content`."""
@@ -144,23 +150,90 @@ def page(drawn):
     return render
 
 
-def test_the_report_is_self_contained_and_has_each_plot(page, drawn):
+def test_the_report_is_self_contained_and_each_plot_is_a_file(page, drawn):
     page = page(comparison=COMPARISON, serving_benchmark=replace(BENCHMARK, production=PRODUCTION))
     assert {path.name for path in drawn.iterdir()} == {
         "report.html", "class_counts.png", "confused_pairs.png", "confusion_matrix.png", "label_suspects.png",
         "learning_curves.png", "mistakes.png", "recall.png", "reliability.png", "step_seconds.png",
     }  # fmt: skip
     links = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
-    assert links and all(link.startswith("data:image/") for link in links)
+    assert links and all(link.startswith("data:image/jpeg;") for link in links)
     assert "url(" not in page.html and "@import" not in page.html
     assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
     policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
-    assert policy.startswith("default-src 'none'; img-src data:")
-    assert sum(attrs.get("class") == "plot" for _, attrs in page.tags) == 7
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     for link in links:
         Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))).verify()
-    plot = next(attrs for tag, attrs in page.tags if tag == "img")
-    assert base64.b64decode(plot["src"].split(",")[1]) == (drawn / "recall.png").read_bytes()
+
+
+def test_labels_in_any_script_are_text_that_does_not_reorder_what_follows(page):
+    odd = ["\u756a\u7d05\u82b1", "\u0634\u0627\u064a", "\u0e43\u0e1a", "\U0001f33f mint"]
+    measured = metrics.measure(Predictions(PROBABILITIES, TRUTH, odd, KEYS))
+    compared = replace(COMPARISON, classes=[ClassComparison(odd[1], 3, 0.5, 0.75, 0, 1)])
+    shown = page(labels=odd, measured=measured, comparison=compared, counts=[ClassCounts(odd[2], 9, 6, 5, 1)])
+    arrow = f"<bdi>{odd[0]}</bdi> \N{RIGHTWARDS ARROW} <bdi>{odd[1]}</bdi>"
+    assert arrow in shown.html
+    for name, label in (("compared", odd[1]), ("labels", odd[0]), ("labels", odd[3]), ("data", odd[2])):
+        assert label in section(shown, name)
+    outside = re.sub(r"<bdi.*?</bdi>|<th title=.*?>|alt=.*?>", "", shown.html)
+    assert not [label for label in odd if label in outside]
+
+
+def many_labels(count):
+    """Measurements of `count` labels with two images each: 60 are never recognised, 60 half, the others always."""
+    labels = [f"label {number:04}" for number in range(count)]
+    truth = np.repeat(np.arange(count), 2)
+    predicted = truth.copy()
+    predicted[:120] = (truth[:120] + 1) % count
+    predicted[120:240:2] += 1
+    probabilities = np.zeros((len(truth), count), np.float32)
+    probabilities[np.arange(len(truth)), predicted] = 1
+    return labels, metrics.measure(Predictions(probabilities, truth, labels, [f"{number}.jpg" for number in truth]))
+
+
+@pytest.mark.parametrize("count", [200, 1000])
+def test_of_many_labels_the_page_shows_those_that_matter_and_a_table_without_a_script(count, page):
+    labels, measured = many_labels(count)
+    rows = [ClassComparison(label, 2, 0.5, 0.5 + number % 3 / 4, 0, 0) for number, label in enumerate(labels)]
+    shown = page(
+        labels=labels, measured=measured, comparison=replace(COMPARISON, classes=rows),
+        counts=[ClassCounts(label, 9, 6, 5, 1) for label in labels],
+    )  # fmt: skip
+    text = section(shown, "labels")
+    assert "60 labels are never recognised: label 0000" in text and "and 30 more" in text
+    assert f"Not shown: 40 labels with a higher recall and {count - 120} labels with a recall of 100 %." in text
+    matrix = shown.html.partition('<table class="matrix">')[2].partition("</table>")[0]
+    assert matrix.count("<tr>") == 11 and matrix.count("<td") == 110
+    outside = re.sub(r"<table(?! class=.matrix).*?</table>", "", shown.html, flags=re.DOTALL)
+    assert outside.count("<li>") < 250
+    table = shown.html.partition('<div class="labels">')[2].partition("</table>")[0]
+    assert table.count("<tr") == count + 1
+    assert set(re.findall(r'value="(\w+)"', table)) == {
+        "recall", "label", "images", "change", "all", "errors", "few", "worse",
+    }  # fmt: skip
+    assert len(shown.html) < 1000 * count
+
+
+def test_the_versions_so_far_end_with_this_one(page):
+    assert "Versions so far" not in page().text
+    earlier = [
+        VersionSummary(7, 1.7e9, 0.5, None, None, None),
+        VersionSummary(9, 1.75e9, 0.625, 1200, 3, 2),
+    ]
+    shown = page(versions=earlier)
+    assert "2 January 2026, 03:04 UTC, after version 9." in shown.text
+    text = section(shown, "versions")
+    rows = re.findall(r"<tr><td>(.*?)</tr>", shown.html.partition('<section id="versions">')[2], re.DOTALL)
+    assert [re.sub("<.*?>", "|", row).split("|")[0] for row in rows] == ["this one", "9", "7"]
+    for words in ("62.5 %", "1,200", "15 June 2025, 15:06 UTC", "Accuracy", "Training images", "Rejected files"):
+        assert words in text
+
+
+def test_the_contents_lead_to_all_sections(page):
+    shown = page(versions=[VersionSummary(7, 1.7e9, 0.5, None, None, None)])
+    targets = [attrs["for"] for tag, attrs in shown.tags if tag == "label" and "for" in attrs]
+    assert targets == [attrs["id"] for tag, attrs in shown.tags if attrs.get("class") == "place"]
+    assert targets == [f"to-{attrs['id']}" for tag, attrs in shown.tags if tag == "section"]
 
 
 def test_labels_file_names_and_settings_are_escaped(page):
@@ -210,7 +283,8 @@ def test_the_comparison_is_shown_in_numbers_with_units(page):
         "+62 / \N{MINUS SIGN}47", "\N{MINUS SIGN}0.4 to +3.0 percentage points", "probability of 18.3 %",
         "3 points worse than production would be found significantly worse on 1,180 images with a probability of 91 %",
         "with a probability of 80 % is 2.5 points", "exactly one of the two models is right on 9 %",
-        "the observed disagreement", "(\N{MINUS SIGN}25.0 points on 3 images)", "only this model knows: gone",
+        "the observed disagreement", "\N{MINUS SIGN}25.0 points (75 % \N{RIGHTWARDS ARROW} 50 % of 3)",
+        "only this model knows: gone",
     ):  # fmt: skip
         assert words in text
 
@@ -307,7 +381,7 @@ def test_a_perfect_model_has_no_contact_sheet(page, drawn_names):
 
 def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
     shown = page()
-    text = shown.text.partition("Likely wrong labels")[2].partition("rejected before balancing")[0]
+    text = section(shown, "suspects")
     for words in (
         "each of 6 training and validation images", "For 70 of them", f"given {EVIL} 1.2 % likely mint 87.5 %",
         f"{EVIL}/47.jpg", "corrections.csv", "lists the first 60 of these images", "38 more",
@@ -326,7 +400,7 @@ def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
 )
 def test_the_report_says_why_there_are_no_likely_wrong_labels(suspects, words, page, drawn_names):
     changes = {"suspects": suspects, "suspect_thumbnails": {}}
-    assert words in page(**changes).text.partition("Likely wrong labels")[2].partition("Near-duplicates")[0]
+    assert words in section(page(**changes), "suspects")
     names = drawn_names(**changes)
     assert "recall" in names and "label_suspects" not in names
 

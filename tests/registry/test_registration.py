@@ -78,6 +78,17 @@ images = np.load("images.npy")
 for stream in (sys.stdout, sys.stderr):
     print("predicting", file=stream, flush=True)
 np.save("predictions.npy", model.predict(images))
+probabilities = model.predict(images[:2])
+for count in (1, 2, 9):
+    for row, best in zip(probabilities, model.predict(images[:2], params={{"top_k": count}}), strict=True):
+        expected = sorted(zip(row.tolist(), ("anise", "mint")), reverse=True)[:count]
+        assert best == [{{"label": label, "probability": probability}} for probability, label in expected]
+for wrong in (-1, "two", 1.5):
+    try:
+        model.predict(images, params={{"top_k": wrong}})
+    except mlflow.exceptions.MlflowException:
+        continue
+    raise AssertionError(wrong)
 assert "dgmd_pipeline" not in sys.modules
 assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
 """

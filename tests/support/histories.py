@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -27,6 +28,7 @@ from dgmd_pipeline.s3 import client, crt
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks import names
 from dgmd_pipeline.tasks.training_inputs import ExtractFeatures
+from dgmd_pipeline.training import extraction
 from dgmd_pipeline.workflow import files, folders, lock, planning
 from dgmd_pipeline.workflow.disk import SHARED_MEMORY
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
@@ -59,13 +61,17 @@ START = dict(zip(PATHS[:10], range(10), strict=False))  # path -> number of its 
 class ExtractMeans(ExtractFeatures):
     """Extracts the mean colour of each quarter of an image, in place of a network's vector."""
 
-    def _extract(self, records, reuse):
-        entries = manifest.read_records(records)[reuse.new]
-        ends = np.cumsum([shard.records for shard in manifest.read_shard_index(records).shards])
-        paths = [records / shard.file for shard in manifest.read_shard_index(records).shards]
-        shard_of = np.searchsorted(ends, reuse.new, side="right").tolist()
-        vectors = [_means(paths[number], entry) for number, entry in zip(shard_of, entries, strict=True)]
-        return 12, iter(np.array_split(np.array(vectors, np.float32).reshape(-1, 12), 2))
+    def _compute(self, pieces):
+        records, positions = pieces[0].records, np.concatenate([piece.positions for piece in pieces])
+        shards = manifest.read_shard_index(records).shards
+        shard_of = np.searchsorted(np.cumsum([shard.records for shard in shards]), positions, side="right").tolist()
+        entries = manifest.read_records(records)[positions]
+        paths = [records / shards[number].file for number in shard_of]
+        vectors = [_means(path, entry) for path, entry in zip(paths, entries, strict=True)]
+        return extraction.write_pieces(pieces, np.array_split(np.array(vectors, np.float32), 2), 12)
+
+    def _network(self):
+        return SimpleNamespace(output_shape=(None, 12))
 
 
 def _means(path: Path, entry: np.void) -> np.ndarray:

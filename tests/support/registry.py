@@ -29,7 +29,8 @@ def saved_model(tmp_path_factory):
     import keras
 
     images = keras.Input((None, None, 3), dtype="uint8")
-    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(images))
+    resized = keras.layers.Resizing(8, 8, name="resizing")(keras.layers.Rescaling(1 / 255)(images))
+    pooled = keras.layers.GlobalAveragePooling2D()(resized)
     path = tmp_path_factory.mktemp("model") / "model.keras"
     keras.Model(images, keras.layers.Dense(2, activation="softmax")(pooled)).save(path)
     return path

@@ -7,7 +7,7 @@ import pytest
 from support.training import CONFIG, Stopped, clouds, ignore
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import head, head_selection, loop
+from dgmd_pipeline.training import head, head_selection, linear, loop
 from dgmd_pipeline.training.checkpoint import UnusableCheckpoint
 from dgmd_pipeline.training.features import LabeledFeatures
 
@@ -103,6 +103,16 @@ def test_cross_validation_uses_at_most_selection_rows(monkeypatch):
     trained = train(clouds(300), kind="linear")
     assert trained.selection.held_out == 40  # two folds of twenty
     assert accuracy(trained, clouds(60, seed=1)) > 0.9
+
+
+@pytest.mark.parametrize("position", [0, len(head_selection.STRENGTHS) - 1])
+def test_the_best_strength_is_found_from_both_ends(monkeypatch, position):
+    monkeypatch.setattr(head_selection, "FIRST_STRENGTH", position)
+    data, config = clouds(150, spread=4), CONFIG._replace(seed=1)
+    components = linear.principal_components(data.vectors)
+    groups = [*map(str, range(150))]
+    chosen = head_selection.select(data, groups, np.ones(3, np.float32), config, "linear", components, None).chosen
+    assert chosen.strength == 0.1
 
 
 def test_class_weights_shift_the_predictions_of_a_linear_head():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import backbones, networks
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 
@@ -101,7 +102,7 @@ def test_a_saved_model_has_its_size_and_fit(fit, tmp_path):
     cnn = networks.build_cnn(32, 32)
     networks.assemble(cnn, networks.build_head(cnn.output_shape[-1], 5, 0.2), fit).save(tmp_path / "model.keras")
     loaded = networks.load(tmp_path / "model.keras")
-    assert (networks.input_size(loaded), networks.input_fit(loaded)) == ((32, 32), fit)
+    assert (inputs.input_size(loaded), inputs.input_fit(loaded)) == ((32, 32), fit)
 
 
 def test_the_saved_model_loads_and_predicts_without_this_package(classifier, tmp_path):

@@ -96,7 +96,7 @@ def begun(go):
     return len(file.read_text()) if file.exists() else 0
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -1,0 +1,278 @@
+"""Numbers -> the geometry of the charts in report.html. The templates draw it, in the browser's fonts and colours.
+
+Bars are HTML, and their lengths are percentages of the room for bars. Curves are SVG, in the units of its view box.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from dgmd_pipeline.evaluation.metrics import CalibrationBin, ClassMetrics, ConfusedPair
+from dgmd_pipeline.training.config import Epoch
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.comparison import ClassComparison
+
+ALL_BARS = 30  # labels; of more, a chart shows those that matter
+BARS = 10  # labels at each end of such a chart
+PAIRS = 15  # confused pairs
+MATRIX_LABELS = 10  # more do not fit on the screen of a phone
+FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
+WIDTH, HEIGHT = 420, 230  # of the view box of curves
+LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
+COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in a view box of their own
+MARKED = 30  # points of a curve that have a mark
+
+
+class Tick(NamedTuple):
+    """A place on an axis."""
+
+    at: float
+    text: str
+
+
+class Curve(NamedTuple):
+    """A line through points."""
+
+    name: str
+    points: list[tuple[float, float]]  # x, y
+    marked: bool  # whether each point has a mark
+
+
+class Panel(NamedTuple):
+    """Curves over the same axes."""
+
+    title: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    curves: list[Curve]
+
+
+class Bar(NamedTuple):
+    """A part of the room for bars. Percent."""
+
+    start: float
+    length: float
+
+
+class Bin(NamedTuple):
+    """A bar of the reliability diagram, and its number of images as another. View box units."""
+
+    left: float
+    width: float
+    top: float  # of the bar that shows the accuracy
+    images_top: float
+    text: str
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram over the number of images."""
+
+    bins: list[Bin]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+class Cell(NamedTuple):
+    """A cell of the confusion matrix."""
+
+    images: int
+    shade: int  # percent of the colour
+    kind: str  # "right" on the diagonal, "wrong" elsewhere
+
+
+class Matrix(NamedTuple):
+    """The confusion matrix of the labels that are confused most often."""
+
+    labels: list[str]
+    rows: list[list[Cell]]  # for each true label: one cell for each label
+    others: list[Cell]  # for each true label: the images that are predicted as a label that is not shown
+    all_labels: bool  # whether no measured label is missing
+
+
+class LabelRow(NamedTuple):
+    """A row of the table of all labels, and its place in each order."""
+
+    label: str
+    images: int
+    recall: float
+    precision: float
+    f1: float
+    change: float | None  # of the recall against production's; None: not compared
+    by_label: int
+    by_images: int  # fewest first
+    by_change: int  # largest loss first
+
+
+class Change(NamedTuple):
+    """A label whose recall differs from production's."""
+
+    row: "ClassComparison"
+    bar: Bar
+
+
+class Recalls(NamedTuple):
+    """The labels that the chart of the recall shows."""
+
+    never: list[str]  # labels of which no image is recognised, where there are too many labels for a bar each
+    shown: list[ClassMetrics]  # lowest recall first
+    always: int  # labels that are left out because all their images are recognised
+    between: int  # labels that are left out and are neither
+
+
+def curves(history: Sequence[Epoch]) -> list[Panel]:
+    """Return the panels of the loss and of the accuracy of at least two epochs."""
+    epochs = [row.epoch + 1 for row in history]
+    losses = {"training": [row.loss for row in history], "validation": [row.val_loss for row in history]}
+    shares = {"training": [row.accuracy for row in history], "validation": [row.val_accuracy for row in history]}
+    return [
+        panel("Loss: lower is better", epochs, losses, "{:.3g}".format),
+        panel("Accuracy: higher is better", epochs, shares, percent),
+    ]
+
+
+def panel(
+    title: str,
+    x: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    write: Callable[[float], str],
+    counts: bool = False,
+) -> Panel:
+    """Return the geometry of lines over the same whole numbers; `write` turns a value on the y axis into text.
+
+    The y axis has whole numbers if the values are `counts`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    values = [value for line in lines.values() for value in line]
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
+    y_values = [float(value) for value in MaxNLocator(nbins=4, integer=counts).tick_values(low, high)]
+    x_values = [float(value) for value in MaxNLocator(nbins=6, integer=True).tick_values(x[0], x[-1])]
+    low, high, reach = min(low, y_values[0]), max(high, y_values[-1]), max(x[-1] - x[0], 1)
+
+    def across(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (0.02 + 0.96 * (value - x[0]) / reach), 1)
+
+    def down(value: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low), 1)
+
+    return Panel(
+        title,
+        [Tick(across(value), f"{value:.0f}") for value in x_values if x[0] <= value <= x[-1]],
+        [Tick(down(value), write(value)) for value in y_values],
+        [
+            Curve(name, [(across(one), down(other)) for one, other in zip(x, line, strict=True)], len(x) <= MARKED)
+            for name, line in lines.items()
+        ],
+    )
+
+
+def percent(share: float) -> str:
+    """Return a share as text, with a decimal only where it is needed."""
+    return f"{round(100 * share, 1):g} %"
+
+
+def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
+    """Return the bars of the accuracy and of the number of images by confidence, in a view box each."""
+    most = max(row.images for row in bins)
+
+    def across(share: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * share, 1)
+
+    def down(share: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * share, 1)
+
+    drawn = [
+        Bin(
+            left=across(row.low) + 1,
+            width=round(across(row.high) - across(row.low) - 2, 1),
+            top=down(row.accuracy),
+            images_top=round(COUNTS_BOTTOM - 50 * row.images / most, 1),
+            text=f"confidence {percent(row.low)} to {percent(row.high)}: {percent(row.accuracy)} of {row.images:,} "
+            "images are correct",
+        )
+        for row in bins
+    ]
+    quarters = [0, 0.25, 0.5, 0.75, 1]
+    return Reliability(
+        drawn,
+        [Tick(across(share), percent(share)) for share in quarters],
+        [Tick(down(share), percent(share)) for share in quarters],
+    )
+
+
+def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Matrix | None:
+    """Return the confusion matrix of all measured labels if they are few, otherwise of those that are confused most.
+
+    It is computed from the pairs (most images first), so it exists for any number of labels. None: nothing is confused.
+    """
+    if not pairs:
+        return None
+    labels = list(dict.fromkeys(row.label for row in classes))
+    involved = dict.fromkeys(label for pair in pairs for label in (pair.label, pair.predicted))
+    complete = len(set(labels) | set(involved)) <= MATRIX_LABELS
+    if complete:
+        labels += [label for label in involved if label not in labels]
+    else:
+        labels = list(involved)[:MATRIX_LABELS]
+    rows_of = {row.label: row for row in classes}
+    wrong = {(pair.label, pair.predicted): pair.images for pair in pairs}
+    rows, others = [], []
+    for label in labels:
+        row = rows_of.get(label)
+        images, correct = (row.images, round(row.recall * row.images)) if row else (0, 0)
+        counts = [correct if other == label else wrong.get((label, other), 0) for other in labels]
+        rows.append([_cell(count, images, other == label) for count, other in zip(counts, labels, strict=True)])
+        others.append(_cell(images - sum(counts), images, right=False))
+    return Matrix(labels, rows, others, complete)
+
+
+def _cell(images: int, total: int, right: bool) -> Cell:
+    # The square root makes a few images in a wrong column visible. More colour leaves text too little contrast.
+    shade = round(45 * (images / max(total, 1)) ** 0.5)
+    return Cell(images, shade, "right" if right else "wrong")
+
+
+def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
+    """Return the labels whose recall differs from production's, the largest loss first, as bars from the middle."""
+    changed = sorted((row for row in rows if row.change), key=lambda row: (row.change, -row.images, row.label))
+    reach = max((abs(row.change) for row in changed), default=1)
+    return [
+        Change(row, Bar(round(50 + min(0, 50 * row.change / reach), 2), round(abs(50 * row.change / reach), 2)))
+        for row in changed
+    ]
+
+
+def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
+    """Choose the labels whose recall is shown as a bar: all, or the lowest ones without those that need no bar."""
+    ordered = sorted(classes, key=lambda row: (row.recall, row.label))
+    if len(ordered) <= ALL_BARS:
+        return Recalls([], ordered, 0, 0)
+    never = [row.label for row in ordered if row.recall == 0]
+    between = [row for row in ordered if 0 < row.recall < 1]
+    shown = between[: 2 * BARS]
+    return Recalls(never, shown, len(ordered) - len(never) - len(between), len(between) - len(shown))
+
+
+def label_rows(classes: Sequence[ClassMetrics], compared: Iterable["ClassComparison"]) -> list[LabelRow]:
+    """Return the rows of the table of all labels, the lowest recall first."""
+    change = {row.label: row.change for row in compared}
+    names = [row.label for row in classes]
+    by_label = _places(names)
+    by_images = _places([(row.images, row.label) for row in classes])
+    by_change = _places([(change.get(name, 9.0), name) for name in names])
+    rows = [
+        LabelRow(row.label, row.images, row.recall, row.precision, row.f1, change.get(row.label), *places)
+        for row, *places in zip(classes, by_label, by_images, by_change, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (row.recall, row.label))
+
+
+def _places(keys: Sequence[object]) -> list[int]:
+    """Return the place of each key in their order."""
+    order = sorted(range(len(keys)), key=lambda index: keys[index])  # type: ignore[arg-type, return-value]
+    found = [0] * len(keys)
+    for place, index in enumerate(order):
+        found[index] = place
+    return found
