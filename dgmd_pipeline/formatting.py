@@ -62,6 +62,19 @@ def _cut(line: str, limit: int) -> str:
     return line if len(line) <= limit else f"{line[: limit - end - 5]} ... {line[-end:]}"
 
 
+def percent(share: float) -> str:
+    """Return a share (0 to 1) in percent: "99.7 %", "50 %". Only all is "100 %", and only nothing is "0 %"."""
+    value = round(100 * share, 1)
+    if 0 < share < 1:
+        value = min(max(value, 0.1), 99.9)
+    return f"{value:g} %"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with a noun: "1 epoch", "1,200 epochs"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def whole_percentages(parts: Sequence[float]) -> list[int]:
     """Return the shares of `parts` in whole percent, rounded so that they sum to 100. At least one part is not 0.
 

@@ -221,11 +221,14 @@ class Settings(BaseSettings):
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
     )
-    notify_url: SecretStr | None = Field(None, description="URL that receives a JSON message by POST after each run.")
+    notify_url: SecretStr | None = Field(
+        None,
+        description="URL that receives a JSON message by POST after each run, promotion and rollback.",
+    )
     notify_on: Literal["always", "change", "problem"] = Field(
         "always",
-        description="After which runs `NOTIFY_URL` receives a message: `always`, `change` (not after `unchanged`), "
-        "`problem` (only what needs attention).",
+        description="What `NOTIFY_URL` receives a message about: `always`, `change` (all but `unchanged` runs), "
+        "`problem` (only runs that failed, or registered a version that is worse than production).",
     )
     health_max_age: float | None = Field(
         None,

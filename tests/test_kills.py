@@ -44,11 +44,12 @@ before rename .draft-split split
 after rename .draft-split split
 before read .draft-tfrecord_*/.resume/*/records.npy
 before rename .draft-tfrecord_* tfrecord_*
+after POST */mlflow/runs/create
 after say *epoch 2/3*
 before rename .draft-trained_model trained_model
 after rename .draft-trained_model trained_model
 after rename .draft-evaluation evaluation
-after POST */mlflow/runs/create
+after POST */mlflow/logged-models
 before POST */mlflow/runs/update
 before POST */mlflow/model-versions/create
 after POST */mlflow/model-versions/create

@@ -204,15 +204,11 @@ def encode_digit(digit: "np.ndarray", size: int, file_format: str) -> bytes:
 def _print_next_commands() -> None:
     from dgmd_pipeline.workflow.success_file import read_record
 
-    registered, evaluation = read_record(DATA_DIR / "registered_model"), read_record(DATA_DIR / "evaluation")
-    if not registered or not evaluation:
+    if not read_record(DATA_DIR / "registered_model"):
         return
-    name, version, accuracy = registered.counts["name"], registered.counts["version"], evaluation.counts["accuracy"]
     pipeline = f"{_command('python')} {shlex.quote(sys.argv[0])}"
     log.info(
         f"""
-{name} version {version} is registered, non-production, with a validation accuracy of {accuracy:.2%}.
-
 What next?
   # open the report in a browser: {DATA_DIR}/evaluation/report.html
   # make the version production; later versions are compared with it

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dgmd_pipeline import formatting
 from dgmd_pipeline.commands import output, versions
+from dgmd_pipeline.evaluation import summary
 from dgmd_pipeline.registry import promotion
 from dgmd_pipeline.registry.promotion import Event
 from dgmd_pipeline.registry.store import CANDIDATE, ENVIRONMENT, NON_PRODUCTION
@@ -97,7 +98,7 @@ def _cells(row: ModelRow) -> tuple[str, ...]:
         str(row.version),
         _minute(row.created),
         row.environment + (" *" if CANDIDATE in row.aliases else ""),
-        text(row.accuracy, "{:.4f}"),
+        "" if row.accuracy is None else formatting.percent(row.accuracy),
         text(row.latency_ratio, "x {:.2f}"),
         "" if row.bytes is None else formatting.format_bytes(row.bytes),
     )
@@ -106,12 +107,8 @@ def _cells(row: ModelRow) -> tuple[str, ...]:
 def _more_lines(row: ModelRow) -> list[str]:
     """Return the verdict and the promotion of a version."""
     found = []
-    if row.difference is not None:
-        points = f"{100 * row.difference:+.1f} points"
-        than = {"better": "better than", "worse": "worse than", "no difference": "no difference shown from"}
-        found.append(f"{than.get(row.verdict or '', 'compared with')} version {row.compared_with}: {points}")
-    elif row.verdict:
-        found.append({"first": "first version"}.get(row.verdict, row.verdict))
+    if row.verdict or row.difference is not None:
+        found.append(summary.comparison(row.verdict or "", row.compared_with, row.difference))
     if row.failed:
         found[-1:] = [f"{', '.join(found)}; failed: {', '.join(row.failed)}"]
     if row.promoted_at:

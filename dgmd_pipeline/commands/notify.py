@@ -1,4 +1,4 @@
-"""The outcome of a run -> a short JSON document, sent to NOTIFY_URL."""
+"""The outcome of a run, a promotion or a rollback -> a short JSON document, sent to NOTIFY_URL."""
 
 import http.client
 import json
@@ -7,10 +7,24 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from dgmd_pipeline.commands import status
+
+if TYPE_CHECKING:
+    from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 TIMEOUT = 5.0  # seconds, for the whole request
+
+
+def tell(values: "Settings", what: status.Status) -> None:
+    """Send a status to NOTIFY_URL if it is set, and NOTIFY_ON names the outcome."""
+    if values.notify_url and what.outcome in status.TOLD[values.notify_on]:
+        text = f"{values.model_name}: {what.outcome}. {what.message}"
+        post(values.notify_url.get_secret_value(), {"text": text, **asdict(what)})
 
 
 def post(url: str, body: Mapping[str, object]) -> None:

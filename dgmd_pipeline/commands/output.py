@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Declined, SettingsError
 from dgmd_pipeline.evaluation import gates
-from dgmd_pipeline.formatting import format_bytes
+from dgmd_pipeline.formatting import format_bytes, percent
 from dgmd_pipeline.registry.versions import ModelVersion
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def print_review(name: str, entry: ModelVersion, other: int | None, review: "Rev
 
 def _accuracy_rows(comparison: "Comparison | None", accuracy: str) -> list[Sequence[str]]:
     if comparison is None:
-        return [("accuracy", accuracy, "", "")]
+        return [("accuracy", percent(float(accuracy)) if accuracy else "", "", "")]
     return [
-        ("accuracy", f"{comparison.accuracy:.4f}", f"{comparison.production_accuracy:.4f}", ""),
+        ("accuracy", percent(comparison.accuracy), percent(comparison.production_accuracy), ""),
         ("images", f"{comparison.images:,}", "", f"{comparison.gained:,} gained, {comparison.lost:,} lost"),
     ]
 
@@ -70,7 +70,7 @@ def _print_labels(classes: "Sequence[ClassComparison]") -> None:
     changed = sorted((row for row in classes if row.gained or row.lost), key=lambda row: (row.change, -row.lost))
     for row in changed[:SHOWN_LABELS]:
         print(
-            f"  {row.label}: {row.production_recall:.0%} -> {row.recall:.0%} of {row.images:,} "
+            f"  {row.label}: {percent(row.production_recall)} -> {percent(row.recall)} of {row.images:,} "
             f"({row.gained:,} gained, {row.lost:,} lost)"
         )
     if (more := len(changed) - SHOWN_LABELS) > 0:

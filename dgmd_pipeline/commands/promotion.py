@@ -3,12 +3,14 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import settings
-from dgmd_pipeline.commands import output, versions
+from dgmd_pipeline.commands import notify, output, status, versions
 from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
 from dgmd_pipeline.evaluation import gates
+from dgmd_pipeline.evaluation.summary import BETTER, NO_DIFFERENCE
+from dgmd_pipeline.formatting import percent, utc_now
 from dgmd_pipeline.registry import promotion
 from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.registry.store import Store
@@ -16,6 +18,7 @@ from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 from dgmd_pipeline.tasks import lookup, names
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.evaluation.comparison import Comparison
     from dgmd_pipeline.evaluation.review import CandidateModel, Review
     from dgmd_pipeline.settings import Settings
 
@@ -46,7 +49,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         if known.best is None and (best := promotion.best_former(state, candidate)):
             print(
                 f"Version {best.version}, which was production before, had an accuracy of "
-                f"{best.tags[promotion.ACCURACY]} on the images of its own run. The two were not compared."
+                f"{percent(promotion.accuracy(best) or 0)} on the images of its own run. The two were not compared."
             )
     failed = ", ".join(decision.failed)
     if failed and not force:
@@ -58,12 +61,21 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         store, state, candidate.version,
         action="promote", user=settings.operator(), reason=reason, gates=decision.gates, forced=bool(failed),
     )  # fmt: skip
-    output.print_result(
+    text = (
         f"{state.name} version {candidate.version} is production"
         + (f"; version {previous} was. `rollback` restores it." if previous else ".")
-        + (f" Overridden: {failed}." if failed else ""),
-        as_json, version=candidate.version, promoted=True, event=event.as_json(), overridden=decision.failed, **shown,
-    )  # fmt: skip
+        + (f" Overridden: {failed}." if failed else "")
+    )
+    _tell(values, status.PROMOTED, candidate, text, known.comparison, decision.verdict)
+    output.print_result(
+        text,
+        as_json,
+        version=candidate.version,
+        promoted=True,
+        event=event.as_json(),
+        overridden=decision.failed,
+        **shown,
+    )
 
 
 def promote_if_better(values: "Settings", version: int) -> str:
@@ -79,7 +91,7 @@ def promote_if_better(values: "Settings", version: int) -> str:
     if candidate == state.production or any(event.version == version for event in promotion.history(state)):
         return f"{refused} an operator decides on a version that was production before."
     _, decision = _decide(values, store, state, candidate)
-    if decision.verdict != gates.BETTER or decision.failed:
+    if decision.verdict != BETTER or decision.failed:
         return f"{refused} {decision.headline[0].lower()}{decision.headline[1:]}. {decision.reason}"
     promotion.set_production(
         store, state, version,
@@ -120,7 +132,7 @@ def _question(candidate: ModelVersion, previous: int | None, decision: gates.Dec
     question = f"Make version {candidate.version} production"
     if previous is None:
         return f"{question}?"
-    despite = ", although no difference was shown" if decision.verdict == gates.NO_DIFFERENCE else ""
+    despite = ", although no difference was shown" if decision.verdict == NO_DIFFERENCE else ""
     return f"{question} instead of version {previous}{despite}?"
 
 
@@ -149,10 +161,25 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
     event = promotion.set_production(
         store, state, restored.version, action="rollback", user=settings.operator(), reason=reason
     )
+    text = f"{state.name} version {restored.version} is production again; version {current} was."
+    _tell(values, status.ROLLED_BACK, restored, text)
     output.print_result(
-        f"{state.name} version {restored.version} is production again; version {current} was.",
-        as_json, version=restored.version, event=event.as_json(),
+        text, as_json, version=restored.version, event=event.as_json(),
     )  # fmt: skip
+
+
+def _tell(
+    values: "Settings",
+    what: str,
+    version: ModelVersion,
+    text: str,
+    compared: "Comparison | None" = None,
+    verdict: str | None = None,
+) -> None:
+    """Send a promotion or a rollback to NOTIFY_URL."""
+    measured = {name: getattr(compared, name) for name in ("difference", "low", "high")} if compared else {}
+    known: dict[str, Any] = {"version": version.version, "accuracy": promotion.accuracy(version), "verdict": verdict}
+    notify.tell(values, status.Status(what, 0, text, utc_now(), 0.0, values.model_name, **known, **measured))
 
 
 def _warn_of_ignored_stages(state: ModelState) -> None:

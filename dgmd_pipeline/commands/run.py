@@ -7,13 +7,14 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dgmd_pipeline.commands import notify, status
 from dgmd_pipeline.errors import Busy, PipelineError
+from dgmd_pipeline.evaluation.summary import WORSE
 from dgmd_pipeline.formatting import format_bytes, redact, utc_now
 from dgmd_pipeline.settings import TEMPORARY, Settings, mlflow_variables
-from dgmd_pipeline.tasks import LAST, lookup, names, resources
+from dgmd_pipeline.tasks import LAST, attempts, lookup, names, resources
 from dgmd_pipeline.workflow import disk, folders, lock, planning, runner, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext, RunResult, activate
@@ -21,6 +22,14 @@ from dgmd_pipeline.workflow.step import Step
 from dgmd_pipeline.workflow.success_file import read_record
 
 log = logging.getLogger(__name__)
+
+
+class _Ending(NamedTuple):
+    """How a run ended."""
+
+    code: int  # exit code
+    message: str  # sentences, for `status.json` and NOTIFY_URL
+    shown: list[str]  # what the log does not say yet: its last lines
 
 
 def run(
@@ -39,7 +48,7 @@ def run(
     """
     forced = _forced(values, force, until)  # an unknown step is a mistake and not the status of a run
     result = RunResult()
-    code, message = 1, "a bug of the pipeline; the log has the traceback"
+    code, message, shown = 1, "a bug of the pipeline; the log has the traceback", list[str]()
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
             # The message to NOTIFY_URL is left out: it could take longer than the system waits.
@@ -53,7 +62,7 @@ def run(
                 values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
             )  # fmt: skip
-            code, message = _finish(values, context, until, scheduler_url, verbose)
+            code, message, shown = _finish(values, context, until, scheduler_url, verbose)
     except PipelineError as error:
         code, message = error.exit_code, str(error)
         raise
@@ -63,8 +72,12 @@ def run(
     finally:
         if code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
             publish_status(values, result, code, message, time.monotonic() - start, until)
+            if code:
+                attempts.end(values, "KILLED" if code > 128 else "FAILED")
     if not code:
         _show_times(result, time.monotonic() - start)
+        for line in shown:
+            log.info("%s", line, extra={"result": True})
     return code
 
 
@@ -91,10 +104,8 @@ def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[s
         return {step.folder: f"--force {word}" for word in force for step in planning.select_steps(steps, word)}
 
 
-def _finish(
-    values: Settings, context: RunContext, until: str | None, url: str | None, verbose: bool
-) -> tuple[int, str]:
-    """Run the steps that are not done yet; return the exit code and a message."""
+def _finish(values: Settings, context: RunContext, until: str | None, url: str | None, verbose: bool) -> _Ending:
+    """Run the steps that are not done yet."""
     result = context.result
     folders.recover(values.data_dir, names.ALL)
     disk.prepare_temporary_folder(values.data_dir / TEMPORARY)
@@ -118,30 +129,35 @@ def _finish(
                 context.executor.close()
                 result.usage = context.executor.usage()
         if result.failure is not None:
-            return PipelineError.exit_code, _explain_failure(result)
+            return _Ending(PipelineError.exit_code, _explain_failure(result), [])
         record = read_record(last[-1].path)
         if record and record != before:
-            return 0, f"{name}: {result.summaries[name]}{_promote_if_better(values, name, record.counts)}"
+            return _ending(values, name, result.summaries[name], record.counts)
         message = _unchanged_message(values, name, record.counts if record else {}, idle, _fingerprint(raw) == images)
-        log.info("%s", message)
-        return 0, message
+        return _Ending(0, message, [message])
 
 
-def _promote_if_better(values: Settings, last: str, counts: Mapping[str, Any]) -> str:
-    """Promote the version that a run registered if PROMOTE_IF_BETTER is set; return a sentence, "" if it is not."""
-    if not values.promote_if_better or last != names.REGISTERED_MODEL:
-        return ""
+def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]) -> _Ending:
+    """Return the result of a run that changed the step `last`, and promote its version if PROMOTE_IF_BETTER is set."""
+    if last != names.REGISTERED_MODEL:
+        return _Ending(0, f"{last}: {summary}", [])  # the step has logged this
+    lines = [f"{summary}.", *lookup.summary(values.data_dir, None if values.promote_if_better else counts["version"])]
+    if values.promote_if_better:
+        lines.insert(-1, _promote_if_better(values, counts))
+    return _Ending(0, " ".join(lines), lines)
+
+
+def _promote_if_better(values: Settings, counts: Mapping[str, Any]) -> str:
+    """Promote the version that a run registered if it is better than production; return a sentence."""
     from dgmd_pipeline.commands import promotion
 
     try:
-        text = promotion.promote_if_better(values, counts["version"])
+        return promotion.promote_if_better(values, counts["version"])
     except PipelineError as error:
         raise PipelineError(
             f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} No later run repeats "
             f"this: use `promote {counts['version']}`."
         ) from error
-    log.info("%s", text)
-    return f". {text}"
 
 
 def _explain_failure(result: RunResult) -> str:
@@ -163,8 +179,9 @@ def publish_status(
     A run with --until does not replace the status of a run without it.
     """
     changed = result is None or bool(result.records)
-    outcome = status.outcome(code, changed)
     known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
+    registered = result is not None and names.REGISTERED_MODEL in result.summaries
+    outcome = status.outcome(code, changed, worse=registered and known.get("verdict") == WORSE)
     failed = result.failed_step if result and outcome == status.FAILED else None
     dashboard = result.dashboard if result else None
     text = redact(message)
@@ -188,9 +205,7 @@ def publish_status(
             status.write(published, values.data_dir)
     except OSError as error:
         log.debug("%s is not written: %s", status.NAME, error)  # the same error fails the run itself
-    if values.notify_url and outcome in status.TOLD[values.notify_on]:
-        text = f"{values.model_name}: {outcome}. {text}"
-        notify.post(values.notify_url.get_secret_value(), {"text": text, **dataclasses.asdict(published)})
+    notify.tell(values, published)
 
 
 def _fingerprint(folder: Path) -> str | None:
@@ -204,12 +219,15 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
     `idle`: no step ran; `same_images`: the bucket had nothing new.
     """
     nothing = "Nothing to do" if idle else "As before"
-    if values.refresh and same_images:
+    nothing_new = values.refresh and same_images
+    if nothing_new:
         nothing = f"Nothing new in s3://{values.aws_data_bucket}/{values.aws_data_path}"
-        return f"{nothing}: keeping version {counts['version']}." if "version" in counts else f"{nothing}."
-    if "version" in counts:
-        return f"{nothing}: {counts['name']} version {counts['version']} is registered."
-    return f"{nothing}: {last} is done."
+    if "version" not in counts:
+        return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
+    version = counts["version"]
+    text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
+    # Without a command: the version may have been promoted meanwhile.
+    return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 
 def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:

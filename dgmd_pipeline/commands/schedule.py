@@ -16,6 +16,7 @@ from cronsim import CronSim
 
 from dgmd_pipeline.commands import status
 from dgmd_pipeline.errors import SettingsError
+from dgmd_pipeline.formatting import counted
 
 if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
@@ -101,8 +102,7 @@ def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> I
         while due <= clock():
             due, skipped = next(times), skipped + 1
         if skipped:
-            runs = "run" if skipped == 1 else "runs"
-            log.info("Skipped %d scheduled %s: the previous run was still active.", skipped, runs)
+            log.info("Skipped %s: the previous run was still active.", counted(skipped, "scheduled run"))
         yield due
 
 

@@ -9,11 +9,12 @@ from dgmd_pipeline.workflow import lock
 
 KILLED = "for example because memory ran out. Give it more memory, or fewer cores, and run it again"
 NAME = "status.json"
-SUCCEEDED, UNCHANGED, STOPPED, FAILED = "succeeded", "unchanged", "stopped", "failed"
+SUCCEEDED, WORSE, UNCHANGED, STOPPED, FAILED = "succeeded", "worse", "unchanged", "stopped", "failed"
+PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # only in messages: they are not outcomes of runs
 TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
-    "always": (SUCCEEDED, UNCHANGED, STOPPED, FAILED),
-    "change": (SUCCEEDED, STOPPED, FAILED),
-    "problem": (FAILED,),
+    "always": (SUCCEEDED, WORSE, UNCHANGED, STOPPED, FAILED, PROMOTED, ROLLED_BACK),
+    "change": (SUCCEEDED, WORSE, STOPPED, FAILED, PROMOTED, ROLLED_BACK),
+    "problem": (WORSE, FAILED),
 }
 
 
@@ -21,15 +22,19 @@ TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
 class Status:
     """The outcome of a run. The fields about a model are None if the run did not end with a registered one."""
 
-    outcome: str  # SUCCEEDED, UNCHANGED (nothing to do), STOPPED (by a signal) or FAILED
+    outcome: str  # SUCCEEDED, WORSE (it registered such a version), UNCHANGED (nothing to do), STOPPED or FAILED
     exit_code: int
-    message: str  # a sentence
+    message: str  # sentences
     ended: str  # ISO 8601, UTC
     seconds: float
     model: str
     version: int | None = None
     accuracy: float | None = None  # on the validation images, 0 to 1
     difference: float | None = None  # of the accuracy to that of production, on the same images
+    low: float | None = None  # of the difference's 95 % interval
+    high: float | None = None
+    verdict: str | None = None  # "better", "no difference", "worse", "first" or "not compared"
+    report: str | None = None  # path of report.html
     step: str | None = None  # that failed
     until: str | None = None  # --until: the last step that the run was to do
     last_success: str | None = None  # when the last run that did not fail ended: ISO 8601, UTC
@@ -37,15 +42,18 @@ class Status:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing needs an operator's attention."""
+        """Whether the pipeline works. A version that is worse does not change this: production is untouched."""
         return self.outcome != FAILED
 
 
-def outcome(exit_code: int, changed: bool) -> str:
-    """Return the outcome for an exit code; `changed`: whether the run did something."""
+def outcome(exit_code: int, changed: bool, worse: bool = False) -> str:
+    """Return the outcome for an exit code.
+
+    `changed`: whether the run did something; `worse`: whether it registered a version that is worse than production.
+    """
     if exit_code in (130, 143):
         return STOPPED
-    return FAILED if exit_code else SUCCEEDED if changed else UNCHANGED
+    return FAILED if exit_code else WORSE if worse else SUCCEEDED if changed else UNCHANGED
 
 
 def write(status: Status, data_dir: Path) -> None:

@@ -218,10 +218,10 @@ def check_rejected(usable: Mapping[str, int], rejected: Iterable[Rejected], limi
         example = next(row for row in undecodable if row.label == over[0])
         listed = ", ".join(f"{label} ({counts[label]} of {totals[label]} files)" for label in over)
         raise NoUsableInput(
-            f"More than {limit:.0%} of the files cannot be decoded for {listed}; for example {example.path}: "
-            f"{example.reason}, {example.detail}. {report} lists every file with its reason. Fix or remove the files "
-            "(if they were downloaded, in the bucket, and delete the folder raw), or raise MAX_REJECTED_PCNT (now "
-            f"{limit:g})."
+            f"More than {formatting.percent(limit)} of the files cannot be decoded for {listed}; for example "
+            f"{example.path}: {example.reason}, {example.detail}. {report} lists every file with its reason. Fix or "
+            "remove the files (if they were downloaded, in the bucket, and delete the folder raw), or raise "
+            f"MAX_REJECTED_PCNT (now {limit:g})."
         )
 
 

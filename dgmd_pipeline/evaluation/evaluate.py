@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,7 @@ def evaluate(
     limits: gates.Limits,
     process: serving_benchmark.Process,
     folder: Path,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
@@ -107,13 +107,27 @@ def evaluate(
         trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, process, folder, partial(report.draw, folder, content))
+    found = _review(candidate, production, images, process, folder, partial(_draw, folder, content))
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
     own = ("evaluation", time.monotonic() - start)
     report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
-    return measured.overall | ({"difference": found.comparison.difference} if found.comparison else {})
+    return measured.overall | _decided(decision, found.comparison)
+
+
+def _decided(decision: gates.Decision, compared: Comparison | None) -> dict[str, Any]:
+    """Return the part of the counts that is about the decision: what `summary.Summary` needs."""
+    counts: dict[str, Any] = {"verdict": decision.verdict, "failed": decision.failed}
+    if compared:
+        counts |= {"compared_with": compared.version, "difference": compared.difference}
+        counts |= {"low": compared.low, "high": compared.high}
+    return counts
+
+
+def _draw(folder: Path, content: report.Content, compared: Comparison | None) -> None:
+    log.info("  drawing the plots ...")
+    report.draw(folder, content, compared)
 
 
 def _read_splits(data: EvaluationData) -> _Splits:
@@ -127,6 +141,7 @@ def _measure(
     data: EvaluationData, network: "keras.Model", splits: _Splits, leaked: Leaks | None, folder: Path
 ) -> tuple[Measurements, Answers]:
     """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
+    log.info("  predicting %s validation images ...", f"{len(splits.validation):,}")
     fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
     if splits.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
         blocks = predictions.predict_head(network, splits.features[1])
@@ -144,6 +159,7 @@ def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -
     if not splits.features:
         return None
     rows = [*splits.training, *splits.validation]
+    log.info("  looking for wrong labels among %s images ...", f"{len(rows):,}")
     found = label_suspects.find(
         splits.features,
         [row.class_index for row in rows],
@@ -160,6 +176,7 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
     if not splits.features:
         return None
     training, validation = splits.features
+    log.info("  looking for near-duplicates of validation images in training ...")
     keys = [[row.path for row in rows] for rows in splits.both]
     labels = [[row.label for row in rows] for rows in splits.both]
     found = leaks.find(training, validation, keys, labels)
@@ -251,7 +268,7 @@ def tags_of(folder: Path) -> dict[str, str]:
     """Return the tags that a finished evaluation gives to a version."""
     found = review.read(folder)
     accuracy = manifest.read_json(folder / metrics.METRICS)["accuracy"]
-    tags = {"dgmd.validation_accuracy": f"{accuracy:.4f}"}
+    tags = {"accuracy": formatting.percent(accuracy), "dgmd.validation_accuracy": f"{accuracy:.4f}"}
     if benchmark := found.serving_benchmark:
         tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
         tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.evaluation import class_losses
+from dgmd_pipeline.evaluation.summary import BETTER, FIRST, NO_DIFFERENCE, NOT_COMPARED, WORSE
+from dgmd_pipeline.formatting import counted, percent
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison, Comparison
     from dgmd_pipeline.evaluation.review import Review
 
-BETTER, NO_DIFFERENCE, WORSE = "better", "no difference", "worse"
-FIRST = "first"  # there is no production version
-NOT_COMPARED = "not compared"  # the comparison failed
 NO_PRODUCTION = "There is no production version to compare with."
 VERDICT = "verdict.json"
 
@@ -177,7 +176,7 @@ def _classes(comparison: "Comparison", max_drop: float) -> Gate:
     dropped = lost_classes(comparison, max_drop)
     if dropped:
         listed = "; ".join(
-            f"{row.label} {100 * row.production_recall:.0f} to {100 * row.recall:.0f} % of {row.images:,} images"
+            f"{row.label} {percent(row.production_recall)} to {percent(row.recall)} of {row.images:,} images"
             for row in dropped
         )
         text = f"Significantly worse, and by more than {100 * max_drop:.0f} points: {listed}."
@@ -206,12 +205,11 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     images = middle.images
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
-    label = f"a label with {images:,} {'image' if images == 1 else 'images'}"
+    label = f"a label with {counted(images, 'image')}"
+    power = percent(class_losses.POWER)
     if loss is None:
-        return f"Of {label}, no loss is found with a probability of {100 * class_losses.POWER:.0f} %."
-    return f"Of {label}, a loss of {100 * loss:.0f} points is found with a probability of " + (
-        f"{100 * class_losses.POWER:.0f} %."
-    )
+        return f"Of {label}, no loss is found with a probability of {power}."
+    return f"Of {label}, a loss of {100 * loss:.0f} points is found with a probability of {power}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:

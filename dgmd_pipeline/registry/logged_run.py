@@ -1,28 +1,30 @@
 """A candidate -> a finished MLflow run with a logged model; the runs and models of failed attempts are deleted."""
 
 import logging
+import math
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline.registry import once
-from dgmd_pipeline.registry.store import TRAINING_ID
+from dgmd_pipeline.registry.store import ATTEMPT, TRAINING_ID
 from dgmd_pipeline.serving import source
 
 if TYPE_CHECKING:
     import keras
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, LoggedModel
+    from mlflow.entities import DatasetInput, LoggedModel, Run
     from mlflow.models import ModelSignature
 
 log = logging.getLogger(__name__)
 MODEL = "model"  # name of the logged model
+SHOWN = "val_loss"  # metric that every epoch has
 MAX_NAME = 500  # characters of a data set's name in MLflow
 
 
@@ -30,15 +32,18 @@ class Candidate(NamedTuple):
     """A trained model and all that is logged with it."""
 
     training_id: str  # identifies the training: its run and its version have this tag
+    run_name: str
+    describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
     model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
-    params: Mapping[str, object]
+    params: Mapping[str, object]  # those that are None are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation and the data
     times: Mapping[str, float]  # metrics of the run's steps, logged to the run and not to the model
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # fingerprint of the data
+    attempt: str  # id of the attempt that has shown the training in a run; "" if none has
     files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
 
 
@@ -88,14 +93,18 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     keras_model = candidate.model()
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
-    run_id = once.create(
-        lambda: client.create_run(experiment_id, tags=tags),
-        lambda: next(iter(client.search_runs([experiment_id], created)), None),
-    ).info.run_id
+    run_id = (
+        _continue_live_run(client, experiment_id, candidate, tags)
+        or once.create(
+            lambda: client.create_run(experiment_id, tags=tags, run_name=candidate.run_name),
+            lambda: next(iter(client.search_runs([experiment_id], created)), None),
+        ).info.run_id
+    )
     try:
         _log_data(client, run_id, candidate)
         model_id = _log_model(client, experiment_id, run_id, candidate, keras_model)
-        _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id)
+        shown = _shown_epochs(client, run_id) if candidate.attempt else {}
+        _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id, shown)
         log_metrics(client, run_id, candidate.times)
     except BaseException:
         _mark_as_failed(client, run_id)
@@ -107,6 +116,46 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
 def log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float]) -> None:
     """Log metrics to a run."""
     _log_metrics(client, run_id, [metrics])
+
+
+def of_attempt(client: "MlflowClient", experiment_id: str, attempt: str) -> "Run | None":
+    """Return the run that shows the training of an attempt; None if there is none."""
+    return next(iter(client.search_runs([experiment_id], f"tags.`{ATTEMPT}` = '{attempt}'")), None)
+
+
+def log_epoch(client: "MlflowClient", run_id: str, number: int, metrics: Mapping[str, float]) -> None:
+    """Log the metrics of an epoch, counted from 1, to a run."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, [Metric(name, value, now, number) for name, value in metrics.items()], synchronous=True)
+
+
+def _continue_live_run(
+    client: "MlflowClient", experiment_id: str, candidate: Candidate, tags: Mapping[str, str]
+) -> str | None:
+    """Let the run that has shown the training be that of the candidate, and return its id; None if there is none.
+
+    It is deleted if it shows other epochs than those of the candidate: a training may have started again.
+    """
+    from mlflow.entities import RunTag
+
+    run = of_attempt(client, experiment_id, candidate.attempt) if candidate.attempt else None
+    if run is None:
+        return None
+    run_id, known = run.info.run_id, dict(enumerate((row[SHOWN] for row in candidate.history), start=1))
+    if any(not math.isclose(value, known.get(step, math.inf)) for step, value in _shown_epochs(client, run_id).items()):
+        client.delete_run(run_id)
+        return None
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    if run.info.status != "RUNNING":
+        client.update_run(run_id, "RUNNING")
+    return run_id
+
+
+def _shown_epochs(client: "MlflowClient", run_id: str) -> dict[int, float]:
+    """Return the value of the metric SHOWN in the epochs that a run has, which were logged whole."""
+    return {point.step: point.value for point in client.get_metric_history(run_id, SHOWN)}
 
 
 def _of_training(training_id: str) -> str:
@@ -134,13 +183,17 @@ def _log_data(client: "MlflowClient", run_id: str, candidate: Candidate) -> None
     """Log everything but the model."""
     from mlflow.entities import Param
 
-    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in candidate.params.items()])
+    client.log_batch(run_id, params=[Param(name, value) for name, value in _params(candidate).items()])
     client.log_inputs(run_id, [_dataset(candidate)])
     for path, folder in candidate.files.items():
         if path.is_dir():
             client.log_artifacts(run_id, str(path), folder)
         else:
             client.log_artifact(run_id, str(path), folder)
+
+
+def _params(candidate: Candidate) -> dict[str, str]:
+    return {name: str(value) for name, value in candidate.params.items() if value is not None}
 
 
 def _dataset(candidate: Candidate) -> "DatasetInput":
@@ -164,9 +217,9 @@ def _log_model(
     from mlflow.entities import LoggedModelOutput
     from mlflow.tracking.context import registry
 
-    params, tags = {name: str(value) for name, value in candidate.params.items()}, registry.resolve_tags()
+    tags = registry.resolve_tags()
     model = once.create(
-        lambda: client.create_logged_model(experiment_id, MODEL, run_id, tags, params),
+        lambda: client.create_logged_model(experiment_id, MODEL, run_id, tags, _params(candidate)),
         lambda: next(iter(_models(client, experiment_id, run_id)), None),
     )
     once.create(
@@ -201,11 +254,15 @@ def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate
 
 
 def _log_metrics(
-    client: "MlflowClient", run_id: str, steps: Iterable[Mapping[str, float]], model_id: str | None = None
+    client: "MlflowClient",
+    run_id: str,
+    steps: Iterable[Mapping[str, float]],
+    model_id: str | None = None,
+    but: Container[int] = (),
 ) -> None:
     """Log metrics of MLflow's steps 0, 1, ... in as few requests as possible: the client sends 1,000 in each.
 
-    Those of step 0 belong also to the model `model_id`.
+    Those of step 0 belong also to the model `model_id`. The steps in `but` are left out.
     """
     from mlflow.entities import Metric
 
@@ -213,6 +270,7 @@ def _log_metrics(
     points = [
         Metric(name, value, now, step, model_id=model_id if step == 0 else None)
         for step, metrics in enumerate(steps)
+        if step not in but
         for name, value in metrics.items()
     ]
     client.log_batch(run_id, points, synchronous=True)  # the process exits without waiting for a queue

@@ -102,13 +102,13 @@ def best_former(state: ModelState, candidate: ModelVersion | None = None) -> Mod
     former = [
         version for version in state.versions if version.version in numbers and version not in (production, candidate)
     ]
-    best = max(former, key=_accuracy, default=None)
-    return best if best and production and _accuracy(best) > _accuracy(production) else None
+    best = max(former, key=lambda version: accuracy(version) or 0, default=None)
+    return best if best and production and (accuracy(best) or 0) > (accuracy(production) or 0) else None
 
 
-def _accuracy(version: ModelVersion) -> float:
-    """Return the accuracy on the validation images of the version's run, 0 to 1; 0 if it was not recorded."""
-    return float(version.tags.get(ACCURACY, 0))
+def accuracy(version: ModelVersion) -> float | None:
+    """Return the accuracy on the validation images of the version's run, 0 to 1; None if it was not recorded."""
+    return float(version.tags[ACCURACY]) if ACCURACY in version.tags else None
 
 
 def set_production(

@@ -26,8 +26,17 @@ from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
+KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
+TRAINING = "custom_model_development"
+NOTE = "mlflow.note.content"  # tag of a run: its description
+REPORT = "evaluation/report.html"  # artifact of a run
+MODEL_DESCRIPTION = (
+    "An image classifier, trained by dgmd_pipeline. The alias `production` names the version in use, `candidate` the "
+    "newest one. The tags `verdict` and `accuracy` of a version, and its description, are those of its evaluation."
+)
 
 
 class RegisteredVersion(NamedTuple):
@@ -65,13 +74,15 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
         state = versions.read(store, name, REGISTRATION_FAILED)
         new = not _of_training(state, candidate.training_id)
         if new:
-            experiment_id = _experiment_id(client, experiment, store.artifacts)
-            run = logged_run.complete_run(client, experiment_id, candidate.training_id)
-            _create_version(client, name, run or logged_run.log_run(client, experiment_id, candidate), candidate)
+            place = experiment_id(client, experiment, store.artifacts)
+            logged = logged_run.complete_run(client, place, candidate.training_id)
+            _create_version(client, name, logged or logged_run.log_run(client, place, candidate), candidate)
             state = versions.read(store, name, REGISTRATION_FAILED)
         state, version = _keep_one_version(client, state, candidate.training_id)
-        _keep_one_run(client, candidate.training_id, version.run_id)
+        run = _keep_one_run(client, candidate.training_id, version.run_id)
         _mark_as_candidate(client, state, version)
+        if run:
+            _describe(client, name, version, run, candidate)
         return RegisteredVersion(name, version.version, version.run_id, new)
 
 
@@ -113,7 +124,8 @@ def _in_use(version: ModelVersion) -> bool:
     return bool(version.aliases) or version.tags.get(ENVIRONMENT) != NON_PRODUCTION or version.stage != "None"
 
 
-def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+def experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    """Return the id of an experiment, which is created if there is none. Raises PipelineError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
 
@@ -121,18 +133,21 @@ def _experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> 
             created = client.get_experiment_by_name(name)
             return created.experiment_id if created else None
 
-        return once.create(lambda: client.create_experiment(name, artifact_location=artifacts), find)
+        kind = {KIND: TRAINING}
+        return once.create(lambda: client.create_experiment(name, artifact_location=artifacts, tags=kind), find)
     if experiment.lifecycle_stage != "active":
         raise PipelineError(
             f"The MLflow experiment {name} has been deleted. Restore it (mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}), or set MLFLOW_EXPERIMENT_NAME to another one."
         )
+    if "inferred" in experiment.tags.get(KIND, "inferred"):  # not set, or guessed by MLflow's page
+        client.set_experiment_tag(experiment.experiment_id, KIND, TRAINING)
     return experiment.experiment_id
 
 
 def _create_version(client: "MlflowClient", name: str, run: LoggedRun, candidate: Candidate) -> None:
     once.create(
-        lambda: client.create_registered_model(name),
+        lambda: client.create_registered_model(name, description=MODEL_DESCRIPTION),
         lambda: versions.registered_model(client, name),
     )
     uri = f"models:/{run.model_id}"
@@ -160,17 +175,31 @@ def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: st
     return state, kept
 
 
-def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> None:
-    """Delete runs and models of a training that failed or repeated attempts left, except the run of its version."""
+def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run | None":
+    """Delete runs and models of a training that failed or repeated attempts left, except the run of its version.
+
+    Return that run; None if somebody has deleted it for good.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # somebody has deleted it for good
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    else:
-        logged_run.complete_run(client, run.info.experiment_id, training_id, keep=run_id)
+        return None
+    logged_run.complete_run(client, run.info.experiment_id, training_id, keep=run_id)
+    return run
+
+
+def _describe(client: "MlflowClient", name: str, version: ModelVersion, run: "Run", candidate: Candidate) -> None:
+    """Describe a version and its run, unless the version has a description: somebody may have edited it."""
+    if version.description:
+        return
+    page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/{REPORT}"
+    text = candidate.describe(version.version, f"[report.html]({page})")
+    client.set_tag(version.run_id, NOTE, text)
+    client.update_model_version(name, str(version.version), text)
 
 
 def _mark_as_candidate(client: "MlflowClient", state: ModelState, version: ModelVersion) -> None:

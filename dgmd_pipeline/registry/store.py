@@ -15,6 +15,7 @@ ENVIRONMENT = "environment"  # tag of a version
 ACCURACY = "dgmd.validation_accuracy"  # tag of a version
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
+ATTEMPT = "dgmd.attempt"  # tag of a run: the training that opened it
 REGISTRATION_FAILED = (
     "could not register the model: {}. The training is kept: the next run with the same images and settings uses it."
 )

@@ -33,6 +33,7 @@ class ModelVersion(NamedTuple):
     tags: Mapping[str, str]
     aliases: Sequence[str]
     stage: str  # "None", "Staging", "Production" or "Archived"
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
             # From the model: MLflow's search for versions does not return aliases.
             aliases = [alias for alias, target in sorted(model.aliases.items()) if int(target) == number]
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
-            found.append(ModelVersion(number, version.run_id or "", created, version.tags, aliases, stage))
+            found.append(
+                ModelVersion(
+                    number, version.run_id or "", created, version.tags, aliases, stage, version.description or ""
+                )
+            )
     return ModelState(name, model.tags, sorted(found, key=lambda version: -version.version))
 
 

@@ -121,8 +121,8 @@ def _failure_check(client: Client, listing: Listing, max_failed: float) -> Calla
         failed[row.label] += 1
         if failed[row.label] > max_failed * totals[row.label]:
             raise NoUsableInput(
-                f"More than {max_failed:.0%} of the objects of the label {row.label} cannot be downloaded "
-                f"({failed[row.label]:,} of {totals[row.label]:,}); for example {uri}: {row.reason}, "
+                f"More than {formatting.percent(max_failed)} of the objects of the label {row.label} cannot be "
+                f"downloaded ({failed[row.label]:,} of {totals[row.label]:,}); for example {uri}: {row.reason}, "
                 f"{row.detail}. {errors.remedy(client, row)} Or raise MAX_REJECTED_PCNT (now {max_failed:g})."
             )
 

@@ -19,15 +19,28 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
+REPORT = "report.html"  # of an evaluation
 
 
 def registered(data_dir: Path, result: RunResult) -> Json:
-    """Return the registered version, its accuracy, and the difference from production; {} if none is registered."""
+    """Return what `status.json` says of the registered version; {} if none is registered."""
     version, measured = (read_record(data_dir / name) for name in (names.REGISTERED_MODEL, names.EVALUATION))
     if names.REGISTERED_MODEL not in result.fingerprints or not version or not measured:
         return {}
     known = version.counts | measured.counts
-    return {name: known.get(name) for name in ("version", "accuracy", "difference")}
+    shown = ("version", "accuracy", "difference", "low", "high", "verdict")
+    return {name: known.get(name) for name in shown} | {"report": str(data_dir / names.EVALUATION / REPORT)}
+
+
+def summary(data_dir: Path, version: int | None) -> list[str]:
+    """Return sentences about the evaluation in a DATA_DIR, and about the command for its `version`, unless None."""
+    from dgmd_pipeline.evaluation import summary
+
+    measured = read_record(data_dir / names.EVALUATION)
+    if measured is None:
+        return []
+    found = summary.from_counts(measured.counts)
+    return summary.sentences(found, str(data_dir / names.EVALUATION / REPORT), version)
 
 
 def store(settings: "Settings") -> "Store | None":

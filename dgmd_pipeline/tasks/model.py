@@ -3,13 +3,15 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgmd_pipeline import manifest
+from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.tasks import lookup, names, resources
+from dgmd_pipeline.formatting import percent
+from dgmd_pipeline.tasks import attempts, lookup, names, resources
 from dgmd_pipeline.tasks.data import (
     SOURCE,
     BalanceClasses,
@@ -28,6 +30,8 @@ from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
+    from dgmd_pipeline.evaluation.summary import Summary
+    from dgmd_pipeline.registry.live_run import LiveRun
     from dgmd_pipeline.registry.logged_run import Candidate
     from dgmd_pipeline.registry.registration import RegisteredVersion
     from dgmd_pipeline.registry.store import Store
@@ -47,7 +51,10 @@ class TrainModel(Step):
         *("backbone", "head", "batch_size", "epochs", "learning_rate", "decay_rate", "patience", "optimizer"),
         *("dropout", "weight_decay", "augmentation", "class_weights", "seed", *FINE_TUNING),
     )
-    runtime_params = ("backbone_weights", "keras_home", "image_width", "image_height", "image_fit")
+    runtime_params = (
+        *("backbone_weights", "keras_home", "image_width", "image_height", "image_fit", "data_dir"),
+        *("model_name", "mlflow_experiment_name", "mlflow_tracking_uri"),  # where the training is shown
+    )
 
     def requires(self) -> dict[str, Step]:
         records = (
@@ -80,7 +87,9 @@ class TrainModel(Step):
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
-        ended = partial(self._epoch_ended, epochs)
+        name = _run_name(self.settings.model_name, formatting.utc_now())
+        shown = attempts.begin(self.settings, draft / folders.RESUME, name)
+        ended = partial(self._epoch_ended, epochs, shown)
         trained = train.train(data, options, backbone, draft / folders.RESUME, ended, in_threads)
         disk.check_space(draft, self.folder, trained.estimated_bytes)
         train.write(trained, draft)
@@ -108,10 +117,12 @@ class TrainModel(Step):
             records=folders_of_records,
         )
 
-    def _epoch_ended(self, epochs: "list[Epoch]", row: "Epoch") -> None:
+    def _epoch_ended(self, epochs: "list[Epoch]", shown: "LiveRun | None", row: "Epoch") -> None:
+        if shown:
+            shown.log_epoch(row.epoch + 1, _metrics(row))
         self.context.check_stopped()
         epochs.append(row)
-        text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {row.val_accuracy:.4f}"
+        text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {percent(row.val_accuracy)}"
         self.report(min(99, 100 * len(epochs) // self.settings.epochs), text)
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
@@ -148,8 +159,8 @@ class EvaluateModel(Step):
         limits = lookup.promotion_limits(self.settings)
         with resources.serving_process(self.context) as process:
             counts = evaluate.evaluate(self._data(), network, production, limits, process, draft)
-        images, accuracy, f1 = int(counts["images"]), counts["accuracy"], counts["f1"]
-        summary = f"accuracy {accuracy:.4f}, F1 {f1:.4f} on {images:,} validation images"
+        images, accuracy, f1 = int(counts["images"]), percent(counts["accuracy"]), percent(counts["f1"])
+        summary = f"accuracy {accuracy}, F1 {f1} on {images:,} validation images"
         return StepResult(counts=counts, images=images, summary=summary)
 
     def _data(self) -> "EvaluationData":
@@ -213,6 +224,7 @@ class RegisterModel(Step):
         place = self._store(draft, folders.folder_bytes(paths["trained"]) + folders.folder_bytes(paths["evaluation"]))
         experiment = self.settings.mlflow_experiment_name or self.settings.model_name
         version = registration.register(place, experiment, self.settings.model_name, self._candidate(paths))
+        attempts.registered(self.settings.data_dir)
         self._finish_run(place, version, start)
         manifest.write_json(draft / "version.json", version._asdict())
         state = f"non-production{self._replaced()}" if version.new else "already registered"
@@ -259,7 +271,7 @@ class RegisterModel(Step):
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
         """Collect from the earlier steps' folders everything that is registered."""
         from dgmd_pipeline.data import labels
-        from dgmd_pipeline.evaluation import evaluate
+        from dgmd_pipeline.evaluation import evaluate, summary
         from dgmd_pipeline.registry import logged_run, registration
         from dgmd_pipeline.training import train
 
@@ -270,16 +282,19 @@ class RegisterModel(Step):
         mapping = labels.read_mapping(paths["label_map"] / "mapping.json")
         return logged_run.Candidate(
             training_id=about["id"],
+            run_name=_run_name(self.settings.model_name, records[names.TRAINED_MODEL].started),
+            describe=partial(_description, summary.from_counts(records[names.EVALUATION].counts)),
             model=partial(resources.trained_model, self.context, paths["trained"]),
             labels=mapping,
             params=_recorded_settings(records, mine),
-            history=[{name: value for name, value in row._asdict().items() if name != "epoch"} for row in history],
+            history=[_metrics(row) for row in history],
             metrics=evaluate.metrics_of(paths["evaluation"])
             | {"images_inspected": sum(balanced["before"].values()), "images_balanced": sum(balanced["after"].values())}
             | {f"images_{split_name}": split[split_name] for split_name in names.SPLITS}
             | {"labels": len(mapping), "images_rejected": sum(records[names.INSPECTED].counts["rejected"].values())},
             times=timing.metrics(records.values()),
             tags=evaluate.tags_of(paths["evaluation"]) | registration.code_tags(self.settings.git_revision),
+            attempt=attempts.current(self.settings.data_dir),
             source=_source_uri(self.settings, paths["raw"]),
             source_digest=str(self.input()["raw"].fingerprint()),
             files={
@@ -297,6 +312,22 @@ def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = 
     """Return the settings that the folders were made with, plus `others`, by variable name."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}
+
+
+def _metrics(row: "Epoch") -> dict[str, float]:
+    return {name: value for name, value in row._asdict().items() if name != "epoch"}
+
+
+def _run_name(model: str, started: str) -> str:
+    """Return the name of an MLflow run: "dgmd_model 2026-11-26 03:00". `started` is ISO 8601."""
+    return f"{model} {datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
+
+
+def _description(found: "Summary", version: int, report: str) -> str:
+    """Return the description of a version in Markdown."""
+    from dgmd_pipeline.evaluation import summary
+
+    return "\n\n".join(summary.sentences(found, report, version))
 
 
 def _source_uri(settings: Any, raw: Path) -> str:

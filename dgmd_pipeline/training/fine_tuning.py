@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
+from dgmd_pipeline.formatting import counted, percent
 from dgmd_pipeline.training import early_stopping, loop
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.checkpoint import TrainingState, load_or_start
@@ -220,6 +221,6 @@ def describe(outcome: FineTuningJson) -> str:
     return (
         f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}: on {outcome['held_out']:,} held-out training "
         f"images it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
-        f"accuracy from {outcome['accuracy_head']:.4f} to {outcome['accuracy']:.4f} after {outcome['epochs']} "
-        "epochs, the number with the lowest log loss on these images."
+        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])} after "
+        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss on these images."
     )

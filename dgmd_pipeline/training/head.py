@@ -3,12 +3,14 @@
 Cross-validation uses the training split only. The validation split is measured but does not affect the model.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgmd_pipeline.formatting import counted
 from dgmd_pipeline.training import head_selection, linear, loop
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import OnEpoch, TrainedModel, TrainingConfig, weights_by_class
@@ -18,6 +20,8 @@ from dgmd_pipeline.training.runtime import one_blas_thread
 
 if TYPE_CHECKING:
     import keras
+
+log = logging.getLogger(__name__)
 
 
 @one_blas_thread
@@ -60,6 +64,7 @@ def train_head(
     chosen = selection.chosen
     if chosen.kind == "hidden" and hidden:
         config = config._replace(epochs=chosen.epochs)
+        log.info("  fitting it to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch"))
         trained = hidden.fit(data, validation, config, state, loop.log_epochs(on_epoch, config.epochs), checkpoint)
     else:
         trained = fit_linear(data, validation, weights, components, chosen.shrinkage, chosen.strength, state.seed)

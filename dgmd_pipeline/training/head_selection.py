@@ -12,6 +12,7 @@ from typing import NamedTuple, Required, TypedDict
 
 import numpy as np
 
+from dgmd_pipeline.formatting import counted, percent
 from dgmd_pipeline.training import early_stopping, folds, linear, loop
 from dgmd_pipeline.training.checkpoint import TrainingState, unusable_checkpoint, write_atomically
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
@@ -210,11 +211,12 @@ def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: Training
     A fold stops when its loss has not decreased for `config.patience` epochs.
     """
     histories = []
-    for fold in cv_folds:
+    for number, fold in enumerate(cv_folds, start=1):
         history: list[Epoch] = []
         with contextlib.suppress(early_stopping.StopEarly):
             stop_early = early_stopping.after(config.patience, history)
             hidden.fit(*fold, config, TrainingState(int(config.seed or 0), [], []), stop_early)
+        log.info("  hidden layers, fold %d of %d: %s", number, len(cv_folds), _why_ended(history, config))
         histories.append(history)
     epochs = min(map(len, histories))
     metrics = np.array([[(row.val_loss, row.val_accuracy) for row in history[:epochs]] for history in histories])
@@ -222,6 +224,13 @@ def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: Training
     losses, accuracies = np.average(metrics, axis=0, weights=images).T
     best = int(losses.argmin())
     return Option("hidden", float(losses[best]), float(accuracies[best]), epochs=best + 1)
+
+
+def _why_ended(history: Sequence[Epoch], config: TrainingConfig) -> str:
+    best = early_stopping.best_epoch(history).epoch
+    stopped = history[-1].epoch - best >= config.patience
+    reason = f"no lower held-out loss for {counted(config.patience, 'epoch')}" if stopped else "the limit EPOCHS"
+    return f"ended after {counted(len(history), 'epoch')} ({reason}); epoch {best + 1} has the lowest loss"
 
 
 def to_json(selection: Selection) -> SelectionJson:
@@ -244,7 +253,7 @@ def _option_to_json(option: Option) -> OptionJson:
 def describe(option: Option) -> str:
     """Return the kind and the settings of an option, without its metrics, as text."""
     if option.kind == "hidden":
-        return f"hidden layers, {option.epochs} epoch{'s' * (option.epochs != 1)}"
+        return f"hidden layers, {counted(option.epochs, 'epoch')}"
     return f"logistic regression, C {option.strength:.2g}, shrinkage {option.shrinkage:g}"
 
 
@@ -252,8 +261,8 @@ def log_selection(selection: Selection) -> None:
     """Log each option and which one is chosen."""
     for option in selection.options:
         log.info(
-            "  %s: log loss %.4f, accuracy %.4f on %s held-out training images%s",
-            describe(option), option.log_loss, option.accuracy, f"{selection.held_out:,}",
+            "  %s: log loss %.4f, accuracy %s on %s held-out training images%s",
+            describe(option), option.log_loss, percent(option.accuracy), f"{selection.held_out:,}",
             ", chosen" if option == selection.chosen else "",
         )  # fmt: skip
     if not selection.options:

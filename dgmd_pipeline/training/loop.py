@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.formatting import percent
 from dgmd_pipeline.training.checkpoint import TrainingState, save_state, unusable_checkpoint
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, learning_rate_of
 from dgmd_pipeline.workflow import disk
@@ -30,8 +31,8 @@ def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
 
     def log_epoch(row: Epoch) -> None:
         log.info(
-            "  epoch %d/%d: loss %.4f, accuracy %.4f, validation loss %.4f, validation accuracy %.4f",
-            row.epoch + 1, epochs, row.loss, row.accuracy, row.val_loss, row.val_accuracy,
+            "  epoch %d/%d: loss %.4f, accuracy %s, validation loss %.4f, validation accuracy %s",
+            row.epoch + 1, epochs, row.loss, percent(row.accuracy), row.val_loss, percent(row.val_accuracy),
         )  # fmt: skip
         on_epoch(row)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, 
 import numpy as np
 
 from dgmd_pipeline import manifest
+from dgmd_pipeline.formatting import counted, percent
 from dgmd_pipeline.manifest import Fit
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, from_scratch, head, head_selection, networks
 from dgmd_pipeline.training.checkpoint import UnusableCheckpoint
@@ -130,11 +131,11 @@ class FinishedTraining(NamedTuple):
     def summary(self) -> str:
         """The kind of training and its last metrics, for the log."""
         linear = self.selection is not None and self.selection.chosen.kind == "linear"
-        kind = "logistic regression" if linear else f"{len(self.history)} epochs"
+        kind = "logistic regression" if linear else counted(len(self.history), "epoch")
         last = self.history[-1]
         return (
-            f"{kind}{', fine-tuned' if self.fine_tuned else ''}: accuracy {last.accuracy:.4f}, "
-            f"validation {last.val_accuracy:.4f}; {self.model.count_params():,} parameters"
+            f"{kind}{', fine-tuned' if self.fine_tuned else ''}: accuracy {percent(last.accuracy)}, "
+            f"validation {percent(last.val_accuracy)}; {self.model.count_params():,} parameters"
         )
 
 

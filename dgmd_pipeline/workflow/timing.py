@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from dgmd_pipeline.workflow.success_file import StepRecord
 
 REST = "the rest"  # the time of a run outside its steps: start, planning, waiting
-SECONDS = "step_seconds/"  # MLflow's page groups metrics by the part before the slash
+# Of the names of metrics. MLflow's page shows those that begin with system/ apart from the others.
+PREFIX = "system/"
+SECONDS = f"{PREFIX}step_seconds/"
 
 
 class Row(NamedTuple):
@@ -58,9 +60,9 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
         images, megabytes = _rates(record)
         values = {
             f"{SECONDS}{record.step}": record.seconds,
-            f"step_images_per_second/{record.step}": images,
-            f"step_megabytes_per_second/{record.step}": megabytes,
-            f"step_share/{record.step}": record.seconds / total if total else None,
+            f"{PREFIX}step_images_per_second/{record.step}": images,
+            f"{PREFIX}step_megabytes_per_second/{record.step}": megabytes,
+            f"{PREFIX}step_share/{record.step}": record.seconds / total if total else None,
         }
         found |= {name: value for name, value in values.items() if value is not None}
     return found

@@ -9,6 +9,7 @@ import pytest
 from support.trained_versions import NAME
 
 from dgmd_pipeline import manifest
+from dgmd_pipeline.evaluation import summary
 from dgmd_pipeline.registry import store as registry_store
 from dgmd_pipeline.registry import versions
 
@@ -25,12 +26,38 @@ def test_a_run_compares_its_model_with_production_on_the_same_images(trained, tm
     metrics = json.loads((evaluation / "metrics.json").read_text())
     assert comparison["images"] == metrics["images"]
     (status,) = trained.notified
-    assert (status["outcome"], status["version"], status["accuracy"]) == ("succeeded", 2, metrics["accuracy"])
-    assert status["difference"] == comparison["difference"]
+    outcome = "worse" if status["verdict"] == "worse" else "succeeded"
+    assert (status["outcome"], status["version"], status["accuracy"]) == (outcome, 2, metrics["accuracy"])
+    assert [status[name] for name in ("difference", "low", "high")] == [
+        comparison[name] for name in ("difference", "low", "high")
+    ]
     benchmark = json.loads((evaluation / "assessment.json").read_text())
     assert benchmark["predictions_equal"] and benchmark["latency_ratio"] > 0
     assert version.tags["dgmd.compared_with"] == "1"
     assert float(version.tags["dgmd.latency_p50_ms"]) == pytest.approx(benchmark["latency_p50_ms"], rel=1e-4)
+
+
+def test_the_log_the_message_and_mlflow_say_the_same_of_a_version(trained):
+    (told,) = trained.notified
+    version = trained.client.get_model_version(NAME, "2")
+    run = trained.client.get_run(version.run_id)
+    said = version.description.split("\n\n")
+    accuracy, compared, command, report = said
+    assert (
+        accuracy
+        == f"Accuracy {version.tags['accuracy']} on {run.data.metrics['images_validation']:.0f} validation images."
+    )
+    assert compared.lower().startswith(summary.THAN[version.tags["verdict"]] + " version 1: ")
+    page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/evaluation/report.html"
+    assert report == f"Report: [report.html]({page})"
+    assert command.startswith("Next command: `promote 2` ")
+    assert run.data.tags["mlflow.note.content"] == version.description
+
+    lines = [f"{NAME} version 2, non-production.", accuracy, compared, command, f"Report: {told['report']}"]
+    assert told["message"] == " ".join(lines)
+    assert told["text"] == f"{NAME}: {told['outcome']}. {told['message']}"
+    last = trained.second_run.splitlines()[-len(lines) :]
+    assert [line.split(" ", 2)[2] for line in last] == lines  # after date and time
 
 
 def test_two_versions_are_compared(trained, json_of):

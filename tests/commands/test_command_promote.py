@@ -37,8 +37,10 @@ def test_the_first_promotion_says_that_there_is_nothing_to_compare_with(trained)
     assert "version 1 is production" in trained.first_promotion
 
 
-def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json_of):
+def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json_of, listener):
     folder, name = trained.folder, own_model["MODEL_NAME"]
+    url, told = listener
+    own_model |= {"NOTIFY_URL": url, "NOTIFY_ON": "change"}
     slow = {**own_model, **TOO_SLOW}
     assert command(folder, "promote", "1", "--yes", "--reason", "the first one", **own_model).returncode == 0
     assert environments(json_of, folder, own_model) == {1: "production", 2: "non-production"}
@@ -71,6 +73,12 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
         ("rollback", 2, 1, False, "it was not"),
     ]
     assert ["latency", False] in [gate[:2] for gate in events[1]["gates"]]
+    assert [(body["outcome"], body["version"], body["verdict"]) for body in told] == [
+        ("promoted", 1, "first"),
+        ("promoted", 2, forced["verdict"]),
+        ("rolled back", 1, None),
+    ]
+    assert told[1]["text"].endswith("version 1 was. `rollback` restores it. Overridden: latency.")
     table = command(folder, "history", **own_model).stdout.splitlines()
     assert len(table) == 4 and "promote (forced: latency)" in table[2]
 
@@ -184,7 +192,7 @@ def test_the_best_version_that_was_production_before_is_fetched_to_compare_or_el
     assert lookup.versions_so_far(unreachable, "a new training") == []
     refused = command(tmp_path, "promote", "3", **{**own_model, "DATA_DIR": tmp_path / "nothing"})
     assert refused.returncode == 40
-    assert "Version 1, which was production before, had an accuracy of 0.9900 on the images of its" in refused.stdout
+    assert "Version 1, which was production before, had an accuracy of 99 % on the images of its" in refused.stdout
 
 
 def test_a_review_of_another_production_version_is_repeated_if_the_validation_records_exist(

@@ -8,9 +8,11 @@ from conftest import COMMAND, picture, run_in_own_mounts, run_pipeline
 
 from dgmd_pipeline.commands import health as health_command
 from dgmd_pipeline.commands import notify, run, schedule, status
+from dgmd_pipeline.formatting import utc_now
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.workflow import lock
 from dgmd_pipeline.workflow.run_context import RunResult
+from dgmd_pipeline.workflow.success_file import StepRecord, write_record
 
 
 def health(folder, variables, *arguments):
@@ -69,15 +71,44 @@ def test_a_run_that_finds_data_dir_locked_does_not_write_a_status(variables, tmp
 
 @pytest.mark.parametrize(
     ("notify_on", "told"),
-    [("always", ["succeeded", "unchanged", "failed"]), ("change", ["succeeded", "failed"]), ("problem", ["failed"])],
+    [
+        ("always", ["succeeded", "worse", "unchanged", "failed", "promoted"]),
+        ("change", ["succeeded", "worse", "failed", "promoted"]),
+        ("problem", ["worse", "failed"]),
+    ],
 )
 def test_messages_are_sent_only_for_the_outcomes_that_the_operator_wants(notify_on, told, listener, tmp_path):
     url, bodies = listener
     values = Settings(DATA_DIR=tmp_path, NOTIFY_URL=url, NOTIFY_ON=notify_on)
-    idle, busy = RunResult(), RunResult(records=[object()])
-    for result, code in ((busy, 0), (idle, 0), (idle, 20)):
+    idle, busy, worse = RunResult(), RunResult(records=[object()]), registered_worse(tmp_path)
+    for result, code in ((busy, 0), (worse, 0), (idle, 0), (idle, 20)):
         run.publish_status(values, result, code, "what happened", 1.0)
+    notify.tell(values, status.Status(status.PROMOTED, 0, "what happened", utc_now(), 0.0, "spices"))
     assert [body["outcome"] for body in bodies] == told
+
+
+def registered_worse(data_dir):
+    """The result of a run that has registered version 2 in `data_dir`, which is worse than version 1."""
+    measured = {"accuracy": 0.5, "images": 40, "verdict": "worse", "compared_with": 1, "failed": ["accuracy"]}
+    measured |= {"difference": -0.25, "low": -0.4, "high": -0.1}
+    for name, counts in (("evaluation", measured), ("registered_model", {"name": "spices", "version": 2})):
+        (data_dir / name).mkdir()
+        write_record(data_dir / name, StepRecord(name, 1, "", {}, {}, counts, utc_now(), 1.0, "1"))
+    ran = {"registered_model": "spices version 2"}
+    return RunResult(fingerprints=ran, records=[object()], summaries=ran)
+
+
+def test_a_version_that_is_worse_is_an_outcome_of_its_own_and_health_stays_good(tmp_path, capsys):
+    values = Settings(DATA_DIR=tmp_path)
+    run.publish_status(values, registered_worse(tmp_path), 0, "what happened", 1.0)
+    assert health_command.health(values, as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    shown = ("outcome", "verdict", "version", "difference", "low", "high", "report", "last_success")
+    assert [found[name] for name in shown] == [
+        "worse", "worse", 2, -0.25, -0.4, -0.1, str(tmp_path / "evaluation/report.html"), found["ended"],
+    ]  # fmt: skip
+    run.publish_status(values, RunResult(), 0, "nothing to do", 1.0)
+    assert status.read(tmp_path).outcome == "unchanged"
 
 
 def test_a_run_of_some_steps_does_not_replace_the_status_of_a_whole_one(tmp_path):

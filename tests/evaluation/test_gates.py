@@ -10,6 +10,7 @@ from dgmd_pipeline.evaluation.comparison import compare
 from dgmd_pipeline.evaluation.gates import Limits, check_gates, decide, grouped
 from dgmd_pipeline.evaluation.review import LabelChanges, Review
 from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServingBenchmark
+from dgmd_pipeline.evaluation.summary import BETTER
 
 LIMITS = Limits(max_class_drop=0.15, max_latency_ratio=1.5)
 ALONE = ServingBenchmark(
@@ -97,14 +98,14 @@ def test_a_much_better_version_that_loses_two_images_of_nine_may_be_promoted():
     found = compare_classes({"anise": (9, 0, 2), **{f"label {number}": (9, 6, 0) for number in range(9)}})
     assert found.difference > 0.5
     decided = decision(found)
-    assert (decided.verdict, decided.failed) == (gates.BETTER, [])
+    assert (decided.verdict, decided.failed) == (BETTER, [])
 
 
 def test_the_classes_that_fail_are_listed_from_the_worst_and_a_pass_says_what_it_can_find():
     found = compare_classes({"mint": (100, 0, 20), "anise": (100, 0, 60), "zest": (100, 50, 0)})
     assert gate("classes", comparison=found).text == (
-        "Significantly worse, and by more than 15 points: anise 100 to 40 % of 100 images; "
-        "mint 100 to 80 % of 100 images."
+        "Significantly worse, and by more than 15 points: anise 100 % to 40 % of 100 images; "
+        "mint 100 % to 80 % of 100 images."
     )
     found = compare_classes({"mint": (18, 1, 1), "anise": (18, 0, 1), "zest": (18, 1, 0)})
     assert gate("classes", comparison=found).text.startswith(

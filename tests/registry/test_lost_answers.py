@@ -1,12 +1,14 @@
 """Registrations on a real MLflow server whose requests fail, before or after the server has acted."""
 
+import contextlib
+
 import mlflow
 import pytest
 from support.mlflow_server import Fault, faulty_proxy
 from support.registry import candidate
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry import registration, versions
+from dgmd_pipeline.registry import live_run, registration, versions
 from dgmd_pipeline.registry.store import Store
 
 pytest_plugins = ["support.registry"]
@@ -20,6 +22,7 @@ OTHERS = [
     "POST runs/log-inputs", "GET runs/get", "PUT mlflow-artifacts/artifacts/*/*/artifacts/mapping.json",
     "GET logged-models/*", f"{MODEL}/data/model.keras", "PATCH logged-models/*", "POST runs/update",
     "GET model-versions/search", "POST logged-models/search", "POST registered-models/alias",
+    "POST runs/set-tag", "PATCH model-versions/update",
 ]  # fmt: skip
 MORE_UPLOADS = [
     "PUT mlflow-artifacts/artifacts/*/*/artifacts/evaluation/metrics.json", f"{MODEL}/requirements.txt",
@@ -82,7 +85,7 @@ COMPLETE = {
     "runs": ["FINISHED"],
     "models": ["READY"],
     "metrics": {"accuracy": 3, "loss": 3, "val_accuracy": 3, "val_loss": 3, "evaluation_accuracy": 1,
-                "step_seconds/raw": 1, "step_share/raw": 1},
+                "system/step_seconds/raw": 1, "system/step_share/raw": 1},
     "metrics of the model": {"evaluation_accuracy"},
     "params": {"EPOCHS": "3"},
     "data sets": ["s3://bucket/train/images"],
@@ -105,6 +108,23 @@ def test_a_lost_answer_creates_nothing_twice(endpoint, proxy, register, client):
     with proxy.failing(Fault(endpoint, acted=True, status=RESET), OFTEN):
         assert register().new
     assert registered(client, register.name) == COMPLETE
+
+
+@pytest.mark.parametrize("acted", [True, False])
+@pytest.mark.parametrize("endpoint", ["POST runs/create", "POST runs/search", "POST runs/log-batch", "GET metrics/*"])
+def test_a_training_that_was_shown_while_it_ran_is_registered_once(
+    endpoint, acted, proxy, saved_model, tmp_path, client, request
+):
+    name = f"shown-{abs(hash(request.node.nodeid))}"
+    store, shown = Store(proxy.url, None), candidate(tmp_path, saved_model, name, attempt=name)
+    with proxy.failing(Fault(endpoint, acted=acted, status=RESET), 1):
+        live = live_run.LiveRun(live_run.Place(store, name, name), name)
+        for number, row in enumerate(shown.history[:2], start=1):
+            live.log_epoch(number, row)
+    with proxy.failing(Fault(endpoint, acted=acted, status=RESET), OFTEN), contextlib.suppress(PipelineError):
+        registration.register(store, name, name, shown)
+    registration.register(store, name, name, shown)
+    assert registered(client, name) == COMPLETE
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,15 @@ def test_a_long_history_is_logged_completely(store, saved_model, tmp_path, reque
 def test_step_times_belong_to_the_run_and_evaluation_metrics_also_to_the_model(store, saved_model, tmp_path, request):
     name = f"times-{request.node.callspec.id}"
     version = registration.register(store, name, name, candidate(tmp_path, saved_model))
-    registration.add_metrics(store, version, {"step_seconds/registered_model": 2.5})
+    registration.add_metrics(store, version, {"system/step_seconds/registered_model": 2.5})
     client = mlflow.MlflowClient(store.uri, store.uri)
     run = client.get_run(version.run_id)
-    times = {name: value for name, value in run.data.metrics.items() if name.startswith("step_")}
-    assert times == {"step_seconds/raw": 12.5, "step_share/raw": 1.0, "step_seconds/registered_model": 2.5}
+    times = {name: value for name, value in run.data.metrics.items() if name.startswith("system/")}
+    assert times == {
+        "system/step_seconds/raw": 12.5,
+        "system/step_share/raw": 1.0,
+        "system/step_seconds/registered_model": 2.5,
+    }
     model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
     assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
 

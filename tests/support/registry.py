@@ -47,14 +47,17 @@ def candidate(folder, model, training_id="one", **changes):
     ]
     values = {
         "training_id": training_id,
+        "run_name": "jars 2026-11-26 03:00",
+        "describe": lambda version, report: f"Version {version}. {report}",
         "model": lambda: load(model),
         "labels": ["anise", "mint"],
-        "params": {"EPOCHS": 3},
+        "params": {"EPOCHS": 3, "BACKBONE_WEIGHTS": None},
         "history": history,
         "metrics": {"evaluation_accuracy": 0.8},
-        "times": {"step_seconds/raw": 12.5, "step_share/raw": 1.0},
+        "times": {"system/step_seconds/raw": 12.5, "system/step_share/raw": 1.0},
         "tags": {"dgmd.version": "0.1.0"},
         "source": "s3://bucket/train/images",
+        "attempt": "",
         "source_digest": "a" * 64,
         "files": {folder / "mapping.json": "", folder / "evaluation": "evaluation"},
     }

@@ -76,17 +76,17 @@ def test_shares_sum_to_100_and_are_off_by_less_than_one(seconds, total):
 
 def test_metrics_are_named_by_folder_and_shares_are_fractions_of_all_steps():
     metrics = timing.metrics(RAN)
-    assert metrics["step_seconds/raw"] == 10.0
-    assert metrics["step_images_per_second/raw"] == 150.0
-    assert metrics["step_megabytes_per_second/raw"] == 8.0
-    assert sum(value for name, value in metrics.items() if name.startswith("step_share/")) == pytest.approx(1)
+    assert metrics["system/step_seconds/raw"] == 10.0
+    assert metrics["system/step_images_per_second/raw"] == 150.0
+    assert metrics["system/step_megabytes_per_second/raw"] == 8.0
+    assert sum(value for name, value in metrics.items() if name.startswith("system/step_share/")) == pytest.approx(1)
     assert {name for name in metrics if name.endswith("/registered_model")} == {
-        "step_seconds/registered_model",
-        "step_share/registered_model",
+        "system/step_seconds/registered_model",
+        "system/step_share/registered_model",
     }
 
 
 def test_a_record_of_before_there_were_speeds_has_seconds_and_a_share():
     old = replace(RAN[0], worked=None, volume=None)
-    assert timing.metrics([old]) == {"step_seconds/raw": 10.0, "step_share/raw": 1.0}
-    assert timing.metrics([record("raw", 0.0)]) == {"step_seconds/raw": 0.0}
+    assert timing.metrics([old]) == {"system/step_seconds/raw": 10.0, "system/step_share/raw": 1.0}
+    assert timing.metrics([record("raw", 0.0)]) == {"system/step_seconds/raw": 0.0}

@@ -1,0 +1,62 @@
+"""The counts of an evaluation -> the sentences that operators read: in the log, in messages and in MLflow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dgmd_pipeline.formatting import percent
+
+FIRST, BETTER, NO_DIFFERENCE, WORSE, NOT_COMPARED = "first", "better", "no difference", "worse", "not compared"
+THAN = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no difference shown from"}
+ALONE = {FIRST: "first version", NOT_COMPARED: "not compared"}
+
+
+class Summary(NamedTuple):
+    """What an operator has to know of a version. Values are None if an older pipeline did not record them."""
+
+    accuracy: float  # on the validation images, 0 to 1
+    images: int
+    verdict: str | None
+    compared_with: int | None = None  # the production version
+    difference: float | None = None  # of the accuracy to that of production, on the same images
+    low: float | None = None  # of the 95 % interval of the difference
+    high: float | None = None
+    failed: Sequence[str] = ()  # conditions for a promotion
+
+    @property
+    def recommended(self) -> bool:
+        """Whether the version may be promoted and there is a reason to."""
+        return self.verdict in (BETTER, FIRST) and not self.failed
+
+
+def from_counts(counts: Mapping[str, Any]) -> Summary:
+    """Return the summary in the counts of an evaluation's record."""
+    return Summary(**{"verdict": None} | {name: counts[name] for name in Summary._fields if name in counts})
+
+
+def sentences(found: Summary, report: str, version: int | None = None) -> list[str]:
+    """Return sentences about the accuracy, the verdict, the next command and the report.
+
+    `report` says where the report is. `version` is the version that the next command is about; None for no command.
+    """
+    lines = [f"Accuracy {percent(found.accuracy)} on {found.images:,} validation images."]
+    if found.verdict:
+        compared = comparison(found.verdict, found.compared_with, found.difference, found.low, found.high)
+        lines.append(f"{compared[0].upper()}{compared[1:]}.")
+        if found.verdict == FIRST:
+            lines[-1] += " There is no production version to compare it with."
+        if found.failed:
+            lines[-1] += f" Failed conditions: {', '.join(found.failed)}."
+    if version is not None:
+        purpose = "makes it production" if found.recommended else "shows each condition and asks"
+        lines.append(f"Next command: `promote {version}` {purpose}.")
+    return [*lines, f"Report: {report}"]
+
+
+def comparison(
+    verdict: str, other: int | None, difference: float | None, low: float | None = None, high: float | None = None
+) -> str:
+    """Return a clause about a version's verdict, and its difference in accuracy to the version `other`."""
+    if difference is None:
+        return ALONE.get(verdict, verdict)
+    interval = "" if low is None or high is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{THAN.get(verdict, 'compared with')} version {other}: {100 * difference:+.1f} points{interval}"

@@ -1,0 +1,114 @@
+"""A training in progress -> an MLflow run that shows its epochs; the registration completes this run.
+
+A tag with the id of the attempt finds the run again: after a lost answer, and after the process was killed. The
+training does not depend on MLflow: the first failure ends what is shown.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.registry import logged_run, once, registration
+from dgmd_pipeline.registry.store import ATTEMPT, Store, errors_explained
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+TIMEOUT = "10"  # seconds for a request: the training waits for it
+ANSWER = "did not answer as expected: {}."
+
+
+class Place(NamedTuple):
+    """Where the run of an attempt is."""
+
+    store: Store
+    experiment: str
+    attempt: str  # unique id
+
+
+class LiveRun:
+    """The MLflow run of a training in progress."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        """Open the run, or continue that of an earlier process. `name` is for a new run."""
+        self._place, self._run_id, self._last = place, "", 0
+        with self._failures_end_it():
+            self._run_id = _open(place, name)
+
+    def log_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of an epoch, counted from 1. A number that is not the next one ends the log.
+
+        The epochs of fine-tuning begin again at 1: the registration logs those that are part of the model.
+        """
+        if number <= self._last:
+            self._run_id = ""
+        if self._run_id:
+            self._last = number
+            with self._failures_end_it():
+                logged_run.log_epoch(_client(self._place), self._run_id, number, metrics)
+
+    @contextlib.contextmanager
+    def _failures_end_it(self) -> Iterator[None]:
+        try:
+            with errors_explained(self._place.store, ANSWER), _impatient():
+                yield
+        except PipelineError as error:
+            log.warning("MLflow does not show this training while it runs: %s", error)
+            self._run_id = ""
+
+
+def end(place: Place, status: str) -> None:
+    """End the run of an attempt, if it has one that was not registered: `status` is FAILED or KILLED.
+
+    Raises PipelineError if MLflow cannot be reached or refuses.
+    """
+    with errors_explained(place.store, ANSWER), _impatient():
+        client = _client(place)
+        found = client.get_experiment_by_name(place.experiment)
+        run = logged_run.of_attempt(client, found.experiment_id, place.attempt) if found else None
+        if run and run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, status)
+
+
+def _open(place: Place, name: str) -> str:
+    """Return the id of the attempt's run, which is running."""
+    from mlflow.tracking.context import registry
+
+    client = _client(place)
+    experiment_id = registration.experiment_id(client, place.experiment, place.store.artifacts)
+
+    def find() -> "Run | None":
+        return logged_run.of_attempt(client, experiment_id, place.attempt)
+
+    tags = registry.resolve_tags({ATTEMPT: place.attempt})
+    run = find() or once.create(lambda: client.create_run(experiment_id, tags=tags, run_name=name), find)
+    if run.info.status != "RUNNING":
+        client.update_run(run.info.run_id, "RUNNING")
+    return run.info.run_id
+
+
+def _client(place: Place) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient(place.store.uri)
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Let requests fail soon, and repeat none."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    before = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()
+    MLFLOW_HTTP_REQUEST_TIMEOUT.set(TIMEOUT)
+    try:
+        with once.without_repetition():
+            yield
+    finally:
+        if before is None:
+            MLFLOW_HTTP_REQUEST_TIMEOUT.unset()
+        else:
+            MLFLOW_HTTP_REQUEST_TIMEOUT.set(before)
