@@ -18,7 +18,11 @@ setup(
         # the demo's local S3 endpoint
         "demo": ["moto[server,s3]>=5.2,<6"],
         # heavy steps on a Dask cluster; scheduler, workers and run need the same version, which is compared
-        "cluster": ["distributed>=2026.8,<2027", "dask>=2026.8,<2027"],
+        "cluster": [
+            "distributed>=2026.8,<2027",
+            "dask>=2026.8,<2027",
+            "bokeh>=3.8,<4",  # the dashboard of the scheduler
+        ],
         # TensorFlow for NVIDIA GPUs on Linux. It replaces tensorflow-cpu: see docs/container.md.
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # baselines and data of the benchmarks

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.container, pytest.mark.slow]
 DOCKER = os.environ.get("DOCKER", "docker")
 LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]  # noqa: S108
 TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
+SPLITS = ("training", "validation")
 PORT = 5077  # of the MLflow server, in the host's network
 S3, LOGIN = (os.environ.get(name) for name in ("CONTAINER_S3", "AWS_ACCESS_KEY_ID"))
 KEYS = {"AWS_ACCESS_KEY_ID": LOGIN, "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY")} if S3 else {}
@@ -358,7 +359,8 @@ def project(images, compose, tmp_path):
         return subprocess.run([*base, *words], capture_output=True, text=True, timeout=600, env=environment)
 
     yield call, address
-    call("--profile", "demo", "--profile", "once", "--profile", "schedule", "--profile", "luigid", "down", "--volumes")
+    profiles = [f"--profile={each}" for each in ("demo", "once", "schedule", "luigid", "cluster")]
+    call(*profiles, "down", "--volumes")
 
 
 def test_compose_runs_the_demo_to_a_registered_model(project):
@@ -430,3 +432,43 @@ def test_compose_starts_a_luigi_scheduler(project):
     healthy(call("ps", "--quiet", "luigid", COMPOSE_PROFILES="luigid").stdout.strip())
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/api/task_list?data={{}}", timeout=5) as answer:
         assert json.load(answer)["response"] == {}
+
+
+def test_compose_runs_the_heavy_steps_on_a_dask_cluster_as_on_one_machine(project, tmp_path):
+    call, _ = project
+    assert call("--profile", "demo", "up", "--detach", "demo-bucket").returncode == 0
+    healthy(call("ps", "--quiet", "demo-bucket", COMPOSE_PROFILES="demo").stdout.strip())
+    bucket = {"AWS_ENDPOINT_URL": "http://demo-bucket:9000", "AWS_DATA_BUCKET": "dgmd-demo"}
+    keys = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo"}
+    network = {"BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none", "IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32"}
+    variables = {**bucket, **keys, **network, "SEED": "7"}
+
+    def run(*words, **more):
+        done = call("run", "--rm", "model-pipeline", *words, **variables, **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def results(**more):
+        """The version, its accuracy, and the checksums of the records."""
+        status = json.loads(run("cat", "data/status.json", **more))
+        index = [json.loads(run("cat", f"data/tfrecord_{split}/index.json", **more)) for split in SPLITS]
+        return status["version"], status["accuracy"], index
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data").chmod(0o777)
+    alone = {"PIPELINE_DATA": str(tmp_path / "data"), "MODEL_NAME": "alone"}
+    run(**alone)
+    up = call("--profile", "cluster", "up", "--detach", "--scale", "dask-worker=2", **variables)
+    assert up.returncode == 0, up.stdout + up.stderr
+    containers = call("ps", "--quiet", "dask-scheduler", "dask-worker", COMPOSE_PROFILES="cluster").stdout.split()
+    assert len(containers) == 3
+    for each in containers:
+        host = json.loads(docker("inspect", "--format", "{{json .HostConfig}}", each).stdout)
+        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["Privileged"]
+        assert host["Memory"] and host["RestartPolicy"]["Name"] == "unless-stopped"
+    healthy(call("ps", "--quiet", "dask-scheduler", COMPOSE_PROFILES="cluster").stdout.strip())
+    together = {"DASK_SCHEDULER_ADDRESS": "tcp://dask-scheduler:8786", "MODEL_NAME": "together"}
+    assert "2 workers" in run(**together)
+    (version, accuracy, records), (of_one, accuracy_of_one, records_of_one) = results(**together), results(**alone)
+    assert (version, records) == (of_one, records_of_one) == (1, records)
+    assert accuracy == pytest.approx(accuracy_of_one, abs=0.01)  # features are equal within rounding

@@ -87,7 +87,7 @@ class ClusterExecutor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about versions, which are compared below
                 self._client = distributed.Client(self._address, name="dgmd_pipeline", set_as_default=False)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise PipelineError(
                 f"The Dask scheduler at {self._address} (DASK_SCHEDULER_ADDRESS) cannot be reached: "
                 f"{_first_line(error)}. Start it or correct the address. Or unset the variable to use this machine."

@@ -265,6 +265,13 @@ def test_a_worker_that_does_not_fit_is_named_before_the_first_step(bad, problem,
     assert [path.name for path in data_dir.iterdir()] == [".lock"]
 
 
+def test_an_address_without_tls_where_dask_requires_it_is_explained(data_dir):
+    problem = r"tcp://127.0.0.1:9 \(DASK.*cannot be reached: encryption required"
+    required = dask.config.set({"distributed.comm.require-encryption": True})
+    with required, pytest.raises(PipelineError, match=problem):
+        connection("tcp://127.0.0.1:9", data_dir).connect()
+
+
 def test_a_cluster_without_scheduler_or_workers_is_explained(tmp_path, data_dir):
     short = {"distributed.comm.timeouts.connect": "1s", "distributed.scheduler.no-workers-timeout": "1s"}
     with cluster(tmp_path, workers=0) as empty, dask.config.set(short):
