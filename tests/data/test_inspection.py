@@ -329,7 +329,7 @@ def test_labels_with_too_many_undecodable_files_are_named_with_their_counts():
     with pytest.raises(NoUsableInput) as error:
         check_rejected({"cat": 1, "dog": 1}, rejected, 0.5, Path("/data/rejected.csv"))
     message = str(error.value)
-    assert "More than 50% of the files cannot be decoded for cat (2 of 3 files), cow (1 of 1 files)" in message
+    assert "More than 50 % of the files cannot be decoded for cat (2 of 3 files), cow (1 of 1 files)" in message
     assert "dog" not in message  # exactly the limit
     assert "for example cat/x.jpg: unreadable, OSError: broken" in message
     assert "rejected.csv" in message

@@ -260,7 +260,7 @@ def test_a_download_stops_if_more_than_the_limit_of_a_label_is_refused(draft, fa
     fake_s3(denying("b/0", "b/1", "b/2"))
     with pytest.raises(NoUsableInput) as caught:
         download_folder(draft, objects, client=connect())
-    assert "More than 50% of the objects of the label b cannot be downloaded (3 of 4)" in str(caught.value)
+    assert "More than 50 % of the objects of the label b cannot be downloaded (3 of 4)" in str(caught.value)
     assert "refused, S3 answered 403 AccessDenied: m" in str(caught.value)
     assert remedy in str(caught.value)
     assert "MAX_REJECTED_PCNT (now 0.5)" in str(caught.value)

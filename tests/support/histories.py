@@ -84,6 +84,7 @@ def _means(path: Path, entry: np.void) -> np.ndarray:
 class InThisThread:
     """An executor without processes."""
 
+    is_cluster = False
     map = staticmethod(lambda function, items, chunk=1: map(function, items))
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ def test_a_failed_run_is_on_the_page_and_so_is_its_reason(luigid, data_dir, tmp_
     assert found["MapLabels", ""]["status"] == "FAILED"
     data = urllib.parse.quote(json.dumps({"task_id": next(iter(ids_of(luigid, "FAILED", "failed")))}))
     with urllib.request.urlopen(f"{luigid}/api/fetch_error?data={data}") as answer:
-        assert "More than 50% of the files cannot be decoded" in json.load(answer)["response"]["error"]
+        assert "More than 50 % of the files cannot be decoded" in json.load(answer)["response"]["error"]
 
 
 def ids_of(url, status, model):
