@@ -53,7 +53,8 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
     assert set(left) <= {f".draft-{step}" for step in kept}
     result = run_pipeline(tmp_path, "--until", "train", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted([".lock", "status.json", *STEPS[:8]])
+    expected = [".lock", ".mlflow-run", "status.json", *STEPS[:8]]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(expected)
     for step in STEPS[:7]:
         for path in (finished[0] / step).rglob("*"):
             if path.is_file() and path.name != "_SUCCESS":

@@ -95,6 +95,7 @@ def test_the_mlflow_run_tells_everything(finished):
     assert run.data.params["AWS_DATA_PATH"] == "train/images"
     of_a_deployment = {"DATA_DIR", "KERAS_HOME", "GIT_REVISION", "REFRESH", "SCHEDULE", "TZ", "NOTIFY_URL"}
     of_a_deployment |= {"LUIGI_SCHEDULER_URL", "LUIGI_CONFIG_PATH", "HEALTH_MAX_AGE", "NOTIFY_ON"}
+    of_a_deployment |= {"DASK_SCHEDULER_ADDRESS"}
     of_a_promotion = {"MAX_CLASS_DROP", "MAX_LATENCY_RATIO", "ALLOW_LOST_LABELS", "PROMOTE_IF_BETTER"}
     of_a_frozen_network = {"HEAD", "FINE_TUNE", "FINE_TUNE_EPOCHS", "FINE_TUNE_LEARNING_RATE"}
     expected = set(map(variable, Settings.model_fields)) - of_a_deployment - of_a_promotion - of_a_frozen_network

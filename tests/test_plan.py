@@ -36,7 +36,7 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
     (data_dir / "split").rename(tmp_path / "away")
     (data_dir / "features_training").mkdir(exist_ok=True)  # the data are those of `cnn`
     lines = on_a_terminal(tmp_path, "plan", **variables)
-    assert max(map(len, lines[1:])) <= 80  # the first one names the folder, however long that is
+    assert max(len(line) for line in lines if str(data_dir) not in line) <= 80  # the folder's name may be longer
     rows = "\n".join(lines)
     assert re.search(r"^  inspected +done +31 +\d+\.\d kB$", rows, re.MULTILINE), rows
     assert re.search(r"^  registered_model +maybe +\d+ B  only if split changes$", rows, re.MULTILINE), rows

@@ -135,6 +135,9 @@ CHANGED = {  # setting -> its new value and the steps that then run, without sto
     "LUIGI_SCHEDULER_URL": ("http://127.0.0.1:9", []),
     "LUIGI_CONFIG_PATH": ("luigi.cfg", []),
     "NOTIFY_URL": ("http://127.0.0.1:9/", []),
+    "NOTIFY_ON": ("problem", []),
+    "HEALTH_MAX_AGE": (26, []),
+    "DASK_SCHEDULER_ADDRESS": ("tcp://127.0.0.1:9", []),
     "KERAS_HOME": ("elsewhere", []),
     "GIT_REVISION": ("0123abc", []),
 }

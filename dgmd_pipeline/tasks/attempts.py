@@ -71,5 +71,5 @@ def _place(settings: Any, attempt: str) -> "Place | None":
 def _read(path: Path) -> str:
     try:
         return path.read_text("ascii")
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):  # a DATA_DIR that cannot be read ends the run with a sentence of its own
         return ""

@@ -27,7 +27,7 @@ OTHERS = [
 MORE_UPLOADS = [
     "PUT mlflow-artifacts/artifacts/*/*/artifacts/evaluation/metrics.json", f"{MODEL}/requirements.txt",
     f"{MODEL}/MLmodel", f"{MODEL}/python_env.yaml", f"{MODEL}/conda.yaml", f"{MODEL}/mapping.json",
-    f"{MODEL}/code/dgmd_served.py", f"{MODEL}/data/keras_module.txt",
+    f"{MODEL}/code/*", f"{MODEL}/data/keras_module.txt",
 ]  # fmt: skip
 RESET, BAD_GATEWAY, OFTEN = 0, 502, 1000
 

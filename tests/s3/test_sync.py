@@ -1,4 +1,5 @@
 import os
+from functools import partial
 
 import pytest
 from support.http_server import send
@@ -190,7 +191,7 @@ def downloads(monkeypatch):
             fetched.append(source.path)
             yield source
 
-    monkeypatch.setattr(sync, "download", download)
+    monkeypatch.setattr(sync, "download_folder", partial(sync.download_folder, fetch=download))
     return fetched
 
 

@@ -85,7 +85,17 @@ class InThisThread:
     """An executor without processes."""
 
     is_cluster = False
+    dashboard = None
     map = staticmethod(lambda function, items, chunk=1: map(function, items))
+
+    def connect(self) -> None:
+        pass
+
+    def describe(self) -> str:
+        return ""
+
+    def usage(self) -> str:
+        return ""
 
     def close(self) -> None:
         pass

@@ -111,6 +111,7 @@ class Fault(NamedTuple):
 def endpoint(method: str, path: str) -> str:
     """Return a request's method and path, with * for what differs between registrations."""
     path = re.sub(r"^/api/\d\.\d/(mlflow/)?", "", urllib.parse.urlsplit(path).path)
+    path = re.sub(r"/code/.*", "/code/*", path)  # the modules that are served with the model
     return f"{method} {re.sub(r'(?<=/)(m-)?[0-9a-f]{32}(?=/|$)|(?<=artifacts/)[0-9]+(?=/)', '*', path)}"
 
 
