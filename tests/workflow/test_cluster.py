@@ -202,7 +202,7 @@ def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step
     found, expected = contents(data_dir), contents(tmp_path / "local")
     assert set(found) == set(expected)
     for name, content in expected.items():
-        if name.startswith("features_") and name.endswith(".npy"):
+        if re.fullmatch(r"features_\w+/features-.*\.npy", name):
             arrays = (np.load(io.BytesIO(each)) for each in (found[name], content))
             np.testing.assert_allclose(*arrays, rtol=0, atol=1e-5)
         elif not (name.startswith("features_") and name.endswith("index.json")):  # it has their checksums
@@ -221,7 +221,7 @@ def connection(address, data_dir):
     [
         ("threads", r"has 2 threads. Start it with `--nthreads 1`"),
         ("code", r"has code of dgmd_pipeline \w+, and the run has code of dgmd_pipeline \w+. Start it with the image"),
-        ("package", r"cannot run this pipeline \(ModuleNotFoundError\(.*No module named 'dgmd_pipeline"),
+        ("package", r"cannot run this pipeline \(.*No module named 'dgmd_pipeline"),
         ("disk", r"cannot use DATA_DIR: .*No such file.* Give it the disk of the run at the same path"),
     ],
 )
@@ -236,7 +236,9 @@ def test_a_worker_that_does_not_fit_is_named_before_the_first_step(bad, problem,
         options = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"}
     elif bad == "package":
         (tmp_path / "dgmd_pipeline").mkdir()
-        (tmp_path / "dgmd_pipeline" / "__init__.py").touch()
+        # A missing package would be found by the finder of an editable installation.
+        missing = "raise ModuleNotFoundError(\"No module named 'dgmd_pipeline'\")\n"
+        (tmp_path / "dgmd_pipeline" / "__init__.py").write_text(missing)
         options = {"PYTHONPATH": tmp_path}
     else:
         script = 'mount -t tmpfs none "$1" || exit 77; shift; exec "$@"'
