@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     command = [sys.executable, str(ROOT / "pipeline.py"), *arguments]
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, "NO_COLOR": "1", **variables}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
     output = bytearray()
