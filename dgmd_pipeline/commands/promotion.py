@@ -91,14 +91,14 @@ def promote_if_better(values: "Settings", version: int) -> str:
     if candidate == state.production or any(event.version == version for event in promotion.history(state)):
         return f"{refused} an operator decides on a version that was production before."
     _, decision = _decide(values, store, state, candidate)
+    headline = decision.headline[0].lower() + decision.headline[1:]
     if decision.verdict != BETTER or decision.failed:
-        return f"{refused} {decision.headline[0].lower()}{decision.headline[1:]}. {decision.reason}"
+        return f"{refused} {headline}. {decision.reason}"
     promotion.set_production(
         store, state, version,
         action="promote", user=settings.operator(), reason=decision.headline, gates=decision.gates, automatic=True,
     )  # fmt: skip
-    better = f"{decision.headline[0].lower()}{decision.headline[1:]}"
-    return f"Version {version} is production now: {better}. `rollback` restores version {state.production.version}."
+    return f"Version {version} is production now: {headline}. `rollback` restores version {state.production.version}."
 
 
 def _decide(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, WorkerDied
+from dgmd_pipeline.formatting import counted
 from dgmd_pipeline.workflow import cluster_worker
 from dgmd_pipeline.workflow.cluster_worker import Job
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Results are used in the order of the items. A worker goes on while another one is slow until it is so far ahead.
+# The run takes the results in the order of the items. While it waits for a slow piece, each worker may do so many others.
 PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between two looks at the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
@@ -164,11 +165,15 @@ class ClusterExecutor:
 
     def describe(self) -> str:
         """Return the number of workers."""
-        return _count(self._workers)
+        return counted(self._workers, "worker")
 
     def usage(self) -> str:
         """Return the seconds that workers spent on pieces, and the largest number of workers."""
-        return f"Dask cluster: {self._seconds:,.1f} s of work, {_count(self._most_workers)}" if self._seconds else ""
+        return (
+            f"Dask cluster: {self._seconds:,.1f} s of work, {counted(self._most_workers, 'worker')}"
+            if self._seconds
+            else ""
+        )
 
     def close(self) -> None:
         """Cancel the pieces under way, end the workers' processes as soon as they are idle, and disconnect."""
@@ -293,8 +298,8 @@ def _warn_of_open_network(address: str) -> None:
         return
     if not all(each.is_private or each.is_loopback for each in found):
         log.warning(
-            "DASK_SCHEDULER_ADDRESS=%s has no TLS and is not in a private network: whoever can reach the scheduler or "
-            "read the traffic can run code on every worker. Use tls://",
+            "DASK_SCHEDULER_ADDRESS=%s has no TLS and is not in a private network: anyone who can reach the scheduler "
+            "or read the traffic can run code on every worker. Use tls://",
             address,
         )
 
@@ -312,10 +317,6 @@ def _no_workers(address: str, timeout: float) -> str:
         f"The Dask scheduler at {address} has had no worker for {timeout:g} s. Start workers with `dask worker "
         f"{address} --nthreads 1`, and run again: finished steps are kept."
     )
-
-
-def _count(workers: int) -> str:
-    return f"{workers:,} worker{'' if workers == 1 else 's'}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ _pools: dict[str, ProcessExecutor] = {}  # by run: the process of the last run t
 
 
 class Job(NamedTuple):
-    """What a worker is told about the run that a piece belongs to. It contains no secret."""
+    """What a worker needs to know about the run of a piece. It contains no secret."""
 
     id: str
     data_dir: Path
@@ -102,7 +102,7 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
             raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
         job.answer(dask_worker.address).unlink(missing_ok=True)
         job.prepare()
-        # Dask starts a worker as a daemon, which may not have children. Its own children end with it all the same.
+        # Dask starts a worker as a daemon process, and Python forbids these to have children. Ours end with the worker.
         multiprocessing.current_process().daemon = False
         limit = dask_worker.memory_manager.memory_limit
         # An executor leaves half of the memory for TensorFlow in its parent, which is not used there.
