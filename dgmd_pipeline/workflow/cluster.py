@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# The run takes the results in the order of the items. While it waits for a slow piece, each worker may do so many others.
+# The run takes the results in order. While it waits for a slow piece, the other workers go ahead this far.
 PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between two looks at the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
