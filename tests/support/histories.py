@@ -198,7 +198,7 @@ _watching: list[Callable[[str, tuple], None]] = []
 @functools.cache
 def _install() -> None:
     def hook(event: str, arguments: tuple) -> None:
-        for watch in _watching:
+        for watch in _watching or ():  # at the end of the process, Python sets the module's names to None
             watch(event, arguments)
 
     sys.addaudithook(hook)  # there is no way to remove it
