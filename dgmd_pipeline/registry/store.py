@@ -30,7 +30,7 @@ EMBEDDED_BYTES = 2_000_000  # an embedded store without its models: the database
 
 
 class NotAllowed(PipelineError):
-    """The account of this process may not do what it asked MLflow for."""
+    """The account of this process may not do what it asked MLflow for, or it is unknown there."""
 
 
 class Store(NamedTuple):
@@ -89,7 +89,7 @@ def move_artifacts(store: Store) -> None:
 def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterator[None]:
     """Turn an exception of MLflow into a PipelineError, and silence MLflow's log.
 
-    `message` has a `{}` for the reason. Raises NotAllowed if the account may not do this.
+    `message` has a `{}` for the reason. Raises NotAllowed if there is no such account, or it may not do this.
     """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -102,7 +102,7 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
         # exception is a bug of this package, except for disk errors and a missing database driver.
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
-        denied = getattr(error, "error_code", None) == "PERMISSION_DENIED"
+        denied = getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
         frame = NOT_ALLOWED if denied and message == REQUEST_FAILED else message
         # Redacted here, because the message is also stored: in reports, the history and MLflow.
         text = redact(f"MLflow at {store.uri} {frame.format(reason(error))}")
