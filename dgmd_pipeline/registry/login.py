@@ -7,7 +7,6 @@ import configparser
 import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,16 +16,17 @@ from dgmd_pipeline.registry import database
 OPERATOR, PIPELINE = "operator", "pipeline"  # accounts
 PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PASSWORD"}  # variables
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
-DATABASE = "accounts.db"  # beside the database of MLflow
+DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
 # One process answers all requests, so a changed password applies at once. Without a cache, MLflow hashes the password
 # several times for each request.
 CACHE_SECONDS = 600
 
 
-def required(command: list[str], environment: Mapping[str, str], folder: Path) -> tuple[list[str], Mapping[str, str]]:
+def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
     """Return the command and the environment of an MLflow server that requires a login, if a password is set.
 
-    Creates the accounts, or gives them the passwords of the environment. Writes the server's settings into `folder`.
+    Creates the accounts, or gives them the passwords of the environment. They and the settings of the login are files
+    beside the SQLite database of the server.
 
     Raises SettingsError if a password is missing, too short or used twice, or if there are accounts and no password: a
     server that had a login never starts without one.
@@ -48,7 +48,7 @@ def required(command: list[str], environment: Mapping[str, str], folder: Path) -
     uri = database.uri_of(accounts)
     _write_accounts(uri, passwords)
     settings = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(_write_settings(folder, uri)),
+        "MLFLOW_AUTH_CONFIG_PATH": str(_write_settings(accounts.with_name(SETTINGS), uri)),
         "MLFLOW_AUTH_ADMIN_USERNAME": OPERATOR,
         "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),  # of the form that creates accounts
@@ -69,7 +69,7 @@ def _check(passwords: Mapping[str, str]) -> None:
 
 
 def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
-    """Create the accounts or change their passwords. The pipeline's may do what `permissions` allows."""
+    """Create the accounts or change their passwords. The pipeline's may do all that `permissions` does not refuse."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore()
@@ -83,7 +83,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 
-def _write_settings(folder: Path, uri: str) -> Path:
+def _write_settings(path: Path, uri: str) -> Path:
     parser = configparser.ConfigParser(interpolation=None)
     parser["mlflow"] = {
         "default_permission": "READ",
@@ -91,7 +91,6 @@ def _write_settings(folder: Path, uri: str) -> Path:
         "authorization_function": "dgmd_pipeline.registry.permissions:authenticate",
         "auth_cache_ttl_seconds": str(CACHE_SECONDS),
     }
-    path = folder / "basic_auth.ini"
     with path.open("w", encoding="utf-8") as file:
         parser.write(file)
     return path
@@ -102,7 +101,7 @@ def main(command: list[str]) -> None:
     environment: Mapping[str, str] = os.environ
     try:
         if command[:2] == ["mlflow", "server"]:
-            command, environment = required(command, environment, Path(tempfile.mkdtemp()))
+            command, environment = required(command, environment)
     except PipelineError as error:
         sys.exit(str(error))
     os.execvpe(command[0], command, environment)  # noqa: S606 - the command of the container

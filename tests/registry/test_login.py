@@ -116,7 +116,7 @@ def test_a_new_password_replaces_the_old_one_at_the_next_start(tmp_path):
     environment = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db", **SET}
     for password in ("the first of two", "the second of two"):
         changed = {**environment, "MLFLOW_PIPELINE_PASSWORD": password}
-        command, variables = login.required(["mlflow", "server"], changed, tmp_path)
+        command, variables = login.required(["mlflow", "server"], changed)
     assert command == ["mlflow", "server", "--app-name", "basic-auth"]
     assert not set(SET) & set(variables)
     store = SqlAlchemyStore()
@@ -145,11 +145,11 @@ def test_a_server_does_not_start_with_half_a_login(passwords, accounts, expected
         (tmp_path / "accounts.db").touch()
     environment = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db", **passwords}
     with pytest.raises(SettingsError, match=expected) as refused:
-        login.required(["mlflow", "server"], environment, tmp_path)
+        login.required(["mlflow", "server"], environment)
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
     assert SET[PIPELINE] not in str(refused.value)
 
 
 def test_without_passwords_there_is_no_login(tmp_path):
     environment = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db", OPERATOR: "", PIPELINE: ""}
-    assert login.required(["mlflow", "server"], environment, tmp_path) == (["mlflow", "server"], environment)
+    assert login.required(["mlflow", "server"], environment) == (["mlflow", "server"], environment)
