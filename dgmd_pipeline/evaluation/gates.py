@@ -95,11 +95,11 @@ def _drift(best: "Comparison") -> str:
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (
         f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
-        f"version is {outcome} ({_with_interval(best)} on the same {best.images:,} images)."
+        f"version is {outcome} ({_interval(best)} on the same {best.images:,} images)."
     )
 
 
-def _with_interval(comparison: "Comparison") -> str:
+def _interval(comparison: "Comparison") -> str:
     interval = f"{points(comparison.low)} to {points(comparison.high)}"
     return f"{points(comparison.difference)} points, 95 % interval {interval}"
 
@@ -167,7 +167,7 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
     accuracy = Gate(
         "accuracy",
         not comparison.is_worse,
-        f"{outcome} than version {comparison.version}: {_with_interval(comparison)}, {p}, on {comparison.images:,} images.",
+        f"{outcome} than version {comparison.version}: {_interval(comparison)}, {p}, on {comparison.images:,} images.",
     )
     return [accuracy, _classes(comparison, limits.max_class_drop)]
 
