@@ -46,7 +46,6 @@ setup(
             "distributed>=2026.8,<2027",  # a Dask scheduler and workers
             "dask>=2026.8,<2027",
             "mlflow[auth]>=3.17,<4",  # an MLflow server with accounts
-            "psutil>=7,<8",  # finds the processes of Dask workers
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",  # most tests start a single-threaded process: two workers take half the time
             "hypothesis>=6.150,<7",  # property tests of labels and splits

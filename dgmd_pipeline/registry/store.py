@@ -91,6 +91,8 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
 
     `message` has a `{}` for the reason. Raises NotAllowed if there is no such account, or it may not do this.
     """
+    import mlflow  # noqa: F401 - its first import sets the level of its log
+
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
