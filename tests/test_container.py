@@ -33,7 +33,7 @@ def free_ports(number):
         return [each.getsockname()[1] for each in sockets]
 
 
-PORT, COMPOSE_PORT, LUIGI_PORT = free_ports(3)  # PORT: of the MLflow server, in the host's network
+PORT, COMPOSE_PORT, LUIGI_PORT, DASHBOARD_PORT = free_ports(4)  # PORT: of the MLflow server, in the host's network
 
 
 def docker(*words, check=True, timeout=300):
@@ -484,7 +484,7 @@ def test_compose_runs_the_heavy_steps_on_a_dask_cluster_as_on_one_machine(projec
     bucket = {"AWS_ENDPOINT_URL": "http://demo-bucket:9000", "AWS_DATA_BUCKET": "dgmd-demo"}
     keys = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo"}
     network = {"BACKBONE": "MobileNetV3-Small", "BACKBONE_WEIGHTS": "none", "IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32"}
-    variables = {**bucket, **keys, **network, "SEED": "7"}
+    variables = {**bucket, **keys, **network, "SEED": "7", "DASHBOARD_ADDRESS": f"127.0.0.1:{DASHBOARD_PORT}"}
 
     def run(*words, **more):
         done = call("run", "--rm", "model-pipeline", *words, **variables, **more)
