@@ -268,7 +268,7 @@ class PerSplitStep(Step):
 
     def reusable_folders(self) -> list[Path]:
         own = super().reusable_folders()
-        return own and [*own, *self._other._finished_folders()]
+        return own and [*own, *self._other._finished_folders(), *folders.pieces(self._other.path)]
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         record, now = read_record(folders.current_path(self.path)), self.declared_settings()
