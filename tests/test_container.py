@@ -425,6 +425,39 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     assert docker("ps", "--quiet", "--filter", f"id={container}").stdout == ""
 
 
+def test_compose_lets_only_the_operator_s_account_promote_if_mlflow_requires_a_login(project):
+    call, _ = project
+    passwords = {"MLFLOW_OPERATOR_PASSWORD": "day after day", "MLFLOW_PIPELINE_PASSWORD": "night after night"}
+    account = {"MLFLOW_TRACKING_USERNAME": "pipeline", "MLFLOW_TRACKING_PASSWORD": "night after night"}
+    half = {**passwords, "MLFLOW_PIPELINE_PASSWORD": ""}
+    assert call("up", "--detach", "mlflow", **half).returncode == 0
+    container = call("ps", "--all", "--quiet", "mlflow", **half).stdout.strip()
+    logs_until(container, "MLFLOW_PIPELINE_PASSWORD: expected at least 12 characters, found 0")
+
+    own = {"AWS_ENDPOINT_URL": "http://demo-bucket:9000", "AWS_DATA_BUCKET": "dgmd-demo", **passwords, **account}
+    own |= {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "BACKBONE": "cnn", "EPOCHS": "2"}
+    own |= {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32"}
+    assert call("--profile", "demo", "up", "--detach", "demo-bucket", "mlflow", **own).returncode == 0
+    healthy(call("ps", "--quiet", "demo-bucket", COMPOSE_PROFILES="demo", **own).stdout.strip())
+    run = call("run", "--rm", "model-pipeline", **own)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "version 1, non-production" in run.stdout
+    promote = ["model-pipeline", "python", "pipeline.py", "promote", "--yes"]
+    refused = call("run", "--rm", *promote, **own)
+    assert refused.returncode == 30, refused.stdout + refused.stderr
+    assert "the account pipeline may not change which version is production" in refused.stdout.splitlines()[-1]
+    operator = ["-e", "MLFLOW_TRACKING_USERNAME=operator", "-e", "MLFLOW_TRACKING_PASSWORD"]
+    promoted = call("run", "--rm", *operator, *promote, **{**own, "MLFLOW_TRACKING_PASSWORD": "day after day"})
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    assert "version 1 is production" in promoted.stdout
+    again = call("up", "--detach", "mlflow", **dict.fromkeys(passwords, ""))  # accounts remain, but no passwords
+    assert again.returncode == 0, again.stdout + again.stderr
+    container = call("ps", "--all", "--quiet", "mlflow").stdout.strip()
+    logs_until(
+        container, "accounts.db has accounts, but MLFLOW_OPERATOR_PASSWORD and MLFLOW_PIPELINE_PASSWORD are not set"
+    )
+
+
 def test_compose_starts_a_luigi_scheduler(project):
     call, _ = project
     up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{PORT + 2}")

@@ -81,6 +81,10 @@ def test_bad_input_is_reported_and_stays_out(finished):
         assert name in rejected
     assert not (data_dir.parent / "outside.png").exists()
     assert "1 unsafe name" in result.stdout
+    for step, what in (("raw", "objects"), ("inspected", "files")):  # the warning says it, the summary does not
+        assert f"{what} left out: " in result.stdout
+        (summary,) = re.findall(rf" {step} +\S.* s\)$", result.stdout, re.MULTILINE)
+        assert "left out" not in summary
     assert "anise" not in rejected
 
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,15 +90,14 @@ def evaluate(
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`.
+    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
+    report needs is done afterwards, while the process predicts original files.
     Returns the counts for the step's record.
     """
     start = time.monotonic()
     splits = _read_splits(data)
-    suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
     measured, answers = _measure(data, network, splits, leaked, folder)
-    content = _content(data, splits, measured, suspects, leaked)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
@@ -107,12 +106,13 @@ def evaluate(
         trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, process, folder, partial(_draw, folder, content))
+    content = cache(partial(_content, data, splits, measured, leaked, folder))
+    found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
     own = ("evaluation", time.monotonic() - start)
-    report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
+    report.write(folder, content()._replace(seconds=[*data.seconds, own]), found, decision)
     return measured.overall | _decided(decision, found.comparison)
 
 
@@ -190,9 +190,10 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 
 
 def _content(
-    data: EvaluationData, splits: _Splits, measured: Measurements, suspects: LabelSuspects | None, leaked: Leaks | None
+    data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows."""
+    """Gather what the report shows, for which it looks for wrong labels."""
+    suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
     return report.Content(
@@ -237,7 +238,7 @@ def _review(
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
-    before_timing: Callable[[Comparison | None], None],
+    after_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rivals, error = Rivals(), ""
@@ -245,7 +246,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, process, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, after_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline import manifest
 from dgmd_pipeline.evaluation import class_losses
 from dgmd_pipeline.evaluation.summary import BETTER, FIRST, NO_DIFFERENCE, NOT_COMPARED, WORSE
-from dgmd_pipeline.formatting import counted, percent
+from dgmd_pipeline.formatting import counted, percent, points
 
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison, Comparison
@@ -82,7 +82,7 @@ def _verdict(review: "Review") -> tuple[str, str]:
     compared = review.comparison
     if compared is None:
         return (NOT_COMPARED, "Not compared with production") if review.comparison_error else (FIRST, "First version")
-    figure = f"{100 * compared.difference:+.1f} points"
+    figure = f"{points(compared.difference)} points"
     if compared.is_better:
         return BETTER, f"Better than version {compared.version} ({figure})"
     if compared.is_worse:
@@ -95,13 +95,13 @@ def _drift(best: "Comparison") -> str:
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (
         f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
-        f"version is {outcome} ({_points(best)} on the same {best.images:,} images)."
+        f"version is {outcome} ({_interval(best)} on the same {best.images:,} images)."
     )
 
 
-def _points(comparison: "Comparison") -> str:
-    low, high = 100 * comparison.low, 100 * comparison.high
-    return f"{100 * comparison.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+def _interval(comparison: "Comparison") -> str:
+    interval = f"{points(comparison.low)} to {points(comparison.high)}"
+    return f"{points(comparison.difference)} points, 95 % interval {interval}"
 
 
 def check_gates(review: "Review", limits: Limits) -> list[Gate]:
@@ -167,7 +167,7 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
     accuracy = Gate(
         "accuracy",
         not comparison.is_worse,
-        f"{outcome} than version {comparison.version}: {_points(comparison)}, {p}, on {comparison.images:,} images.",
+        f"{outcome} than version {comparison.version}: {_interval(comparison)}, {p}, on {comparison.images:,} images.",
     )
     return [accuracy, _classes(comparison, limits.max_class_drop)]
 

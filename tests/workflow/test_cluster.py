@@ -359,7 +359,8 @@ def test_a_worker_without_credentials_that_is_refused_says_so(digits, monkeypatc
     place = s3_client.Place(digits["AWS_ENDPOINT_URL"], "us-east-1", True)
     (tmp_path / ".part").mkdir()
     size, tag = 4, "70ddcb9a3a3bde1dd9ed2aeba4f8a9e0"
-    chunk = download.Chunk(place, "digits", [SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")], tmp_path)
+    source = SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")
+    chunk = download.Chunk(place, "digits", [source], tmp_path, tmp_path / ".part")
     with pytest.raises(
         NoUsableInput, match=r"refuses s3://digits/p/3/damaged.png to the worker on .*, which has no AWS"
     ):
@@ -374,7 +375,7 @@ def test_the_same_chunk_may_be_downloaded_twice_at_the_same_time(digits, monkeyp
     download._client.cache_clear()
     (tmp_path / ".part").mkdir()
     listed = listing.list_objects(client, "digits", "p", False).objects[:100]
-    chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path)
+    chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path, tmp_path / ".part")
     with ThreadPoolExecutor(2) as threads:
         one, two = threads.map(download.download_chunk, [chunk, chunk])
     assert sorted(one) == sorted(two) == sorted(listed)
