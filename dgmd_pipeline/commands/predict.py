@@ -71,7 +71,7 @@ def _predict_files(
     runtime.start_tensorflow()
     network = versions.load_network(fetched.path, name, selected)
     predictions: list[Prediction] = []
-    unreadable = []
+    unreadable: list[Path] = []
     for path in progress(paths, "predict", len(paths), "images"):
         try:
             if (size := path.stat().st_size) > limits.MAX_BYTES:  # before it is in memory

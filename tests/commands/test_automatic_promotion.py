@@ -41,7 +41,8 @@ def better(trained, tmp_path, monkeypatch):
         values = json.loads(record.read_text())
         values["settings"]["mlflow_tracking_uri"] = proxy.url
         record.write_text(json.dumps(values))
-        yield proxy, {**trained.variables, "DATA_DIR": folder / "data", "MLFLOW_TRACKING_URI": proxy.url}
+        own = {"DATA_DIR": folder / "data", "MLFLOW_TRACKING_URI": proxy.url, "LEARNING_RATE": 0.003}
+        yield proxy, {**trained.variables, **own}
 
 
 def test_a_night_whose_promotion_fails_says_so_and_what_is_registered(better, command, json_of, tmp_path, listener):
