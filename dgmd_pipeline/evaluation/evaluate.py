@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,12 +71,12 @@ class EvaluationData(NamedTuple):
 class _Splits(NamedTuple):
     """The rows of the splits and their stored features, both in the order of the records."""
 
-    training: list[Example]
-    validation: list[Example]
+    training: Sequence[Example]
+    validation: Sequence[Example]
     features: list[Vectors]  # float32 [n, d] of training and of validation; empty: none are stored
 
     @property
-    def both(self) -> tuple[list[Example], list[Example]]:
+    def both(self) -> tuple[Sequence[Example], Sequence[Example]]:
         return self.training, self.validation
 
 
@@ -105,7 +106,7 @@ def evaluate(
         answers=answers,
         trained_labels=frozenset(row.label for row in splits.training),
     )
-    images = review.validation_images(data.records, splits.validation, data.raw)
+    images = review.ValidationImages(data.records, splits.validation, data.raw)
     content = cache(partial(_content, data, splits, measured, leaked, folder))
     found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
@@ -158,13 +159,12 @@ def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -
     """Find and write likely wrong labels of both splits; None if no features are stored."""
     if not splits.features:
         return None
-    rows = [*splits.training, *splits.validation]
-    log.info("  looking for wrong labels among %s images ...", f"{len(rows):,}")
+    log.info("  looking for wrong labels among %s images ...", f"{sum(map(len, splits.both)):,}")
     found = label_suspects.find(
         splits.features,
-        [row.class_index for row in rows],
-        [row.group for row in rows],
-        [row.path for row in rows],
+        [row.class_index for row in chain(*splits.both)],
+        [row.group for row in chain(*splits.both)],
+        [row.path for row in chain(*splits.both)],
         labels,
     )
     label_suspects.write(found, folder)
