@@ -3,11 +3,13 @@
 The pictures come from the S3 server at CONTAINER_S3 (with the AWS_* variables of the shell), or from one in a thread.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -21,9 +23,17 @@ DOCKER = os.environ.get("DOCKER", "docker")
 LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]  # noqa: S108
 TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
 SPLITS = ("training", "validation")
-PORT = 5077  # of the MLflow server, in the host's network
 S3, LOGIN = (os.environ.get(name) for name in ("CONTAINER_S3", "AWS_ACCESS_KEY_ID"))
 KEYS = {"AWS_ACCESS_KEY_ID": LOGIN, "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY")} if S3 else {}
+
+
+def free_ports(number):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+PORT, COMPOSE_PORT, LUIGI_PORT = free_ports(3)  # PORT: of the MLflow server, in the host's network
 
 
 def docker(*words, check=True, timeout=300):
@@ -331,7 +341,7 @@ def test_the_image_holds_no_private_key_installer_test_or_setuid_program(images,
 def test_the_demo_runs_in_its_image_without_a_network(images):
     done = docker("run", "--rm", "--network", "none", *LOCKED, "dgmd-test-demo", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "dgmd_model version 1 is registered" in done.stdout
+    assert "dgmd_model version 1, non-production" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +362,7 @@ def project(images, compose, tmp_path):
         docker("tag", f"dgmd-test-{target}", name)
     name = f"dgmd-test-{secrets.token_hex(4)}"
     base = [*compose, "--project-name", name, "--file", str(ROOT / "docker-compose.yml")]
-    address = f"127.0.0.1:{PORT + 1}"
+    address = f"127.0.0.1:{COMPOSE_PORT}"
 
     def call(*words, **variables):
         environment = {**os.environ, "MLFLOW_ADDRESS": address, **variables}
@@ -460,10 +470,10 @@ def test_compose_lets_only_the_operator_s_account_promote_if_mlflow_requires_a_l
 
 def test_compose_starts_a_luigi_scheduler(project):
     call, _ = project
-    up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{PORT + 2}")
+    up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{LUIGI_PORT}")
     assert up.returncode == 0, up.stdout + up.stderr
     healthy(call("ps", "--quiet", "luigid", COMPOSE_PROFILES="luigid").stdout.strip())
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/api/task_list?data={{}}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{LUIGI_PORT}/api/task_list?data={{}}", timeout=5) as answer:
         assert json.load(answer)["response"] == {}
 
 
