@@ -210,8 +210,8 @@ class ClusterExecutor:
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
-            # `Client.nthreads` without its wait without end, if the network drops everything and closes nothing.
-            found = self._client.sync(self._client.scheduler.ncores, callback_timeout=ANSWER_TIMEOUT)
+            # Without a timeout, this would never return if the network drops everything and closes nothing.
+            found: Any = self._client.sync(self._client.nthreads, callback_timeout=ANSWER_TIMEOUT)
         except TimeoutError:
             self._unanswered += 1
             if self._unanswered == MAX_LOSSES:
