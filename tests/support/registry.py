@@ -53,7 +53,7 @@ def candidate(folder, model, training_id="one", **changes):
         "labels": ["anise", "mint"],
         "params": {"EPOCHS": 3, "BACKBONE_WEIGHTS": None},
         "history": history,
-        "metrics": {"evaluation_accuracy": 0.8},
+        "metrics": {"evaluation/accuracy": 0.8},
         "times": {"system/step_seconds/raw": 12.5, "system/step_share/raw": 1.0},
         "tags": {"dgmd.version": "0.1.0"},
         "source": "s3://bucket/train/images",
