@@ -119,13 +119,14 @@ def test_the_mlflow_run_tells_everything(finished):
         assert len(history) >= 2
         assert history[-1].value == pytest.approx(training["metrics"][metric])
     measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
-    assert run.data.metrics["evaluation/accuracy"] == measured["accuracy"]
-    assert run.data.metrics["evaluation/served_images"] == measured["images"]
-    assert run.data.metrics["evaluation/served_other_labels"] == 0
-    assert run.data.metrics["evaluation/served_largest_difference"] < 0.01
-    assert run.data.metrics["data/images_training"] == 24
-    of_training = ["accuracy", "learning_rate", "loss", "val_accuracy", "val_loss"]  # the page without a folder
-    assert sorted(name for name in run.data.metrics if "/" not in name) == of_training
+    assert run.data.metrics["validation_accuracy"] == measured["accuracy"]
+    assert run.data.metrics["validation_served_images"] == measured["images"]
+    assert run.data.metrics["validation_served_other_labels"] == 0
+    assert run.data.metrics["validation_served_largest_difference"] < 0.01
+    assert run.data.metrics["system/data/images_training"] == 24
+    charts = sorted(name for name in run.data.metrics if not name.startswith("system/"))
+    assert charts[:5] == ["accuracy", "learning_rate", "loss", "val_accuracy", "val_loss"]
+    assert all(name.startswith("validation_") for name in charts[5:])
     assert not [value for value in run.data.params.values() if value == "None"]
     assert {*version.tags} == {"accuracy", "verdict", "environment", *(f"dgmd.{name}" for name in (
         "measured", "version", "git_revision", "training_id"))}  # fmt: skip

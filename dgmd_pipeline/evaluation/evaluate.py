@@ -263,14 +263,14 @@ def metrics_of(folder: Path) -> dict[str, float]:
     if benchmark := review.read(folder).serving_benchmark:
         values = serving_benchmark.to_json(benchmark)
         found |= {name: value for name, value in values.items() if name.startswith("served_")}
-    return {f"evaluation/{name}": value for name, value in found.items()}
+    return {f"validation_{name}": value for name, value in found.items()}
 
 
 def tags_of(folder: Path) -> dict[str, str]:
     """Return the tags that a finished evaluation gives to a version."""
     found = review.read(folder)
     accuracy = manifest.read_json(folder / metrics.METRICS)["accuracy"]
-    figures: dict[str, float] = {"validation_accuracy": accuracy}
+    figures: dict[str, float | None] = {"validation_accuracy": accuracy}
     if benchmark := found.serving_benchmark:
         figures |= {name: getattr(benchmark, name) for name in BENCHMARK_FIGURES}
         if benchmark.production:

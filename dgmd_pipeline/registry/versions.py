@@ -192,7 +192,7 @@ def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
             f"The tag {MEASURED} of {version.name} version {version.version} is not a JSON object ({error}): correct "
             "or delete it."
         ) from error
-    return {f"dgmd.{name}": str(value) for name, value in figures.items()} | version.tags
+    return {f"dgmd.{name}": str(value) for name, value in figures.items() if value is not None} | version.tags
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":

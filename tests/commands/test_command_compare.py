@@ -45,10 +45,8 @@ def test_the_log_the_message_and_mlflow_say_the_same_of_a_version(trained):
     run = trained.client.get_run(version.run_id)
     said = version.description.split("\n\n")
     accuracy, compared, command, report = said
-    assert (
-        accuracy
-        == f"Accuracy {version.tags['accuracy']} on {run.data.metrics['data/images_validation']:.0f} validation images."
-    )
+    images = run.data.metrics["system/data/images_validation"]
+    assert accuracy == f"Accuracy {version.tags['accuracy']} on {images:.0f} validation images."
     assert compared.lower().startswith(summary.THAN[version.tags["verdict"]] + " version 1: ")
     page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/evaluation/report.html"
     page += "?workflowType=machine_learning"
