@@ -3,6 +3,7 @@
 It runs the other modules of this package in order, and writes their files and the report.
 """
 
+import json
 import logging
 import tempfile
 import time
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-BENCHMARK_TAGS = (
+MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
-    "parameters",
-)  # of a version
+    *("parameters", "predictions_equal"),
+)
 
 
 class EvaluationData(NamedTuple):
@@ -262,20 +264,20 @@ def metrics_of(folder: Path) -> dict[str, float]:
     if benchmark := review.read(folder).serving_benchmark:
         values = serving_benchmark.to_json(benchmark)
         found |= {name: value for name, value in values.items() if name.startswith("served_")}
-    return {f"evaluation_{name}": value for name, value in found.items()}
+    return {f"validation_{name}": value for name, value in found.items()}
 
 
 def tags_of(folder: Path) -> dict[str, str]:
     """Return the tags that a finished evaluation gives to a version."""
     found = review.read(folder)
     accuracy = manifest.read_json(folder / metrics.METRICS)["accuracy"]
-    tags = {"accuracy": formatting.percent(accuracy), "dgmd.validation_accuracy": f"{accuracy:.4f}"}
+    figures: dict[str, float | None] = {"validation_accuracy": accuracy}
     if benchmark := found.serving_benchmark:
-        tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
-        tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        figures |= {name: getattr(benchmark, name) for name in BENCHMARK_FIGURES}
         if benchmark.production:
-            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
+            figures["latency_ratio"] = benchmark.production.latency_ratio
     if found.comparison:
-        tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
-        tags["dgmd.compared_with"] = str(found.comparison.version)
+        figures |= {"difference": found.comparison.difference, "compared_with": found.comparison.version}
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    tags = {"accuracy": formatting.percent(accuracy), MEASURED: json.dumps(rounded)}
     return tags | gates.tags_of(folder)
