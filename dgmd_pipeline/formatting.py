@@ -25,6 +25,12 @@ def format_bytes(size: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def points(difference: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign: "+1.3", "-0.4" or "0.0"."""
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text
+
+
 def redact(text: str) -> str:
     """Remove user, password and query from every URI in a text: they may be secrets."""
     # Up to the last @: a password may contain / and quotes. An S3 URI has no user, but its key may contain @.

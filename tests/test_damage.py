@@ -1,12 +1,20 @@
 """Files of the step folders that were deleted, edited or damaged, and runs that were stopped."""
 
+import re
 import shutil
 import signal
 import time
 
 import pytest
-from conftest import run_pipeline
-from support.pipeline import STEPS, folders, redone
+from conftest import COMMAND, run_in_own_mounts, run_pipeline
+from support.pipeline import STEPS, client_of, folders, redone
+
+
+def statuses_of_runs(variables):
+    """The statuses of the MLflow runs of a model, the newest first."""
+    client = client_of(variables)
+    experiment = client.get_experiment_by_name(variables["MODEL_NAME"])
+    return [run.info.status for run in client.search_runs([experiment.experiment_id])] if experiment else []
 
 
 @pytest.mark.slow
@@ -28,17 +36,19 @@ def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(dat
 
 
 @pytest.mark.parametrize(
-    ("after", "sent"),
+    ("after", "sent", "shown"),
     [
-        (" raw                  ...", signal.SIGTERM),
-        (" inspected            ...", signal.SIGINT),
-        (" trained_model        ...", signal.SIGTERM),
-        (" epoch 1/500", signal.SIGTERM),
+        (" raw                  ...", signal.SIGTERM, [[]]),
+        (" inspected            ...", signal.SIGINT, [[]]),
+        (" trained_model        ...", signal.SIGTERM, [[], ["KILLED"]]),
+        (" epoch 1/500", signal.SIGTERM, [["KILLED"]]),
     ],
 )
 @pytest.mark.slow
-def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_well(finished, tmp_path, after, sent):
-    variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": "stopped"}
+def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_well(
+    finished, tmp_path, after, sent, shown
+):
+    variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": f"stopped{after.replace('/', ' of ')}"}
     process = run_pipeline(tmp_path, start=True, **{**variables, "EPOCHS": 500, "PATIENCE": 500})
     for line in process.stdout:
         if after in line:
@@ -48,11 +58,14 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
     output = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], output
     assert "run the same command again to resume" in output
+    before = statuses_of_runs(variables)
+    assert before in shown
     left = [path.name for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
     kept = {"raw", "inspected", "tfrecord_training"} if "raw" in after or "inspected" in after else {"trained_model"}
     assert set(left) <= {f".draft-{step}" for step in kept}
     result = run_pipeline(tmp_path, "--until", "train", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert statuses_of_runs(variables) == ["FINISHED", *before]  # with other EPOCHS, it is another training
     expected = [".lock", ".mlflow-run", "status.json", *STEPS[:8]]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(expected)
     for step in STEPS[:7]:
@@ -60,6 +73,23 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
             if path.is_file() and path.name != "_SUCCESS":
                 again = tmp_path / "data" / path.relative_to(finished[0])
                 assert again.read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_mlflow_shows_that_a_training_failed_on_a_full_disk(finished, tmp_path):
+    variables = {**finished[1], "DATA_DIR": tmp_path / "data", "MODEL_NAME": "full", "EPOCHS": 500, "PATIENCE": 500}
+    script = f"""
+mkdir data && mount -t tmpfs -o size=20m tmpfs data || exit 77
+cp -r "$1"/. data
+{COMMAND} --force train > log & run=$!
+until grep -q ' epoch 1/500' log; do kill -0 $run || break; sleep 0.1; done
+cat /dev/zero > data/full
+wait $run; echo "code $?"; cat log
+"""
+    done = run_in_own_mounts(tmp_path, script, finished[0], **variables)
+    assert done.stdout.startswith("code 30\n"), done.stdout + done.stderr
+    assert " is full: trained_model needs more" in done.stdout
+    assert statuses_of_runs(variables) == ["FAILED"]
 
 
 @pytest.mark.parametrize(
@@ -100,19 +130,25 @@ def test_a_model_file_that_was_damaged_is_named(data, tmp_path):
 def test_a_training_whose_notes_are_damaged_begins_anew_and_an_embedded_store_that_is_gone_is_made_anew(data, tmp_path):
     data_dir, variables = data
     del variables["MLFLOW_TRACKING_URI"]
-    process = run_pipeline(tmp_path, "--force", "train", start=True, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    variables = {**variables, "EPOCHS": 30, "PATIENCE": 30}
+    process = run_pipeline(tmp_path, start=True, **variables)
     for line in process.stdout:
         if " epoch 1/30" in line:
             break
     process.kill()
     process.communicate()
+    result = run_pipeline(tmp_path, "plan", **variables)
+    assert re.search(
+        r"trained_model .* EPOCHS 2 -> 30.*; continues a stopped training after epoch \d+$", result.stdout, re.M
+    )
     (data_dir / ".draft-trained_model" / ".resume" / "training.npz").write_bytes(b"PK damaged")
-    result = run_pipeline(tmp_path, "--force", "train", **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    assert "continues a stopped training" not in run_pipeline(tmp_path, "plan", **variables).stdout
+    result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Training starts again." in result.stdout
     assert " epoch 1/30" in result.stdout
     shutil.rmtree(data_dir / "mlflow")
-    result = run_pipeline(tmp_path, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "mlflow/ is missing" in result.stdout
     assert "finished version 1, non-production" in result.stdout

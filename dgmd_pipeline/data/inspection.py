@@ -93,14 +93,13 @@ def inspect_folder(
 
 
 def summary(counts: InspectionCounts) -> str:
-    """Return the log line for the counts of `inspect_folder`."""
-    rejected = sum(counts["rejected"].values())
+    """Return the log line for the counts of `inspect_folder`, without rejected files: a warning lists them."""
     grouped = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
     by_operator = [(counts["relabelled"], "relabelled"), (counts["rejected"].get(EXCLUDED, 0), "excluded")]
     listed = ", ".join(f"{count:,} {word}" for count, word in by_operator if count)
     corrected = f"; {corrections.NAME}: {listed}" if listed else ""
     files = formatting.describe_reuse(counts["files"], "files", counts["new"])
-    return f"{files} -> {counts['images']:,} images{grouped}; {rejected:,} left out{corrected}"
+    return f"{files} -> {counts['images']:,} images{grouped}{corrected}"
 
 
 def inspect(

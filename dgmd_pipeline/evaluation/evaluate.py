@@ -3,12 +3,13 @@
 It runs the other modules of this package in order, and writes their files and the report.
 """
 
+import json
 import logging
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-BENCHMARK_TAGS = (
+MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
-    "parameters",
-)  # of a version
+    *("parameters", "predictions_equal"),
+)
 
 
 class EvaluationData(NamedTuple):
@@ -91,15 +93,14 @@ def evaluate(
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`.
+    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
+    report needs is done afterwards, while the process predicts original files.
     Returns the counts for the step's record.
     """
     start = time.monotonic()
     splits = _read_splits(data)
-    suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
     measured, answers = _measure(data, network, splits, leaked, folder)
-    content = _content(data, splits, measured, suspects, leaked)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
@@ -108,12 +109,13 @@ def evaluate(
         trained_labels=frozenset(row.label for row in splits.training),
     )
     images = review.ValidationImages(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, process, folder, partial(_draw, folder, content))
+    content = cache(partial(_content, data, splits, measured, leaked, folder))
+    found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
     own = ("evaluation", time.monotonic() - start)
-    report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
+    report.write(folder, content()._replace(seconds=[*data.seconds, own]), found, decision)
     return measured.overall | _decided(decision, found.comparison)
 
 
@@ -190,9 +192,10 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 
 
 def _content(
-    data: EvaluationData, splits: _Splits, measured: Measurements, suspects: LabelSuspects | None, leaked: Leaks | None
+    data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows."""
+    """Gather what the report shows, for which it looks for wrong labels."""
+    suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
     return report.Content(
@@ -237,7 +240,7 @@ def _review(
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
-    before_timing: Callable[[Comparison | None], None],
+    after_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rivals, error = Rivals(), ""
@@ -245,7 +248,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, process, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, after_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)
@@ -261,20 +264,20 @@ def metrics_of(folder: Path) -> dict[str, float]:
     if benchmark := review.read(folder).serving_benchmark:
         values = serving_benchmark.to_json(benchmark)
         found |= {name: value for name, value in values.items() if name.startswith("served_")}
-    return {f"evaluation_{name}": value for name, value in found.items()}
+    return {f"validation_{name}": value for name, value in found.items()}
 
 
 def tags_of(folder: Path) -> dict[str, str]:
     """Return the tags that a finished evaluation gives to a version."""
     found = review.read(folder)
     accuracy = manifest.read_json(folder / metrics.METRICS)["accuracy"]
-    tags = {"accuracy": formatting.percent(accuracy), "dgmd.validation_accuracy": f"{accuracy:.4f}"}
+    figures: dict[str, float | None] = {"validation_accuracy": accuracy}
     if benchmark := found.serving_benchmark:
-        tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
-        tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        figures |= {name: getattr(benchmark, name) for name in BENCHMARK_FIGURES}
         if benchmark.production:
-            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
+            figures["latency_ratio"] = benchmark.production.latency_ratio
     if found.comparison:
-        tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
-        tags["dgmd.compared_with"] = str(found.comparison.version)
+        figures |= {"difference": found.comparison.difference, "compared_with": found.comparison.version}
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    tags = {"accuracy": formatting.percent(accuracy), MEASURED: json.dumps(rounded)}
     return tags | gates.tags_of(folder)

@@ -91,7 +91,7 @@ def write(folder: Path, content: Content, review: "Review", decision: Decision) 
     )
     filters: dict[str, Callable[..., str]] = {
         "percent": _percent,
-        "points": _points,
+        "points": formatting.points,
         "small": lambda value: "below 0.000001" if 0 < value < 1e-6 else f"{value:.6f}".rstrip("0").rstrip("."),
         "milliseconds": lambda value: f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms",
         "human": formatting.format_bytes,
@@ -230,12 +230,6 @@ def _unmeasured(content: Content) -> list[str]:
 
 def _percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
-
-
-def _points(value: float) -> str:
-    """Return a difference of two shares in percentage points, with its sign."""
-    text = f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return "0.0" if text[1:] == "0.0" else text
 
 
 def _date(text: str) -> str:

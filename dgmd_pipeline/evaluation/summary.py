@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dgmd_pipeline.formatting import percent
+from dgmd_pipeline.formatting import percent, points
 
 FIRST, BETTER, NO_DIFFERENCE, WORSE, NOT_COMPARED = "first", "better", "no difference", "worse", "not compared"
 THAN = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no difference shown from"}
@@ -47,7 +47,8 @@ def sentences(found: Summary, report: str, version: int | None = None) -> list[s
         if found.failed:
             lines[-1] += f" Failed conditions: {', '.join(found.failed)}."
     if version is not None:
-        purpose = "makes it production" if found.recommended else "shows each condition and asks"
+        purpose = "shows each condition and " + ("refuses it" if found.failed else "asks")
+        purpose = "makes it production" if found.recommended else purpose
         lines.append(f"Next command: `promote {version}` {purpose}.")
     return [*lines, f"Report: {report}"]
 
@@ -58,5 +59,5 @@ def comparison(
     """Return a clause about a version's verdict, and its difference in accuracy to the version `other`."""
     if difference is None:
         return ALONE.get(verdict, verdict)
-    interval = "" if low is None or high is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{THAN.get(verdict, 'compared with')} version {other}: {100 * difference:+.1f} points{interval}"
+    interval = "" if low is None or high is None else f", 95 % interval {points(low)} to {points(high)}"
+    return f"{THAN.get(verdict, 'compared with')} version {other}: {points(difference)} points{interval}"

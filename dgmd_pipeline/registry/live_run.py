@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.registry import logged_run, once, registration
 from dgmd_pipeline.registry.store import ATTEMPT, Store, errors_explained
+from dgmd_pipeline.registry.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TIMEOUT = "10"  # seconds for a request: the training waits for it
+END_TIMEOUT = "5"  # a container that is stopped has ten seconds in all
 ANSWER = "did not answer as expected: {}."
 
 
@@ -36,8 +38,10 @@ class LiveRun:
     def __init__(self, place: Place, name: str) -> None:
         """Open the run, or continue that of an earlier process. `name` is for a new run."""
         self._place, self._run_id, self._last = place, "", 0
+        self._system: SystemMetrics | None = None
         with self._failures_end_it():
             self._run_id = _open(place, name)
+            self._system = SystemMetrics(place.store.uri)
 
     def log_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an epoch, counted from 1. A number that is not the next one ends the log.
@@ -48,13 +52,14 @@ class LiveRun:
             self._run_id = ""
         if self._run_id:
             self._last = number
+            system = self._system.sample() if self._system else {}
             with self._failures_end_it():
-                logged_run.log_epoch(_client(self._place), self._run_id, number, metrics)
+                logged_run.log_epoch(_client(self._place), self._run_id, number, {**metrics, **system})
 
     @contextlib.contextmanager
     def _failures_end_it(self) -> Iterator[None]:
         try:
-            with errors_explained(self._place.store, ANSWER), _impatient():
+            with errors_explained(self._place.store, ANSWER), _impatient(TIMEOUT):
                 yield
         except PipelineError as error:
             log.warning("MLflow does not show this training while it runs: %s", error)
@@ -62,11 +67,11 @@ class LiveRun:
 
 
 def end(place: Place, status: str) -> None:
-    """End the run of an attempt, if it has one that was not registered: `status` is FAILED or KILLED.
+    """End the run of an attempt, if it has one that still runs: `status` is FINISHED, FAILED or KILLED.
 
     Raises PipelineError if MLflow cannot be reached or refuses.
     """
-    with errors_explained(place.store, ANSWER), _impatient():
+    with errors_explained(place.store, ANSWER), _impatient(END_TIMEOUT):
         client = _client(place)
         found = client.get_experiment_by_name(place.experiment)
         run = logged_run.of_attempt(client, found.experiment_id, place.attempt) if found else None
@@ -98,12 +103,12 @@ def _client(place: Place) -> "MlflowClient":
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
+def _impatient(seconds: str) -> Iterator[None]:
     """Let requests fail soon, and repeat none."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
     before = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()
-    MLFLOW_HTTP_REQUEST_TIMEOUT.set(TIMEOUT)
+    MLFLOW_HTTP_REQUEST_TIMEOUT.set(seconds)
     try:
         with once.without_repetition():
             yield

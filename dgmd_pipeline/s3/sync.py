@@ -50,10 +50,9 @@ class DownloadResult:
 
     @property
     def summary(self) -> str:
-        """The counts as a line for the log."""
-        left_out = f", {len(self.rejected):,} left out" if self.rejected else ""
+        """The counts as a line for the log, without objects that were left out: a warning lists them."""
         objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
-        return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}{left_out}"
+        return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}"
 
 
 def total_bytes(objects: Iterable[SourceObject]) -> int:

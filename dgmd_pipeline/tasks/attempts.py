@@ -43,7 +43,7 @@ def current(data_dir: Path) -> str:
 
 
 def end(settings: Any, status: str) -> None:
-    """End the MLflow run of the current attempt, if there is one; `status` is FAILED or KILLED."""
+    """End the MLflow run of the current attempt, if there is one: `status` is FINISHED, FAILED or KILLED."""
     attempt = current(settings.data_dir)
     if not attempt:
         return

@@ -148,7 +148,8 @@ class InspectImages(Step):
 
         options = self._map, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
-        _warn_of_rejected(counts["rejected"], "files", self.path)
+        rejected = {reason: count for reason, count in counts["rejected"].items() if reason != manifest.EXCLUDED}
+        _warn_of_rejected(rejected, "files", self.path)  # the summary has the excluded ones
         return StepResult(
             counts={name: value for name, value in counts.items() if name != "new"},
             images=counts["images"],
@@ -268,7 +269,7 @@ class PerSplitStep(Step):
 
     def reusable_folders(self) -> list[Path]:
         own = super().reusable_folders()
-        return own and [*own, *self._other._finished_folders()]
+        return own and [*own, *self._other._finished_folders(), *folders.pieces(self._other.path)]
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         record, now = read_record(folders.current_path(self.path)), self.declared_settings()

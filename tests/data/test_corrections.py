@@ -175,7 +175,7 @@ def test_the_command_applies_corrections_and_logs_them(data_dir, capfd):
     assert "corrections.csv changes" in next(line for line in shown.splitlines() if "  inspected " in line)
     assert cli.main(UNTIL) == 0
     shown = capfd.readouterr().out
-    assert "8 files (0 new, 8 reused) -> 7 images; 1 left out; corrections.csv: 1 relabelled, 1 excluded" in shown
+    assert "8 files (0 new, 8 reused) -> 7 images; corrections.csv: 1 relabelled, 1 excluded" in shown
     assert "'c/0.png'" in shown
     assert "and 2 more" in shown
     usable = {row.path: row.label for row in manifest.read(data_dir / "inspected" / "images.csv", manifest.Image)}

@@ -3,7 +3,7 @@
 import pytest
 
 from dgmd_pipeline.evaluation.summary import from_counts, sentences
-from dgmd_pipeline.formatting import counted, percent
+from dgmd_pipeline.formatting import counted, percent, points
 
 MEASURED = {"accuracy": 0.9512, "images": 1200, "f1": 0.9}
 COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05, "failed": []}
@@ -20,7 +20,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         (
             {"verdict": "better"} | COMPARED | {"failed": ["labels", "latency"]},
             "Better than version 6: +3.1 points, 95 % interval +1.2 to +5.0. Failed conditions: labels, latency.",
-            "Next command: `promote 7` shows each condition and asks.",
+            "Next command: `promote 7` shows each condition and refuses it.",
         ),
         (
             {"verdict": "no difference"} | COMPARED | {"difference": -0.001, "low": -0.01},
@@ -35,7 +35,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         (
             {"verdict": "not compared", "failed": ["assessment"]},
             "Not compared. Failed conditions: assessment.",
-            "Next command: `promote 7` shows each condition and asks.",
+            "Next command: `promote 7` shows each condition and refuses it.",
         ),
     ],
 )
@@ -56,6 +56,11 @@ def test_an_evaluation_of_before_there_were_verdicts_has_none():
 )
 def test_a_percentage_has_one_decimal_and_only_all_is_100(share, text):
     assert percent(share) == text
+
+
+@pytest.mark.parametrize(("difference", "text"), [(0.031, "+3.1"), (-0.0004, "0.0"), (0, "0.0"), (-0.25, "-25.0")])
+def test_a_difference_in_points_has_one_decimal_and_a_sign_in_ascii(difference, text):
+    assert points(difference) == text
 
 
 def test_one_thing_is_singular():

@@ -49,6 +49,22 @@ def test_epochs_are_shown_and_the_registration_completes_the_run(place, saved_mo
     assert run.data.tags["dgmd.training_id"] == place.attempt
 
 
+@pytest.mark.parametrize(("enabled", "samples"), [(None, 2), ("false", 0), ("perhaps", 0)])
+def test_epochs_show_the_load_of_the_machine_unless_it_is_turned_off(place, monkeypatch, caplog, enabled, samples):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1e-9")
+    if enabled:
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", enabled)
+    live = live_run.LiveRun(place, "jars")
+    for number in (1, 2):
+        live.log_epoch(number, {"loss": 0.5, "val_accuracy": 0.6, "val_loss": 0.9})
+    client, (run,) = runs_of(place)
+    assert points(client, run) == [(1, 0.6), (2, 0.6)]
+    memory = client.get_metric_history(run.info.run_id, "system/system_memory_usage_percentage")
+    assert [(point.step, 0 < point.value < 100) for point in memory] == [(1, True), (2, True)][:samples]
+    shown = "MLflow does not show the load of this machine: ValueError: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING value must"
+    assert [message[: len(shown)] for message in caplog.messages] == [shown] * (enabled == "perhaps")
+
+
 def test_a_run_that_shows_other_epochs_is_replaced(place, saved_model, tmp_path):
     training = candidate(tmp_path, saved_model, place.attempt, attempt=place.attempt)
     live_run.LiveRun(place, "jars").log_epoch(1, training.history[2])

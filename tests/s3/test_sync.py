@@ -210,7 +210,7 @@ def test_a_download_writes_both_lists_and_counts_what_it_did(draft, downloads, t
     result = download_folder(draft, objects, rejected, previous)
     assert (paths(result.objects), paths(result.fetched), downloads) == (["b/1", "a/1"], ["a/1"], ["a/1"])
     assert result.counts == {"objects": 2, "bytes": 5, "left out": 2}
-    assert result.summary == "2 objects (1 new, 1 reused), 5 B, 2 left out"
+    assert result.summary == "2 objects (1 new, 1 reused), 5 B"
     assert paths(manifest.read(folder / LISTING, SourceObject)) == ["a/1", "b/1"]
     assert [row.reason for row in manifest.read(folder / REJECTED, Rejected)] == ["gone", "no label"]
     assert len(rejected) == 1  # the listing is unchanged

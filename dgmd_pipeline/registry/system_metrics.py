@@ -1,0 +1,69 @@
+"""The load of this machine -> MLflow's system metrics, measured when an epoch ends.
+
+MLflow measures them in a thread. When a training ends, it waits for this thread, which repeats requests to an
+unreachable server for minutes. Here, one request contains the metrics of an epoch and those of the machine.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+log = logging.getLogger(__name__)
+PREFIX = "system/"  # MLflow shows metrics with such names on a page of their own
+INTERVAL = 10.0  # seconds between two samples, as in MLflow; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
+
+
+class SystemMetrics:
+    """CPU, memory, disk, network and GPUs, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true."""
+
+    def __init__(self, uri: str) -> None:
+        """Begin to measure. `uri` is that of the MLflow store."""
+        self._monitor: SystemMetricsMonitor | None = None
+        with self._failures_end_it():
+            self._monitor = _monitor(uri)
+        self._sampled = time.monotonic()
+
+    def sample(self) -> dict[str, float]:
+        """Return the metrics by name: the CPU since the last sample, the rest as it is now.
+
+        There are none less than an interval after the last sample.
+        """
+        if self._monitor is None or time.monotonic() - self._sampled < self._monitor.sampling_interval:
+            return {}
+        self._sampled = time.monotonic()
+        with self._failures_end_it():
+            return {PREFIX + name: value for name, value in _measure(self._monitor).items()}
+        return {}
+
+    @contextlib.contextmanager
+    def _failures_end_it(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - what psutil and the libraries of GPUs raise depends on the platform
+            log.warning("MLflow does not show the load of this machine: %s: %s", type(error).__name__, error)
+            self._monitor = None
+
+
+def _monitor(uri: str) -> "SystemMetricsMonitor | None":
+    """Return MLflow's monitor, without its thread; None if it is turned off."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return None
+    monitor = SystemMetricsMonitor("", INTERVAL, tracking_uri=uri)
+    _measure(monitor)  # the first CPU value is 0 and begins the measurement of the second one
+    return monitor
+
+
+def _measure(monitor: "SystemMetricsMonitor") -> dict[str, float]:
+    monitor.collect_metrics()
+    measured = monitor.aggregate_metrics()
+    for each in monitor.monitors:
+        each.clear_metrics()
+    return measured
