@@ -64,6 +64,11 @@ def test_results_come_in_order_and_workers_are_shown(executor, running):
     assert executor.dashboard.startswith("http://127.0.0.1:")
 
 
+def test_memory_is_managed_as_on_one_machine(executor):
+    """Dask's setting for its own processes would double the page faults of decoding."""
+    assert list(executor.map(work.variable, ["MALLOC_TRIM_THRESHOLD_"])) == [None]
+
+
 def test_items_are_taken_as_they_are_needed(executor):
     taken = []
 
