@@ -64,6 +64,11 @@ def test_results_come_in_order_and_workers_are_shown(executor, running):
     assert executor.dashboard.startswith("http://127.0.0.1:")
 
 
+def test_memory_is_managed_as_on_one_machine(executor):
+    """Dask's setting for its own processes would double the page faults of decoding."""
+    assert list(executor.map(work.variable, ["MALLOC_TRIM_THRESHOLD_"])) == [None]
+
+
 def test_items_are_taken_as_they_are_needed(executor):
     taken = []
 
@@ -287,29 +292,6 @@ def test_a_cluster_without_scheduler_or_workers_is_explained(tmp_path, data_dir)
                 connection(address, data_dir).connect()
 
 
-def test_a_scheduler_that_is_restarted_costs_nothing(executor, running, tmp_path, caplog):
-    go = tmp_path / "go"
-    with ThreadPoolExecutor(1) as thread:
-        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
-        wait_until(lambda: begun(go) >= 1)
-        running.kill_scheduler()
-        go.touch()
-        running.start_again()
-        assert results.result() == 4 * ["go"]
-    assert "The Dask scheduler was restarted or out of reach." in caplog.text
-
-
-def test_a_scheduler_that_stays_away_stops_the_run(executor, running, tmp_path):
-    go = tmp_path / "go"
-    executor._client._timeout = 1
-    with ThreadPoolExecutor(1) as thread:
-        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
-        wait_until(lambda: begun(go) >= 1)
-        running.kill_scheduler()
-        with pytest.raises(PipelineError, match=f"The connection to the Dask scheduler at {running.address} is lost"):
-            results.result()
-
-
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_network_that_drops_everything_between_the_run_and_the_scheduler(
     for_ever, running, data_dir, tmp_path, monkeypatch
@@ -357,6 +339,29 @@ def test_a_network_that_drops_everything_between_a_worker_and_the_scheduler(exec
             running.workers.remove(worker)
             worker.kill()
             worker.wait()
+
+
+def test_a_scheduler_that_is_restarted_costs_nothing(executor, running, tmp_path, caplog):
+    go = tmp_path / "go"
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
+        wait_until(lambda: begun(go) >= 1)
+        running.kill_scheduler()
+        go.touch()
+        running.start_again()
+        assert results.result() == 4 * ["go"]
+    assert "The Dask scheduler was restarted or out of reach." in caplog.text
+
+
+def test_a_scheduler_that_stays_away_stops_the_run(executor, running, tmp_path):
+    go = tmp_path / "go"
+    executor._client._timeout = 1
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
+        wait_until(lambda: begun(go) >= 1)
+        running.kill_scheduler()
+        with pytest.raises(PipelineError, match=f"The connection to the Dask scheduler at {running.address} is lost"):
+            results.result()
 
 
 class Recorder(ProcessExecutor):
