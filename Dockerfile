@@ -53,15 +53,17 @@ ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
     MLFLOW_ARTIFACTS_DESTINATION=/mlflow/artifacts \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
     MLFLOW_UVICORN_OPTS=--no-access-log
-COPY dgmd_pipeline/__init__.py dgmd_pipeline/errors.py dgmd_pipeline/
-COPY dgmd_pipeline/registry/__init__.py dgmd_pipeline/registry/database.py dgmd_pipeline/registry/
+COPY dgmd_pipeline/__init__.py dgmd_pipeline/errors.py dgmd_pipeline/formatting.py dgmd_pipeline/
+COPY dgmd_pipeline/registry/__init__.py dgmd_pipeline/registry/database.py dgmd_pipeline/registry/store.py \
+     dgmd_pipeline/registry/login.py dgmd_pipeline/registry/permissions.py dgmd_pipeline/registry/
 VOLUME /mlflow
 EXPOSE 5000
 # The start period includes the upgrade of a large database.
 HEALTHCHECK --interval=10s --timeout=8s --start-period=30m --retries=5 \
     CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:5000/health', timeout=4)"]
-# Before any command: MLflow itself refuses a database of an older schema, or changes it without a copy.
-ENTRYPOINT ["sh", "-c", "python -m dgmd_pipeline.registry.database \"$MLFLOW_BACKEND_STORE_URI\" && exec \"$@\"", "sh"]
+# Before any command: MLflow itself refuses a database of an older schema, or changes it without a copy. The server
+# requires a login if MLFLOW_OPERATOR_PASSWORD and MLFLOW_PIPELINE_PASSWORD are set.
+ENTRYPOINT ["sh", "-c", "python -m dgmd_pipeline.registry.database \"$MLFLOW_BACKEND_STORE_URI\" && exec python -m dgmd_pipeline.registry.login \"$@\"", "sh"]
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
 
 

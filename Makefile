@@ -53,10 +53,10 @@ pictures: .venv/demo .venv/docs
 
 # Resolve the versions in the container images again, within the bounds of requirements.txt and setup.py.
 lock: .venv/lock
-	$(LOCK) setup.py --extra cluster --output-file locks/cpu.txt
+	$(LOCK) setup.py --extra cluster --extra login --output-file locks/cpu.txt
 	$(LOCK) setup.py --extra demo --constraints locks/cpu.txt --output-file locks/demo.txt
 	echo "tensorflow-cpu; sys_platform == 'never'" \
-	  | $(LOCK) setup.py --extra cuda --extra cluster --constraints locks/cpu.txt --override - --output-file locks/cuda.txt
+	  | $(LOCK) setup.py --extra cuda --extra cluster --extra login --constraints locks/cpu.txt --override - --output-file locks/cuda.txt
 
 # Fix style where the linter can.
 format: .venv/test

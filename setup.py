@@ -23,6 +23,8 @@ setup(
             "dask>=2026.8,<2027",
             "bokeh>=3.8,<4",  # the dashboard of the scheduler
         ],
+        # an MLflow server with accounts; MLflow brings Flask
+        "login": ["mlflow[auth]>=3.17,<4"],
         # TensorFlow for NVIDIA GPUs on Linux. It replaces tensorflow-cpu: see docs/container.md.
         "cuda": ["tensorflow[and-cuda]>=2.21,<2.22; sys_platform == 'linux'"],
         # baselines and data of the benchmarks
@@ -43,6 +45,7 @@ setup(
             "moto[server,s3]>=5.2,<6",  # an S3 endpoint in a thread
             "distributed>=2026.8,<2027",  # a Dask scheduler and workers
             "dask>=2026.8,<2027",
+            "mlflow[auth]>=3.17,<4",  # an MLflow server with accounts
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",  # most tests start a single-threaded process: two workers take half the time
             "hypothesis>=6.150,<7",  # property tests of labels and splits

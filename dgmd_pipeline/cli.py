@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,7 +32,7 @@ EXIT_CODES = """exit codes:
   2    invalid setting or argument, or an environment in which nothing can run
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels, corrections.csv,
-       version or file
+       version or file; predict: a file that cannot be read
   30   a step failed; other commands: MLflow does not answer, or the output
        could not be written
   40   refused: a condition fails, the answer was no, or there is no previous
@@ -76,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            logs.start(
-                sys.stderr if options.json or options.csv else sys.stdout, options.verbose, environment.wants_colours()
-            )
+            # The predictions are often redirected to a file.
+            printed = options.json or options.csv or vars(options).get("name") == "predict"
+            stream, times = sys.stderr if printed else sys.stdout, options.command in (_run, _run_or_schedule, _demo)
+            logs.start(stream, options.verbose, environment.wants_colours(), times)
             try:
                 process.check()
                 code = options.command(options)
@@ -100,11 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--verbose", action="store_true", help="show Luigi's log, too")
     parser = argparse.ArgumentParser(
         "pipeline.py",
-        description="Turn a bucket of labelled images into a registered image classifier. Without a command: run.",
+        description="Turn a bucket of labelled images into a registered image classifier.\nWithout a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[_step_options(common, "force_before")],  # a command's list would replace a list of the same name
     )
+    _add_only_if_better(parser)
     text = "repeat the run, waiting SECONDS between runs; 0 runs once"
     parser.add_argument("--time", metavar="SECONDS", type=_seconds, help=text)
     parser.set_defaults(command=_run_or_schedule)
@@ -121,36 +123,48 @@ def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.Argum
     steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
     steps.add_argument("--until", metavar="STEP", help="stop after STEP")
     steps.add_argument("--refresh", action="store_true", help="update the images from the bucket (REFRESH=true)")
-    text = "promote the version of the run if it is better than production (PROMOTE_IF_BETTER=true)"
-    steps.add_argument("--only-if-better", action="store_true", help=text)
     return steps
 
 
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1e9:  # the date of a later time could not be computed
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 1e9")
+def _add_only_if_better(parser: argparse.ArgumentParser) -> None:
+    text = "promote the version of the run if it is better than production (PROMOTE_IF_BETTER=true)"
+    parser.add_argument("--only-if-better", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
-def _hours(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected hours, more than 0 and at most 1e6")
+def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return a function that reads a number from the command line; `expected` is for the error."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accepts(number := float(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+    return read
+
+
+# The date of a later time could not be computed.
+_seconds = _number("seconds, 0 to 1e9", lambda number: 0 <= number <= 1e9)
+_hours = _number("hours, more than 0 and at most 1e6", lambda number: 0 < number <= 1e6)
+
+
+def _add(commands: "Commands", name: str, text: str, parent: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add a command with the options of `parent`; `text` is for the list of commands and for the command's own help."""
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[parent])
 
 
 def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser) -> None:
     steps = _step_options(common, "force")
-    run = commands.add_parser("run", help="run the steps that are not done yet (the default)", parents=[steps])
+    run = _add(commands, "run", "run the steps that are not done yet (the default)", steps)
+    _add_only_if_better(run)
     run.set_defaults(command=_run)
-    plan = commands.add_parser("plan", help="show what a run would do, and why", parents=[steps])
+    plan = _add(commands, "plan", "show what a run would do, and why", steps)
     plan.set_defaults(command=_plan)
-    health = commands.add_parser("health", help="show whether the last run succeeded", parents=[common])
+    health = _add(commands, "health", "show whether the last run succeeded", common)
     health.set_defaults(command=_health)
     text = "fail if no run has succeeded in the last HOURS (HEALTH_MAX_AGE)"
     health.add_argument("--max-age", metavar="HOURS", type=_hours, help=text)
-    demo = commands.add_parser("demo", help="run on a small data set behind a local S3 endpoint", parents=[common])
+    demo = _add(commands, "demo", "run on a small data set behind a local S3 endpoint", common)
     demo.set_defaults(command=_demo)
     text = "only serve the demo bucket at PORT, to other containers"
     demo.add_argument("--serve", metavar="PORT", type=int, help=text)
@@ -160,16 +174,16 @@ def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser
 
 def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser) -> None:
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common])
+        added = _add(commands, name, text, common)
         added.set_defaults(command=_registry_command, name=name)
         added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         return added
 
     add("models", "show the registered versions")
     promote = add("promote", "make a version production, after showing its review")
-    promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
+    promote.add_argument("version", nargs="?", default="@candidate", help="its number, or @alias (default: @candidate)")
     promote.add_argument(
-        "--force", action="store_true", dest="anyway", help="even if a condition fails; requires --reason"
+        "--force", action="store_true", dest="anyway", help="promote even if a condition fails; requires --reason"
     )
     rollback = add("rollback", "restore the previous production version")
     for added in (promote, rollback):
@@ -249,9 +263,10 @@ def _health(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from dgmd_pipeline.commands import demo
 
-    if options.force or options.until or options.refresh:
+    given = ("env_file", "force", "until", "refresh", "only_if_better")
+    if refused := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
         raise SettingsError(
-            f"demo accepts no --force, --until or --refresh: use them with `run --env-file {demo.ENV_FILE}`."
+            f"demo does not accept {', '.join(refused)}. After it, use: run --env-file {demo.ENV_FILE} with options."
         )
     if options.serve is not None:
         demo.serve(options.serve)

@@ -66,7 +66,7 @@ ADAPTERS = {  # library -> the only package that imports it
 }
 
 
-READ_THE_ENVIRONMENT = ("settings.py", "environment.py", "commands/demo.py")
+READ_THE_ENVIRONMENT = ("settings.py", "environment.py", "commands/demo.py", "registry/login.py")
 
 
 def tree(module):

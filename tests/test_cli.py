@@ -22,7 +22,18 @@ def test_options_may_stand_before_and_after_the_command(arguments, capsys, tmp_p
     assert "EPOCHS=0: expected a whole number of at least 1 and at most 1,000,000." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["plan", "too much"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["plan", "too much"],
+        ["plan", "--only-if-better"],
+        ["--time", "-1"],
+        ["health", "--max-age", "0"],
+        ["health", "--max-age", "nan"],
+    ],
+)
 def test_an_invalid_argument_shows_the_usage_and_exits_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(arguments)
@@ -31,8 +42,8 @@ def test_an_invalid_argument_shows_the_usage_and_exits_with_code_2(arguments, ca
 
 
 def test_demo_accepts_no_options_of_run(capsys):
-    assert cli.main(["--until", "split", "demo"]) == 2
-    assert "demo accepts no --force, --until or --refresh" in capsys.readouterr().out
+    assert cli.main(["--until", "split", "--only-if-better", "demo", "--env-file", "my.env"]) == 2
+    assert "demo does not accept --env-file, --until, --only-if-better. After it, use" in capsys.readouterr().out
 
 
 def test_the_help_names_commands_and_exit_codes(capsys):

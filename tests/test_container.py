@@ -3,11 +3,13 @@
 The pictures come from the S3 server at CONTAINER_S3 (with the AWS_* variables of the shell), or from one in a thread.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -21,9 +23,17 @@ DOCKER = os.environ.get("DOCKER", "docker")
 LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]  # noqa: S108
 TINY = {"BACKBONE": "cnn", "IMAGE_WIDTH": 16, "IMAGE_HEIGHT": 16, "NUM_SHARDS": 2, "EPOCHS": 2, "SEED": 1}
 SPLITS = ("training", "validation")
-PORT = 5077  # of the MLflow server, in the host's network
 S3, LOGIN = (os.environ.get(name) for name in ("CONTAINER_S3", "AWS_ACCESS_KEY_ID"))
 KEYS = {"AWS_ACCESS_KEY_ID": LOGIN, "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY")} if S3 else {}
+
+
+def free_ports(number):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+PORT, COMPOSE_PORT, LUIGI_PORT = free_ports(3)  # PORT: of the MLflow server, in the host's network
 
 
 def docker(*words, check=True, timeout=300):
@@ -331,7 +341,7 @@ def test_the_image_holds_no_private_key_installer_test_or_setuid_program(images,
 def test_the_demo_runs_in_its_image_without_a_network(images):
     done = docker("run", "--rm", "--network", "none", *LOCKED, "dgmd-test-demo", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "dgmd_model version 1 is registered" in done.stdout
+    assert "dgmd_model version 1, non-production" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +362,7 @@ def project(images, compose, tmp_path):
         docker("tag", f"dgmd-test-{target}", name)
     name = f"dgmd-test-{secrets.token_hex(4)}"
     base = [*compose, "--project-name", name, "--file", str(ROOT / "docker-compose.yml")]
-    address = f"127.0.0.1:{PORT + 1}"
+    address = f"127.0.0.1:{COMPOSE_PORT}"
 
     def call(*words, **variables):
         environment = {**os.environ, "MLFLOW_ADDRESS": address, **variables}
@@ -425,12 +435,45 @@ def test_compose_runs_the_pipeline_on_one_s_own_bucket_once_and_on_a_schedule(pr
     assert docker("ps", "--quiet", "--filter", f"id={container}").stdout == ""
 
 
+def test_compose_lets_only_the_operator_s_account_promote_if_mlflow_requires_a_login(project):
+    call, _ = project
+    passwords = {"MLFLOW_OPERATOR_PASSWORD": "day after day", "MLFLOW_PIPELINE_PASSWORD": "night after night"}
+    account = {"MLFLOW_TRACKING_USERNAME": "pipeline", "MLFLOW_TRACKING_PASSWORD": "night after night"}
+    half = {**passwords, "MLFLOW_PIPELINE_PASSWORD": ""}
+    assert call("up", "--detach", "mlflow", **half).returncode == 0
+    container = call("ps", "--all", "--quiet", "mlflow", **half).stdout.strip()
+    logs_until(container, "MLFLOW_PIPELINE_PASSWORD: expected at least 12 characters, found 0")
+
+    own = {"AWS_ENDPOINT_URL": "http://demo-bucket:9000", "AWS_DATA_BUCKET": "dgmd-demo", **passwords, **account}
+    own |= {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "BACKBONE": "cnn", "EPOCHS": "2"}
+    own |= {"IMAGE_WIDTH": "32", "IMAGE_HEIGHT": "32"}
+    assert call("--profile", "demo", "up", "--detach", "demo-bucket", "mlflow", **own).returncode == 0
+    healthy(call("ps", "--quiet", "demo-bucket", COMPOSE_PROFILES="demo", **own).stdout.strip())
+    run = call("run", "--rm", "model-pipeline", **own)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "version 1, non-production" in run.stdout
+    promote = ["model-pipeline", "python", "pipeline.py", "promote", "--yes"]
+    refused = call("run", "--rm", *promote, **own)
+    assert refused.returncode == 30, refused.stdout + refused.stderr
+    assert "the account pipeline may not change which version is production" in refused.stdout.splitlines()[-1]
+    operator = ["-e", "MLFLOW_TRACKING_USERNAME=operator", "-e", "MLFLOW_TRACKING_PASSWORD"]
+    promoted = call("run", "--rm", *operator, *promote, **{**own, "MLFLOW_TRACKING_PASSWORD": "day after day"})
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    assert "version 1 is production" in promoted.stdout
+    again = call("up", "--detach", "mlflow", **dict.fromkeys(passwords, ""))  # accounts remain, but no passwords
+    assert again.returncode == 0, again.stdout + again.stderr
+    container = call("ps", "--all", "--quiet", "mlflow").stdout.strip()
+    logs_until(
+        container, "accounts.db has accounts, but MLFLOW_OPERATOR_PASSWORD and MLFLOW_PIPELINE_PASSWORD are not set"
+    )
+
+
 def test_compose_starts_a_luigi_scheduler(project):
     call, _ = project
-    up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{PORT + 2}")
+    up = call("up", "--detach", "luigid", COMPOSE_PROFILES="luigid", LUIGID_ADDRESS=f"127.0.0.1:{LUIGI_PORT}")
     assert up.returncode == 0, up.stdout + up.stderr
     healthy(call("ps", "--quiet", "luigid", COMPOSE_PROFILES="luigid").stdout.strip())
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/api/task_list?data={{}}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{LUIGI_PORT}/api/task_list?data={{}}", timeout=5) as answer:
         assert json.load(answer)["response"] == {}
 
 

@@ -1,5 +1,6 @@
 """Files of the step folders that were deleted, edited or damaged, and runs that were stopped."""
 
+import re
 import shutil
 import signal
 import time
@@ -132,19 +133,25 @@ def test_a_model_file_that_was_damaged_is_named(data, tmp_path):
 def test_a_training_whose_notes_are_damaged_begins_anew_and_an_embedded_store_that_is_gone_is_made_anew(data, tmp_path):
     data_dir, variables = data
     del variables["MLFLOW_TRACKING_URI"]
-    process = run_pipeline(tmp_path, "--force", "train", start=True, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    variables = {**variables, "EPOCHS": 30, "PATIENCE": 30}
+    process = run_pipeline(tmp_path, start=True, **variables)
     for line in process.stdout:
         if " epoch 1/30" in line:
             break
     process.kill()
     process.communicate()
+    result = run_pipeline(tmp_path, "plan", **variables)
+    assert re.search(
+        r"trained_model .* EPOCHS 2 -> 30.*; continues a stopped training after epoch \d+$", result.stdout, re.M
+    )
     (data_dir / ".draft-trained_model" / ".resume" / "training.npz").write_bytes(b"PK damaged")
-    result = run_pipeline(tmp_path, "--force", "train", **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    assert "continues a stopped training" not in run_pipeline(tmp_path, "plan", **variables).stdout
+    result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Training starts again." in result.stdout
     assert " epoch 1/30" in result.stdout
     shutil.rmtree(data_dir / "mlflow")
-    result = run_pipeline(tmp_path, **{**variables, "EPOCHS": 30, "PATIENCE": 30})
+    result = run_pipeline(tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "mlflow/ is missing" in result.stdout
     assert "finished version 1, non-production" in result.stdout

@@ -43,6 +43,19 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
     assert "Not used with these settings, and kept: features_training." in " ".join(rows.split())
 
 
+def test_a_plan_does_not_guess_how_many_images_a_missing_folder_will_have(data, tmp_path):
+    data_dir, variables = data
+    for name in ("split", "tfrecord_training", "tfrecord_validation"):
+        (data_dir / name).rename(tmp_path / name)
+    rows = json.loads(run_pipeline(tmp_path, "plan", "--json", **variables).stdout)["steps"]
+    images = {row["step"]: row["images"] for row in rows}
+    assert images["split"] == images["balanced"] == 30
+    assert (images["tfrecord_training"], images["tfrecord_validation"], images["trained_model"]) == (None, None, None)
+    assert images["evaluation"] == 6  # its folder is there
+    (waiting,) = {row["reason"] for row in rows if row["state"] == "maybe"}
+    assert waiting == "only if split or tfrecord_training or tfrecord_validation changes"
+
+
 def test_until_stops_early_and_force_does_a_step_and_all_after_it_again(data, tmp_path):
     data_dir, variables = data
     variables["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"  # not asked

@@ -4,6 +4,7 @@ import pytest
 
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks import names, resources
+from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.run_context import RunContext
 
 
@@ -55,3 +56,25 @@ def test_a_run_that_ends_before_the_evaluation_ends_the_process(context):
     early = started_early(context)
     resources.close(context)
     assert early.poll() is not None and early.stdin.closed
+
+
+@pytest.mark.parametrize(
+    ("steps", "folders", "starts"),
+    [
+        ((names.TRAINED_MODEL,), (), True),
+        ((f"{names.TFRECORD}_training", names.TRAINED_MODEL), (f"{names.TFRECORD}_training",), True),
+        ((f"{names.TFRECORD}_training", names.TRAINED_MODEL), (), False),  # all cores convert
+        ((names.BALANCED,), (names.BALANCED,), False),
+    ],
+)
+def test_the_process_starts_with_the_run_where_few_images_are_to_be_worked_on(tmp_path, steps, folders, starts):
+    context = RunContext(Settings(DATA_DIR=tmp_path, BACKBONE="cnn"))
+    context.result.planned |= {*steps, names.EVALUATION}
+    for name in folders:
+        (tmp_path / name).mkdir()
+    resources.start_early(context, [StepPlan(step, "run", [], None) for step in steps])
+    early = context.shared(resources.Resources).serving
+    resources.start_serving_early(context)  # the training
+    now = context.shared(resources.Resources).serving
+    resources.close(context)
+    assert (early is not None) == starts and (early or now) is now

@@ -88,7 +88,8 @@ def _lines(found: Health, values: "Settings") -> list[str]:
     if last is None:
         lines.append(f"No run has ended yet in {values.data_dir}.")
     else:
-        lines.append(f"{_local(last.ended)}: {last.outcome} after {last.seconds:.0f} s. {last.message}")
+        after = f" after {last.seconds:.0f} s" if last.seconds else ""  # a killed run has not measured its time
+        lines.append(f"{_local(last.ended)}: {last.outcome}{after}. {last.message}")
         if not last.is_good and last.last_success:
             lines.append(f"Last success: {_local(last.last_success)}")
     if found.running:

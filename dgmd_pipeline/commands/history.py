@@ -17,11 +17,14 @@ def history(values: "Settings", as_json: bool) -> None:
     if as_json:
         output.print_json([event.as_json() for event in events])
         return
-    rows: list[Sequence[str]] = [("when", "what", "from", "to", "who", "why")]
+    if not events:
+        print(f"No version of {state.name} has been promoted yet.")
+        return
+    rows: list[Sequence[str]] = [("when (UTC)", "what", "from", "to", "who", "why")]
     for event in events:
         overridden = ", ".join(name for name, passed, _ in event.gates if passed is False)
         how = f"forced: {overridden}" if event.forced else "automatic" if event.automatic else ""
         what = event.action + (f" ({how})" if how else "") + ("" if event.done else " (not carried out)")
         change = (str(event.previous or ""), str(event.version))
-        rows.append((event.time[:16], what, *change, event.user, event.reason))
+        rows.append((output.minute(event.time), what, *change, event.user, event.reason))
     output.print_table(rows)

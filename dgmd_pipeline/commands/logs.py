@@ -69,15 +69,16 @@ def lost_output() -> str | None:
     return "; ".join(problems) or None
 
 
-def start(stream: TextIO, verbose: bool, colours: bool = False) -> None:
+def start(stream: TextIO, verbose: bool, colours: bool = False, times: bool = True) -> None:
     """Log to `stream`; `verbose` adds the package's debug lines. Uncaught exceptions are logged, too.
 
-    A terminal shows warnings and errors in colour if `colours` is set.
+    Lines begin with the time if `times` is set. A terminal shows warnings and errors in colour if `colours` is set.
     """
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # a line with a file name that is not UTF-8 would be lost
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_TerminalLines(colours) if stream.isatty() else _Lines("%(asctime)s %(message)s"))
+    lines = _Lines("%(asctime)s %(message)s" if times else "%(message)s")
+    handler.setFormatter(_TerminalLines(colours, times) if stream.isatty() else lines)
     logging.raiseExceptions = False  # no traceback about a log line that cannot be written
     # TensorFlow warns about functions that it traces again, Keras through absl about an old format: neither helps an
     # operator.
@@ -104,7 +105,7 @@ class _Lines(logging.Formatter):
 
 
 class _TerminalLines(_Lines):
-    """Begins a message with the time of day, and wraps it between words.
+    """Begins a message with the time of day if `times` is set, and wraps it between words.
 
     A record may have an attribute: `table` is the column of a table's last cell, `verbatim` is for lines to copy. Both
     are shown without a time. `result` is for the result of a run.
@@ -113,15 +114,16 @@ class _TerminalLines(_Lines):
     STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow
     RESULT = "1"  # bold
 
-    def __init__(self, colours: bool) -> None:
+    def __init__(self, colours: bool, times: bool) -> None:
         super().__init__("%(message)s")
-        self._colours = colours
+        self._colours, self._times = colours, times
 
     def format(self, record: logging.LogRecord) -> str:
         if getattr(record, "verbatim", False):
             return super().format(record)
         column = getattr(record, "table", None)
-        time = "" if column else datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S ")
+        timed = self._times and not column
+        time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S ") if timed else ""
         width = max(60, shutil.get_terminal_size().columns) - len(time)
         text = "\n".join(_wrap(line, width, column) for line in super().format(record).split("\n"))
         text = text.replace("\n", "\n" + " " * len(time))

@@ -96,7 +96,7 @@ def _cells(row: ModelRow) -> tuple[str, ...]:
 
     return (
         str(row.version),
-        _minute(row.created),
+        output.minute(row.created),
         row.environment + (" *" if CANDIDATE in row.aliases else ""),
         "" if row.accuracy is None else formatting.percent(row.accuracy),
         text(row.latency_ratio, "x {:.2f}"),
@@ -112,10 +112,5 @@ def _more_lines(row: ModelRow) -> list[str]:
     if row.failed:
         found[-1:] = [f"{', '.join(found)}; failed: {', '.join(row.failed)}"]
     if row.promoted_at:
-        found.append(f"promoted {_minute(row.promoted_at)} by {row.promoted_by}")
+        found.append(f"promoted {output.minute(row.promoted_at)} by {row.promoted_by}")
     return found
-
-
-def _minute(time: str) -> str:
-    """Return an ISO 8601 time as in "2026-11-26 03:00"."""
-    return time[:16].replace("T", " ")

@@ -1,7 +1,9 @@
 """What commands print, and the questions that they ask."""
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +37,18 @@ def print_review(name: str, entry: ModelVersion, other: int | None, review: "Rev
         _print_labels(comparison.classes)
     for gate in gates.grouped(decision.gates):
         state = {True: "holds", False: "FAILS", None: "-"}[gate.passed]
-        print(f"  {gate.name:11} {state:6} {gate.text}")
-    print(f"{decision.headline}. {decision.reason}")
+        _print_text(f"  {gate.name:11} {state:6} {gate.text}", indent=21)
+    _print_text(f"{decision.headline}. {decision.reason}")
     if decision.drift:
-        print(decision.drift)
+        _print_text(decision.drift)
+
+
+def _print_text(text: str, indent: int = 0) -> None:
+    """Print a text. A terminal gets lines that end between words."""
+    if sys.stdout.isatty():
+        width = max(60, shutil.get_terminal_size().columns)
+        text = textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False)
+    print(text)
 
 
 def _accuracy_rows(comparison: "Comparison | None", accuracy: str) -> list[Sequence[str]]:
@@ -112,3 +122,8 @@ def print_json(value: object) -> None:
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns; the first row is the header."""
     print(*formatting.table(rows), sep="\n")
+
+
+def minute(time: str) -> str:
+    """Return an ISO 8601 time as in "2026-11-26 03:00"."""
+    return time[:16].replace("T", " ")

@@ -3,19 +3,23 @@
 import csv
 import io
 import logging
+import os
+import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.commands import output, versions
 from dgmd_pipeline.errors import NoUsableInput
+from dgmd_pipeline.formatting import counted
 from dgmd_pipeline.manifest import to_cell
 from dgmd_pipeline.registry import versions as registry_versions
 from dgmd_pipeline.workflow.progress import progress
 
 if TYPE_CHECKING:
+    from dgmd_pipeline.registry.versions import DownloadedVersion, ModelVersion
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,42 +37,61 @@ class Prediction(TypedDict):
 def predict(values: "Settings", files: Sequence[Path], version: str, form: Format) -> None:
     """Print label and probability of image files and of the files in folders, by a registered version.
 
-    Raises NoUsableInput after printing if a file cannot be read.
+    A file or folder that cannot be read is named in a warning, with the reason. Raises NoUsableInput after printing if
+    there is one.
     """
+    paths, unreadable = _find(files)
+    if not paths and not unreadable:
+        raise NoUsableInput(f"There are no files in {', '.join(map(str, files))}: name image files, or folders.")
+    predictions: list[Prediction] = []
+    if paths:
+        store, state = versions.read_registry(values, repair=False)
+        selected = versions.select_version(state, version)
+        log.info("Loading %s version %d from the registry ...", values.model_name, selected.version)
+        with output.temporary_folder() as folder:
+            fetched = registry_versions.fetch(store, values.model_name, selected, folder)
+            predictions, damaged = _predict_files(paths, fetched, selected, values.model_name)
+            unreadable += damaged
+        _print_predictions(predictions, form)
+    if unreadable:
+        total = counted(len(predictions) + len(unreadable), "file")
+        raise NoUsableInput(f"{len(unreadable):,} of {total} could not be read: the warnings give the reasons.")
+
+
+def _predict_files(
+    paths: Sequence[Path], fetched: "DownloadedVersion", selected: "ModelVersion", name: str
+) -> tuple[list[Prediction], list[Path]]:
+    """Return the predictions for the files that can be read, and the other files, after a warning for each of them."""
+    import numpy as np
+
+    from dgmd_pipeline.data import limits
     from dgmd_pipeline.serving import inputs
     from dgmd_pipeline.training import runtime
 
-    paths = list(_files(files))
-    if not paths:
-        raise NoUsableInput(f"There are no files in {', '.join(map(str, files))}: name image files, or folders.")
-    store, state = versions.read_registry(values, repair=False)
-    selected = versions.select_version(state, version)
+    runtime.start_tensorflow()
+    network = versions.load_network(fetched.path, name, selected)
     predictions: list[Prediction] = []
-    unreadable = []
-    log.info("Loading %s version %d from the registry ...", values.model_name, selected.version)
-    with output.temporary_folder() as folder:
-        fetched = registry_versions.fetch(store, values.model_name, selected, folder)
-        runtime.start_tensorflow()
-        network = versions.load_network(fetched.path, values.model_name, selected)
-        import numpy as np
-
-        for path in progress(paths, "predict", len(paths), "images"):
-            try:
-                image = inputs.read(path.read_bytes(), network)
-            except (OSError, inputs.InvalidImage) as error:
-                unreadable.append(path)
-                log.warning("%s is not a readable image (%s)", path, error)
-                continue
-            probabilities = network.predict_on_batch(image[np.newaxis])[0]
-            best = int(probabilities.argmax())
-            predictions.append(
-                {"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])}
-            )
-    _print_predictions(predictions, form)
-    if unreadable:
-        raise NoUsableInput(
-            f"{len(unreadable):,} of {len(paths):,} files could not be read; the first one is {unreadable[0]}."
+    unreadable: list[Path] = []
+    for path in progress(paths, "predict", len(paths), "images"):
+        try:
+            if (size := path.stat().st_size) > limits.MAX_BYTES:  # before it is in memory
+                raise inputs.InvalidImage(f"{size:,} bytes, expected at most {limits.MAX_BYTES:,}")
+            image = inputs.read(path.read_bytes(), network)
+        except (OSError, inputs.InvalidImage) as error:
+            _warn(unreadable, path, error)
+            continue
+        probabilities = network.predict_on_batch(image[np.newaxis])[0]
+        best = int(probabilities.argmax())
+        predictions.append(
+            {"file": str(path), "label": fetched.labels[best], "probability": float(probabilities[best])}
         )
+    return predictions, unreadable
+
+
+def _warn(unreadable: list[Path], path: Path, error: Exception) -> None:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    log.warning("%s cannot be read: %s", path, reason)
+    unreadable.append(path)
 
 
 def _print_predictions(predictions: list[Prediction], form: Format) -> None:
@@ -85,12 +108,25 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
         output.print_table([("label", "probability", "file"), *table])
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
+def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files that are named or in folders, and what cannot be opened, after a warning for each of these."""
+    files: list[Path] = []
+    unreadable: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found = (each for each in path.rglob("*") if each.is_file())
-            yield from sorted(each for each in found if not manifest.is_system_file(str(each.relative_to(path))))
-        elif path.is_file():
-            yield path
-        else:
-            raise NoUsableInput(f"There is no file or folder {path}.")
+        try:
+            mode = path.stat().st_mode
+        except (OSError, ValueError) as error:
+            _warn(unreadable, path, error)
+            continue
+        if not stat.S_ISDIR(mode):  # not a pipe or a device, which can be endless
+            if stat.S_ISREG(mode):
+                files.append(path)
+            else:
+                _warn(unreadable, path, ValueError("neither a file nor a folder"))
+            continue
+        walked = os.walk(path, onerror=lambda error: _warn(unreadable, Path(os.fsdecode(error.filename)), error))
+        found = (Path(folder, name) for folder, _, names in walked for name in names)
+        files += sorted(
+            each for each in found if each.is_file() and not manifest.is_system_file(str(each.relative_to(path)))
+        )
+    return files, unreadable

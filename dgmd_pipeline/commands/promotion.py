@@ -85,20 +85,19 @@ def promote_if_better(values: "Settings", version: int) -> str:
     """
     store, state = versions.read_registry(values)
     candidate = versions.select_version(state, str(version))
-    refused = f"Version {version} is not promoted:"
-    if state.production is None:
+    refused, now = f"Version {version} is not promoted:", state.production
+    if now is None:
         return f"{refused} an operator promotes the first version."
-    if candidate == state.production or any(event.version == version for event in promotion.history(state)):
+    if candidate == now or any(event.version == version for event in promotion.history(state)):
         return f"{refused} an operator decides on a version that was production before."
     _, decision = _decide(values, store, state, candidate)
-    headline = decision.headline[0].lower() + decision.headline[1:]
     if decision.verdict != BETTER or decision.failed:
-        return f"{refused} {headline}. {decision.reason}"
+        return f"{refused} {decision.finding}. {decision.reason}"
     promotion.set_production(
         store, state, version,
-        action="promote", user=settings.operator(), reason=decision.headline, gates=decision.gates, automatic=True,
+        action="promote", user=settings.operator(), reason=decision.finding, gates=decision.gates, automatic=True,
     )  # fmt: skip
-    return f"Version {version} is production now: {headline}. `rollback` restores version {state.production.version}."
+    return f"Version {version} is production now: {decision.finding}. `rollback` restores version {now.version}."
 
 
 def _decide(

@@ -84,7 +84,7 @@ def last(data_dir: Path, model: str) -> Status | None:
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):
-        message = f"the run that started at {run.started} ({run.process}) was killed, {KILLED}"
+        message = f"The run that started then ({run.process}) was killed, {KILLED}."
         success = known.last_success if known else None
         return Status(FAILED, 128 + signal.SIGKILL, message, run.started, 0.0, model, last_success=success)
     return known

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.registry import promotion, versions
-from dgmd_pipeline.registry.store import CANDIDATE, PRODUCTION, Store
+from dgmd_pipeline.registry.store import CANDIDATE, PRODUCTION, NotAllowed, Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 from dgmd_pipeline.tasks import lookup
 
@@ -35,11 +35,18 @@ def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, Model
         missing = lookup.missing_registration(values)
         reason = missing or "correct MODEL_NAME, or run the pipeline first."
         raise NoUsableInput(f"There is no version of {values.model_name} in the registry: {reason}")
-    if repair:
+    return store, _repaired(store, state) if repair else state
+
+
+def _repaired(store: Store, state: ModelState) -> ModelState:
+    try:
         state, repaired = promotion.repair(store, state)
-        if repaired:
-            log.warning("repaired the registry: %s", "; ".join(repaired))
-    return store, state
+    except NotAllowed as error:
+        log.warning("an interrupted promotion is not completed: %s", error)
+        return state
+    if repaired:
+        log.warning("repaired the registry: %s", "; ".join(repaired))
+    return state
 
 
 def select_version(state: ModelState, word: str) -> ModelVersion:

@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,12 +73,12 @@ class EvaluationData(NamedTuple):
 class _Splits(NamedTuple):
     """The rows of the splits and their stored features, both in the order of the records."""
 
-    training: list[Example]
-    validation: list[Example]
+    training: Sequence[Example]
+    validation: Sequence[Example]
     features: list[Vectors]  # float32 [n, d] of training and of validation; empty: none are stored
 
     @property
-    def both(self) -> tuple[list[Example], list[Example]]:
+    def both(self) -> tuple[Sequence[Example], Sequence[Example]]:
         return self.training, self.validation
 
 
@@ -92,15 +93,14 @@ def evaluate(
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`.
+    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
+    report needs is done afterwards, while the process predicts original files.
     Returns the counts for the step's record.
     """
     start = time.monotonic()
     splits = _read_splits(data)
-    suspects = _find_label_suspects(data.labels, splits, folder)
     leaked = _find_leaks(splits, folder)
     measured, answers = _measure(data, network, splits, leaked, folder)
-    content = _content(data, splits, measured, suspects, leaked)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
@@ -108,13 +108,14 @@ def evaluate(
         answers=answers,
         trained_labels=frozenset(row.label for row in splits.training),
     )
-    images = review.validation_images(data.records, splits.validation, data.raw)
-    found = _review(candidate, production, images, process, folder, partial(_draw, folder, content))
+    images = review.ValidationImages(data.records, splits.validation, data.raw)
+    content = cache(partial(_content, data, splits, measured, leaked, folder))
+    found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
     decision = gates.decide(found, limits)
     gates.write(decision, folder)
     own = ("evaluation", time.monotonic() - start)
-    report.write(folder, content._replace(seconds=[*content.seconds, own]), found, decision)
+    report.write(folder, content()._replace(seconds=[*data.seconds, own]), found, decision)
     return measured.overall | _decided(decision, found.comparison)
 
 
@@ -160,13 +161,12 @@ def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -
     """Find and write likely wrong labels of both splits; None if no features are stored."""
     if not splits.features:
         return None
-    rows = [*splits.training, *splits.validation]
-    log.info("  looking for wrong labels among %s images ...", f"{len(rows):,}")
+    log.info("  looking for wrong labels among %s images ...", f"{sum(map(len, splits.both)):,}")
     found = label_suspects.find(
         splits.features,
-        [row.class_index for row in rows],
-        [row.group for row in rows],
-        [row.path for row in rows],
+        [row.class_index for row in chain(*splits.both)],
+        [row.group for row in chain(*splits.both)],
+        [row.path for row in chain(*splits.both)],
         labels,
     )
     label_suspects.write(found, folder)
@@ -192,9 +192,10 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 
 
 def _content(
-    data: EvaluationData, splits: _Splits, measured: Measurements, suspects: LabelSuspects | None, leaked: Leaks | None
+    data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows."""
+    """Gather what the report shows, for which it looks for wrong labels."""
+    suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
     return report.Content(
@@ -239,7 +240,7 @@ def _review(
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
-    before_timing: Callable[[Comparison | None], None],
+    after_timing: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rivals, error = Rivals(), ""
@@ -247,7 +248,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, process, before_timing)
+        found = review.review(candidate, rivals, images, folder, process, after_timing)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

@@ -41,7 +41,8 @@ class Decision(NamedTuple):
     """What speaks for and against a promotion."""
 
     verdict: str  # BETTER, NO_DIFFERENCE, WORSE, FIRST or NOT_COMPARED
-    headline: str  # a clause
+    finding: str  # a clause about the accuracy
+    headline: str  # what to do, and the finding
     reason: str  # sentences
     gates: Sequence[Gate]  # those that fail first
     drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
@@ -57,16 +58,16 @@ def decide(review: "Review", limits: Limits) -> Decision:
     gates = sorted(check_gates(review, limits), key=lambda gate: gate.passed is not False)
     failed = [gate.name for gate in gates if gate.passed is False]
     applying = sum(gate.passed is not None for gate in gates)
-    verdict, headline = _verdict(review)
-    reason = f"Every condition that applies holds ({applying} of {applying})."
+    verdict, finding = _verdict(review)
+    reason = f"All conditions that apply hold ({applying} of {applying})."
+    advice = {BETTER: "Ready to promote", NO_DIFFERENCE: "No reason to promote"}.get(
+        verdict, "Nothing to compare it with"
+    )
     if failed:
-        headline += ", but do not promote" if verdict == BETTER else ": do not promote"
+        advice = "Do not promote"
         reason = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."
-    elif verdict == NO_DIFFERENCE:
-        headline += ": no reason to promote"
-    elif verdict == FIRST:
-        headline += ": nothing to compare it with"
-    return Decision(verdict, headline, reason, gates, _drift(review.best) if review.best else "")
+    drift = _drift(review.best) if review.best else ""
+    return Decision(verdict, finding, f"{advice}: {finding}", reason, gates, drift)
 
 
 def grouped(gates: Sequence[Gate]) -> list[Gate]:
@@ -78,16 +79,16 @@ def grouped(gates: Sequence[Gate]) -> list[Gate]:
 
 
 def _verdict(review: "Review") -> tuple[str, str]:
-    """Return the verdict and its headline."""
+    """Return the verdict and a clause about it."""
     compared = review.comparison
     if compared is None:
-        return (NOT_COMPARED, "Not compared with production") if review.comparison_error else (FIRST, "First version")
+        return (NOT_COMPARED, "not compared with production") if review.comparison_error else (FIRST, "first version")
     figure = f"{points(compared.difference)} points"
     if compared.is_better:
-        return BETTER, f"Better than version {compared.version} ({figure})"
+        return BETTER, f"better than version {compared.version} ({figure})"
     if compared.is_worse:
-        return WORSE, f"Worse than version {compared.version} ({figure})"
-    return NO_DIFFERENCE, f"No difference from version {compared.version} shown ({figure})"
+        return WORSE, f"worse than version {compared.version} ({figure})"
+    return NO_DIFFERENCE, f"no difference from version {compared.version} shown ({figure})"
 
 
 def _drift(best: "Comparison") -> str:
@@ -126,7 +127,7 @@ def _labels(review: "Review", allowed: bool) -> Gate:
         f"{meaning}: {_listed(labels)}."
         for meaning, labels in (
             ("This version cannot predict these labels any more", changes.lost),
-            ("These labels have no training images any more, but are still outputs", changes.emptied),
+            ("This version still predicts these labels, but they have no training images any more", changes.emptied),
             ("New labels", changes.new),
         )
         if labels
@@ -175,8 +176,8 @@ def _accuracy(review: "Review", limits: Limits) -> list[Gate]:
 def _classes(comparison: "Comparison", max_drop: float) -> Gate:
     dropped = lost_classes(comparison, max_drop)
     if dropped:
-        listed = "; ".join(
-            f"{row.label} {percent(row.production_recall)} to {percent(row.recall)} of {row.images:,} images"
+        listed = ", ".join(
+            f"{row.label} (from {percent(row.production_recall)} to {percent(row.recall)} of {row.images:,} images)"
             for row in dropped
         )
         text = f"Significantly worse, and by more than {100 * max_drop:.0f} points: {listed}."
@@ -206,10 +207,10 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
     label = f"a label with {counted(images, 'image')}"
-    power = percent(class_losses.POWER)
     if loss is None:
-        return f"Of {label}, no loss is found with a probability of {power}."
-    return f"Of {label}, a loss of {100 * loss:.0f} points is found with a probability of {power}."
+        return f"This test can miss any loss of {label}."
+    missed = percent(1 - class_losses.POWER)
+    return f"For {label}, this test misses a loss of {100 * loss:.0f} points with a probability of {missed}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:
@@ -218,11 +219,12 @@ def _latency(review: "Review", limits: Limits) -> Gate:
         missing = review.comparison_error or review.benchmark_error
         text = "The latency was not measured together with production's." if missing else NO_PRODUCTION
         return Gate("latency", None, text)
+    other = f"version {review.comparison.version}" if review.comparison else "the other model"
     return Gate(
         "latency",
         production.latency_ratio <= limits.max_latency_ratio,
-        f"One image takes {production.latency_ratio:.2f} times as long as with the other model; the limit is "
-        f"{limits.max_latency_ratio:g}.",
+        f"One image takes {production.latency_ratio:.2f} times as long as with {other}; the limit is "
+        f"{limits.max_latency_ratio:g} times.",
     )
 
 

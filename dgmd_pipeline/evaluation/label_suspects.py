@@ -5,22 +5,19 @@ whose predicted label is not the given one are ranked by the probability of the 
 ("self-confidence" in Northcutt, Jiang and Chuang, "Confident Learning", JAIR 2021).
 """
 
-import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline.evaluation import metrics
 from dgmd_pipeline.evaluation.metrics import Misclassification
-from dgmd_pipeline.training import folds, runtime
+from dgmd_pipeline.training import folds, linear, runtime
 from dgmd_pipeline.training.vectors import Vectors
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 TABLE = "label_suspects.csv"
 FOLDS = 5
@@ -32,9 +29,8 @@ MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
 STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression times the number of rows
-TOLERANCE = 1e-3  # of the gradient
-MAX_STEPS = 200
 MIN_PROBABILITY = 1e-6  # for the log loss
+Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 
 
 class LabelSuspects(NamedTuple):
@@ -66,8 +62,6 @@ def find(
 
     Raises ValueError if the numbers of features and labels differ.
     """
-    from threadpoolctl import threadpool_limits
-
     if sum(map(len, parts)) != len(given):
         raise ValueError(f"{sum(map(len, parts)):,} rows of features for {len(given):,} labels")
     given = np.asarray(given)
@@ -79,11 +73,10 @@ def find(
     sample = sample[known[given[sample]]]
     if known.sum() < 2:
         return LabelSuspects([], 0, 0)
-    # BLAS threads that wait for each other took 44 instead of 0.7 CPU seconds on a busy machine with two cores.
-    with threadpool_limits(1):
-        project, vectors = _principal_components(_gather(parts, sample))
-        heads = _fit(vectors, given[sample], fold_of[sample])
-        own, likely, best = _judge(parts, project, heads, given, fold_of)
+    project, vectors = _principal_components(_gather(parts, sample))
+    classes, columns = np.unique(given[sample], return_inverse=True)
+    heads = _fit(vectors, columns, fold_of[sample])
+    own, likely, best = _judge(parts, project, heads, classes, given, fold_of)
     suspects = np.flatnonzero((likely != given) & known[given])
     ranked = suspects[np.argsort(own[suspects], kind="stable")]
     rows = [
@@ -154,50 +147,55 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
     return lambda rows: (rows - mean) @ axes, centred @ axes
 
 
-def _fit(vectors: np.ndarray, given: np.ndarray, fold_of: np.ndarray) -> list["LogisticRegression"]:
+def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[Head]:
     """Return a head for each fold, fitted on the other folds, with the regularisation that predicts best.
+
+    `columns` (int [n]) are the outputs for the given labels. Every fold lacks none of them.
 
     Regularisation goes from strong to weak until the log loss rises; each fit starts from the weights of the last one.
     Each fold has a thread: nearly all of the time is spent in BLAS, with one thread, and in NumPy, without the GIL.
     """
-    from sklearn.linear_model import LogisticRegression
+    variances = vectors.var(axis=0, dtype=np.float64)
+    components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
+    weights = np.ones(columns.max() + 1, np.float32)
 
-    column = np.unique(given, return_inverse=True)[1]
-    heads = [LogisticRegression(tol=TOLERANCE, max_iter=MAX_STEPS, warm_start=True) for _ in range(FOLDS)]
-    best, lowest = heads, np.inf
-    own = np.empty(len(given))
-
-    def fit(strength: float, fold: int) -> None:
+    def fit(strength: float, fold: int, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         out = fold_of == fold
-        heads[fold].set_params(C=strength / len(given)).fit(vectors[~out], given[~out])
-        if out.any():
-            own[out] = heads[fold].predict_proba(vectors[out])[np.arange(out.sum()), column[out]]
+        penalty = np.full(len(variances), len(columns) / strength)
+        fitted = linear.fit(vectors[~out], columns[~out], weights, components, penalty, start)
+        logs = linear.log_probabilities(vectors[out], *linear.unproject(fitted, components))
+        return fitted, logs[np.arange(len(logs)), columns[out]]
 
+    best: Sequence[np.ndarray | None] = [None] * FOLDS
+    lowest = math.inf
     for strength in STRENGTHS:
         with ThreadPoolExecutor(FOLDS) as threads:
-            list(threads.map(partial(fit, strength), range(FOLDS)))
-        loss = -np.log(np.maximum(own, MIN_PROBABILITY)).mean()
+            fits, logs = zip(*threads.map(partial(fit, strength), range(FOLDS), best), strict=True)
+        loss = -float(np.maximum(np.concatenate(logs), math.log(MIN_PROBABILITY)).mean())
         if loss >= lowest:
             break
-        best, lowest = copy.deepcopy(heads), loss
-    return best
+        best, lowest = fits, loss
+    return [linear.unproject(fitted, components) for fitted in best if fitted is not None]
 
 
 def _judge(
     parts: Sequence[Vectors],
     project: Callable[[np.ndarray], np.ndarray],
-    heads: Sequence["LogisticRegression"],
+    heads: Sequence[Head],
+    classes: np.ndarray,
     given: np.ndarray,
     fold_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, by the head of each row's fold: probability of the given label, likely label and its probability."""
-    classes = heads[0].classes_
+    """Return, by the head of each row's fold: probability of the given label, likely label and its probability.
+
+    `classes` are the class indexes of the heads' outputs.
+    """
     own, likely, best = np.empty(len(given)), np.empty(len(given), np.int64), np.empty(len(given))
     for start, features in _blocks(parts):
         projected, block_folds = project(features), fold_of[start : start + len(features)]
         for fold in np.unique(block_folds):
             at = np.flatnonzero(block_folds == fold)
-            probabilities, rows = heads[fold].predict_proba(projected[at]), start + at
+            probabilities, rows = np.exp(linear.log_probabilities(projected[at], *heads[fold])), start + at
             # The result for a label without a column is meaningless; the caller drops it.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]

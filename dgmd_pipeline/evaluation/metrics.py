@@ -96,15 +96,14 @@ def measure(predictions: Predictions) -> Measurements:
     expected calibration error; images. A label without images has no row of its own; predictions of it still count as
     wrong.
     """
-    from sklearn import metrics
-
     if np.isnan(predictions.confidence).any():
         raise ValueError("the probabilities contain NaN")
     truth, predicted, labels = predictions.truth, predictions.predicted, predictions.labels
-    occurring = np.unique(truth)
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        truth, predicted, labels=occurring, zero_division=0
+    occurring, support = np.unique(truth, return_counts=True)
+    hits, answers = (
+        np.bincount(each, minlength=len(labels))[occurring] for each in (truth[predictions.correct], predicted)
     )
+    precision, recall, f1 = hits / np.maximum(answers, 1), hits / support, 2 * hits / (answers + support)
     bins = _bins(predictions.confidence, predictions.correct)
     overall = {
         "accuracy": float(predictions.correct.mean()),
@@ -120,9 +119,15 @@ def measure(predictions: Predictions) -> Measurements:
     names = [labels[index] for index in occurring]
     columns = (values.tolist() for values in (precision, recall, f1, support))
     classes = [ClassMetrics(*row) for row in zip(names, *columns, strict=True)]
-    few = len(labels) <= MAX_MATRIX
-    matrix = metrics.confusion_matrix(truth, predicted, labels=np.arange(len(labels))) if few else None
+    matrix = _confusion_matrix(predictions) if len(labels) <= MAX_MATRIX else None
     return Measurements(overall, classes, matrix, _confused_pairs(predictions), bins, _worst(predictions))
+
+
+def _confusion_matrix(predictions: Predictions) -> np.ndarray:
+    """Return how many images of each label (rows) are predicted as each label (columns), int64 [k, k]."""
+    classes = len(predictions.labels)
+    cells = np.bincount(predictions.truth * classes + predictions.predicted, minlength=classes**2)
+    return cells.reshape(classes, classes)
 
 
 def _log_loss(of_truth: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,7 +32,7 @@ class ValidationImages(NamedTuple):
 
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
-    raw: Path | None = None  # the folder of the original files, if it exists
+    raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
 
 
 class Answers(NamedTuple):
@@ -80,12 +81,9 @@ class Review(NamedTuple):
     best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
 
 
-def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
-    """Return the images in a folder of records, given the rows of the split in any order.
-
-    With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
-    """
-    return ValidationImages(folder, shards.record_order(rows), raw)
+def validation_images(folder: Path, rows: Iterable[Example]) -> ValidationImages:
+    """Return the images in a folder of records, given the rows of the split in any order."""
+    return ValidationImages(folder, shards.record_order(rows))
 
 
 def label_changes(candidate: CandidateModel, trained_before: frozenset[str]) -> LabelChanges:
@@ -177,12 +175,12 @@ def review(
     images: ValidationImages,
     scratch: Path,
     process: serving_benchmark.Process,
-    before_timing: Callable[[Comparison | None], None] = lambda _: None,
+    after_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
     """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
 
-    `scratch` is a folder for temporary files. `before_timing` is called with the comparison; the benchmark waits until
-    it returns.
+    `scratch` is a folder for temporary files. `after_timing` is called with the comparison when the times have been
+    measured, while the process still works.
 
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
@@ -194,9 +192,8 @@ def review(
     if best_error:
         log.warning("No comparison with the best former production version: %s", best_error)
     sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
-    before_timing(compared)
     try:
-        benchmark = _benchmark(process, candidate, production, images, sample, scratch)
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(after_timing, compared))
     except PipelineError as failure:
         return Review(compared, error, None, str(failure), labels, best=best)
     return Review(compared, error, benchmark, "", labels, best=best)
@@ -225,6 +222,7 @@ def _benchmark(
     images: ValidationImages,
     sample: np.ndarray,
     scratch: Path,
+    after_timing: Callable[[], None],
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
@@ -243,6 +241,7 @@ def _benchmark(
         scratch,
         production.path if production else None,
         originals,
+        after_timing,
     )
 
 

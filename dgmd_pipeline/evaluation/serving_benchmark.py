@@ -5,6 +5,7 @@ measured on different machines are not comparable, so production is timed in the
 """
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 IMAGES = 32  # given to the model one by one, and as one batch
 MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many by each model, and this long by all
 TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
-ORIGINALS = 50  # original files, predicted one by one; a CPU second with MobileNetV2
+ORIGINALS = 50  # original files, predicted as one batch
 TIMEOUT_MINUTES = 10
 UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
+POLL_SECONDS = 0.05
 
 
 class Process(subprocess.Popen[bytes]):
@@ -108,12 +110,14 @@ def benchmark(
     scratch: Path,
     production: Path | None = None,
     originals: Originals = Originals(),  # noqa: B008  # immutable
+    after_timing: Callable[[], None] = lambda: None,
 ) -> ServingBenchmark:
     """Benchmark the model in the file `path` (.keras) in a process of `start_process`, which serves only one call.
 
     `images` is uint8 [n, height, width, 3]. `recorded` holds the probabilities that are expected for them, float
     [n, classes]. `scratch` is an existing folder for temporary files. `production` is the file of another model, timed
-    beside this one. The model also predicts `originals`.
+    beside this one. The model also predicts `originals`. `after_timing` is called when the times have been measured,
+    while the originals are predicted.
 
     Raises PipelineError if the model cannot be used in the process, or not within TIMEOUT_MINUTES.
     """
@@ -130,7 +134,7 @@ def benchmark(
         )
         stderr = b""
         try:
-            _, stderr = process.communicate(os.fsencode(task.resolve()), timeout=60 * TIMEOUT_MINUTES)
+            stderr = _exchange(process, os.fsencode(task.resolve()), answer, after_timing)
         except subprocess.TimeoutExpired:
             process.kill()
             if not answer.exists():
@@ -140,6 +144,21 @@ def benchmark(
         if not answer.exists():
             raise PipelineError(_explain_failure(process.returncode, stderr.decode(errors="replace")))
         return from_json(json.loads(answer.read_text("utf-8")))
+
+
+def _exchange(process: Process, request: bytes, answer: Path, after_timing: Callable[[], None]) -> bytes:
+    """Send a request, and return the error output of the process when it has ended.
+
+    `after_timing` is called when there is an answer, or none can be expected. Raises TimeoutExpired.
+    """
+    end = time.monotonic() + 60 * TIMEOUT_MINUTES
+    stderr, unsent = None, request
+    while stderr is None and not answer.exists() and time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            stderr = process.communicate(unsent, timeout=POLL_SECONDS)[1]
+        unsent = b""
+    after_timing()
+    return process.communicate(timeout=max(end - time.monotonic(), 0))[1] if stderr is None else stderr
 
 
 def _explain_failure(code: int, stderr: str) -> str:
@@ -220,22 +239,17 @@ def _measure(task: Path) -> ServingBenchmark:
 
 
 def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPredictions:
-    """Predict original files one by one, as a service does, and compare with the predictions for their records."""
-    import tensorflow as tf
-
-    images, differences, other_labels = 0, [0.0], 0
-    for path, recorded in zip(originals.files, originals.recorded, strict=True):
-        try:
-            pixels = inputs.read(path.read_bytes(), network)
-        except (OSError, inputs.InvalidImage):  # deleted or changed since; not in `images`
-            continue
-        # What `predict` calls. `predict` itself takes three times as long for one image; `predict_on_batch` has another
-        # signature, and would be traced.
-        found = network.predict_function([tf.constant(pixels[np.newaxis])])[0].numpy()
-        images += 1
-        other_labels += int(found.argmax() != recorded.argmax())
-        differences.append(float(np.abs(found - recorded).max()))
-    return ServedPredictions(images, other_labels, max(differences))
+    """Predict original files, which are read as a service reads them, and compare with those for their records."""
+    pixels, recorded = [], []
+    for path, probabilities in zip(originals.files, originals.recorded, strict=True):
+        with contextlib.suppress(OSError, inputs.InvalidImage):  # deleted or changed since; not in `images`
+            pixels.append(inputs.read(path.read_bytes(), network))
+            recorded.append(probabilities)
+    if not pixels:
+        return ServedPredictions(0, 0, 0.0)
+    found, expected = _predict(network, np.stack(pixels)), np.stack(recorded)
+    other_labels = int((found.argmax(axis=1) != expected.argmax(axis=1)).sum())
+    return ServedPredictions(len(pixels), other_labels, float(np.abs(found - expected).max()))
 
 
 def _peak_memory() -> int:
@@ -292,7 +306,9 @@ if __name__ == "__main__":
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     for _name in UNUSED:
         sys.modules[_name] = None  # type: ignore[assignment]  # None: an import of it raises ImportError
+    gc.disable()  # during the import, which makes a million objects: a fifth of its time
     runtime.start_tensorflow()
+    gc.enable()
     if _request := sys.stdin.buffer.read():  # empty: the parent has exited without a request
         _task = Path(os.fsdecode(_request))
         _answer(_task, _measure(_task))

@@ -21,6 +21,7 @@ from dgmd_pipeline.registry.store import (
     ACCURACY,
     CANDIDATE,
     ENVIRONMENT,
+    EVENT,
     NON_PRODUCTION,
     PRODUCTION,
     REQUEST_FAILED,
@@ -32,7 +33,6 @@ from dgmd_pipeline.registry.versions import ModelState, ModelVersion
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EVENT = "dgmd.event."  # prefix of the names of events' tags; the time comes next, so the names sort by time
 STAGE, PREVIOUS_STAGE = "Production", "Archived"
 MAX_CHARACTERS = 500  # of a reason or a gate's text: MLflow's databases limit a tag to 5,000
 JSON_NAMES = {"time": "when", "user": "who", "previous": "former", "reason": "why"}  # field of Event -> JSON key

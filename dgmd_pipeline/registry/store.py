@@ -16,13 +16,22 @@ MEASURED = "dgmd.measured"  # tag of a version: its figures, a JSON object; olde
 ACCURACY = "dgmd.validation_accuracy"  # one of the figures, as `versions.read` names them
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
+EVENT = "dgmd.event."  # prefix of tags of a registered model; the time comes next, so the names sort by time
 ATTEMPT = "dgmd.attempt"  # tag of a run: the training that opened it
 REGISTRATION_FAILED = (
     "could not register the model: {}. The training is kept: the next run with the same images and settings uses it."
 )
 REQUEST_FAILED = "did not answer as expected: {}. Correct this and repeat the command."
+NOT_ALLOWED = (
+    "refuses this: {}. Repeat the command with an account that may do it, in MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD."
+)
 REASON_LENGTH = 400
 EMBEDDED_BYTES = 2_000_000  # an embedded store without its models: the database has 0.96 MB after the first version
+
+
+class NotAllowed(PipelineError):
+    """The account of this process may not do what it asked MLflow for, or it is unknown there."""
 
 
 class Store(NamedTuple):
@@ -81,7 +90,7 @@ def move_artifacts(store: Store) -> None:
 def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterator[None]:
     """Turn an exception of MLflow into a PipelineError, and silence MLflow's log.
 
-    `message` has a `{}` for the reason.
+    `message` has a `{}` for the reason. Raises NotAllowed if there is no such account, or it may not do this.
     """
     import mlflow  # noqa: F401 - its first import sets the level of its log
 
@@ -96,13 +105,16 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
         # exception is a bug of this package, except for disk errors and a missing database driver.
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
+        denied = getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+        frame = NOT_ALLOWED if denied and message == REQUEST_FAILED else message
         # Redacted here, because the message is also stored: in reports, the history and MLflow.
-        raise PipelineError(redact(f"MLflow at {store.uri} {message.format(reason(error))}")) from error
+        text = redact(f"MLflow at {store.uri} {frame.format(reason(error))}")
+        raise (NotAllowed if denied else PipelineError)(text) from error
 
 
 def reason(error: Exception) -> str:
     """Return what an exception says: the first line, or all of them if the first one announces the others."""
-    text = str(error).strip()
+    text = str(error).strip().removeprefix("PERMISSION_DENIED: ")
     first = text.partition("\n")[0]
     text = " ".join(text.split()) if first.endswith(":") else first
     if len(text) > REASON_LENGTH:

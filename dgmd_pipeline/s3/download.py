@@ -4,7 +4,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -19,8 +19,10 @@ from dgmd_pipeline.s3.client import Client, Place, connect, place
 from dgmd_pipeline.s3.crt import CrtTransfer, PendingTransfer
 from dgmd_pipeline.s3.throttling import Gate
 from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
+from dgmd_pipeline.workflow import disk
 
-PARTS = ".part"  # folder of unfinished files, named by number: no name is too long or conflicts with a key
+# Folder with a folder of unfinished files, named by number: no name is too long or conflicts with a key.
+PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
 CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # at most, in what a worker gets at once
@@ -28,12 +30,7 @@ SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server
 
 
 def download(
-    client: Client,
-    bucket: str,
-    objects: Iterable[SourceObject],
-    folder: Path,
-    threads: int = 32,
-    parts: Path | None = None,
+    client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, threads: int = 32
 ) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
@@ -42,16 +39,36 @@ def download(
     MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it, or
     never completely). What may differ the next time is fetched up to four times.
 
-    Fetches at most `threads` objects at a time. Unfinished files are in `parts`, by default `folder/.part`, which is
-    removed at the start and at the end: every other file in `folder` is complete, even after a kill. Closing the
-    generator cancels the transfers in progress.
+    Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
+    and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
+    transfers in progress.
 
     Raises NoUsableInput if S3 does not accept the credentials, has no such bucket or does not answer at all, and
     OSError for errors of the disk.
     """
-    parts = parts or folder / PARTS
-    shutil.rmtree(parts, ignore_errors=True)
+    with _parts(folder) as parts:
+        yield from _download(client, bucket, objects, folder, parts, threads)
+
+
+@contextmanager
+def _parts(folder: Path) -> Iterator[Path]:
+    """Provide a folder for unfinished files, whose name no other run knows.
+
+    Workers may still download for a run that was killed: without their folder, they fail and complete no file.
+    """
+    parts = folder / PARTS / uuid.uuid4().hex
+    disk.remove(parts.parent)
     parts.mkdir(parents=True)
+    try:
+        yield parts
+    finally:
+        disk.remove(parts.parent)
+
+
+def _download(
+    client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, parts: Path, threads: int = 32
+) -> Generator[SourceObject | Rejected]:
+    """Do what `download` does, with unfinished files in the folder `parts`."""
     free = [parts / str(number) for number in range(threads)]
     remaining = iter(objects)
     started, stop = monotonic(), Event()
@@ -71,7 +88,6 @@ def download(
                     yield completed.rejected or _move(completed.source, completed.part, folder)
         finally:
             downloader.close()
-            shutil.rmtree(parts, ignore_errors=True)
 
 
 class Chunk(NamedTuple):
@@ -81,6 +97,7 @@ class Chunk(NamedTuple):
     bucket: str
     objects: Sequence[SourceObject]
     folder: Path
+    parts: Path  # folder for a folder of each attempt
 
 
 Map = Callable[
@@ -96,16 +113,12 @@ def download_in_chunks(
 
     The workers read S3 with the credentials of their own environment. Raises PipelineError if a worker dies twice.
     """
-    parts = folder / PARTS
-    shutil.rmtree(parts, ignore_errors=True)  # attempts of an earlier run then end
-    parts.mkdir(parents=True)
-    try:
-        for done in map(download_chunk, _chunks(place(client), bucket, objects, folder)):
+    with _parts(folder) as parts:
+        chunks = (Chunk(place(client), bucket, some, folder, parts) for some in _chunks(objects))
+        for done in map(download_chunk, chunks):
             if isinstance(done, WorkerDied):
                 raise PipelineError(f"Downloading from s3://{bucket} failed on a worker: {done}. Run again.")
             yield from done
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
 
 
 def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
@@ -113,12 +126,14 @@ def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
 
     Raises NoUsableInput, also if this process has no credentials, the run has, and S3 refuses an object.
     """
-    client, parts = _client(chunk.place), chunk.folder / PARTS / uuid.uuid4().hex
+    client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
     parts.mkdir()  # fails where the run has ended
     try:
-        done = list(download(client, chunk.bucket, chunk.objects, chunk.folder, parts=parts))
+        done = list(_download(client, chunk.bucket, chunk.objects, chunk.folder, parts))
     except Throttled as error:
         raise NoUsableInput(str(error)) from None  # can be pickled
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)  # the run may remove it at the same time
     refused = [row for row in done if isinstance(row, Rejected) and row.reason == errors.REFUSED]
     if refused and chunk.place.is_signed and not place(client).is_signed:
         raise NoUsableInput(
@@ -134,17 +149,17 @@ def _client(default: Place) -> Client:
     return connect(default=default)
 
 
-def _chunks(place: Place, bucket: str, objects: Iterable[SourceObject], folder: Path) -> Iterator[Chunk]:
+def _chunks(objects: Iterable[SourceObject]) -> Iterator[list[SourceObject]]:
     chunk: list[SourceObject] = []
     size = 0
     for source in objects:
         if chunk and (len(chunk) == CHUNK_OBJECTS or size + source.size > CHUNK_BYTES):
-            yield Chunk(place, bucket, chunk, folder)
+            yield chunk
             chunk, size = [], 0
         chunk.append(source)
         size += source.size
     if chunk:
-        yield Chunk(place, bucket, chunk, folder)
+        yield chunk
 
 
 class _Completed(NamedTuple):
@@ -247,6 +262,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
+        part.stat()  # fails where the run has ended: then no folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

@@ -126,6 +126,11 @@ class TrainModel(Step):
         text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {percent(row.val_accuracy)}"
         self.report(min(99, 100 * len(epochs) // self.settings.epochs), text)
 
+    def describe_draft(self, kept: Path) -> str:
+        from dgmd_pipeline.training import train
+
+        return train.describe_checkpoints(kept)
+
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
         return "a training like no other"
 

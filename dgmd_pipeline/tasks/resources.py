@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.serving_benchmark import Process
     from dgmd_pipeline.s3.listing import Listing
 
+HEAVY = (names.RAW, names.INSPECTED, names.TFRECORD, names.FEATURES)  # steps that work on images
+
 
 @dataclass
 class Resources:
@@ -40,8 +42,7 @@ def executor(settings: Any) -> Executor:
 
 def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """Check a cluster before the first step, if the run will need it."""
-    heavy = (names.RAW, names.INSPECTED, names.TFRECORD, names.FEATURES)
-    if any(plan.state != "done" and plan.step.startswith(heavy) for plan in plans):
+    if any(plan.state != "done" and plan.step.startswith(HEAVY) for plan in plans):
         context.executor.connect()
 
 
@@ -49,16 +50,18 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """Build the frozen network in a background thread, if this run will need it, while earlier steps run.
 
     This takes about 10 s of one core: for the import of TensorFlow, the layers and, if features are extracted, the
-    forward pass.
+    forward pass. Where little is to be done before the training, the other cores are idle: the serving benchmark's
+    process starts, too.
     """
     listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
     # Where there are features, most of them are reused. The forward pass is then built when there is a new image.
-    features = {f"{names.FEATURES}_{split}" for split in names.SPLITS}
-    extracts = any(name in due and not (context.settings.data_dir / name).exists() for name in features)
-    extracts = extracts and not context.executor.is_cluster
+    missing = {name for name in due if not (context.settings.data_dir / name).exists()}
+    extracts = any(name.startswith(names.FEATURES) for name in missing) and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
         _start_network(context, extracts)
+    if due & {names.TRAINED_MODEL, names.EVALUATION} and not any(name.startswith(HEAVY) for name in missing):
+        start_serving_early(context)
 
 
 def _start_network(context: RunContext, extracts: bool) -> None:
@@ -93,13 +96,17 @@ def trained_model(context: RunContext, folder: Path) -> "keras.Model":
 
 
 def start_serving_early(context: RunContext) -> None:
-    """Start the serving benchmark's process, if this run evaluates, so that it is ready after the training.
+    """Start the serving benchmark's process, unless it has been, so that it is ready after the training.
+
+    A run that does not evaluate starts none.
 
     Its start takes 2 CPU seconds. While it waits it holds 200 MB of memory of its own, and Linux ends it first if
     memory runs out; `serving_process` then starts another.
     """
-    if context.holds_lock and names.EVALUATION in context.result.planned:  # all steps run in this process
-        context.shared(Resources).serving = _start_serving()
+    resources = context.shared(Resources)
+    all_here = context.holds_lock and names.EVALUATION in context.result.planned  # all steps run in this process
+    if all_here and resources.serving is None:
+        resources.serving = _start_serving()
 
 
 def serving_process(context: RunContext) -> "Process":

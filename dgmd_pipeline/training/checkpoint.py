@@ -13,6 +13,15 @@ from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.training import runtime
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 
+DAMAGED = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+)  # what reading a damaged one raises
+
 
 class UnusableCheckpoint(PipelineError):
     """A checkpoint is damaged or belongs to another training. Delete it to start again."""
@@ -39,13 +48,22 @@ def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingSt
     return state
 
 
+def completed_epochs(checkpoint: Path) -> int:
+    """Return the number of epochs in a checkpoint, without reading its weights; 0 where it is missing or damaged."""
+    try:
+        with np.load(checkpoint, allow_pickle=False) as file:
+            return len(file["history"])
+    except DAMAGED:  # the training says so, and starts again
+        return 0
+
+
 def _load(checkpoint: Path) -> TrainingState:
     try:
         with np.load(checkpoint, allow_pickle=False) as file:
             values = [file[name] for name in file.files if name.startswith("state")]
             history = [Epoch(int(epoch), *metrics) for epoch, *metrics in file["history"].tolist()]
             return TrainingState(int(file["seed"]), history, values)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise unusable_checkpoint(checkpoint, error) from error
 
 

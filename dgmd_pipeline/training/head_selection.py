@@ -154,14 +154,17 @@ def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.nd
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
     """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates, not features.
 
-    Each shrinkage starts at the best strength of the previous one.
+    Each shrinkage starts at the best strength of the previous one. The first that is not better is the last.
     """
     products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
-    found = [_Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))]
+    best = _Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))
     for shrinkage in SHRINKAGES if products <= MAX_PRODUCTS else SHRINKAGES[:1]:
         evaluate = partial(_evaluate_linear, cv_folds, components, class_weights, shrinkage)
-        found.append(_descend(evaluate, found[-1]))
-    return min((fits.option for fits in found), key=lambda option: option.log_loss)
+        found = _descend(evaluate, best)
+        if found.option.log_loss >= best.option.log_loss:
+            break
+        best = found
+    return best.option
 
 
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":

@@ -17,7 +17,7 @@ from dgmd_pipeline import manifest
 from dgmd_pipeline.formatting import counted, percent
 from dgmd_pipeline.manifest import Fit
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, from_scratch, head, head_selection, networks
-from dgmd_pipeline.training.checkpoint import UnusableCheckpoint
+from dgmd_pipeline.training.checkpoint import UnusableCheckpoint, completed_epochs
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
 from dgmd_pipeline.training.fine_tuning import FineTunedModel, FineTuningJson
@@ -245,6 +245,16 @@ def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedM
         log.info("  Resuming training from the checkpoint")
     files = (CHECKPOINT, head_selection.FILE, *FINE_TUNING_FILES)
     return _restart_if_unusable(partial(train, checkpoint), resume_dir, "Training", files)
+
+
+def describe_checkpoints(resume_dir: Path) -> str:
+    """Return where a training with this folder of checkpoints continues; "" if it starts from nothing."""
+    if any(resume_dir.glob(f"{fine_tuning.CHECKPOINT}*")):
+        return "continues a stopped fine-tuning"
+    epochs = completed_epochs(resume_dir / CHECKPOINT)
+    if not epochs and not (resume_dir / head_selection.FILE).exists():
+        return ""
+    return f"continues a stopped training{f' after epoch {epochs}' if epochs else ''}"
 
 
 def _restart_if_unusable(train: Callable[[], T], resume_dir: Path, what: str, files: Sequence[str]) -> T:

@@ -17,6 +17,8 @@ from dgmd_pipeline.formatting import as_user, format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BUSY = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process has removed a file, or created one
+REMOVAL_TIMEOUT = 10.0  # seconds that another process may write in a folder that is being removed
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
 SECONDS_KEPT = 24 * 60 * 60  # of temporary files that no run of today can be using
@@ -111,6 +113,8 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
         )
     elif number == errno.ENOENT:
         return _explain_missing(place, data_dir, what) if named else None
+    elif number == errno.ENOTEMPTY:
+        remedy = "Another process writes there: end it, and run again: finished steps are kept."
     elif number in (errno.ENOTDIR, errno.EEXIST):
         remedy = f"{it} must be a folder: choose another path."
     elif number == errno.EROFS:
@@ -181,9 +185,16 @@ def prepare_temporary_folder(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove the folder or file at this path, if it exists."""
-    with contextlib.suppress(FileNotFoundError):
-        if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
-        elif os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove
-            folder.unlink()
+    """Remove the folder or file at this path, if it exists.
+
+    A worker that has outlived its run may write or remove files in it meanwhile, until it misses one. Raises OSError,
+    also if that lasts longer than REMOVAL_TIMEOUT.
+    """
+    deadline = time.monotonic() + REMOVAL_TIMEOUT
+    while os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove
+        try:
+            shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
+        except OSError as error:
+            if error.errno not in BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

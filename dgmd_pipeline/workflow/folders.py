@@ -101,6 +101,12 @@ def pieces(target: Path) -> list[Path]:
     return _kept(_beside(target)[0])
 
 
+def resumable(target: Path, fingerprint: str | None) -> Path | None:
+    """Return RESUME in the draft of a folder, if `draft` will provide this draft for this fingerprint, else None."""
+    folder = _beside(target)[0]
+    return folder / RESUME if fingerprint and _fingerprint(folder) == fingerprint and _can_resume(folder) else None
+
+
 def recover(data_dir: Path, names: Iterable[str]) -> None:
     """Clean up the folders `names` after a killed run: restore replaced folders and remove drafts.
 

@@ -20,7 +20,7 @@ class StepPlan:
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
     fingerprint: str | None  # of the folder now, or after the run if it is known beforehand
-    images: int | None = None  # in the folder, or in its input if the folder is missing
+    images: int | None = None  # in the folder, or in its input if the folder is missing and that is known
     bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
     waits_for: Sequence[str] = ()  # for "maybe": the steps that certainly run and whose results decide
@@ -87,9 +87,10 @@ def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
         upstream = [plans[task.folder] for task in step.deps()]
-        found = _step_plan(step, upstream)
-        if with_reuse and found.state != "done":
-            found = replace(found, reuse=step.expected_reuse(upstream))
+        found = _step_plan(step, upstream, list(plans))
+        reuse = step.expected_reuse(upstream) if with_reuse and found.state != "done" else ""
+        stopped = step.stopped_work(upstream) if found.state == "run" else ""
+        found = replace(found, reuse="; ".join(filter(None, (reuse, stopped))))
         plans[step.folder] = found
         step.context.result.planned.add(step.folder)
         if found.state == "done" and found.fingerprint:
@@ -97,7 +98,14 @@ def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
     return list(plans.values())
 
 
-def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
+def _known(plan: StepPlan) -> StepPlan:
+    """Return a plan without the numbers of a folder that will be written again with others."""
+    known = plan.state != "run" or any(reason.kind == "upstream" for reason in plan.reasons)  # `change.images`
+    return plan if known else replace(plan, images=None, counts={})
+
+
+def _step_plan(step: "Step", upstream: list[StepPlan], planned: Sequence[str]) -> StepPlan:
+    """Return the plan of a step, from the plans of its inputs and the names of all steps before it in their order."""
     name, path = step.folder, folders.current_path(step.path)
     record = success_file.read_record(path)
     known = step.context.result.fingerprints.get(name)
@@ -107,7 +115,7 @@ def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
     inputs = {each.step: each.fingerprint for each in upstream if each.fingerprint} | step.extra_inputs()
     unknown = [each.step for each in upstream if not each.fingerprint]
     expected = None if unknown else step.expected_fingerprint(inputs)
-    images = step.input_images(upstream)
+    images = step.input_images([_known(each) for each in upstream])
     if not path.exists():
         return StepPlan(name, "run", [Reason("missing")], expected, images)
     if record is None:
@@ -116,16 +124,15 @@ def _step_plan(step: "Step", upstream: list[StepPlan]) -> StepPlan:
             found = success_file.walk(path)
             return StepPlan(name, "done", [Reason("external")], found.fingerprint, found.files, found.bytes)
         return StepPlan(name, "run", [Reason("unreadable")], expected, images)
-    images = images if record.images is None else record.images
+    images = step.input_images(upstream) if record.images is None else record.images
     reasons = step.outdated(record, inputs | {each: record.inputs.get(each, "new") for each in unknown})
     if reasons:
         return StepPlan(name, "run", reasons, expected, images, record.bytes, record.counts)
     if change := step.check_upstream(record):
         reason = Reason("upstream", change.reason)
         return StepPlan(name, "run", [reason], change.fingerprint, change.images, change.bytes, record.counts)
-    waits_for = list(
-        dict.fromkeys(other for each in upstream if each.state != "done" for other in each.waits_for or [each.step])
-    )
+    undecided = {other for each in upstream if each.state != "done" for other in each.waits_for or [each.step]}
+    waits_for = [each for each in planned if each in undecided]
     reasons = [Reason("waiting", " or ".join(waits_for))] if waits_for else []
     fingerprint = None if unknown else record.identity
     state: Literal["maybe", "done"] = "maybe" if waits_for else "done"

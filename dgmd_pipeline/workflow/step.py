@@ -200,12 +200,17 @@ class Step(luigi.Task):
         return self._input_fingerprint(inputs)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
-        """Return how many images the step will get, or None if the plans of its inputs do not say."""
-        return next((plan.images for plan in upstream if plan.images is not None), None)
+        """Return how many images the step will get, or None if the plan of its first input does not say."""
+        return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         """Return what the step will take over from its folder, for the plan; "" for nothing or if it is unknown."""
         return ""
+
+    def describe_draft(self, kept: Path) -> str:
+        """Return what the step will do with the folder that a stopped run has kept to resume, for the plan."""
+        del kept
+        return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
         """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
@@ -217,6 +222,17 @@ class Step(luigi.Task):
         return record.bytes if record else None
 
     # The contract
+
+    def stopped_work(self, upstream: Sequence[StepPlan]) -> str:
+        """Return what the step will take over from a run that was stopped, for the plan; "" for nothing."""
+        if self._forced():
+            return ""
+        if self.keeps_pieces:
+            pieces = len(folders.pieces(self.path))
+            return f"{formatting.counted(pieces, 'finished piece')} of a stopped run" if pieces else ""
+        inputs = {each.step: each.fingerprint for each in upstream if each.fingerprint} | self.extra_inputs()
+        kept = folders.resumable(self.path, self._draft_fingerprint(inputs))
+        return self.describe_draft(kept) if kept else ""
 
     def _input_fingerprint(self, inputs: Mapping[str, str]) -> str:
         """Return the fingerprint of everything that the content depends on."""
@@ -277,7 +293,7 @@ class Step(luigi.Task):
 
     def _write(self, inputs: dict[str, str]) -> tuple[StepRecord, str]:
         started, start = formatting.utc_now(), time.monotonic()
-        if self.keeps_pieces and self._forced():
+        if self._forced():
             folders.sweep(self.path.parent, [self.folder])
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import os
 
 import keras
 import numpy as np
@@ -30,14 +32,35 @@ def test_images_are_predicted_from_the_registry_alone(trained, tmp_path, command
     assert not (tmp_path / "nothing").exists()
 
     (tmp_path / "in/notes.txt").write_text("no image")
-    result = command(tmp_path, "predict", "in", "--csv", **variables)  # production
-    assert result.returncode == 20
-    assert [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))] == [row["file"] for row in rows]
-    assert "1 of 4 files could not be read; the first one is in/notes.txt" in result.stderr
+    (tmp_path / "in/huge.png").touch()
+    os.truncate(tmp_path / "in/huge.png", 500_000_001)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "in/z.png").write_bytes(picture(LABELS[0], 3, TINY["IMAGE_WIDTH"]))  # after those that cannot be read
+    names = [*(row["file"] for row in rows), "in/z.png"]
+    for words, read in (
+        (["--csv"], csv.DictReader),
+        (["--json"], lambda text: json.loads(text.read())),
+        ([], table_rows),
+    ):
+        result = command(tmp_path, "predict", "nowhere.png", "in", "pipe", *words, **variables)  # production
+        assert result.returncode == 20
+        assert [row["file"] for row in read(io.StringIO(result.stdout))] == names, words
+        for problem in (
+            "warning: nowhere.png cannot be read: No such file or directory\n",
+            "warning: pipe cannot be read: neither a file nor a folder\n",
+            "warning: in/notes.txt cannot be read: ",
+            "warning: in/huge.png cannot be read: 500,000,001 bytes, expected at most 500,000,000\n",
+            "error: 4 of 8 files could not be read: the warnings give the reasons.\n",
+        ):
+            assert problem in result.stderr, words
 
 
-def test_a_file_that_does_not_exist_is_reported(trained, command):
-    result = command(trained.folder, "predict", "nowhere.png", **trained.variables)
-    assert result.returncode == 20
-    assert "There is no file or folder nowhere.png." in result.stdout
-    assert "Traceback" not in result.stdout + result.stderr
+def table_rows(text):
+    return [{"file": line.split(maxsplit=2)[2].strip()} for line in text][1:]
+
+
+def test_without_a_file_that_can_be_read_nothing_is_loaded(trained, command):
+    variables = {**trained.variables, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    result = command(trained.folder, "predict", "nowhere.png", **variables)
+    assert (result.returncode, result.stdout) == (20, "")
+    assert "nowhere.png cannot be read: No such file or directory" in result.stderr

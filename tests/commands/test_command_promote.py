@@ -100,7 +100,7 @@ def test_an_operator_at_a_terminal_is_asked(trained, own_model, command, json_of
         refused = command(trained.folder, "promote", "2", **own_model)
         assert refused.returncode == 40, refused.stdout
         assert "version 1, although no difference was shown? [y/N]" in refused.stderr
-        assert "No difference from version 1 shown" in refused.stdout and ": no reason to promote" in refused.stdout
+        assert "No reason to promote: no difference from version 1 shown" in refused.stdout
         assert "Nothing was changed." in refused.stdout and "error" not in refused.stdout
         assert environments(json_of, trained.folder, own_model) == {1: "production", 2: "non-production"}
         print("y", file=keyboard, flush=True)
@@ -157,12 +157,12 @@ def test_a_version_is_promoted_by_itself_only_if_it_is_better_and_never_the_firs
     values = settings.load()
     assert promotion.promote_if_better(values, 3).startswith("Version 3 is not promoted: ")
     assert promotion.promote_if_better(values.model_copy(update={"max_latency_ratio": 1e-3}), 2).startswith(
-        "Version 2 is not promoted: better than version 1 (+20.0 points), but do not promote. Failed: latency"
+        "Version 2 is not promoted: better than version 1 (+20.0 points). Failed: latency"
     )
     assert promotion.promote_if_better(values, 2).startswith("Version 2 is production now: better than version 1 (")
     assert environments(json_of, folder, variables) == {1: "non-production", 2: "production", 3: "non-production"}
     (event,) = json_of(folder, "history", **variables)
-    assert (event["automatic"], event["forced"], event["why"]) == (True, False, "Better than version 1 (+20.0 points)")
+    assert (event["automatic"], event["forced"], event["why"]) == (True, False, "better than version 1 (+20.0 points)")
     assert "promote (automatic)" in command(folder, "history", **variables).stdout
     assert command(folder, "rollback", "--yes", **variables).returncode == 0
     assert "was production before" in promotion.promote_if_better(values, 2)

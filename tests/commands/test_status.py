@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from conftest import COMMAND, picture, run_in_own_mounts, run_pipeline
@@ -39,7 +40,7 @@ def test_health_and_message_show_success_no_change_and_failure(variables, listen
     assert run_pipeline(tmp_path, "--until", "label", **elsewhere).returncode == 20
     code, text = health(tmp_path, variables)
     assert code == 1
-    assert "failed after" in text
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d: failed after ", text), text  # one time in a line
     assert "/gone" in text
 
     assert "Last success: 20" in text

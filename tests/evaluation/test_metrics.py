@@ -192,8 +192,11 @@ def test_metrics_are_those_of_scikit_learn(monkeypatch):
     probabilities = random.dirichlet(np.full(8, 0.2), 200).astype(np.float32)
     probabilities[3] = np.eye(8)[7]  # the probability of the true class is 0
     truth = np.concatenate([np.arange(8), random.integers(0, 8, 192)])
-    found = measure(probabilities, truth).overall
-    labels = np.arange(8)
+    measured = measure(probabilities, truth)
+    found, labels, predicted = measured.overall, np.arange(8), probabilities.argmax(axis=1)
+    by_class = reference.precision_recall_fscore_support(truth, predicted, labels=labels, zero_division=0)
+    assert [tuple(row[1:]) for row in measured.classes] == list(zip(*by_class, strict=True))
+    assert (measured.confusion_matrix == reference.confusion_matrix(truth, predicted, labels=labels)).all()
     assert found["log_loss"] == pytest.approx(reference.log_loss(truth, probabilities, labels=labels), rel=1e-5)
     assert found["top_3_accuracy"] == reference.top_k_accuracy_score(truth, probabilities, k=3, labels=labels)
 

@@ -44,7 +44,7 @@ PLOTS = {
 
 def pixels(plot):
     """Width and height of a plot's file."""
-    return [round(inches * plots.DPI) for inches in (plot.width, plot.height)]
+    return [round(inches * plot.dpi) for inches in (plot.width, plot.height)]
 
 
 def bars(container, attribute="get_height"):

@@ -144,7 +144,12 @@ def page(drawn):
 
     def render(gates=GATES, verdict="better", drift="", **changes):
         review = REVIEW._replace(**{name: changes.pop(name) for name in Review._fields if name in changes})
-        report.write(drawn, content(**changes), review, Decision(verdict, "The headline", "The reason.", gates, drift))
+        report.write(
+            drawn,
+            content(**changes),
+            review,
+            Decision(verdict, "the finding", "The headline", "The reason.", gates, drift),
+        )
         return Page((drawn / "report.html").read_text(encoding="utf-8"))
 
     return render
@@ -221,7 +226,7 @@ def test_the_versions_so_far_end_with_this_one(page):
         VersionSummary(9, 1.75e9, 0.625, 1200, 3, 2),
     ]
     shown = page(versions=earlier)
-    assert "2 January 2026, 03:04 UTC, after version 9." in shown.text
+    assert "2 January 2026, 03:04 UTC, as the version after 9." in shown.text
     text = section(shown, "versions")
     rows = re.findall(r"<tr><td>(.*?)</tr>", shown.html.partition('<section id="versions">')[2], re.DOTALL)
     assert [re.sub("<.*?>", "|", row).split("|")[0] for row in rows] == ["this one", "9", "7"]

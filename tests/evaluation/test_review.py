@@ -92,8 +92,9 @@ def benchmarked(monkeypatch):
     """The arguments of `serving_benchmark.benchmark`, which starts no process."""
     calls = []
 
-    def benchmark(process, path, images, recorded, scratch, production, originals):
+    def benchmark(process, path, images, recorded, scratch, production, originals, after_timing):
         calls.append((path, images, recorded, production, originals))
+        after_timing()
         if path.name == "broken.keras":
             raise PipelineError("The model could not be used.")
         return BENCHMARK
@@ -123,7 +124,7 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     production = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS), 4)
     seen = []
     known = images._replace(raw=tmp_path / "raw")
-    found = reviewed(candidate, production, known, tmp_path, before_timing=seen.append)
+    found = reviewed(candidate, production, known, tmp_path, after_timing=seen.append)
     assert (found.comparison.version, found.comparison_error, found.comparison.accuracy) == (4, "", 1)
     assert seen == [found.comparison]
     assert (found.serving_benchmark, found.benchmark_error) == (BENCHMARK, "")

@@ -40,6 +40,7 @@ def saved(tmp_path_factory):
 def measured(saved, tmp_path_factory):
     """The small model's benchmark beside the large one, started by a process that holds 2 GB, and its scratch folder.
 
+    The last value lists the answers in the scratch folder at each call of `after_timing`.
     Original file 7 is missing; the recorded probabilities of files 3 and 5 have another label.
     """
     small, large, recorded = saved
@@ -50,13 +51,15 @@ def measured(saved, tmp_path_factory):
     files[7].unlink()
     of_files = recorded.copy()
     of_files[[3, 5]] = np.roll(of_files[[3, 5]], 1, axis=1)
+    answers = []
     held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
     with serving_benchmark.start_process() as process:
         found = serving_benchmark.benchmark(
-            process, small, IMAGES, recorded, scratch, large, Originals(files, of_files)
-        )
+            process, small, IMAGES, recorded, scratch, large, Originals(files, of_files),
+            lambda: answers.append([path.name for path in scratch.rglob("*.json")]),
+        )  # fmt: skip
     del held
-    return found, scratch
+    return found, scratch, answers
 
 
 class InThisProcess:
@@ -71,13 +74,17 @@ class InThisProcess:
 
 
 def test_the_saved_model_is_measured_in_a_clean_process(saved, measured):
-    found, scratch = measured
+    found, scratch, _ = measured
     assert found.predictions_equal and found.largest_difference < serving_benchmark.TOLERANCE
     assert found.parameters == training_networks.load(saved[0]).count_params()
     assert found.bytes == saved[0].stat().st_size
     assert 0 < found.latency_p50_ms <= found.latency_p95_ms
     assert found.load_seconds > 0 and found.images_per_second > 0 and found.batch == 8
     assert list(scratch.iterdir()) == []
+
+
+def test_others_may_work_once_the_times_are_measured(measured):
+    assert measured[2] == [["task.json"]]
 
 
 def test_the_peak_memory_is_that_of_the_process_itself(measured):

@@ -2,17 +2,19 @@ import hashlib
 import re
 import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 from support.http_server import reset, send
 from support.s3 import read_files, send_error, send_listing, sources, upload
+from support.work import keep_writing
 
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.manifest import Rejected, SourceObject
 from dgmd_pipeline.s3 import crt, sync, transfer
 from dgmd_pipeline.s3 import download as download_module
 from dgmd_pipeline.s3.client import connect
-from dgmd_pipeline.s3.download import download
+from dgmd_pipeline.s3.download import download, download_chunk, download_in_chunks
 from dgmd_pipeline.s3.listing import list_objects
 
 pytestmark = pytest.mark.usefixtures("aws_home")
@@ -218,6 +220,33 @@ def test_unfinished_files_of_a_killed_run_are_removed_even_if_there_is_nothing_t
     (tmp_path / ".part/7").write_bytes(b"a")
     assert list(download(connect(), "images", [], tmp_path)) == []
     assert [path.name for path in tmp_path.iterdir()] == ["cat"]
+
+
+@pytest.mark.parametrize("fetch", [download, partial(download_in_chunks, map=map)])
+def test_a_worker_that_still_downloads_for_a_killed_run_leaves_nothing(fake_s3, tmp_path, fetch):
+    fake_s3(send_abc)
+    with keep_writing(tmp_path / ".part" / "attempt"):
+        items = fetch(connect(), "images", sources("cat/1.png"), tmp_path)
+        assert list(items) == sources("cat/1.png")
+    assert read_files(tmp_path) == {"cat/1.png": b"abc"}
+
+
+def test_a_worker_that_begins_a_chunk_of_a_killed_run_completes_no_file(fake_s3, tmp_path):
+    fake_s3(send_abc)
+    chunks = []
+
+    def run(function, given):
+        for chunk in given:
+            chunks.append(chunk)
+            yield function(chunk)
+
+    list(download_in_chunks(connect(), "images", sources("cat/1.png"), tmp_path, run))
+    following = download_in_chunks(connect(), "images", sources("dog/1.png"), tmp_path, run)
+    next(following)
+    with pytest.raises(FileNotFoundError):
+        download_chunk(chunks[0]._replace(objects=sources("cat/2.png")))
+    following.close()
+    assert read_files(tmp_path).keys() == {"cat/1.png", "dog/1.png"}
 
 
 def test_closing_the_generator_ends_all_threads_and_leaves_only_complete_files(fake_s3, tmp_path):

@@ -6,6 +6,8 @@ Every run that ends well leaves the folders of a local run that nobody killed.
 """
 
 import contextlib
+import difflib
+import json
 import logging
 import os
 import random
@@ -35,6 +37,17 @@ def fill(endpoint):
         client.put_object(Bucket="kills", Key=f"p/{label}/{number}.png", Body=picture(label, number, 64))
 
 
+def difference(name, found, expected):
+    """Say how a file differs from that of the local run."""
+    if found is None or expected is None:
+        return f"{name}: {'missing' if found is None else 'not expected'}"
+    if isinstance(found, dict):
+        found, expected = (json.dumps(each, indent=1, sort_keys=True).encode() for each in (found, expected))
+    lines = (each.decode("utf-8", "replace").splitlines() for each in (expected, found))
+    changes = [line for line in difflib.unified_diff(*lines, lineterm="", n=0) if line[:2] not in ("--", "++", "@@")]
+    return f"{name}: {len(expected)} bytes expected, {len(found)} found\n" + "\n".join(changes[:20])
+
+
 def main(kills=50, seed=None):
     seed = secrets.randbits(32) if seed is None else int(seed)
     print(f"seed {seed}", flush=True)
@@ -56,6 +69,7 @@ def main(kills=50, seed=None):
         while done < int(kills):
             number += 1
             variables |= {"DATA_DIR": folder / f"{number}", "DASK_SCHEDULER_ADDRESS": running.address}
+            outputs = []
             while True:
                 runs += 1
                 run = run_pipeline(folder, "run", "--until", "convert", start=True, **variables)
@@ -70,14 +84,16 @@ def main(kills=50, seed=None):
                         with contextlib.suppress(psutil.NoSuchProcess):
                             run.kill() if kills_run else chance.choice(victims).kill()
                 output = run.communicate()[0]
+                outputs.append(output)
                 last = output.strip().split("\n")[-1]
                 print(f"{number}: {done} kills, {run.returncode}, {last}", flush=True)
                 if run.returncode == 0:
                     break
                 assert run.returncode == -signal.SIGKILL or (run.returncode == 30 and "were lost" in output), output
             found = contents(folder / f"{number}")
-            names = {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
-            assert not names, names
+            names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            differences = [difference(name, found.get(name), expected.get(name)) for name in names]
+            assert not names, "\n".join([*outputs, running.logs(), *differences])
     print(f"{done} kills ({workers} of workers), {runs} runs, {number} times the same folders; seed {seed}")
     server.stop()
     os._exit(0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -21,16 +22,20 @@ from support.http_server import send, serve
 
 
 @contextlib.contextmanager
-def served(folder):
-    """Serve the MLflow store in a folder over HTTP, SQLite behind it; its address."""
+def served(folder, **variables):
+    """Serve the MLflow store in a folder over HTTP, SQLite behind it, started as in its image; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    store = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
+    command = ["mlflow", "server", "--port", str(port), "--workers", "1", f"--artifacts-destination={folder}/artifacts"]
+    command = [sys.executable, "-m", "dgmd_pipeline.registry.login", *command]
+    of_the_image = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # otherwise six more processes start, for GenAI jobs
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     with (folder / "log").open("wb") as log:
-        # Otherwise six more processes start, for GenAI jobs.
-        environment = environment_with({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+        environment = environment_with({**of_the_image, **variables})
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)

@@ -1,7 +1,9 @@
-"""Functions that workers of a cluster call in tests."""
+"""Functions that workers of a cluster call in tests, and a worker that goes on after its run has ended."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -60,3 +62,18 @@ def burn(forever):
         signal.setitimer(signal.ITIMER_PROF, 0.1)
         sum(range(10**10))
     return forever
+
+
+@contextlib.contextmanager
+def keep_writing(folder):
+    """Create one file after the other in a new folder until it is removed. At the end, wait for this."""
+    folder.mkdir(parents=True)
+    script = 'number=0; while : > "$0/$number"; do number=$((number + 1)); /bin/true; done'  # some hundred a second
+    process = subprocess.Popen(["sh", "-c", script, folder], stderr=subprocess.DEVNULL)
+    while len(list(folder.iterdir())) < 200:
+        time.sleep(0.001)
+    try:
+        yield
+        process.wait()
+    finally:
+        process.kill()

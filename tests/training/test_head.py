@@ -166,3 +166,14 @@ def test_only_centred_features_are_evaluated_for_many_labels(monkeypatch):
     monkeypatch.setattr(head_selection, "MAX_PRODUCTS", 0)
     monkeypatch.setattr(head_selection, "SHRINKAGES", (1.0, 0.0))  # the second would divide by zero
     assert train(clouds(60), kind="linear").selection.chosen.shrinkage == 1
+
+
+def test_a_shrinkage_after_one_that_is_not_better_is_not_evaluated(monkeypatch):
+    data = clouds(60, spread=2)
+    noise = np.random.default_rng(0).normal(0, 0.01, (len(data.labels), 40)).astype(np.float32)
+    noisy = data._replace(vectors=np.hstack([data.vectors, noise]))  # whitening gives it as much weight as the rest
+    monkeypatch.setattr(head_selection, "SHRINKAGES", (1.0, 1e-6, np.nan))  # the last would raise an error
+    assert train(noisy, kind="linear").selection.chosen.shrinkage == 1
+    monkeypatch.setattr(head_selection, "SHRINKAGES", (1.0, np.nan))
+    with pytest.raises(PipelineError, match="finite"):
+        train(noisy, kind="linear")

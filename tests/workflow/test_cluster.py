@@ -1,5 +1,6 @@
 """The heavy work on a real Dask scheduler and workers: results, checks and faults."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -18,6 +19,7 @@ import pytest
 from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from support import work
 from support.dask_cluster import cluster, contents
+from support.tcp_proxy import proxy
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import demo
@@ -308,6 +310,55 @@ def test_a_scheduler_that_stays_away_stops_the_run(executor, running, tmp_path):
             results.result()
 
 
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_network_that_drops_everything_between_the_run_and_the_scheduler(
+    for_ever, running, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dask_executor, "MAX_LOSSES", 2 if for_ever else 1000)
+    monkeypatch.setattr(dask_executor, "POLL", 0.1)
+    monkeypatch.setattr(dask_executor, "ANSWER_TIMEOUT", 1)
+    go = tmp_path / "go"
+    with (
+        proxy(running.address) as (address, flowing),
+        ThreadPoolExecutor(1) as thread,
+        contextlib.closing(connection(address, data_dir)) as executor,
+    ):
+        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
+        wait_until(lambda: begun(go) >= 1)
+        flowing.clear()
+        go.touch()
+        if for_ever:
+            with pytest.raises(PipelineError, match=f"connection to the Dask scheduler at {address} is lost"):
+                results.result()
+        else:
+            wait_until(lambda: executor._unanswered)
+            flowing.set()
+            assert results.result() == 4 * ["go"]
+    with contextlib.closing(connection(running.address, data_dir)) as following:
+        assert list(following.map(work.square, range(4))) == [0, 1, 4, 9]
+
+
+def test_a_network_that_drops_everything_between_a_worker_and_the_scheduler(executor, running, tmp_path):
+    go = tmp_path / "go"
+    with proxy(running.address) as (address, flowing), ThreadPoolExecutor(1) as thread:
+        wait_until(lambda: len(executor._client.nthreads()) == 2)
+        worker = running.start_worker("--no-nanny", address=address)
+        try:
+            wait_until(lambda: len(executor._client.nthreads()) == 3)
+            results = thread.submit(list, executor.map(work.wait_for, 6 * [go]))
+            wait_until(lambda: begun(go) == 3)
+            flowing.clear()
+            wait_until(lambda: len(executor._client.nthreads()) == 2)  # after worker-ttl
+            go.touch()
+            assert results.result() == 6 * ["go"]
+            assert begun(go) > 6
+        finally:
+            go.touch()
+            running.workers.remove(worker)
+            worker.kill()
+            worker.wait()
+
+
 class Recorder(ProcessExecutor):
     """Keeps what a cluster would be sent."""
 
@@ -359,7 +410,8 @@ def test_a_worker_without_credentials_that_is_refused_says_so(digits, monkeypatc
     place = s3_client.Place(digits["AWS_ENDPOINT_URL"], "us-east-1", True)
     (tmp_path / ".part").mkdir()
     size, tag = 4, "70ddcb9a3a3bde1dd9ed2aeba4f8a9e0"
-    chunk = download.Chunk(place, "digits", [SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")], tmp_path)
+    source = SourceObject("p/3/damaged.png", size, tag, "3/damaged.png")
+    chunk = download.Chunk(place, "digits", [source], tmp_path, tmp_path / ".part")
     with pytest.raises(
         NoUsableInput, match=r"refuses s3://digits/p/3/damaged.png to the worker on .*, which has no AWS"
     ):
@@ -374,7 +426,7 @@ def test_the_same_chunk_may_be_downloaded_twice_at_the_same_time(digits, monkeyp
     download._client.cache_clear()
     (tmp_path / ".part").mkdir()
     listed = listing.list_objects(client, "digits", "p", False).objects[:100]
-    chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path)
+    chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path, tmp_path / ".part")
     with ThreadPoolExecutor(2) as threads:
         one, two = threads.map(download.download_chunk, [chunk, chunk])
     assert sorted(one) == sorted(two) == sorted(listed)

@@ -1,9 +1,11 @@
 import errno
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, run_in_own_mounts
+from support.work import keep_writing
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.workflow import disk
@@ -72,3 +74,22 @@ except PipelineError as error:
     done = run_in_own_mounts(tmp_path, script, sys.executable, tmp_path / "small", code, PYTHONPATH=ROOT)
     assert done.stdout.startswith(f"{tmp_path / 'small'}: the disk for temporary files is full: step needs more. ")
     assert "set TMPDIR to a folder on another disk" in done.stdout
+
+
+def test_a_folder_in_which_another_process_writes_is_removed(tmp_path):
+    folder = tmp_path / "draft"
+    for number in range(3):
+        with keep_writing(folder / "piece" / str(number)):
+            disk.remove(folder)
+        assert not folder.exists()
+
+
+def test_a_folder_that_another_process_removes_is_gone_afterwards(tmp_path):
+    def remove(_):
+        disk.remove(tmp_path / "draft")
+        return not (tmp_path / "draft").exists()
+
+    for number in range(400):
+        (tmp_path / "draft" / str(number)).mkdir(parents=True)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(remove, range(4)))

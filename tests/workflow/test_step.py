@@ -7,7 +7,7 @@ import pytest
 
 from dgmd_pipeline.errors import PipelineError, SettingsError, Stopped
 from dgmd_pipeline.settings import Settings
-from dgmd_pipeline.workflow import disk, planning, success_file
+from dgmd_pipeline.workflow import disk, folders, planning, success_file
 from dgmd_pipeline.workflow.run_context import RunContext, activate
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 
@@ -233,6 +233,48 @@ def test_a_forced_step_and_all_after_it_are_done_again(tmp_path):
     assert plan["first"] == ("done", "")
     assert plan["second"] == ("run", "--force second")
     assert plan["third"] == ("run", "--force second")
+
+
+class Resumable(Step):
+    name = "resumable"
+    resumable = True
+    params = ("epochs",)
+
+    def work(self, draft):
+        notes = draft / folders.RESUME / "notes"
+        if not notes.exists():
+            notes.write_text("1")
+            raise PipelineError("stopped on purpose")
+        return StepResult(summary="resumed")
+
+    def describe_draft(self, kept):
+        return f"continues after {(kept / 'notes').read_text()}"
+
+
+class Pieces(Resumable):
+    name = "resumable"
+    keeps_pieces = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(Resumable, "continues after 1"), (Pieces, "1 finished piece of a stopped")]
+)
+def test_a_plan_says_what_a_stopped_run_left_and_a_forced_step_does_not_use_it(tmp_path, kind, told):
+    def plan(forced=None, **settings):
+        with activate(RunContext(Settings(DATA_DIR=tmp_path, **settings), forced=forced or {})):
+            (found,) = planning.plan(kind())
+            return found.explanation
+
+    assert plan() == "folder is missing"
+    with pytest.raises(PipelineError, match="on purpose"):
+        go(tmp_path, kind)
+    assert plan().startswith(f"folder is missing; {told}")
+    assert told not in plan(forced={"resumable": "--force resumable"})
+    assert (told in plan(EPOCHS=3)) == kind.keeps_pieces
+    with pytest.raises(PipelineError, match="on purpose"):  # it begins from nothing
+        go(tmp_path, kind, forced="resumable")
+    go(tmp_path, kind)
+    assert plan() == ""
 
 
 def test_a_step_has_a_verb_and_a_folder_and_an_unknown_name_is_answered_with_both(tmp_path):

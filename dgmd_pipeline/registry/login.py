@@ -1,0 +1,111 @@
+"""Start a command; an MLflow server requires a login if passwords are set.
+
+The image of the MLflow server runs every command with this module: `python -m dgmd_pipeline.registry.login COMMAND`.
+"""
+
+import configparser
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dgmd_pipeline.errors import PipelineError, SettingsError
+from dgmd_pipeline.registry import database
+
+OPERATOR, PIPELINE = "operator", "pipeline"  # accounts
+PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PASSWORD"}  # variables
+SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
+DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
+# One process answers all requests, so a changed password applies at once. Without a cache, MLflow hashes the password
+# several times for each request.
+CACHE_SECONDS = 600
+
+
+def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
+    """Return the command and the environment of an MLflow server that requires a login, if a password is set.
+
+    Creates the accounts, or gives them the passwords of the environment. They and the settings of the login are files
+    beside the SQLite database of the server.
+
+    Raises SettingsError if a password is missing, too short or used twice, or if there are accounts and no password: a
+    server that had a login never starts without one.
+    """
+    passwords = {account: environment.get(name, "") for account, name in PASSWORDS.items()}
+    store = environment.get("MLFLOW_BACKEND_STORE_URI", "")
+    path = database.path_of(store)
+    accounts = path.with_name(DATABASE) if path else None
+    if not any(passwords.values()):
+        if accounts and accounts.exists():
+            raise SettingsError(
+                f"{accounts} has accounts, but {' and '.join(PASSWORDS.values())} are not set: set both, or delete "
+                "this file to let everyone change models."
+            )
+        return command, environment
+    _check(passwords)
+    if accounts is None:
+        raise SettingsError(f"{PASSWORDS[OPERATOR]} requires an SQLite database in MLFLOW_BACKEND_STORE_URI.")
+    uri = database.uri_of(accounts)
+    _write_accounts(uri, passwords)
+    settings = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(_write_settings(accounts.with_name(SETTINGS), uri)),
+        "MLFLOW_AUTH_ADMIN_USERNAME": OPERATOR,
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),  # of the form that creates accounts
+    }
+    kept = {name: value for name, value in environment.items() if name not in PASSWORDS.values()}
+    return [*command, "--app-name", "basic-auth"], kept | settings
+
+
+def _check(passwords: Mapping[str, str]) -> None:
+    for account, name in PASSWORDS.items():
+        if len(passwords[account]) < SHORTEST_PASSWORD:
+            raise SettingsError(
+                f"{name}: expected at least {SHORTEST_PASSWORD} characters, found {len(passwords[account])}. A login "
+                f"requires the passwords of both accounts, {OPERATOR} and {PIPELINE}."
+            )
+    if passwords[OPERATOR] == passwords[PIPELINE]:
+        raise SettingsError(f"{' and '.join(PASSWORDS.values())} are equal: the pipeline could promote versions.")
+
+
+def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
+    """Create the accounts or change their passwords. The pipeline's may do all that `permissions` does not refuse."""
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore()
+    store.init_db(uri)
+    for account, password in passwords.items():
+        if store.has_user(account):
+            store.update_user(account, password, is_admin=account == OPERATOR)
+        else:
+            store.create_user(account, password, is_admin=account == OPERATOR)
+    for resource in ("experiment", "registered_model"):  # also those that it did not create
+        store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
+
+
+def _write_settings(path: Path, uri: str) -> Path:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser["mlflow"] = {
+        "default_permission": "READ",
+        "database_uri": uri.replace("%", "%%"),  # MLflow interpolates
+        "authorization_function": "dgmd_pipeline.registry.permissions:authenticate",
+        "auth_cache_ttl_seconds": str(CACHE_SECONDS),
+    }
+    with path.open("w", encoding="utf-8") as file:
+        parser.write(file)
+    return path
+
+
+def main(command: list[str]) -> None:
+    """Replace this process by the command."""
+    environment: Mapping[str, str] = os.environ
+    try:
+        if command[:2] == ["mlflow", "server"]:
+            command, environment = required(command, environment)
+    except PipelineError as error:
+        sys.exit(str(error))
+    os.execvpe(command[0], command, environment)  # noqa: S606 - the command of the container
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
