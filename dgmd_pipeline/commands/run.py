@@ -59,7 +59,9 @@ def run(
                     quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start, until
                 )
             )
-            signals.before_end.append(lambda number: _end_attempt(values, result, 128 + number))
+            signals.before_end.append(
+                lambda number: _end_attempt(values, result, 128 + number, signals.stop_message(number))
+            )
             context = RunContext(
                 values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
@@ -74,15 +76,15 @@ def run(
     finally:
         if ending.code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
             publish_status(values, result, ending.code, ending.message, time.monotonic() - start, until)
-            _end_attempt(values, result, ending.code)
+            _end_attempt(values, result, ending.code, ending.message)
     _show_end(ending, result, time.monotonic() - start)
     return ending.code
 
 
-def _end_attempt(values: Settings, result: RunResult, code: int) -> None:
+def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
     """End the MLflow run of a training that failed, was stopped, or is not to be registered because of --until."""
     if code:
-        attempts.end(values, "KILLED" if code > 128 else "FAILED")
+        attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:
         attempts.end(values, "FINISHED")
 
