@@ -39,9 +39,13 @@ def source(number: int) -> manifest.SourceObject:
     return manifest.SourceObject(f"p/{path}", SIZE, f"{number:032x}-2", path)  # of two parts: no MD5 sum
 
 
+def sources(count: int) -> list[manifest.SourceObject]:
+    return sorted(map(source, range(count)), key=lambda each: each.path)
+
+
 def extend(data_dir: Path, rows: int) -> None:
     """Extend the manifests of a finished run to `rows` rows, and raw/ to as many sparse files."""
-    objects = [source(number) for number in range(rows)]
+    objects = sources(rows)
     for path in (data_dir / "raw" / each.path for each in objects):
         path.parent.mkdir(exist_ok=True)
         with path.open("ab") as file:
@@ -80,10 +84,10 @@ def image(number: int) -> bytes:
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """An endpoint with one bucket of `objects` tiny images."""
+    """An endpoint with one bucket of tiny images."""
 
     protocol_version = "HTTP/1.1"
-    objects = 0
+    objects: list[manifest.SourceObject]
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -95,12 +99,12 @@ class Bucket(BaseHTTPRequestHandler):
 
     def page(self, query: dict[str, list[str]]) -> bytes:
         first = int(query.get("continuation-token", ["0"])[0])
-        last = min(first + PAGE, self.objects)
-        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < self.objects else ""
+        last = min(first + PAGE, len(self.objects))
+        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(self.objects) else ""
         items = "".join(
             f"<Contents><Key>{quote(each.key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>&quot;{each.etag}&quot;</ETag><Size>{each.size}</Size></Contents>"
-            for each in map(source, range(first, last))
+            for each in self.objects[first:last]
         )
         return (
             '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
@@ -129,13 +133,13 @@ def main() -> None:
     rows_of: dict[int, dict[str, list[float]]] = {rows: defaultdict(list) for rows in options.rows}
     with tempfile.TemporaryDirectory() as name:
         fetched, own = Path(name, "fetched"), Path(name, "own")
-        Bucket.objects = 4 * LABELS
+        Bucket.objects = sources(4 * LABELS)
         cpu(PIPELINE, says="version 1, non-production", **variables, DATA_DIR=fetched)
         shutil.copytree(fetched / "raw", own / "raw")
         (own / "raw" / "_SUCCESS").unlink()
         cpu(PIPELINE, says="version 1, non-production", **variables, DATA_DIR=own)
         for rows, seconds in rows_of.items():
-            Bucket.objects = rows
+            Bucket.objects = sources(rows)
             extend(fetched, rows)
             add_external_files(own, rows)
             for _ in range(options.repeats):

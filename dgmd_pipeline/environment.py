@@ -12,6 +12,7 @@ LIBRARY_DEFAULTS = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",

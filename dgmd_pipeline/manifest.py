@@ -244,7 +244,7 @@ def _without_apostrophes(batch: "pa.RecordBatch") -> "pa.RecordBatch":
 
     for position, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
         if pa.types.is_binary(column.type) and b"'" in _content(column):
-            texts = [_encode(from_cell(text)) for text in map(decode, column.to_pylist())]
+            texts = [encode(from_cell(text)) for text in map(decode, column.to_pylist())]
             batch = batch.set_column(position, name, pa.array(texts, pa.binary()))
     return batch
 
@@ -274,7 +274,7 @@ def _to_csv(columns: "Sequence[pa.Array]") -> bytes:
         [decode(value) if isinstance(value, bytes) else value for value in column.to_pylist()] for column in columns
     )
     csv.writer(buffer).writerows(map(to_cell, row) for row in zip(*values, strict=True))
-    return _encode(buffer.getvalue())
+    return encode(buffer.getvalue())
 
 
 def _is_plain(text: bytes, rows: int, columns: int) -> bool:
@@ -302,7 +302,8 @@ def decode(text: bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
-def _encode(text: str) -> bytes:
+def encode(text: str) -> bytes:
+    """Return what `decode` returns the text of."""
     return text.encode("utf-8", "surrogateescape")
 
 

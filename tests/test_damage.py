@@ -9,12 +9,15 @@ import pytest
 from conftest import COMMAND, run_in_own_mounts, run_pipeline
 from support.pipeline import STEPS, client_of, folders, redone
 
+TERMINATED = ("KILLED", "terminated; run the same command again to resume")
 
-def statuses_of_runs(variables):
-    """The statuses of the MLflow runs of a model, the newest first."""
+
+def shown_of_runs(variables):
+    """The statuses and descriptions of the MLflow runs of a model, the newest first."""
     client = client_of(variables)
     experiment = client.get_experiment_by_name(variables["MODEL_NAME"])
-    return [run.info.status for run in client.search_runs([experiment.experiment_id])] if experiment else []
+    runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    return [(run.info.status, run.data.tags.get("mlflow.note.content")) for run in runs]
 
 
 @pytest.mark.slow
@@ -40,8 +43,8 @@ def test_without_mlflow_the_training_is_kept_and_the_next_run_only_registers(dat
     [
         (" raw                  ...", signal.SIGTERM, [[]]),
         (" inspected            ...", signal.SIGINT, [[]]),
-        (" trained_model        ...", signal.SIGTERM, [[], ["KILLED"]]),
-        (" epoch 1/500", signal.SIGTERM, [["KILLED"]]),
+        (" trained_model        ...", signal.SIGTERM, [[], [TERMINATED]]),
+        (" epoch 1/500", signal.SIGTERM, [[TERMINATED]]),
     ],
 )
 @pytest.mark.slow
@@ -58,14 +61,14 @@ def test_a_run_that_is_stopped_leaves_nothing_half_made_and_the_next_one_ends_we
     output = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], output
     assert "run the same command again to resume" in output
-    before = statuses_of_runs(variables)
+    before = shown_of_runs(variables)
     assert before in shown
     left = [path.name for path in (tmp_path / "data").iterdir() if path.name.startswith((".draft", ".old"))]
     kept = {"raw", "inspected", "tfrecord_training"} if "raw" in after or "inspected" in after else {"trained_model"}
     assert set(left) <= {f".draft-{step}" for step in kept}
     result = run_pipeline(tmp_path, "--until", "train", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert statuses_of_runs(variables) == ["FINISHED", *before]  # with other EPOCHS, it is another training
+    assert shown_of_runs(variables) == [("FINISHED", None), *before]  # with other EPOCHS, it is another training
     expected = [".lock", ".mlflow-run", "status.json", *STEPS[:8]]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(expected)
     for step in STEPS[:7]:
@@ -89,7 +92,7 @@ wait $run; echo "code $?"; cat log
     done = run_in_own_mounts(tmp_path, script, finished[0], **variables)
     assert done.stdout.startswith("code 30\n"), done.stdout + done.stderr
     assert " is full: trained_model needs more" in done.stdout
-    assert statuses_of_runs(variables) == ["FAILED"]
+    assert shown_of_runs(variables) == [("FAILED", done.stdout.rpartition(" error: ")[2].strip())]
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,17 @@ def test_the_mlflow_run_tells_everything(finished):
         assert len(history) >= 2
         assert history[-1].value == pytest.approx(training["metrics"][metric])
     measured = json.loads((data_dir / "evaluation" / "metrics.json").read_text())
-    assert run.data.metrics["evaluation_accuracy"] == measured["accuracy"]
-    assert run.data.metrics["evaluation_served_images"] == measured["images"]
-    assert run.data.metrics["evaluation_served_other_labels"] == 0
-    assert run.data.metrics["evaluation_served_largest_difference"] < 0.01
+    assert run.data.metrics["validation_accuracy"] == measured["accuracy"]
+    assert run.data.metrics["validation_served_images"] == measured["images"]
+    assert run.data.metrics["validation_served_other_labels"] == 0
+    assert run.data.metrics["validation_served_largest_difference"] < 0.01
+    assert run.data.metrics["system/data/images_training"] == 24
+    charts = sorted(name for name in run.data.metrics if not name.startswith("system/"))
+    assert charts[:5] == ["accuracy", "learning_rate", "loss", "val_accuracy", "val_loss"]
+    assert all(name.startswith("validation_") for name in charts[5:])
+    assert not [value for value in run.data.params.values() if value == "None"]
+    assert {*version.tags} == {"accuracy", "verdict", "environment", *(f"dgmd.{name}" for name in (
+        "measured", "version", "git_revision", "training_id"))}  # fmt: skip
     records = {step: json.loads((data_dir / step / "_SUCCESS").read_text()) for step in STEPS[:-1]}
     for step, record in records.items():
         assert run.data.metrics[f"system/step_seconds/{step}"] == record["seconds"]

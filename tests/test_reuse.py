@@ -1,5 +1,7 @@
 """What a run with a change takes over from the run before, and what it says about that."""
 
+import shutil
+
 import pytest
 from support import histories
 from support.histories import START, copy_started
@@ -67,6 +69,24 @@ def test_a_forced_step_and_those_after_it_are_done_in_full(folder, verb, done):
         1 if verb == "extract" else 2 if verb == "convert" else 3
     )
     assert not [text for text in result.summaries.values() if "reused" in text]
+
+
+@pytest.mark.parametrize("step", ["tfrecord", "features"])
+def test_the_pieces_of_a_stopped_step_serve_images_that_move_to_the_other_split(started, step):
+    with histories.folder_in_memory() as base:
+        copy_started(started, base / "data", None)
+        settings = histories.settings_for(base / "data").model_copy(update={"validation_pcnt": 0.4})
+        for split in ("training", "validation"):
+            shutil.rmtree(settings.data_dir / f"{step}_{split}")
+        kill = histories.Kill(f"rename .draft-{step}_validation {step}_validation", 0)
+        with histories.killed(kill, settings.data_dir):
+            histories.run(settings)
+        assert kill.came
+        changed = settings.model_copy(update={"validation_pcnt": 0.2})
+        counts = worked(histories.run(changed))
+        assert (counts[f"{step}_training"], counts[f"{step}_validation"]) == (0, 0)
+        found, expected = histories.contents(base / "data"), histories.run_from_nothing(changed, base / "x")
+        assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

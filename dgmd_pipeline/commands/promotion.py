@@ -88,7 +88,7 @@ def promote_if_better(values: "Settings", version: int) -> str:
     refused, now = f"Version {version} is not promoted:", state.production
     if now is None:
         return f"{refused} an operator promotes the first version."
-    if candidate == now or any(event.version == version for event in promotion.history(state)):
+    if candidate == now or any(event.done and event.version == version for event in promotion.history(state)):
         return f"{refused} an operator decides on a version that was production before."
     _, decision = _decide(values, store, state, candidate)
     if decision.verdict != BETTER or decision.failed:

@@ -30,6 +30,7 @@ class _Ending(NamedTuple):
     code: int  # exit code
     message: str  # sentences, for `status.json` and NOTIFY_URL
     shown: list[str]  # what the log does not say yet: its last lines
+    failure: str = ""  # what failed after the last step, for the log
 
 
 def run(
@@ -48,7 +49,7 @@ def run(
     """
     forced = _forced(values, force, until)  # an unknown step is a mistake and not the status of a run
     result = RunResult()
-    code, message, shown = 1, "a bug of the pipeline; the log has the traceback", list[str]()
+    ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
             # The message to NOTIFY_URL is left out: it could take longer than the system waits.
@@ -58,33 +59,32 @@ def run(
                     quiet, result, 128 + number, signals.stop_message(number), time.monotonic() - start, until
                 )
             )
-            signals.before_end.append(lambda number: _end_attempt(values, result, 128 + number))
+            signals.before_end.append(
+                lambda number: _end_attempt(values, result, 128 + number, signals.stop_message(number))
+            )
             context = RunContext(
                 values, resources.executor(values), signals.check_stopped, holder.tell, forced, values.model_name,
                 result=result,
             )  # fmt: skip
-            code, message, shown = _finish(values, context, until, scheduler_url, verbose)
+            ending = _finish(values, context, until, scheduler_url, verbose)
     except PipelineError as error:
-        code, message = error.exit_code, str(error)
+        ending = _Ending(error.exit_code, str(error), [])
         raise
     except KeyboardInterrupt:
-        code, message = 128 + signals.received[0], signals.stop_message(signals.received[0])
+        ending = _Ending(128 + signals.received[0], signals.stop_message(signals.received[0]), [])
         raise
     finally:
-        if code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
-            publish_status(values, result, code, message, time.monotonic() - start, until)
-            _end_attempt(values, result, code)
-    if not code:
-        _show_times(result, time.monotonic() - start)
-        for line in shown:
-            log.info("%s", line, extra={"result": True})
-    return code
+        if ending.code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
+            publish_status(values, result, ending.code, ending.message, time.monotonic() - start, until)
+            _end_attempt(values, result, ending.code, ending.message)
+    _show_end(ending, result, time.monotonic() - start)
+    return ending.code
 
 
-def _end_attempt(values: Settings, result: RunResult, code: int) -> None:
+def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
     """End the MLflow run of a training that failed, was stopped, or is not to be registered because of --until."""
     if code:
-        attempts.end(values, "KILLED" if code > 128 else "FAILED")
+        attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:
         attempts.end(values, "FINISHED")
 
@@ -150,22 +150,19 @@ def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]
     if last != names.REGISTERED_MODEL:
         return _Ending(0, f"{last}: {summary}", [])  # the step has logged this
     lines = [f"{summary}.", *lookup.summary(values.data_dir, None if values.promote_if_better else counts["version"])]
-    if values.promote_if_better:
-        lines.insert(-1, _promote_if_better(values, counts))
-    return _Ending(0, " ".join(lines), lines)
-
-
-def _promote_if_better(values: Settings, counts: Mapping[str, Any]) -> str:
-    """Promote the version that a run registered if it is better than production; return a sentence."""
+    if not values.promote_if_better:
+        return _Ending(0, " ".join(lines), lines)
     from dgmd_pipeline.commands import promotion
 
     try:
-        return promotion.promote_if_better(values, counts["version"])
+        lines.insert(-1, promotion.promote_if_better(values, counts["version"]))
     except PipelineError as error:
-        raise PipelineError(
-            f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} No later run repeats "
-            f"this: use `promote {counts['version']}`."
-        ) from error
+        failure = (
+            f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} `models` shows which "
+            f"version is production. No later run repeats this: use `promote {counts['version']}`."
+        )
+        return _Ending(PipelineError.exit_code, " ".join([*lines[:-1], failure, lines[-1]]), lines, failure)
+    return _Ending(0, " ".join(lines), lines)
 
 
 def _explain_failure(result: RunResult) -> str:
@@ -187,8 +184,8 @@ def publish_status(
     A run with --until does not replace the status of a run without it.
     """
     changed = result is None or bool(result.records)
-    known = lookup.registered(values.data_dir, result) if result and code == 0 else {}
     registered = result is not None and names.REGISTERED_MODEL in result.summaries
+    known = lookup.registered(values.data_dir, result) if result and (code == 0 or registered) else {}
     outcome = status.outcome(code, changed, worse=registered and known.get("verdict") == WORSE)
     failed = result.failed_step if result and outcome == status.FAILED else None
     dashboard = result.dashboard if result else None
@@ -266,10 +263,15 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
         log.info("  Not used with these settings, and kept: %s. You may delete them.", ", ".join(unused))
 
 
-def _show_times(result: RunResult, seconds: float) -> None:
-    if result.records:
+def _show_end(ending: _Ending, result: RunResult, seconds: float) -> None:
+    """Log the times of a run whose steps have succeeded, and its last lines."""
+    if result.failure is None and result.records:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):
             log.info("%s", line, extra={"table": 2})
         if result.usage:
             log.info("%s", result.usage)
+    for line in ending.shown:
+        log.info("%s", line, extra={"result": True})
+    if ending.failure:
+        log.error("%s", ending.failure)

@@ -70,7 +70,8 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
         draft = image.draft("RGB", _DRAFT_SIZE)
         # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
         # by a shift.
-        thumbnail = image.convert("RGB").resize(square, bilinear, draft and draft[1])
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # of RGB, convert would make a copy
+        thumbnail = rgb.resize(square, bilinear, draft and draft[1])
         return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
 
 

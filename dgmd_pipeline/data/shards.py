@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dgmd_pipeline import formatting, manifest
-from dgmd_pipeline.data import columns, limits, record_writing
+from dgmd_pipeline.data import limits, record_writing
+from dgmd_pipeline.data.columns import Examples
 from dgmd_pipeline.data.record_reuse import NEW, StoredRecords, find_reusable
 from dgmd_pipeline.data.record_writing import SHARD, Piece
 from dgmd_pipeline.errors import PipelineError, WorkerDied
@@ -83,7 +83,7 @@ def write(
     where `folder` cannot be written.
     """
     ranks, examples = _ordered(rows)
-    records = _expected_records(examples)
+    records = np.fromiter((_expected_record(row) for row in examples), manifest.RECORD, len(examples))
     shard_of = np.array([rank * shards >> 64 for rank in ranks[:, 0].tolist()], np.int64)
     slices = [slice(*each) for each in pairwise(np.searchsorted(shard_of, np.arange(shards + 1)).tolist())]
     stored = StoredRecords(previous, width, height, fit)
@@ -120,21 +120,18 @@ def _link(source: Path, target: Path) -> None:
     files.link(source, target, target.with_suffix(".part"))
 
 
-def _expected_records(examples: Sequence[Example]) -> np.ndarray:
-    """Return the fields of the records that are known before they are written."""
-    records = np.zeros(len(examples), manifest.RECORD)
-    records["sha256"] = [bytes.fromhex(row.sha256) for row in examples]
-    records["label"] = [row.class_index for row in examples]
-    texts = (f"{row.sha256} {row.class_index} {row.path}" for row in examples)
-    records["row"] = [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:16] for text in texts]
-    return records
+def _expected_record(row: Example) -> tuple[bytes | int, ...]:
+    """Return a `manifest.RECORD` with the fields that are known before it is written."""
+    text = f"{row.sha256} {row.class_index} {row.path}"
+    row_hash = hashlib.sha256(manifest.encode(text)).digest()[:16]
+    return bytes.fromhex(row.sha256), row_hash, row.class_index, 0, 0, 0, 0
 
 
 def _pieces(
     make: Callable[..., Piece],
     start: Path,
     shard: int,
-    examples: Sequence[Example],
+    examples: Examples,
     records: np.ndarray,
     positions: np.ndarray,
     stored: StoredRecords,
@@ -153,20 +150,18 @@ def _pieces(
         yield make(_place(start, shard, part), shard, examples[each], records[each], found, sources)
 
 
-def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, list[Example]]:
-    """Return the ranks (`columns.ranks`) in ascending order, and the rows in this order."""
-    by_path = sorted(rows, key=attrgetter("path"))
-    ranks = columns.ranks("records", (row.sha256.encode() for row in by_path))
-    order = columns.order(ranks)
-    return ranks[order], [by_path[position] for position in order.tolist()]
-
-
-def record_order(rows: Iterable[Example]) -> list[Example]:
+def record_order(rows: Iterable[Example]) -> Examples:
     """Return the rows in the order of their records, which is also the order of stored features.
 
     A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
     """
     return _ordered(rows)[1]
+
+
+def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, Examples]:
+    """Return the ranks (`columns.ranks`) in ascending order, and the rows in this order."""
+    examples = Examples.of(rows)
+    return examples.sort("records"), examples
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:

@@ -3,12 +3,14 @@
 It runs the other modules of this package in order, and writes their files and the report.
 """
 
+import json
 import logging
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,10 +45,11 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-BENCHMARK_TAGS = (
+MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
-    "parameters",
-)  # of a version
+    *("parameters", "predictions_equal"),
+)
 
 
 class EvaluationData(NamedTuple):
@@ -70,12 +73,12 @@ class EvaluationData(NamedTuple):
 class _Splits(NamedTuple):
     """The rows of the splits and their stored features, both in the order of the records."""
 
-    training: list[Example]
-    validation: list[Example]
+    training: Sequence[Example]
+    validation: Sequence[Example]
     features: list[Vectors]  # float32 [n, d] of training and of validation; empty: none are stored
 
     @property
-    def both(self) -> tuple[list[Example], list[Example]]:
+    def both(self) -> tuple[Sequence[Example], Sequence[Example]]:
         return self.training, self.validation
 
 
@@ -105,7 +108,7 @@ def evaluate(
         answers=answers,
         trained_labels=frozenset(row.label for row in splits.training),
     )
-    images = review.validation_images(data.records, splits.validation, data.raw)
+    images = review.ValidationImages(data.records, splits.validation, data.raw)
     content = cache(partial(_content, data, splits, measured, leaked, folder))
     found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
@@ -158,13 +161,12 @@ def _find_label_suspects(labels: Sequence[str], splits: _Splits, folder: Path) -
     """Find and write likely wrong labels of both splits; None if no features are stored."""
     if not splits.features:
         return None
-    rows = [*splits.training, *splits.validation]
-    log.info("  looking for wrong labels among %s images ...", f"{len(rows):,}")
+    log.info("  looking for wrong labels among %s images ...", f"{sum(map(len, splits.both)):,}")
     found = label_suspects.find(
         splits.features,
-        [row.class_index for row in rows],
-        [row.group for row in rows],
-        [row.path for row in rows],
+        [row.class_index for row in chain(*splits.both)],
+        [row.group for row in chain(*splits.both)],
+        [row.path for row in chain(*splits.both)],
         labels,
     )
     label_suspects.write(found, folder)
@@ -262,20 +264,20 @@ def metrics_of(folder: Path) -> dict[str, float]:
     if benchmark := review.read(folder).serving_benchmark:
         values = serving_benchmark.to_json(benchmark)
         found |= {name: value for name, value in values.items() if name.startswith("served_")}
-    return {f"evaluation_{name}": value for name, value in found.items()}
+    return {f"validation_{name}": value for name, value in found.items()}
 
 
 def tags_of(folder: Path) -> dict[str, str]:
     """Return the tags that a finished evaluation gives to a version."""
     found = review.read(folder)
     accuracy = manifest.read_json(folder / metrics.METRICS)["accuracy"]
-    tags = {"accuracy": formatting.percent(accuracy), "dgmd.validation_accuracy": f"{accuracy:.4f}"}
+    figures: dict[str, float | None] = {"validation_accuracy": accuracy}
     if benchmark := found.serving_benchmark:
-        tags |= {f"dgmd.{name}": f"{getattr(benchmark, name):.6g}" for name in BENCHMARK_TAGS}
-        tags["dgmd.predictions_equal"] = str(benchmark.predictions_equal)
+        figures |= {name: getattr(benchmark, name) for name in BENCHMARK_FIGURES}
         if benchmark.production:
-            tags["dgmd.latency_ratio"] = f"{benchmark.production.latency_ratio:.4f}"
+            figures["latency_ratio"] = benchmark.production.latency_ratio
     if found.comparison:
-        tags["dgmd.difference"] = f"{found.comparison.difference:.4f}"
-        tags["dgmd.compared_with"] = str(found.comparison.version)
+        figures |= {"difference": found.comparison.difference, "compared_with": found.comparison.version}
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    tags = {"accuracy": formatting.percent(accuracy), MEASURED: json.dumps(rounded)}
     return tags | gates.tags_of(folder)

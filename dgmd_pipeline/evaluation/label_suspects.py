@@ -62,8 +62,6 @@ def find(
 
     Raises ValueError if the numbers of features and labels differ.
     """
-    from threadpoolctl import threadpool_limits
-
     if sum(map(len, parts)) != len(given):
         raise ValueError(f"{sum(map(len, parts)):,} rows of features for {len(given):,} labels")
     given = np.asarray(given)
@@ -75,12 +73,10 @@ def find(
     sample = sample[known[given[sample]]]
     if known.sum() < 2:
         return LabelSuspects([], 0, 0)
-    # BLAS threads that wait for each other took 44 instead of 0.7 CPU seconds on a busy machine with two cores.
-    with threadpool_limits(1):
-        project, vectors = _principal_components(_gather(parts, sample))
-        classes, columns = np.unique(given[sample], return_inverse=True)
-        heads = _fit(vectors, columns, fold_of[sample])
-        own, likely, best = _judge(parts, project, heads, classes, given, fold_of)
+    project, vectors = _principal_components(_gather(parts, sample))
+    classes, columns = np.unique(given[sample], return_inverse=True)
+    heads = _fit(vectors, columns, fold_of[sample])
+    own, likely, best = _judge(parts, project, heads, classes, given, fold_of)
     suspects = np.flatnonzero((likely != given) & known[given])
     ranked = suspects[np.argsort(own[suspects], kind="stable")]
     rows = [

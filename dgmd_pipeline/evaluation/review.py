@@ -32,7 +32,7 @@ class ValidationImages(NamedTuple):
 
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
-    raw: Path | None = None  # the folder of the original files, if it exists
+    raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
 
 
 class Answers(NamedTuple):
@@ -81,12 +81,9 @@ class Review(NamedTuple):
     best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
 
 
-def validation_images(folder: Path, rows: Iterable[Example], raw: Path | None = None) -> ValidationImages:
-    """Return the images in a folder of records, given the rows of the split in any order.
-
-    With `raw`, the folder of the original files, the serving benchmark also predicts a sample of these.
-    """
-    return ValidationImages(folder, shards.record_order(rows), raw)
+def validation_images(folder: Path, rows: Iterable[Example]) -> ValidationImages:
+    """Return the images in a folder of records, given the rows of the split in any order."""
+    return ValidationImages(folder, shards.record_order(rows))
 
 
 def label_changes(candidate: CandidateModel, trained_before: frozenset[str]) -> LabelChanges:

@@ -66,16 +66,19 @@ class LiveRun:
             self._run_id = ""
 
 
-def end(place: Place, status: str) -> None:
+def end(place: Place, status: str, reason: str = "") -> None:
     """End the run of an attempt, if it has one that still runs: `status` is FINISHED, FAILED or KILLED.
 
-    Raises PipelineError if MLflow cannot be reached or refuses.
+    `reason` becomes the description of the run until it continues. Raises PipelineError if MLflow cannot be reached or
+    refuses.
     """
     with errors_explained(place.store, ANSWER), _impatient(END_TIMEOUT):
         client = _client(place)
         found = client.get_experiment_by_name(place.experiment)
         run = logged_run.of_attempt(client, found.experiment_id, place.attempt) if found else None
         if run and run.info.status == "RUNNING":
+            if reason:
+                client.set_tag(run.info.run_id, registration.NOTE, reason)
             client.set_terminated(run.info.run_id, status)
 
 
@@ -93,6 +96,8 @@ def _open(place: Place, name: str) -> str:
     run = find() or once.create(lambda: client.create_run(experiment_id, tags=tags, run_name=name), find)
     if run.info.status != "RUNNING":
         client.update_run(run.info.run_id, "RUNNING")
+        if registration.NOTE in run.data.tags:
+            client.delete_tag(run.info.run_id, registration.NOTE)
     return run.info.run_id
 
 

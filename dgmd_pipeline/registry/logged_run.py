@@ -38,8 +38,8 @@ class Candidate(NamedTuple):
     labels: Sequence[str]  # of the outputs, in their order
     params: Mapping[str, object]  # those that are None are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
-    metrics: Mapping[str, float]  # of the evaluation and the data
-    times: Mapping[str, float]  # metrics of the run's steps, logged to the run and not to the model
+    metrics: Mapping[str, float]  # of the evaluation
+    of_run: Mapping[str, float]  # metrics of the steps and the data, logged to the run and not to the model
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # fingerprint of the data
@@ -105,7 +105,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
         model_id = _log_model(client, experiment_id, run_id, candidate, keras_model)
         shown = _shown_epochs(client, run_id) if candidate.attempt else {}
         _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id, shown)
-        log_metrics(client, run_id, candidate.times)
+        log_metrics(client, run_id, candidate.of_run)
     except BaseException:
         _mark_as_failed(client, run_id)
         raise

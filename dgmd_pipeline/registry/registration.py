@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address: newer pages do not follow the experiment's kind
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -93,7 +94,8 @@ def run_url(store: Store, version: RegisteredVersion) -> str:
     with errors_explained(store):
         experiment = MlflowClient(store.uri).get_run(version.run_id).info.experiment_id
     shown = redact(store.uri).rstrip("/")
-    return f"{shown}/#/experiments/{experiment}/runs/{version.run_id}" if shown.startswith("http") else shown
+    page = f"{shown}/#/experiments/{experiment}/runs/{version.run_id}{SHOWN_AS_TRAINING}"
+    return page if shown.startswith("http") else shown
 
 
 def code_tags(revision: str | None) -> dict[str, str]:
@@ -196,7 +198,7 @@ def _describe(client: "MlflowClient", name: str, version: ModelVersion, run: "Ru
     """Describe a version and its run, unless the version has a description: somebody may have edited it."""
     if version.description:
         return
-    page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/{REPORT}"
+    page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/{REPORT}{SHOWN_AS_TRAINING}"
     text = candidate.describe(version.version, f"[report.html]({page})")
     client.set_tag(version.run_id, NOTE, text)
     client.update_model_version(name, str(version.version), text)

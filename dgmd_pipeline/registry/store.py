@@ -12,7 +12,8 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
-ACCURACY = "dgmd.validation_accuracy"  # tag of a version
+MEASURED = "dgmd.measured"  # tag of a version: its figures, a JSON object; older versions have a tag for each
+ACCURACY = "dgmd.validation_accuracy"  # one of the figures, as `versions.read` names them
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 EVENT = "dgmd.event."  # prefix of tags of a registered model; the time comes next, so the names sort by time

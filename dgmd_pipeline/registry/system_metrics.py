@@ -19,7 +19,7 @@ INTERVAL = 10.0  # seconds between two samples, as in MLflow; MLFLOW_SYSTEM_METR
 
 
 class SystemMetrics:
-    """CPU, memory, disk, network and GPUs, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false."""
+    """CPU, memory, disk, network and GPUs, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true."""
 
     def __init__(self, uri: str) -> None:
         """Begin to measure. `uri` is that of the MLflow store."""
@@ -54,7 +54,7 @@ def _monitor(uri: str) -> "SystemMetricsMonitor | None":
     from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() and not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
     monitor = SystemMetricsMonitor("", INTERVAL, tracking_uri=uri)
     _measure(monitor)  # the first CPU value is 0 and begins the measurement of the second one

@@ -1,5 +1,6 @@
 """Registered versions, read from MLflow."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.registry.store import PRODUCTION, REQUEST_FAILED, Store, errors_explained
+from dgmd_pipeline.registry.store import MEASURED, PRODUCTION, REQUEST_FAILED, Store, errors_explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +31,7 @@ class ModelVersion(NamedTuple):
     version: int
     run_id: str
     created: float  # seconds since 1970
-    tags: Mapping[str, str]
+    tags: Mapping[str, str]  # with one for each of its figures, such as `dgmd.latency_ratio`
     aliases: Sequence[str]
     stage: str  # "None", "Staging", "Production" or "Archived"
     description: str = ""
@@ -63,7 +64,8 @@ class DownloadedVersion(NamedTuple):
 def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
     """Read a registered model and all its versions: one request for the model and one for each page of versions.
 
-    Raises PipelineError if MLflow cannot be reached or refuses; `message` is as in `errors_explained`.
+    Raises PipelineError if MLflow cannot be reached or refuses, or if a version's figures were edited and cannot be
+    read; `message` is as in `errors_explained`.
     """
     from mlflow import MlflowClient
 
@@ -80,7 +82,7 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
             found.append(
                 ModelVersion(
-                    number, version.run_id or "", created, version.tags, aliases, stage, version.description or ""
+                    number, version.run_id or "", created, _tags(version), aliases, stage, version.description or ""
                 )
             )
     return ModelState(name, model.tags, sorted(found, key=lambda version: -version.version))
@@ -179,6 +181,18 @@ def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelV
         token = page.token
         if not token:
             return
+
+
+def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
+    """Return the tags of a version, and its figures as tags. A figure that has a tag of its own is that of the tag."""
+    try:
+        figures = dict(json.loads(version.tags.get(MEASURED, "{}")))
+    except (ValueError, TypeError) as error:
+        raise PipelineError(
+            f"The tag {MEASURED} of {version.name} version {version.version} is not a JSON object ({error}): correct "
+            "or delete it."
+        ) from error
+    return {f"dgmd.{name}": str(value) for name, value in figures.items() if value is not None} | version.tags
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":

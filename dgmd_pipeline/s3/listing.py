@@ -4,12 +4,13 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
 
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.errors import NoUsableInput
@@ -21,7 +22,9 @@ from dgmd_pipeline.s3.errors import explain
 log = logging.getLogger(__name__)
 # Names that the pipeline itself uses in raw/, case-folded. Its other names begin with a dot.
 RESERVED = {"_success", LISTING, REJECTED}
+_OBJECTS = "Objects"  # in a parsed page
 MAX_NAME_BYTES = 255  # the limit of common file systems
+_PLAIN_NAME = re.compile(r"[0-9A-Za-z_][ -.0-\[\]-~]{,254}")  # of a file; always safe, except SYSTEM_NAMES
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of Windows
 
 
@@ -35,12 +38,12 @@ class Listing:
     rejected: list[Rejected]
 
 
-class _ListedObject(TypedDict):
+class _ListedObject(NamedTuple):
     """An object as S3 lists it."""
 
-    Key: str
-    Size: int
-    ETag: str  # with quotes; empty if there is none
+    key: str
+    size: int
+    etag: str  # with quotes; empty if there is none
 
 
 def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = False) -> Listing:
@@ -58,13 +61,9 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     from botocore.parsers import ResponseParserError
 
     root = f"{prefix}/" if prefix else ""
-    # First, so that other handlers parse only the rest of the page.
-    client.meta.events.register_first("before-parse.s3.ListObjectsV2", _parse_objects, unique_id="objects")
     try:
         with throttling.gate(client):
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
-            items = (item for page in pages for item in page.get("Contents", ()))
-            objects, rejected, ignored = _assign_paths(items, root, ignore_case)
+            objects, rejected, ignored = _assign_paths(_list(client, bucket, root), root, ignore_case)
             if not objects and not rejected:
                 but = " but system files: upload images as <path>/<label>/<file>."
                 hint = but if ignored else _hint(client, bucket, prefix)
@@ -77,10 +76,25 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     return Listing(bucket, prefix, objects, rejected)
 
 
+def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
+    """Yield the objects whose keys begin with `root`.
+
+    An event of botocore hands over each page, whose objects are parsed here. botocore parses the rest.
+    """
+    # With "s3" in place of "*", botocore parses the page once to look for an error, before this handler is called.
+    event = "before-parse.*.ListObjectsV2"
+    client.meta.events.register_first(event, _parse_objects)
+    try:
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root):
+            yield from page.get(_OBJECTS, ())
+    finally:
+        client.meta.events.unregister(event, _parse_objects)
+
+
 def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Handle the event "before-parse" of botocore: parse the objects of a page, and leave the rest to botocore.
 
-    botocore's general parser takes six times as long for an object, which was 80 % of the time of a listing.
+    botocore's general parser takes six times as long for an object, and its decoding of keys twice.
     """
     from xml.etree import ElementTree
 
@@ -91,17 +105,24 @@ def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict
     except ElementTree.ParseError:
         return  # botocore raises its own error
     namespace = page.tag.rpartition("}")[0]
-    contents, key, size, etag = (
-        f"{namespace}}}{name}" if namespace else name for name in ("Contents", "Key", "Size", "ETag")
+    contents, key, size, etag, encoding = (
+        f"{namespace}}}{name}" if namespace else name for name in ("Contents", "Key", "Size", "ETag", "EncodingType")
     )
-    objects = [
-        _ListedObject(Key=each.findtext(key, ""), Size=int(each.findtext(size, "")), ETag=each.findtext(etag, ""))
-        for each in page.iterfind(contents)
-    ]
-    if objects:
+    if found := page.findall(contents):
+        keys = [each.findtext(key, "") for each in found]
+        if page.findtext(encoding) == "url":
+            keys = _unquote(keys)
+        sizes = [int(each.findtext(size, "")) for each in found]
+        etags = [each.findtext(etag, "") for each in found]
+        customized_response_dict[_OBJECTS] = list(map(_ListedObject, keys, sizes, etags))
         page[:] = [each for each in page if each.tag != contents]
         response_dict["body"] = ElementTree.tostring(page)
-        customized_response_dict["Contents"] = objects
+
+
+def _unquote(keys: Sequence[str]) -> list[str]:
+    """Decode URL-encoded keys as botocore does: all at once, in a third of the time, unless one has a line break."""
+    decoded = unquote_plus("\n".join(keys)).split("\n")
+    return decoded if len(decoded) == len(keys) else [*map(unquote_plus, keys)]
 
 
 def ignores_case(folder: Path) -> bool:
@@ -140,11 +161,20 @@ def _assign_paths(
     rejected: list[Rejected] = []
     files: dict[str, str] = {}  # folded path -> path
     folders: set[str] = set()  # folded; contains all parents of each folder
-    for item in items:
-        key, size = item["Key"], item["Size"]
-        if key.endswith("/") and size == 0:
+    last: str | None = None  # folder of the previous object with a path
+    folded_last = ""
+    for key, size, etag in items:
+        if size == 0 and key.endswith("/"):
             continue
         path = key[len(root) :]
+        folder, _, name = path.rpartition("/")
+        if folder == last and _PLAIN_NAME.fullmatch(name) and name.lower() not in manifest.SYSTEM_NAMES:
+            # Only the name is new, and it is safe: this saves half of the time.
+            folded = path if folded_last == last and not ignore_case else f"{folded_last}/{_fold(name, ignore_case)}"
+            if folded not in files and folded not in folders:
+                files[folded] = path
+                objects.append(SourceObject(key, size, etag.strip('"'), path))
+                continue
         if manifest.is_system_file(path):
             ignored += 1
             continue
@@ -163,11 +193,12 @@ def _assign_paths(
             else:
                 files[folded] = path
                 folders.update(parents)
+                last, folded_last = folder, folded.rpartition("/")[0]
         if problem:
             safe_label = label if slash and _path_problem(label) is None else ""
             rejected.append(Rejected(formatting.printable(key), safe_label, *problem))
         else:
-            objects.append(SourceObject(key, size, item["ETag"].strip('"'), path))
+            objects.append(SourceObject(key, size, etag.strip('"'), path))
     return objects, rejected, ignored
 
 

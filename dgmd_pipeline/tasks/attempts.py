@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.formatting import redact
 from dgmd_pipeline.tasks import lookup
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def begin(settings: Any, resume_dir: Path, run_name: str) -> "LiveRun | None":
 
     mine = _read(resume_dir / RESUMED)
     if current(settings.data_dir) != mine:
-        end(settings, "KILLED")
+        end(settings, "KILLED", "The process of this training was killed. A later run began another training.")
     mine = mine or uuid.uuid4().hex
     (resume_dir / RESUMED).write_text(mine, "ascii")
     (settings.data_dir / FILE).write_text(mine, "ascii")
@@ -42,8 +43,11 @@ def current(data_dir: Path) -> str:
     return _read(data_dir / FILE)
 
 
-def end(settings: Any, status: str) -> None:
-    """End the MLflow run of the current attempt, if there is one: `status` is FINISHED, FAILED or KILLED."""
+def end(settings: Any, status: str, reason: str = "") -> None:
+    """End the MLflow run of the current attempt, if there is one: `status` is FINISHED, FAILED or KILLED.
+
+    `reason` becomes the description of the MLflow run.
+    """
     attempt = current(settings.data_dir)
     if not attempt:
         return
@@ -51,7 +55,7 @@ def end(settings: Any, status: str) -> None:
 
     try:
         if place := _place(settings, attempt):
-            live_run.end(place, status)
+            live_run.end(place, status, redact(reason))
     except PipelineError as error:
         log.debug("The MLflow run of the training is not ended: %s", error)
 

@@ -269,7 +269,7 @@ class PerSplitStep(Step):
 
     def reusable_folders(self) -> list[Path]:
         own = super().reusable_folders()
-        return own and [*own, *self._other._finished_folders()]
+        return own and [*own, *self._other._finished_folders(), *folders.pieces(self._other.path)]
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         record, now = read_record(folders.current_path(self.path)), self.declared_settings()
@@ -301,7 +301,7 @@ class WriteTFRecords(PerSplitStep):
     def work(self, draft: Path) -> StepResult:
         from dgmd_pipeline.data import shards
 
-        rows = list(manifest.read(self.input()["split"].path / f"{self.split}.csv", manifest.Example))
+        rows = manifest.read(self.input()["split"].path / f"{self.split}.csv", manifest.Example)
 
         def run(function: Callable[..., Any], pieces: Any) -> Any:
             total = sum(len(piece.rows) for piece in pieces)
@@ -314,7 +314,7 @@ class WriteTFRecords(PerSplitStep):
         written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
         if suggested := shards.suggest_shards([shard.bytes for shard in manifest.read_shard_index(draft).shards]):
             log.warning("%s has a shard of more than 1 GB. NUM_SHARDS=%d makes about 200 MB.", self.folder, suggested)
-        return StepResult(written.counts, len(rows), written.new, written.new_bytes, written.summary)
+        return StepResult(written.counts, written.counts["images"], written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
         return upstream[0].counts.get(self.split, upstream[0].images)

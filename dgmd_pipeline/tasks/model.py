@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
+BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # name in MLflow and in the record
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
 
@@ -283,8 +284,11 @@ class RegisterModel(Step):
         about, history = train.read(paths["trained"])
         records = {step.folder: found for step in upstream_steps(self)[:-1] if (found := read_record(step.path))}
         mine = self.declared_settings() | {"backbone_weights": self.settings.backbone_weights, "seed": about["seed"]}
-        split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
         mapping = labels.read_mapping(paths["label_map"] / "mapping.json")
+        split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
+        data = {f"images_{name}": split[name] for name in names.SPLITS} | {"labels": len(mapping)}
+        data |= {f"images_{state}": sum(balanced[when].values()) for state, when in BALANCED_COUNTS}
+        data["images_rejected"] = sum(records[names.INSPECTED].counts["rejected"].values())
         return logged_run.Candidate(
             training_id=about["id"],
             run_name=_run_name(self.settings.model_name, records[names.TRAINED_MODEL].started),
@@ -293,11 +297,8 @@ class RegisterModel(Step):
             labels=mapping,
             params=_recorded_settings(records, mine),
             history=[_metrics(row) for row in history],
-            metrics=evaluate.metrics_of(paths["evaluation"])
-            | {"images_inspected": sum(balanced["before"].values()), "images_balanced": sum(balanced["after"].values())}
-            | {f"images_{split_name}": split[split_name] for split_name in names.SPLITS}
-            | {"labels": len(mapping), "images_rejected": sum(records[names.INSPECTED].counts["rejected"].values())},
-            times=timing.metrics(records.values()),
+            metrics=evaluate.metrics_of(paths["evaluation"]),
+            of_run=timing.metrics(records.values()) | {f"system/data/{name}": value for name, value in data.items()},
             tags=evaluate.tags_of(paths["evaluation"]) | registration.code_tags(self.settings.git_revision),
             attempt=attempts.current(self.settings.data_dir),
             source=_source_uri(self.settings, paths["raw"]),

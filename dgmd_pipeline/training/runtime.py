@@ -1,13 +1,32 @@
 """The TensorFlow import without its log output, random seeds, and thread limits."""
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-# A decorator. BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits
-# that take a second did not end within minutes.
-one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let `function` use one BLAS thread.
+
+    BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits that take a
+    second did not end within minutes.
+    """
+
+    @functools.wraps(function)
+    def limited(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        import scipy.optimize  # noqa: F401 - SciPy has a BLAS of its own, which is limited only once it is loaded
+
+        with threadpool_limits(limits=1, user_api="blas"):
+            return function(*args, **kwargs)
+
+    return limited
 
 
 def start_tensorflow() -> None:

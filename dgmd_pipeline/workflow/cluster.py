@@ -33,8 +33,9 @@ PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between two looks at the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
 NO_WORKERS_TIMEOUT = 120.0  # seconds without any worker; distributed.scheduler.no-workers-timeout, if set, replaces it
+ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has for an answer
 SILENCE = 300.0  # seconds without a result after which the log says so
-MAX_LOSSES = 3  # of the connection, without a result in between
+MAX_LOSSES = 3  # of the connection or of an answer, without a result or an answer in between
 
 
 @dataclass(eq=False)
@@ -65,7 +66,7 @@ class ClusterExecutor:
         self._client: distributed.Client | None = None
         self._job = b""
         self._counted = self._had_workers = self._had_result = 0.0  # on the clock of `time.monotonic`
-        self._losses = 0
+        self._losses = self._unanswered = 0
         self._workers = 0
         self._most_workers = 0
         self._seconds = 0.0  # that workers spent on pieces
@@ -160,8 +161,8 @@ class ClusterExecutor:
                 yield from value
         finally:
             # The iterator was closed, or something was raised.
-            if window and self._client and self._client.status == "running":
-                self._client.cancel([piece.future for piece in window])
+            if window and (client := self._reachable()):
+                client.cancel([piece.future for piece in window])
 
     def describe(self) -> str:
         """Return the number of workers."""
@@ -177,13 +178,14 @@ class ClusterExecutor:
 
     def close(self) -> None:
         """Cancel the pieces under way, end the workers' processes as soon as they are idle, and disconnect."""
+        reachable = self._reachable()
         client, self._client = self._client, None
         if client is None:
             return
         import distributed
 
         try:
-            for worker in client.nthreads() if client.status == "running" else ():
+            for worker in reachable.nthreads() if reachable else ():
                 # A task comes after the piece that the worker still works on.
                 ended = client.submit(
                     cluster_worker.end, worker, workers=[worker], allow_other_workers=True, pure=False
@@ -192,6 +194,11 @@ class ClusterExecutor:
         except OSError:  # the scheduler has ended: its workers end with it
             log.debug("The Dask scheduler is gone before the end of the run")
         client.close(timeout=5)
+
+    def _reachable(self) -> "distributed.Client | None":
+        """Return the client if the scheduler answers. Otherwise, most of its methods would never return."""
+        is_running = self._client is not None and self._client.status == "running"
+        return self._client if is_running and not self._unanswered else None
 
     def _width(self) -> int:
         if time.monotonic() - self._counted > POLL:
@@ -203,9 +210,16 @@ class ClusterExecutor:
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
-            self._workers = len(self._client.nthreads())
+            # Without a timeout, this would never return if the network drops everything and closes nothing.
+            found: Any = self._client.sync(self._client.nthreads, callback_timeout=ANSWER_TIMEOUT)
+        except TimeoutError:
+            self._unanswered += 1
+            if self._unanswered == MAX_LOSSES:
+                raise PipelineError(self._lost()) from None
+            return
         except OSError:  # the connection is lost: `_wait` sees it
             return
+        self._workers, self._unanswered = len(found), 0
         self._most_workers = max(self._workers, self._most_workers)
         if self._workers:
             self._had_workers = now
@@ -269,12 +283,15 @@ class ClusterExecutor:
             time.sleep(0.1)
         self._losses += 1
         if self._client.status != "running" or self._losses > MAX_LOSSES:
-            raise PipelineError(
-                f"The connection to the Dask scheduler at {self._address} is lost. Check the scheduler and the "
-                "network, and run again: finished steps are kept."
-            )
+            raise PipelineError(self._lost())
         log.warning("The Dask scheduler was restarted or out of reach. The pieces under way are started again.")
         self._had_workers = time.monotonic()
+
+    def _lost(self) -> str:
+        return (
+            f"The connection to the Dask scheduler at {self._address} is lost. Check the scheduler and the network, "
+            "and run again: finished steps are kept."
+        )
 
 
 def _configure_logging() -> None:

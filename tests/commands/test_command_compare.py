@@ -33,8 +33,10 @@ def test_a_run_compares_its_model_with_production_on_the_same_images(trained, tm
     ]
     benchmark = json.loads((evaluation / "assessment.json").read_text())
     assert benchmark["predictions_equal"] and benchmark["latency_ratio"] > 0
-    assert version.tags["dgmd.compared_with"] == "1"
-    assert float(version.tags["dgmd.latency_p50_ms"]) == pytest.approx(benchmark["latency_p50_ms"], rel=1e-4)
+    figures = json.loads(version.tags["dgmd.measured"])
+    assert figures["compared_with"] == 1
+    assert figures["latency_p50_ms"] == pytest.approx(benchmark["latency_p50_ms"], rel=1e-4)
+    assert len({*version.tags} | {"dgmd.failed"}) == 8
 
 
 def test_the_log_the_message_and_mlflow_say_the_same_of_a_version(trained):
@@ -43,12 +45,11 @@ def test_the_log_the_message_and_mlflow_say_the_same_of_a_version(trained):
     run = trained.client.get_run(version.run_id)
     said = version.description.split("\n\n")
     accuracy, compared, command, report = said
-    assert (
-        accuracy
-        == f"Accuracy {version.tags['accuracy']} on {run.data.metrics['images_validation']:.0f} validation images."
-    )
+    images = run.data.metrics["system/data/images_validation"]
+    assert accuracy == f"Accuracy {version.tags['accuracy']} on {images:.0f} validation images."
     assert compared.lower().startswith(summary.THAN[version.tags["verdict"]] + " version 1: ")
     page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/evaluation/report.html"
+    page += "?workflowType=machine_learning"
     assert report == f"Report: [report.html]({page})"
     assert command.startswith("Next command: `promote 2` ")
     assert run.data.tags["mlflow.note.content"] == version.description

@@ -1,5 +1,6 @@
 """The commands `models` and `history` against a real MLflow server."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,11 +31,16 @@ def test_models_shows_environment_comparison_and_promotion_of_each_version(train
 
 
 def test_a_version_of_before_verdicts_is_shown_without_one(trained, own_model, json_of, command):
-    for name in ("verdict", "dgmd.latency_ratio"):
+    figures = json.loads(trained.client.get_model_version(own_model["MODEL_NAME"], "2").tags["dgmd.measured"])
+    del figures["latency_ratio"]
+    for name, value in figures.items():  # a tag for each
+        trained.client.set_model_version_tag(own_model["MODEL_NAME"], "2", f"dgmd.{name}", value)
+    for name in ("verdict", "dgmd.measured"):
         trained.client.delete_model_version_tag(own_model["MODEL_NAME"], "2", name)
     trained.client.set_model_version_tag(own_model["MODEL_NAME"], "1", "dgmd.failed", "labels, latency")
     newest, first = json_of(trained.folder, "models", **own_model)
     assert (newest["verdict"], newest["latency_ratio"], newest["failed"]) == (None, None, [])
+    assert (newest["accuracy"], newest["compared_with"]) == (figures["validation_accuracy"], 1)
     assert first["failed"] == ["labels", "latency"]
     table = command(trained.folder, "models", **own_model).stdout
     assert f"compared with version 1: {100 * newest['difference']:+.1f} points" in table

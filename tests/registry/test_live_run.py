@@ -29,9 +29,10 @@ def points(client, run):
 def test_epochs_are_shown_and_the_registration_completes_the_run(place, saved_model, tmp_path):
     training = candidate(tmp_path, saved_model, place.attempt, attempt=place.attempt)
     live_run.LiveRun(place, "jars 2026-11-26 03:00").log_epoch(1, training.history[0])
-    live_run.end(place, "KILLED")
+    live_run.end(place, "KILLED", "terminated")
     _, (run,) = runs_of(place)
     assert (run.info.run_name, run.info.status) == ("jars 2026-11-26 03:00", "KILLED")
+    assert run.data.tags["mlflow.note.content"] == "terminated"
 
     live = live_run.LiveRun(place, "of a later process")
     live.log_epoch(2, training.history[1])
@@ -40,6 +41,7 @@ def test_epochs_are_shown_and_the_registration_completes_the_run(place, saved_mo
     client, (run,) = runs_of(place)
     assert (run.info.run_name, run.info.status) == ("jars 2026-11-26 03:00", "RUNNING")
     assert points(client, run) == [(1, 0.6), (2, 0.8)]
+    assert "mlflow.note.content" not in run.data.tags
 
     version = registration.register(place.store, place.experiment, place.experiment, training)
     live_run.end(place, "FAILED")

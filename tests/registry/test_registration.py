@@ -67,7 +67,7 @@ def test_step_times_belong_to_the_run_and_evaluation_metrics_also_to_the_model(s
         "system/step_seconds/registered_model": 2.5,
     }
     model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
-    assert [metric.key for metric in model.metrics] == ["evaluation_accuracy"]
+    assert [metric.key for metric in model.metrics] == ["validation_accuracy"]
 
 
 def test_a_consumer_without_this_package_gets_the_same_predictions_and_no_output(embedded_store, saved_model, tmp_path):
@@ -197,7 +197,7 @@ def test_a_run_or_model_that_the_environment_names_is_not_used(store, saved_mode
     client = mlflow.MlflowClient(store.uri, store.uri)
     run = client.get_run(version.run_id)
     assert run.info.experiment_id == client.get_experiment_by_name(name).experiment_id
-    assert run.data.metrics["evaluation_accuracy"] == 0.8
+    assert run.data.metrics["validation_accuracy"] == 0.8
 
 
 def test_the_name_of_long_data_is_shortened(store, saved_model, tmp_path, request):

@@ -1,6 +1,8 @@
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.http_server import send
 from support.s3 import read_files, send_listing, upload
 
@@ -78,8 +80,9 @@ def test_objects_are_parsed_like_botocore_does(fake_s3, namespace):
         None: "<NextContinuationToken>a b&amp;c</NextContinuationToken><IsTruncated>true</IsTruncated>"
         "<Contents><Key>train/c%2Bd/1+%C3%A9%26.png</Key><LastModified>x</LastModified><ETag>&quot;e-1&quot;</ETag>"
         "<Size>12</Size><Owner><ID>7</ID></Owner></Contents>"
-        "<Contents><Key>train/c/2.png</Key><Size>0</Size></Contents>",
-        "a b&c": "<IsTruncated>false</IsTruncated><Contents><Size>3</Size><Key>train/c/3.png</Key></Contents>",
+        "<Contents><Key>train/c/%C3</Key><Size>0</Size></Contents>",  # ends within a character
+        "a b&c": "<IsTruncated>false</IsTruncated><Contents><Size>3</Size><Key>train/c/3.png</Key></Contents>"
+        "<Contents><Size>4</Size><Key>train/c/%0A4+.png</Key></Contents>",
     }
 
     def answer(request, _key, query):
@@ -94,9 +97,11 @@ def test_objects_are_parsed_like_botocore_does(fake_s3, namespace):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket="images", Prefix="train/")
         for item in page["Contents"]
     ]
-    found = [(source.key, source.size, source.etag) for source in list_objects(client, "images", "train").objects]
-    assert found == by_botocore
-    assert found == [("train/c+d/1 é&.png", 12, "e-1"), ("train/c/2.png", 0, ""), ("train/c/3.png", 3, "")]
+    listed = list_objects(client, "images", "train")
+    found = [(source.key, source.size, source.etag) for source in listed.objects]
+    assert found == by_botocore[:-1]
+    assert found == [("train/c+d/1 é&.png", 12, "e-1"), ("train/c/\ufffd", 0, ""), ("train/c/3.png", 3, "")]
+    assert [row.path for row in listed.rejected] == [repr(key)[1:-1] for key, _, _ in by_botocore[-1:]]
 
 
 def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
@@ -124,10 +129,24 @@ def test_keys_that_are_no_safe_path_are_rejected_with_a_reason(list_keys):
     assert all(row.path.isprintable() and row.detail for row in found.rejected)
 
 
+FOLDERS = st.sampled_from(["", "a/", "A/", "a/b/", "é/", "e\u0301/", ".a/", "a//", "listing.csv/"])
+NAMES = st.sampled_from(["1", "B", "b", "b/", "é", "e\u0301", "\u0301", "..", ".x", "x\\", "Thumbs.DB", "n" * 256])
+
+
+@given(st.lists(st.builds(str.__add__, FOLDERS, NAMES)), st.booleans())
+def test_the_path_of_an_object_does_not_depend_on_the_folder_of_the_one_before(keys, ignore_case):
+    def assign(keys):
+        items = [listing._ListedObject(f"train/{key}", len(key), "") for key in keys]
+        objects, rejected, ignored = listing._assign_paths(items, "train/", ignore_case)
+        return [source for source in objects if "other" not in source.key], rejected, ignored
+
+    interleaved = [each for number, key in enumerate(keys) for each in (f"other {number}/1", key)]
+    assert assign(keys) == assign(interleaved)
+
+
 def test_a_key_that_is_not_unicode_is_rejected():
-    objects, rejected, _ = listing._assign_paths(
-        [{"Key": "train/cat/\ud800.png", "Size": 1, "ETag": ""}], "train/", False
-    )
+    items = [listing._ListedObject("train/cat/\ud800.png", 1, "")]
+    objects, rejected, _ = listing._assign_paths(items, "train/", False)
     assert (objects, [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
 
 

@@ -55,8 +55,10 @@ class Cluster:
             time.sleep(0.05)
         self._port = int(self.address.rpartition(":")[2])
 
-    def start_worker(self, *options: object, before: list[str] = (), threads: int = 1, **variables) -> subprocess.Popen:
-        """Start a worker; `before` is a command that runs it."""
+    def start_worker(
+        self, *options: object, before: list[str] = (), threads: int = 1, address: str = "", **variables
+    ) -> subprocess.Popen:
+        """Start a worker; `before` is a command that runs it, `address` another one of the scheduler."""
         common = (
             "--nthreads",
             threads,
@@ -66,7 +68,7 @@ class Cluster:
             "--local-directory",
             self._folder / "scratch",
         )
-        worker = self._start("worker", self.address, *common, *options, before=before, **variables)
+        worker = self._start("worker", address or self.address, *common, *options, before=before, **variables)
         self.workers.append(worker)
         return worker
 

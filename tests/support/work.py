@@ -20,6 +20,10 @@ def fail(number):
     raise ValueError(f"not {number}")
 
 
+def variable(name):
+    return os.environ.get(name)
+
+
 def process_id(_):
     return os.getpid()
 

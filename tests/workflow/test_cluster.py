@@ -1,5 +1,6 @@
 """The heavy work on a real Dask scheduler and workers: results, checks and faults."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -18,6 +19,7 @@ import pytest
 from conftest import CREDENTIALS, ROOT, environment_with, picture, run_pipeline
 from support import work
 from support.dask_cluster import cluster, contents
+from support.tcp_proxy import proxy
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import demo
@@ -60,6 +62,11 @@ def test_results_come_in_order_and_workers_are_shown(executor, running):
     assert executor.describe() in ("1 worker", "2 workers")
     assert "s of work" in executor.usage()
     assert executor.dashboard.startswith("http://127.0.0.1:")
+
+
+def test_memory_is_managed_as_on_one_machine(executor):
+    """Dask's setting for its own processes would double the page faults of decoding."""
+    assert list(executor.map(work.variable, ["MALLOC_TRIM_THRESHOLD_"])) == [None]
 
 
 def test_items_are_taken_as_they_are_needed(executor):
@@ -283,6 +290,55 @@ def test_a_cluster_without_scheduler_or_workers_is_explained(tmp_path, data_dir)
         ):
             with pytest.raises(PipelineError, match=problem):
                 connection(address, data_dir).connect()
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_network_that_drops_everything_between_the_run_and_the_scheduler(
+    for_ever, running, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dask_executor, "MAX_LOSSES", 2 if for_ever else 1000)
+    monkeypatch.setattr(dask_executor, "POLL", 0.1)
+    monkeypatch.setattr(dask_executor, "ANSWER_TIMEOUT", 1)
+    go = tmp_path / "go"
+    with (
+        proxy(running.address) as (address, flowing),
+        ThreadPoolExecutor(1) as thread,
+        contextlib.closing(connection(address, data_dir)) as executor,
+    ):
+        results = thread.submit(list, executor.map(work.wait_for, 4 * [go]))
+        wait_until(lambda: begun(go) >= 1)
+        flowing.clear()
+        go.touch()
+        if for_ever:
+            with pytest.raises(PipelineError, match=f"connection to the Dask scheduler at {address} is lost"):
+                results.result()
+        else:
+            wait_until(lambda: executor._unanswered)
+            flowing.set()
+            assert results.result() == 4 * ["go"]
+    with contextlib.closing(connection(running.address, data_dir)) as following:
+        assert list(following.map(work.square, range(4))) == [0, 1, 4, 9]
+
+
+def test_a_network_that_drops_everything_between_a_worker_and_the_scheduler(executor, running, tmp_path):
+    go = tmp_path / "go"
+    with proxy(running.address) as (address, flowing), ThreadPoolExecutor(1) as thread:
+        wait_until(lambda: len(executor._client.nthreads()) == 2)
+        worker = running.start_worker("--no-nanny", address=address)
+        try:
+            wait_until(lambda: len(executor._client.nthreads()) == 3)
+            results = thread.submit(list, executor.map(work.wait_for, 6 * [go]))
+            wait_until(lambda: begun(go) == 3)
+            flowing.clear()
+            wait_until(lambda: len(executor._client.nthreads()) == 2)  # after worker-ttl
+            go.touch()
+            assert results.result() == 6 * ["go"]
+            assert begun(go) > 6
+        finally:
+            go.touch()
+            running.workers.remove(worker)
+            worker.kill()
+            worker.wait()
 
 
 def test_a_scheduler_that_is_restarted_costs_nothing(executor, running, tmp_path, caplog):
