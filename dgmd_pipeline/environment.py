@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
+# Dask's nanny sets it to return memory to the system sooner. Each large buffer then costs page faults again: twice the
+# CPU time to convert an image. The processes of a worker end with the run anyway.
+DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
 
 
 def remove_carriage_returns() -> None:
@@ -32,8 +35,10 @@ def remove_carriage_returns() -> None:
     os.environ.update(ended)
 
 
-def provide(defaults: Mapping[str, str]) -> None:
-    """Set variables unless they are set."""
+def provide(defaults: Mapping[str, str], unset: Sequence[str] = ()) -> None:
+    """Set variables unless they are set, and remove the variables `unset`."""
+    for name in unset:
+        os.environ.pop(name, None)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

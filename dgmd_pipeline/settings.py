@@ -24,7 +24,9 @@ from dgmd_pipeline.registry.database import check_driver
 from dgmd_pipeline.workflow import machine
 
 # For a worker of a cluster, which has one thread.
-provide_worker_defaults = partial(environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS)
+provide_worker_defaults = partial(
+    environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
+)
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
 # With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")

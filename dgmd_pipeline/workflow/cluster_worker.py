@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib.metadata
 import multiprocessing
-import os
 import pickle
 import platform
 import time
@@ -105,9 +104,6 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
         job.prepare()
         # Dask starts a worker as a daemon process, and Python forbids these to have children. Ours end with the worker.
         multiprocessing.current_process().daemon = False
-        # Dask's nanny sets it to return memory to the system sooner. Each large buffer then costs page faults again:
-        # twice the CPU time to convert an image. Our process ends with the run anyway.
-        os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
         limit = dask_worker.memory_manager.memory_limit
         # An executor leaves half of the memory for TensorFlow in its parent, which is not used there.
         _pools[job.id] = ProcessExecutor(1, 2 * max(limit - OWN_MEMORY, 0) if limit else None)

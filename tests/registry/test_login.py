@@ -39,6 +39,7 @@ def use(monkeypatch):
 def registered(server, saved_model, tmp_path_factory):
     """A version of the operator's account, which creates the model, and one of the pipeline's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)  # MLflow sets it, and other tests would see it
         for account, password in LOGINS.items():
             patch.setenv("MLFLOW_TRACKING_USERNAME", account)
             patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
