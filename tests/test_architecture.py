@@ -66,7 +66,10 @@ ADAPTERS = {  # library -> the only package that imports it
 }
 
 
-READ_THE_ENVIRONMENT = ("settings.py", "environment.py", "commands/demo.py", "registry/login.py")
+# A worker of a cluster removes a variable that Dask has set.
+READ_THE_ENVIRONMENT = (
+    "settings.py", "environment.py", "commands/demo.py", "registry/login.py", "workflow/cluster_worker.py",
+)  # fmt: skip
 
 
 def tree(module):
