@@ -1,7 +1,8 @@
-"""An epoch of a head with hidden layers on stored features: compared with a head that whitens them in every batch.
+"""Training a head with hidden layers on stored features: compared with a head that whitens them in every batch.
 
 The other head is that of earlier versions: a frozen dense layer of d x d before the hidden layers, and Keras's `fit` on
-a dataset. Both are traced before the time is taken. Ratios are of CPU time.
+a dataset. Both are traced before the time is taken, and train for the default EPOCHS. The time of ours includes the
+whitening, which it does once. Ratios are of CPU time.
 
     python -m benchmarks.epochs [--repeats 3] [--images 100000] [--features 1280]
 """
@@ -29,7 +30,7 @@ def main() -> None:
     options = measure.arguments(__doc__, repeats=3, images=100_000, features=1280)
     runtime.start_tensorflow()
     defaults = {name: Settings.model_fields[name].default for name in TrainingConfig._fields}
-    config = TrainingConfig(**{**defaults, "seed": 1, "epochs": 1})
+    config = TrainingConfig(**{**defaults, "seed": 1})
     weights = np.ones(CLASSES, np.float32)
     with measure.folder() as scratch:
         data = generated(Path(scratch, "features.npy"), options.images, options.features)
@@ -41,7 +42,7 @@ def main() -> None:
         def ours(split: LabeledFeatures = data) -> float:
             start = time.process_time()
             hidden.fit(split, held_out, config, TrainingState(1, [], []), lambda _: None)
-            return options.images / (time.process_time() - start)
+            return config.epochs * options.images / (time.process_time() - start)
 
         def theirs(split: LabeledFeatures = data) -> float:
             batches = features.read_batches(split, config.batch_size, (1, 0))
@@ -49,12 +50,12 @@ def main() -> None:
             start = time.process_time()
             state = TrainingState(1, [], [])
             loop.fit(whitening, lambda _: batches, val_batches, weights, config, state, lambda _: None)
-            return options.images / (time.process_time() - start)
+            return config.epochs * options.images / (time.process_time() - start)
 
         ours(held_out), theirs(held_out)
         found = measure.interleave(options.repeats, ours=ours, theirs=theirs)
     figures = f"{measure.median(found['ours'])} images per CPU s / {measure.median(found['theirs'])}"
-    what = "an epoch of the head, times faster than with whitening in every batch"
+    what = "training the head, times faster than with whitening in every batch"
     measure.show(measure.Claim(what, measure.ratios(found["ours"], found["theirs"]), 5, figures=figures))
 
 
