@@ -8,10 +8,6 @@ import time
 from pathlib import Path
 
 
-def nothing():
-    """Do what a worker does before its first piece."""
-
-
 def square(number):
     return number * number
 

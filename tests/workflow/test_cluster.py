@@ -220,7 +220,7 @@ def test_folders_are_those_of_a_local_run_though_a_worker_is_killed_in_each_step
 
 
 def connection(address, data_dir):
-    return dask_executor.ClusterExecutor(address, data_dir, work.nothing)
+    return dask_executor.ClusterExecutor(address, data_dir, settings.provide_worker_defaults)
 
 
 @pytest.mark.parametrize(
