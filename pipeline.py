@@ -1,7 +1,19 @@
 """The pipeline's entry: hands over to `dgmd_pipeline.cli`."""
 
+import sys
+
 # Worker processes import this file again under another name: they must not start a run.
 if __name__ == "__main__":
-    from dgmd_pipeline.cli import command
+    try:
+        from dgmd_pipeline.cli import command
 
-    command()
+        command()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dgmd_pipeline"):
+            raise
+        print(  # noqa: T201 - there is no log yet
+            f"error: {error.name} is not installed for {sys.executable}. Use the Python that the pipeline is installed "
+            "for, for example .venv/bin/python, or install it: pip install -e .",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -1,7 +1,7 @@
 """A review of a candidate -> whether it should be promoted: the verdict, the gates and their results.
 
 The verdict says how its accuracy compares with production's. A gate is a condition for a promotion. A version whose
-verdict is "no difference" meets the conditions, but nothing has been shown that speaks for it.
+verdict is "no difference" meets the conditions, but nothing shows that it is better.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NO_PRODUCTION = "There is no production version to compare with."
 VERDICT = "verdict.json"
+ADVICE = {BETTER: "Ready to promote", NO_DIFFERENCE: "No reason to promote", FIRST: "Nothing to compare it with"}
 
 
 class Gate(NamedTuple):
@@ -60,9 +61,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
     applying = sum(gate.passed is not None for gate in gates)
     verdict, finding = _verdict(review)
     reason = f"All conditions that apply hold ({applying} of {applying})."
-    advice = {BETTER: "Ready to promote", NO_DIFFERENCE: "No reason to promote"}.get(
-        verdict, "Nothing to compare it with"
-    )
+    advice = ADVICE.get(verdict, "Do not promote")
     if failed:
         advice = "Do not promote"
         reason = f"Failed: {', '.join(failed)} ({len(failed)} of {applying} conditions)."

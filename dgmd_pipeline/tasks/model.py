@@ -23,7 +23,7 @@ from dgmd_pipeline.tasks.data import (
 )
 from dgmd_pipeline.tasks.resources import Resources
 from dgmd_pipeline.tasks.training_inputs import ExtractFeatures, training_inputs
-from dgmd_pipeline.workflow import disk, folders, timing
+from dgmd_pipeline.workflow import disk, folders, signals, timing
 from dgmd_pipeline.workflow.planning import StepPlan, upstream_steps
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
@@ -89,7 +89,8 @@ class TrainModel(Step):
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
         name = _run_name(self.settings.model_name, formatting.utc_now())
-        shown = attempts.begin(self.settings, draft / folders.RESUME, name)
+        with signals.deferred():
+            shown = attempts.begin(self.settings, draft / folders.RESUME, name)
         ended = partial(self._epoch_ended, epochs, shown)
         trained = train.train(data, options, backbone, draft / folders.RESUME, ended, in_threads)
         disk.check_space(draft, self.folder, trained.estimated_bytes)
@@ -120,7 +121,8 @@ class TrainModel(Step):
 
     def _epoch_ended(self, epochs: "list[Epoch]", shown: "LiveRun | None", row: "Epoch") -> None:
         if shown:
-            shown.log_epoch(row.epoch + 1, _metrics(row))
+            with signals.deferred():
+                shown.log_epoch(row.epoch + 1, _metrics(row))
         self.context.check_stopped()
         epochs.append(row)
         text = f"epoch {row.epoch + 1}: loss {row.loss:.4f}, validation accuracy {percent(row.val_accuracy)}"

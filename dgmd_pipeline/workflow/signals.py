@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 
 from dgmd_pipeline.errors import Stopped
 
-GRACE = 3.0  # seconds; `docker stop` kills the process after ten
+GRACE, ENDING = 3.0, 5.0  # seconds for the block and then for `before_end`; `docker stop` kills after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
+_deferring: list[None] = []  # one for each block of `deferred` that the main thread is in
 # Called with the signal before a process that did not end in time is ended, for what must not be left out even then.
 before_end: list[Callable[[int], None]] = []
 
@@ -50,6 +51,21 @@ def check_stopped() -> None:
         raise Stopped
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let the block end before Stopped is raised. For the main thread.
+
+    An exception in the middle of a transaction leaves a database locked, and its library with a lock that is never
+    released.
+    """
+    _deferring.append(None)
+    try:
+        yield
+    finally:
+        _deferring.pop()
+    check_stopped()
+
+
 def stop_message(number: int) -> str:
     """Return the message for a run that was ended by a signal."""
     return f"{WORDS[signal.Signals(number)]}; run the same command again to resume"
@@ -57,7 +73,8 @@ def stop_message(number: int) -> str:
 
 def _remember(number: int, _: object) -> None:
     received.append(number)
-    check_stopped()
+    if not _deferring:
+        check_stopped()
 
 
 def _watch(reader: int, screen: int) -> None:
@@ -69,10 +86,15 @@ def _watch(reader: int, screen: int) -> None:
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
             with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
-            try:
-                for call in before_end:
-                    call(heard[0])
-            finally:
-                os._exit(128 + heard[0])
+            # In a thread: a call waits for ever if the main thread was stopped while it held a lock.
+            ending = threading.Thread(target=_call_before_end, args=(heard[0],), daemon=True)
+            ending.start()
+            ending.join(ENDING)
+            os._exit(128 + heard[0])
     os.close(reader)
     os.close(screen)
+
+
+def _call_before_end(number: int) -> None:
+    for call in before_end:
+        call(number)

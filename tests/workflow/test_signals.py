@@ -45,6 +45,28 @@ def test_a_process_that_does_not_listen_ends_all_the_same(busy, number, code, wo
     assert "run the same command again to resume" in said
 
 
+def test_a_process_ends_although_what_it_does_before_waits_for_ever():
+    process = start("signals.before_end.insert(0, lambda number: time.sleep(600)); time.sleep(600)")
+    process.send_signal(signal.SIGINT)
+    told, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "told of" not in told and "error: interrupted" in said
+
+
+def test_a_signal_waits_for_the_end_of_a_deferring_block():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), signals.handle_signals(), signals.deferred():
+        with signals.deferred():
+            pass
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end")
+    assert reached == ["the end"]
+    with pytest.raises(KeyboardInterrupt), signals.handle_signals():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("more")
+    assert reached == ["the end"]
+
+
 def test_a_second_signal_ends_it_too():
     process = start(SLEEP)
     process.send_signal(signal.SIGINT)
