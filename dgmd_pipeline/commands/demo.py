@@ -160,7 +160,7 @@ def _fill_bucket(mark_ready: bool = False) -> None:
         # Public: the workers of a cluster have no credentials for this endpoint.
         client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{name}", Body=content, ACL="public-read")
         count += 1
-    log.info("Demo bucket s3://%s/%s: %d objects", BUCKET, PREFIX, count)
+    log.info("Demo bucket s3://%s/%s: %s objects", BUCKET, PREFIX, f"{count:,}")
     if mark_ready:
         client.put_object(Bucket=BUCKET, Key=READY, Body=b"", ACL="public-read")
 
@@ -208,8 +208,7 @@ def _print_next_commands() -> None:
         return
     pipeline = f"{_command('python')} {shlex.quote(sys.argv[0])}"
     log.info(
-        f"""
-What next?
+        f"""What next?
   # open the report in a browser: {DATA_DIR}/evaluation/report.html
   # make the version production; later versions are compared with it
   {pipeline} promote --env-file {ENV_FILE}

@@ -34,7 +34,7 @@ def print_review(name: str, entry: ModelVersion, other: int | None, review: "Rev
         *_benchmark_rows(review.serving_benchmark),
     ])  # fmt: skip
     if comparison:
-        _print_labels(comparison.classes)
+        _print_labels(comparison.classes, f"version {comparison.version} -> version {entry.version}")
     for gate in gates.grouped(decision.gates):
         state = {True: "holds", False: "FAILS", None: "-"}[gate.passed]
         _print_text(f"  {gate.name:11} {state:6} {gate.text}", indent=21)
@@ -75,9 +75,11 @@ def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]
     ]
 
 
-def _print_labels(classes: "Sequence[ClassComparison]") -> None:
+def _print_labels(classes: "Sequence[ClassComparison]", versions: str) -> None:
     """Print how the recall of each label changed, the worst first."""
     changed = sorted((row for row in classes if row.gained or row.lost), key=lambda row: (row.change, -row.lost))
+    if changed:
+        print(f"Labels with other predictions, recall of {versions}:")
     for row in changed[:SHOWN_LABELS]:
         print(
             f"  {row.label}: {percent(row.production_recall)} -> {percent(row.recall)} of {row.images:,} "
@@ -92,7 +94,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SettingsError(f"{question} Cannot ask: stdin is not a terminal. Add --yes.")
+        raise SettingsError(f'Cannot ask "{question}": stdin is not a terminal. Add --yes.')
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # stdout may be JSON for another program
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Declined("Nothing was changed.")

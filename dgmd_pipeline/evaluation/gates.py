@@ -33,7 +33,7 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # how much lower the recall of a class may be even if that is no chance, 0 to 1
+    max_class_drop: float  # how much lower the recall of a class may be even if the drop is significant, 0 to 1
     max_latency_ratio: float  # candidate's median latency for one image, divided by production's
     allow_lost_labels: bool = False  # whether a label of production may have no training images
 
@@ -208,8 +208,8 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     label = f"a label with {counted(images, 'image')}"
     if loss is None:
         return f"This test can miss any loss of {label}."
-    missed = percent(1 - class_losses.POWER)
-    return f"For {label}, this test misses a loss of {100 * loss:.0f} points with a probability of {missed}."
+    power = percent(class_losses.POWER)
+    return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:
