@@ -51,7 +51,7 @@ class Event(NamedTuple):
     reason: str
     gates: Sequence[GateResult]
     forced: bool  # True: a gate did not pass, and --force was given
-    done: bool | None = None  # False: interrupted before the alias moved; None: in progress, or interrupted
+    done: bool | None = None  # whether the alias moved; None: not known yet
     automatic: bool = False  # True: a run promoted the version, because it was better
 
     def as_json(self) -> dict[str, object]:
@@ -91,10 +91,10 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
 
 
 def best_former(state: ModelState, candidate: ModelVersion | None = None) -> ModelVersion | None:
-    """Return the version that was production before with the highest accuracy, if that is above production's.
+    """Return the most accurate former production version other than `candidate`, if it is better than production.
 
-    The accuracies were measured on the images of each version's own run: they choose what to compare, and no more. None
-    if production is the best, or if the versions are no longer registered. It is not `candidate`.
+    The accuracies were measured on the images of each version's own run, so they only choose what to compare. None if
+    production is the best, or if the versions are no longer registered.
     """
     production = state.production
     events = [event for event in history(state) if event.done]
@@ -175,7 +175,7 @@ def _production_version(client: "MlflowClient", name: str) -> int | None:
     try:
         return int(client.get_model_version_by_alias(name, PRODUCTION).version)
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model or alias
             raise
         return None
 
@@ -212,7 +212,7 @@ def _is_consistent(state: ModelState) -> bool:
 
 def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> ModelVersion:
     """Return a version with the tag, stage and aliases that the alias `production` implies."""
-    if production is None:  # a stage that this module did not set stays until the first promotion
+    if production is None:  # stages that something else set stay until the first promotion
         return version
     is_production = version.version == production.version
     environment = PRODUCTION if is_production else NON_PRODUCTION

@@ -21,11 +21,11 @@ from dgmd_pipeline.s3.throttling import Gate
 from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
 from dgmd_pipeline.workflow import disk
 
-# Folder with a folder of unfinished files, named by number: no name is too long or conflicts with a key.
+# Folder of unfinished files. Each is named by a number, so that no name is too long or conflicts with a key.
 PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
-CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # at most, in what a worker gets at once
+CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, which a worker gets at once
 SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
 
 
@@ -35,9 +35,9 @@ def download(
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
     Yields a Rejected for an object that cannot be fetched. Its reason is "gone" (since it was listed), "archived" (its
-    storage class requires that it is restored first), "changed" (its size, its ETag, or bytes that do not match the
-    MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it, or
-    never completely). What may differ the next time is fetched up to four times.
+    storage class requires that it is restored first), "changed" (its size or ETag differs, or its bytes do not match
+    the MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it,
+    or never completely). A failure that may be temporary is repeated: up to four attempts.
 
     Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
     and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
@@ -54,7 +54,7 @@ def download(
 def _parts(folder: Path) -> Iterator[Path]:
     """Provide a folder for unfinished files, whose name no other run knows.
 
-    Workers may still download for a run that was killed: without their folder, they fail and complete no file.
+    Workers of a killed run may still download. Their folder is removed, so they fail and complete no file.
     """
     parts = folder / PARTS / uuid.uuid4().hex
     disk.remove(parts.parent)
@@ -97,7 +97,7 @@ class Chunk(NamedTuple):
     bucket: str
     objects: Sequence[SourceObject]
     folder: Path
-    parts: Path  # folder for a folder of each attempt
+    parts: Path  # folder in which each attempt makes a folder of its own
 
 
 Map = Callable[
@@ -124,14 +124,14 @@ def download_in_chunks(
 def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     """Return what `download` yields for a chunk. Any number of attempts may run at the same time.
 
-    Raises NoUsableInput, also if this process has no credentials, the run has, and S3 refuses an object.
+    Raises NoUsableInput, also if S3 refuses an object and this process lacks the credentials that the run has.
     """
     client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
     parts.mkdir()  # fails where the run has ended
     try:
         done = list(_download(client, chunk.bucket, chunk.objects, chunk.folder, parts))
     except Throttled as error:
-        raise NoUsableInput(str(error)) from None  # can be pickled
+        raise NoUsableInput(str(error)) from None  # this exception can be pickled
     finally:
         shutil.rmtree(parts, ignore_errors=True)  # the run may remove it at the same time
     refused = [row for row in done if isinstance(row, Rejected) and row.reason == errors.REFUSED]
@@ -262,7 +262,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
-        part.stat()  # fails where the run has ended: then no folder is made
+        part.stat()  # raises OSError if the run has ended: then no folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

@@ -25,7 +25,7 @@ FILE = "selection.json"  # in the folder of checkpoints
 FOLDS = 3
 SELECTION_ROWS = 8_000  # training images that cross-validation uses, maximum
 HELD_OUT_ROWS = 2_000  # folds are evaluated until this many images were held out
-SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened as far as it helped: docs/measurements/head.md
+SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened most: docs/measurements/head.md
 MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above, only centred features are evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
 FIRST_STRENGTH = 3  # position of the strength that is evaluated first
@@ -44,7 +44,7 @@ class Option(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The head that cross-validation chose, and the alternatives. Where HEAD fixes the kind, it chose the settings."""
+    """The head that cross-validation chose, and the alternatives. If HEAD fixes the kind, it chose the settings."""
 
     chosen: Option
     options: list[Option]  # the best of each kind
@@ -95,7 +95,7 @@ def select(
 ) -> Selection:
     """Cross-validate heads of `kind` on at most SELECTION_ROWS training images; choose the lowest log loss.
 
-    The log loss distinguishes similar heads with fewer images than the accuracy does, and it rewards probabilities that
+    The log loss needs fewer images than the accuracy to distinguish similar heads, and it rewards probabilities that
     are right, which the served model returns. A logistic regression is always evaluated, as the baseline.
     `class_weights` are float32 [classes]; `config` has a seed. `components` are those of the training images. `hidden`
     is evaluated unless `kind` is linear; its weights change.
@@ -135,7 +135,7 @@ def _sample(data: LabeledFeatures, groups: Sequence[str], seed: int) -> tuple[La
 def _cv_masks(labels: np.ndarray, groups: Sequence[str], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield masks (bool [n]) of the fitted and the held-out rows of folds until HELD_OUT_ROWS rows were held out.
 
-    Images whose label is not fitted are not held out.
+    An image is held out only if its label also occurs among the fitted rows.
     """
     fold_of = folds.assign(labels, groups, FOLDS, seed)
     count = 0
@@ -154,7 +154,7 @@ def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.nd
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
     """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates, not features.
 
-    Each shrinkage starts at the best strength of the previous one. The first that is not better is the last.
+    Each shrinkage starts at the best strength of the previous one. The search ends at the first that is not better.
     """
     products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
     best = _Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))
@@ -168,7 +168,7 @@ def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class
 
 
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
-    """Follow the decreasing loss along the strengths, which has one minimum. Each fit starts from its neighbour's."""
+    """Follow the strengths while the loss decreases: it has one minimum. Each fit starts from the last coefficients."""
     best = evaluate(start.strength, start)
     for step in (1, -1):
         before = best
@@ -209,7 +209,7 @@ def _evaluate_linear(
 
 
 def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: TrainingConfig) -> Option:
-    """Return a head with hidden layers and the number of epochs with the lowest log loss.
+    """Return the option with hidden layers, with the number of epochs that has the lowest log loss.
 
     A fold stops when its loss has not decreased for `config.patience` epochs.
     """
