@@ -1,6 +1,7 @@
 """The heavy work on a real Dask scheduler and workers: results, checks and faults."""
 
 import contextlib
+import gc
 import io
 import json
 import pickle
@@ -34,6 +35,13 @@ from dgmd_pipeline.workflow.executors import ProcessExecutor
 from dgmd_pipeline.workflow.run_context import RunContext, activate
 
 FAULTS = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": 1, "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s"}
+
+
+@pytest.fixture(autouse=True)
+def _failed_clients_are_collected():
+    """Dask closes a client that could not connect when Python collects it: for ever, if another one starts then."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
