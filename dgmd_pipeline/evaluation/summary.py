@@ -47,8 +47,8 @@ def sentences(found: Summary, report: str, version: int | None = None) -> list[s
         if found.failed:
             lines[-1] += f" Failed conditions: {', '.join(found.failed)}."
     if version is not None:
-        purpose = "shows each condition and " + ("refuses it" if found.failed else "asks")
-        purpose = "makes it production" if found.recommended else purpose
+        undecided = "shows each condition and refuses it" if found.failed else "shows each condition and asks"
+        purpose = "makes it production" if found.recommended else undecided
         lines.append(f"Next command: `promote {version}` {purpose}.")
     return [*lines, f"Report: {report}"]
 

@@ -127,7 +127,7 @@ def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     Raises NoUsableInput, also if S3 refuses an object and this process lacks the credentials that the run has.
     """
     client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
-    parts.mkdir()  # fails where the run has ended
+    parts.mkdir()  # raises OSError if the run has ended
     try:
         done = list(_download(client, chunk.bucket, chunk.objects, chunk.folder, parts))
     except Throttled as error:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"  # of an evaluation
-DATA_METRICS = ("images_training", "labels", "images_rejected")  # of a run, below `system/data/`
+OF_DATA = "system/data/"  # prefix of the metrics of a run that are about its images
+DATA_METRICS = ("images_training", "labels", "images_rejected")
 
 
 def registered(data_dir: Path, result: RunResult) -> Json:
@@ -135,7 +136,7 @@ def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary
     for version in [one for one in state.versions if one.tags.get(TRAINING_ID) != training][:SHOWN]:
         accuracy, of_run = version.tags.get(ACCURACY), metrics.get(version.run_id, {})
         # Older versions have these metrics without a folder.
-        counts = (of_run.get(f"system/data/{name}", of_run.get(name)) for name in DATA_METRICS)
+        counts = (of_run.get(OF_DATA + name, of_run.get(name)) for name in DATA_METRICS)
         known = float(accuracy) if accuracy else None
         found.append(VersionSummary(version.version, version.created, known, *counts))
     return found[::-1]

@@ -300,7 +300,7 @@ class RegisterModel(Step):
             params=_recorded_settings(records, mine),
             history=[_metrics(row) for row in history],
             metrics=evaluate.metrics_of(paths["evaluation"]),
-            of_run=timing.metrics(records.values()) | {f"system/data/{name}": value for name, value in data.items()},
+            of_run=timing.metrics(records.values()) | {lookup.OF_DATA + name: value for name, value in data.items()},
             tags=evaluate.tags_of(paths["evaluation"]) | registration.code_tags(self.settings.git_revision),
             attempt=attempts.current(self.settings.data_dir),
             source=_source_uri(self.settings, paths["raw"]),

@@ -1,4 +1,4 @@
-"""Functions that workers of a cluster call in tests, and a worker that goes on after its run has ended."""
+"""Functions that workers of a cluster call in tests, and a worker that continues after its run has ended."""
 
 import contextlib
 import os
