@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,11 +20,22 @@ from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import dataset, networks
+from dgmd_pipeline.training.vectors import Vectors
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
 BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
 Part = TypeVar("Part")
+
+
+class StoredFeatures(NamedTuple):
+    """The features of the validation images, in the order of the records, and the network that they come from."""
+
+    vectors: Vectors  # float32 [n, d]
+    backbone: "keras.Model"
 
 
 class ValidationImages(NamedTuple):
@@ -33,6 +44,7 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
+    features: StoredFeatures | None = None  # None: there are none, or no model has the network that they come from
 
 
 class Answers(NamedTuple):
@@ -140,6 +152,8 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     """Return a model's answers to all validation images. Their probabilities are not kept.
 
+    If the model has the frozen network that features are stored of, only its head runs.
+
     Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
     given the original files: its measured accuracy would be too low.
     """
@@ -148,6 +162,8 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(inputs.input_size(network), inputs.input_fit(network), images.records)
+    if (stored := images.features) and networks.are_equal(network.get_layer("backbone"), stored.backbone):
+        return answers(predictions.predict_head(network, stored.vectors))
     return answers(predictions.predict(network, dataset.read(images.records)))
 
 

@@ -10,7 +10,7 @@ from support.predictions import compare_flags
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import review, serving_benchmark
-from dgmd_pipeline.evaluation.review import CandidateModel, Review
+from dgmd_pipeline.evaluation.review import CandidateModel, Review, StoredFeatures
 from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServedPredictions, ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
@@ -85,6 +85,23 @@ def test_a_comparison_without_images_is_refused(images):
     message = "with version 3: of 12 validation images, one of the two models was trained on 12"
     with pytest.raises(PipelineError, match=message):
         review.compare(model(images), model(images, trained_on=trained_on, version=3), images)
+
+
+def test_only_the_head_runs_where_the_stored_features_are_those_of_its_network(models, images):
+    network = networks.load(models / "model.keras")
+    backbone, production = (
+        network.get_layer("backbone"),
+        model(images)._replace(path=models / "model.keras", answers=None),
+    )
+    vectors = np.random.default_rng(0).random((12, backbone.output_shape[-1]), np.float32)  # not of these images
+    of_head = network.get_layer("head").predict(vectors, verbose=0)
+    of_images = review.predict(production, images).first
+    assert np.array_equal(
+        review.predict(production, images._replace(features=StoredFeatures(vectors, backbone))).first, of_head
+    )
+    backbone.trainable_weights[0].assign_add(np.ones(backbone.trainable_weights[0].shape))
+    other = images._replace(features=StoredFeatures(vectors, backbone))
+    assert np.array_equal(review.predict(production, other).first, of_images)
 
 
 @pytest.fixture
