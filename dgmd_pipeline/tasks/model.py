@@ -83,7 +83,7 @@ class TrainModel(Step):
         from dgmd_pipeline.training import runtime, train
         from dgmd_pipeline.workflow.executors import in_threads
 
-        backbone = resources.network(self.context, extracts=False)
+        backbone = resources.network(self.context)
         resources.start_serving_early(self.context)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)

@@ -76,11 +76,11 @@ def _start_network(context: RunContext, extracts: bool) -> None:
         context.shared(Resources).network = executors.submit_in_background(build)
 
 
-def network(context: RunContext, extracts: bool) -> "keras.Model | None":
+def network(context: RunContext) -> "keras.Model | None":
     """Return the frozen network of this run; None if the backbone is trained (`cnn`)."""
     resources = context.shared(Resources)
     if resources.network is None:
-        _start_network(context, extracts)
+        _start_network(context, extracts=False)
     return resources.network and resources.network()
 
 

@@ -94,6 +94,6 @@ class ExtractFeatures(PerSplitStep):
         return extraction.extract_pieces(pieces, network, in_threads)
 
     def _network(self) -> "keras.Model":
-        network = resources.network(self.context, extracts=not self.context.executor.is_cluster)
+        network = resources.network(self.context)
         assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
         return network
