@@ -1,7 +1,7 @@
-"""The environment -> one frozen `Settings`, which declares every variable with its type, default, range and meaning.
+"""Reads the environment into a frozen `Settings`, which declares every variable with type, default, range and meaning.
 
-Besides `environment` and the demo, no other module reads it. `load` also exports the variables of a `.env` file to the
-libraries that read the environment themselves (boto3, MLflow), and sets defaults for them.
+No other module reads settings from the environment. `load` also exports the variables of a `.env` file to the libraries
+that read the environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
@@ -28,12 +28,13 @@ provide_worker_defaults = partial(
     environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
 )
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
+# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects empty values of the
+# other variables.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
-    """The settings of a run. A field is named like its variable, in lower case. docs/configuration.md is generated."""
+    """The settings of a run. A field is named like its variable, in lower case. They generate docs/configuration.md."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -48,8 +49,8 @@ class Settings(BaseSettings):
     aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="Bucket that contains the images.")
     aws_data_path: str = Field(
         "train/downloaded-images",
-        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` is the whole "
-        "bucket.",
+        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` is the "
+        "whole bucket.",
     )
     refresh: bool = Field(
         False,
@@ -68,8 +69,8 @@ class Settings(BaseSettings):
         ge=1,
         le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
-        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. Unset was more "
-        "accurate on every measured data set.",
+        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. Unset was "
+        "more accurate on every measured data set.",
     )
     validation_pcnt: float = Field(
         0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
@@ -112,8 +113,8 @@ class Settings(BaseSettings):
         15,
         ge=1,
         le=10**6,
-        description="Number of epochs of `cnn`. Maximum number of epochs of a hidden head; cross-validation chooses the "
-        "number.",
+        description="Number of epochs of `cnn`. Maximum number of epochs of a hidden head; cross-validation chooses "
+        "the number.",
     )
     learning_rate: float = Field(0.01, gt=0, le=1000, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
@@ -173,8 +174,8 @@ class Settings(BaseSettings):
         0.15,
         ge=0,
         le=1,
-        description="`promote` refuses a version if its recall of a class is significantly lower than production's, and "
-        "lower by more than this fraction.",
+        description="`promote` refuses a version if its recall of a class is significantly lower than production's, "
+        "and lower by more than this fraction.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -185,7 +186,8 @@ class Settings(BaseSettings):
     )
     allow_lost_labels: bool = Field(
         False,
-        description="`true`: `promote` accepts a version without training images of a label that production was trained on.",
+        description="`true`: `promote` accepts a version without training images of a label that production was "
+        "trained on.",
     )
     promote_if_better: bool = Field(
         False,
@@ -212,8 +214,8 @@ class Settings(BaseSettings):
     )
     luigi_scheduler_url: str | None = Field(
         None,
-        description="Address of a Luigi scheduler (`luigid`), for example `http://luigid:8082`. Its page then shows the "
-        "run.",
+        description="Address of a Luigi scheduler (`luigid`), for example `http://luigid:8082`. Its page then shows "
+        "the run.",
     )
     dask_scheduler_address: str | None = Field(
         None,
