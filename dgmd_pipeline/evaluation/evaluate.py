@@ -93,8 +93,8 @@ def evaluate(
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
-    report needs is done afterwards, while the process predicts original files.
+    missing. The model is benchmarked in `process`. What only the report needs is done while the process loads the
+    models, and nothing while it measures times.
     Returns the counts for the step's record.
     """
     start = time.monotonic()
@@ -240,7 +240,7 @@ def _review(
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
-    after_timing: Callable[[Comparison | None], None],
+    meanwhile: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rivals, error = Rivals(), ""
@@ -248,7 +248,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, process, after_timing)
+        found = review.review(candidate, rivals, images, folder, process, meanwhile)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)

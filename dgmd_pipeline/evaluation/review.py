@@ -39,7 +39,7 @@ class Answers(NamedTuple):
     """What a model answers to the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
-    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
+    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.IMAGES`
 
 
 class CandidateModel(NamedTuple):
@@ -132,9 +132,9 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
     first: list[np.ndarray] = []
     for block in blocks:
         predicted.append(block.argmax(axis=1))
-        if sum(map(len, first)) < serving_benchmark.ORIGINALS:
-            first.append(block[: serving_benchmark.ORIGINALS].copy())  # a slice would keep the block in memory
-    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.ORIGINALS])
+        if sum(map(len, first)) < serving_benchmark.IMAGES:
+            first.append(block[: serving_benchmark.IMAGES].copy())  # a slice would keep the block in memory
+    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.IMAGES])
 
 
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
@@ -175,12 +175,12 @@ def review(
     images: ValidationImages,
     scratch: Path,
     process: serving_benchmark.Process,
-    after_timing: Callable[[Comparison | None], None] = lambda _: None,
+    meanwhile: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
     """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
 
-    `scratch` is a folder for temporary files. `after_timing` is called with the comparison when the times have been
-    measured, while the process still works.
+    `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
+    the models.
 
     If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
     keeping anyway.
@@ -193,7 +193,7 @@ def review(
         log.warning("No comparison with the best former production version: %s", best_error)
     sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
     try:
-        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(after_timing, compared))
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(meanwhile, compared))
     except PipelineError as failure:
         return Review(compared, error, None, str(failure), labels, best=best)
     return Review(compared, error, benchmark, "", labels, best=best)
@@ -222,26 +222,25 @@ def _benchmark(
     images: ValidationImages,
     sample: np.ndarray,
     scratch: Path,
-    after_timing: Callable[[], None],
+    meanwhile: Callable[[], None],
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f", beside version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
-    originals = serving_benchmark.Originals()
+    files = []
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
-        files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
-        originals = serving_benchmark.Originals(files, candidate.answers.first[: len(files)])
+        files = [images.raw / row.path for row in images.examples[: len(sample)]]
     return serving_benchmark.benchmark(
         process,
         candidate.path,
         sample,
-        candidate.answers.first[: len(sample)],
+        candidate.answers.first,
         scratch,
         production.path if production else None,
-        originals,
-        after_timing,
+        files,
+        meanwhile,
     )
 
 

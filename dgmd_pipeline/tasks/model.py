@@ -295,7 +295,7 @@ class RegisterModel(Step):
             training_id=about["id"],
             run_name=_run_name(self.settings.model_name, records[names.TRAINED_MODEL].started),
             describe=partial(_description, summary.from_counts(records[names.EVALUATION].counts)),
-            model=partial(resources.trained_model, self.context, paths["trained"]),
+            model=partial(resources.model_file, paths["trained"]),
             labels=mapping,
             params=_recorded_settings(records, mine),
             history=[_metrics(row) for row in history],

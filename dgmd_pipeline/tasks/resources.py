@@ -86,13 +86,25 @@ def network(context: RunContext, extracts: bool) -> "keras.Model | None":
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":
     """Return the trained model of a folder, from memory if this run trained it, because loading takes 3 to 5 s."""
-    from dgmd_pipeline.training import networks, runtime
+    from dgmd_pipeline.training import networks, runtime, train
 
     trained = context.shared(Resources).trained
     if trained and trained[0] == context.result.fingerprints.get(names.TRAINED_MODEL):
         return trained[1]
     runtime.start_tensorflow()
-    return networks.load(folder / "model.keras")
+    return networks.load(folder / train.MODEL)
+
+
+def model_file(folder: Path) -> Path:
+    """Return the file of a trained model, to log it in MLflow, which needs Keras for that.
+
+    Raises PipelineError where the file is missing or was changed.
+    """
+    from dgmd_pipeline.training import networks, runtime, train
+
+    networks.check_file(folder / train.MODEL)
+    runtime.start_tensorflow()
+    return folder / train.MODEL
 
 
 def start_serving_early(context: RunContext) -> None:

@@ -144,6 +144,16 @@ def load(path: Path) -> "keras.Model":
         raise changed_file_error(path, error) from error
 
 
+def check_file(path: Path) -> None:
+    """Raise PipelineError where the file of a network is missing or was changed. It is not loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+    except (OSError, zipfile.BadZipFile) as error:
+        raise changed_file_error(path, error) from error
+
+
 def estimate_bytes(network: "keras.Model") -> int:
     """Return the approximate size of a saved network in bytes: its float32 weights and 200 kB for its structure."""
     return 4 * network.count_params() + 200_000

@@ -92,9 +92,9 @@ def benchmarked(monkeypatch):
     """The arguments of `serving_benchmark.benchmark`, which starts no process."""
     calls = []
 
-    def benchmark(process, path, images, recorded, scratch, production, originals, after_timing):
-        calls.append((path, images, recorded, production, originals))
-        after_timing()
+    def benchmark(process, path, images, recorded, scratch, production, files, meanwhile):
+        calls.append((path, images, recorded, production, files))
+        meanwhile()
         if path.name == "broken.keras":
             raise PipelineError("The model could not be used.")
         return BENCHMARK
@@ -124,15 +124,15 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     production = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS), 4)
     seen = []
     known = images._replace(raw=tmp_path / "raw")
-    found = reviewed(candidate, production, known, tmp_path, after_timing=seen.append)
+    found = reviewed(candidate, production, known, tmp_path, meanwhile=seen.append)
     assert (found.comparison.version, found.comparison_error, found.comparison.accuracy) == (4, "", 1)
     assert seen == [found.comparison]
     assert (found.serving_benchmark, found.benchmark_error) == (BENCHMARK, "")
-    ((path, sample, recorded, other, originals),) = benchmarked
+    ((path, sample, recorded, other, files),) = benchmarked
     assert path == other == models / "model.keras"
     assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
-    assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (originals.recorded == candidate.answers.first).all()
+    assert files == [tmp_path / "raw" / row.path for row in images.examples]
+    assert (recorded == candidate.answers.first).all()
 
 
 def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
@@ -141,8 +141,8 @@ def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models
     found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path)
     assert found.comparison is None and "with version 4" in found.comparison_error
     assert found.serving_benchmark == BENCHMARK
-    ((_, _, _, other, originals),) = benchmarked
-    assert other == models / "model.keras" and originals.files == ()
+    ((_, _, _, other, files),) = benchmarked
+    assert other == models / "model.keras" and files == []
 
 
 @pytest.mark.parametrize(
