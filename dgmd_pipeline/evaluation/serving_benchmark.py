@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import keras
 
 IMAGES = 32  # given to the model one by one, as one batch, and as one batch of their original files
-MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many by each model, and this long by all
+MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
+SECONDS = 1.0  # for these predictions, unless MIN_SINGLES take longer
 TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
 TIMEOUT_MINUTES = 10
 UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
@@ -269,7 +270,7 @@ def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list
     """Return for each network the seconds of predictions of one image; the networks alternate."""
     seconds: list[list[float]] = [[] for _ in networks]
     end = time.perf_counter() + SECONDS
-    for number, image in enumerate(itertools.cycle(images)):
+    for number, image in enumerate(itertools.islice(itertools.cycle(images), MAX_SINGLES)):
         if number >= MIN_SINGLES and time.perf_counter() > end:
             break
         for network, of_network in zip(networks, seconds, strict=True):
