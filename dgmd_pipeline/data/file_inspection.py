@@ -1,4 +1,4 @@
-"""One file -> an `Image` with its thumbnail, or a `Rejected` with the reason why it is left out."""
+"""Inspects one file. The result is an `Image` with its thumbnail, or a `Rejected` with the reason."""
 
 import hashlib
 import warnings
@@ -18,7 +18,7 @@ _DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at t
 
 
 class ForNow(NamedTuple):
-    """A result that another inspection of the same file may not have, for example for lack of memory."""
+    """A rejection that is not reused, because another inspection of the same file may succeed."""
 
     rejected: Rejected
 
@@ -70,7 +70,7 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
         draft = image.draft("RGB", _DRAFT_SIZE)
         # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
         # by a shift.
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # of RGB, convert would make a copy
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
         thumbnail = rgb.resize(square, bilinear, draft and draft[1])
         return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
 

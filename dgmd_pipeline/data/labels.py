@@ -1,4 +1,4 @@
-"""Rows -> label map: the class index of each label, and the labels with enough images to be used."""
+"""The label map: the class index of each label, and the labels with enough images to be used."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> lis
 
     `counts` are the numbers of usable images. A label with fewer than `minimum` is not used. It keeps its index if it
     is in `known`, and gets none otherwise. The rows are in the order of their indexes, followed by those without one.
-    Raises NoUsableInput where fewer than two labels can be used.
+    Raises NoUsableInput if fewer than two labels can be used.
     """
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:

@@ -1,4 +1,4 @@
-"""Thumbnails -> groups of near-duplicate images.
+"""Groups near-duplicate images by their thumbnails.
 
 A perceptual hash finds candidate pairs; a comparison of their thumbnails confirms them.
 """
@@ -49,8 +49,8 @@ def group(
     """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
 
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
-    second result of an earlier call. It saves the comparison of old images with each other, where no image between
-    them has been removed, and does not change the result. The images are in the order of their paths in all calls.
+    second result of an earlier call. It does not change the result but saves time: old images are compared with each
+    other only if an image between them has been removed. The images are in the order of their paths in all calls.
     """
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)

@@ -1,4 +1,4 @@
-"""Sizes of groups and a target -> the groups whose sizes add up to it, or as nearly as possible, in linear time."""
+"""Finds groups whose sizes add up to a target, or as nearly as possible, in linear time."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,9 +9,8 @@ from typing import NamedTuple
 class _Sums(NamedTuple):
     """The sums of all subsets of some sizes with a known total.
 
-    s is a sum if total - s is one. From `start` to total - `start`, s is a sum if s + period is one. So a few bits
-    describe the sums of any number of sizes: after the first few, every sum of equal sizes, or of one image and more,
-    follows the period.
+    The number s is a sum if and only if total - s is a sum. Between `start` and total - `start`, s is a sum if and only
+    if s + period is a sum. So a few bits describe the sums of any number of sizes.
     """
 
     start: int
@@ -48,7 +47,7 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal ones are one object."""
+    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal values are the same object."""
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
@@ -63,7 +62,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Return the sums of sizes with the sum `total` and of one more."""
+    """Return the sums of sizes with the sum `total` and of one more size, `size`."""
     # The first s at which the new sums are known to have the period, up to the middle of all sums.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:

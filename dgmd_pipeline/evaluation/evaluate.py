@@ -1,7 +1,4 @@
-"""A trained model and the folders of a run -> the folder of its evaluation.
-
-It runs the other modules of this package in order, and writes their files and the report.
-"""
+"""Evaluates a trained model: runs the other modules of this package in order, and writes their files and the report."""
 
 import json
 import logging
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+MEASURED = "dgmd.measured"  # tag of a version: all figures as one JSON value, because MLflow's pages show every tag
 BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
     *("parameters", "predictions_equal"),
@@ -92,9 +89,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
-    report needs is done afterwards, while the process predicts original files.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
+    comparison. The model is benchmarked in `process`, and this process is idle while times are measured. Work that only
+    the report needs is done afterwards, while `process` predicts original files.
+
     Returns the counts for the step's record.
     """
     start = time.monotonic()
@@ -120,7 +118,7 @@ def evaluate(
 
 
 def _decided(decision: gates.Decision, compared: Comparison | None) -> dict[str, Any]:
-    """Return the part of the counts that is about the decision: what `summary.Summary` needs."""
+    """Return the counts that describe the decision, which `summary.Summary` needs."""
     counts: dict[str, Any] = {"verdict": decision.verdict, "failed": decision.failed}
     if compared:
         counts |= {"compared_with": compared.version, "difference": compared.difference}
@@ -143,10 +141,10 @@ def _read_splits(data: EvaluationData) -> _Splits:
 def _measure(
     data: EvaluationData, network: "keras.Model", splits: _Splits, leaked: Leaks | None, folder: Path
 ) -> tuple[Measurements, Answers]:
-    """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
+    """Predict the validation images and write the metrics. The large array of probabilities is freed at the end."""
     log.info("  predicting %s validation images ...", f"{len(splits.validation):,}")
     fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
-    if splits.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
+    if splits.features and not fine_tuned:  # after fine-tuning, stored features do not fit the network
         blocks = predictions.predict_head(network, splits.features[1])
     else:
         blocks = predictions.predict(network, dataset.read(data.records))
@@ -194,7 +192,7 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 def _content(
     data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows, for which it looks for wrong labels."""
+    """Collect the content of the report, which includes the search for wrong labels."""
     suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
@@ -258,7 +256,7 @@ def _review(
 def metrics_of(folder: Path) -> dict[str, float]:
     """Return the metrics of a finished evaluation, by their name in MLflow.
 
-    They include how predictions for original files differ from those for their records, if that was measured.
+    They include the differences between predictions for original files and for their records, if these were measured.
     """
     found = manifest.read_json(folder / metrics.METRICS)
     if benchmark := review.read(folder).serving_benchmark:

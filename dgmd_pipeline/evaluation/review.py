@@ -1,4 +1,4 @@
-"""A candidate, production and the validation images -> a `Review`: the comparison and the serving benchmark."""
+"""Reviews a candidate: compares it with production on the validation images, and benchmarks how it serves."""
 
 import json
 import logging
@@ -36,22 +36,22 @@ class ValidationImages(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a model answers to the validation images."""
+    """A model's predictions for the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
     first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
 
 
 class CandidateModel(NamedTuple):
-    """A model to review, or production to compare it with."""
+    """A model to review, or a version to compare it with."""
 
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
-    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
+    trained_labels: frozenset[str]  # labels of the training images; the model may have more outputs
     version: int | None = None  # None: not registered yet
     answers: Answers | None = None  # None: not predicted yet
-    run: str = ""  # that made the model
+    run: str = ""  # the run that made the model
 
 
 class Rivals(NamedTuple):
@@ -127,7 +127,7 @@ def _select(
 
 
 def answers(blocks: Iterable[np.ndarray]) -> Answers:
-    """Return the answers in a model's probabilities (float32 [m, classes], in blocks) of all validation images."""
+    """Return a model's answers to all validation images from blocks of its probabilities (float32 [m, classes])."""
     predicted: list[np.ndarray] = []
     first: list[np.ndarray] = []
     for block in blocks:
@@ -140,8 +140,8 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     """Return a model's answers to all validation images. Their probabilities are not kept.
 
-    Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
-    given the original files: its measured accuracy would be too low.
+    Raises PipelineError if the model cannot be loaded. Also raises it if the model would resize the records to other
+    pixels than the original files, because its measured accuracy would be too low.
     """
     if model.answers is not None:
         return model.answers
@@ -154,8 +154,8 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    The model resizes the records' pixels. If the records are larger and have the same fit, the result is what it would
-    make of the original file. Padding and cropping to another aspect ratio would come on top of the records' own.
+    The model resizes the records. If they are at least as large as its input and have the same fit, the result is about
+    the same as for the original file. With another aspect ratio, an image would be padded or cropped twice.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
@@ -177,13 +177,13 @@ def review(
     process: serving_benchmark.Process,
     after_timing: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
+    """Compare a candidate with its rivals, if there are any, and benchmark it and production in a process.
 
     `scratch` is a folder for temporary files. `after_timing` is called with the comparison when the times have been
     measured, while the process still works.
 
-    If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
-    keeping anyway.
+    If production cannot be used, or the candidate fails in the process, the review has the error as text, because the
+    trained model is kept anyway.
     """
     candidate = candidate._replace(answers=predict(candidate, images))
     labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
@@ -202,7 +202,7 @@ def review(
 def _compare(
     candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
 ) -> tuple[CandidateModel | None, Comparison | None, str]:
-    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    """Return the rival with its answers (None if it cannot predict), the comparison and an error."""
     if rival is None:
         return None, None, ""
     try:

@@ -1,7 +1,7 @@
-"""A saved model in a clean process -> how it serves: predictions, load time, latency, throughput, memory.
+"""Benchmarks a saved model in a clean process: its predictions, load time, latency, throughput and memory.
 
-The process knows nothing of the run. It gets the path of the model, images, and the paths of original files. Seconds
-measured on different machines are not comparable, so production is timed in the same process, alternately.
+The process gets only the path of the model, images, and the paths of original files. Times from different machines
+are not comparable, so production is timed in the same process, alternately.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     import keras
 
 IMAGES = 32  # given to the model one by one, and as one batch
-MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many by each model, and this long by all
-TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
+MIN_SINGLES, SECONDS = 20, 1.0  # of predictions of one image: minimum number for each model, minimum time for all
+TOLERANCE = 1e-3  # of probabilities; stored features come from another TensorFlow graph than the whole model
 ORIGINALS = 50  # original files, predicted as one batch
 TIMEOUT_MINUTES = 10
-UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
+UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them if they are installed: 1.3 CPU seconds and 150 MB
 POLL_SECONDS = 0.05
 
 
@@ -72,7 +72,7 @@ class ServedPredictions:
 class ServingBenchmark:
     """How a saved model serves."""
 
-    load_seconds: float  # without the start of the libraries
+    load_seconds: float  # without the import of the libraries
     latency_p50_ms: float  # for one image
     latency_p95_ms: float
     images_per_second: float  # in batches of `batch`
@@ -149,7 +149,7 @@ def benchmark(
 def _exchange(process: Process, request: bytes, answer: Path, after_timing: Callable[[], None]) -> bytes:
     """Send a request, and return the error output of the process when it has ended.
 
-    `after_timing` is called when there is an answer, or none can be expected. Raises TimeoutExpired.
+    `after_timing` is called when there is an answer, or when none can be expected. Raises TimeoutExpired.
     """
     end = time.monotonic() + 60 * TIMEOUT_MINUTES
     stderr, unsent = None, request
@@ -168,7 +168,7 @@ def _explain_failure(code: int, stderr: str) -> str:
 
 
 def to_json(found: ServingBenchmark) -> dict[str, object]:
-    """Return a benchmark as the values of assessment.json. Keys of what was not measured are missing."""
+    """Return a benchmark as the values of assessment.json. Values that were not measured are left out."""
     values = asdict(found)
     production, served = values.pop("production"), values.pop("served")
     if production:
@@ -232,14 +232,14 @@ def _measure(task: Path) -> ServingBenchmark:
         median, size = 1e3 * float(np.median(seconds)), other.stat().st_size
         found = replace(found, production=ProductionBenchmark(median, p50 / median, size, found.bytes / size))
     if originals.files:
-        # Original files can be large. If the process dies of them, the parent still gets everything before.
+        # Original files can be large. If the process dies of them, the parent still gets this answer.
         _answer(task, found)
         found = replace(found, served=_predict_originals(network, originals))
     return found
 
 
 def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPredictions:
-    """Predict original files, which are read as a service reads them, and compare with those for their records."""
+    """Read original files as a service does, predict them, and compare with the predictions for their records."""
     pixels, recorded = [], []
     for path, probabilities in zip(originals.files, originals.recorded, strict=True):
         with contextlib.suppress(OSError, inputs.InvalidImage):  # deleted or changed since; not in `images`
@@ -262,9 +262,9 @@ def _peak_memory() -> int:
 
 
 def _trace(network: "keras.Model") -> None:
-    """Trace what `predict` calls, for images of any number and size.
+    """Trace the function that `predict` calls, for any number and size of images.
 
-    Keras would trace it for the first shape, and again for other numbers and for other sizes: 0.7 CPU seconds each.
+    Otherwise Keras would trace it again for other numbers and sizes. Each trace takes 0.7 CPU seconds.
     """
     import tensorflow as tf
 
@@ -306,7 +306,7 @@ if __name__ == "__main__":
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     for _name in UNUSED:
         sys.modules[_name] = None  # type: ignore[assignment]  # None: an import of it raises ImportError
-    gc.disable()  # during the import, which makes a million objects: a fifth of its time
+    gc.disable()  # saves a fifth of the time of the import, which creates a million objects
     runtime.start_tensorflow()
     gc.enable()
     if _request := sys.stdin.buffer.read():  # empty: the parent has exited without a request

@@ -13,10 +13,10 @@ Result = TypeVar("Result")
 
 
 def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let `function` use one BLAS thread.
+    """Limit `function` to one BLAS thread.
 
-    BLAS threads wait for each other in a busy loop: with two of them on a busy machine of two cores, fits that take a
-    second did not end within minutes.
+    BLAS threads wait for each other in a busy loop. With two threads on a busy machine with two cores, fits that
+    usually take a second did not end within minutes.
     """
 
     @functools.wraps(function)
@@ -30,9 +30,9 @@ def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments
 
 
 def start_tensorflow() -> None:
-    """Import TensorFlow and discard what its libraries write to the standard error of the process while they load.
+    """Import TensorFlow and discard what its libraries write to standard error meanwhile.
 
-    Keras imports scikit-learn where it exists, for wrappers that nothing uses: 0.6 CPU seconds. So it is hidden.
+    Scikit-learn is hidden from Keras, which would import it for unused wrappers. That would take 0.6 CPU seconds.
     """
     hides = "sklearn" not in sys.modules
     saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
