@@ -169,7 +169,7 @@ def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
 
 
 def _production_version(client: "MlflowClient", name: str) -> int | None:
-    """Return the production version. It asks only for the alias: a smaller request than for the registered model."""
+    """Return the production version. The alias is requested alone, because the registered model is much larger."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,4 +1,4 @@
-"""S3 objects -> files by AWS's Common Runtime (awscrt), in C: a quarter of the CPU time of botocore's `get_object`.
+"""Fetches S3 objects with AWS's Common Runtime (awscrt), in a quarter of the CPU time of botocore's `get_object`.
 
 `CrtTransfer` repeats a successful botocore request for other keys, so addressing, regions and redirects need no code
 here. botocore fetches every object that awscrt cannot fetch; it retries longer and reports the cause. botocore also

@@ -1,4 +1,4 @@
-"""A listing of the bucket <-> the files in a folder: what is new, changed or gone, and what can be reused."""
+"""Compares a listing of the bucket with the files in a folder, and downloads what cannot be reused."""
 
 import hashlib
 import logging

@@ -82,7 +82,7 @@ def _train_two_versions(folder):
 
 
 def run_here(variables, *words):
-    """Run a command in this process, which is faster than to start TensorFlow in another; return what it prints."""
+    """Run a command in this process, which is faster than starting TensorFlow in another. Return its output."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, process_restored(), contextlib.redirect_stdout(printed):
         for name, value in variables.items():
@@ -122,7 +122,7 @@ def json_of(command):
 
 @pytest.fixture
 def own_model(trained, request):
-    """The two versions under a name of this test's own, version 2 the candidate, none production: the variables."""
+    """The variables of a copy of both under another name. Version 2 is the candidate, and none is production."""
     name = f"jars-{abs(hash(request.node.nodeid))}"
     trained.client.create_registered_model(name)
     for number in ("1", "2"):
