@@ -1,7 +1,7 @@
 """A Dask scheduler with up to 1,000 simulated workers and empty pieces: how many pieces a second it can do.
 
 The scheduler, its connections and the run are real. Workers are real, too (`distributed.Worker`), but hundreds of them
-share a process, and they return an empty result at once instead of giving a piece to a process of their own. A piece
+share a process, and they return an empty result at once instead of giving a piece to another process. A piece
 contains as many bytes as one of `convert` (256 images).
 
 The simulated workers need more CPU time than the scheduler, so the measured pieces per second are too low. The result

@@ -15,7 +15,7 @@ import numpy as np
 
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.data import corrections, inspected_files, limits, near_duplicates
-from dgmd_pipeline.data.file_inspection import MIN_SIDE, ForNow, Result, inspect_file
+from dgmd_pipeline.data.file_inspection import MIN_SIDE, Result, TemporaryRejection, inspect_file
 from dgmd_pipeline.data.inspected_files import InspectedFile, PreviousInspection
 from dgmd_pipeline.errors import NoUsableInput, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected, SourceObject
@@ -256,7 +256,7 @@ def _collect(
         if isinstance(result, WorkerDied):
             rejected.append(Rejected(*file, "unreadable", limits.explain(result)))
             continue
-        if isinstance(result, ForNow):
+        if isinstance(result, TemporaryRejection):
             rejected.append(result.rejected)
             continue
         if isinstance(result, Rejected):
@@ -275,7 +275,7 @@ def _keep(
     results: Iterable[Result | WorkerDied],
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
-    """Yield the results for files with these versions, and store those of each PIECE_FILES files in `pieces`."""
+    """Yield the results. Store the results of each PIECE_FILES files, with the files' versions, in `pieces`."""
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)

@@ -31,7 +31,7 @@ _BY_MODE = {"F": 19, "I": 17, "I;16": 13, "I;16B": 13}
 _OTHERS = 9
 _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 
-# Waits until so many bytes may be used, and gives them back after the block.
+# Waits until this number of bytes may be used, and releases them after the block.
 ReserveMemory = Callable[[int], AbstractContextManager[object]]
 
 # A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. ITU-T T.81, annex B

@@ -26,7 +26,7 @@ _EXCLUDE = (
 
 
 class Piece(NamedTuple):
-    """A part of a shard, for a worker to write into a folder of its own."""
+    """A part of a shard that a worker writes into one folder."""
 
     target: Path  # the folder
     shard: int  # number

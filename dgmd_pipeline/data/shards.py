@@ -138,7 +138,7 @@ def _pieces(
     positions: np.ndarray,
     stored: StoredRecords,
 ) -> Iterator[Piece]:
-    """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are those in `stored`, or NEW."""
+    """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are positions in `stored`, or NEW."""
     new = positions == NEW
     numbers = (np.cumsum(new) - new) // PIECE_IMAGES
     edges = pairwise(np.searchsorted(numbers, np.arange(numbers.max(initial=0) + 2)).tolist())

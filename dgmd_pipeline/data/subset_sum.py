@@ -20,8 +20,8 @@ class _Sums(NamedTuple):
 def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
     """Return positions of `sizes` (each >= 1) whose sum is nearest to `target`, from 1 to `limit`.
 
-    Of two sums that are equally near, the smaller one is used; of the subsets with this sum, the one with the earliest
-    positions. Returns no positions if no sum is possible.
+    If two sums are equally near, the smaller sum is used. If several subsets have this sum, the result is the subset
+    with the earliest positions. Returns no positions if no sum is possible.
     """
     period = Counter(sizes).most_common(1)[0][0]
     totals = [*accumulate(reversed(sizes), initial=0)][::-1]  # totals[i]: of sizes[i:]
@@ -39,7 +39,7 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
 
 
 def _nearest(target: int, bound: int) -> Iterator[int]:
-    """Yield the integers from 1 to `bound`, those nearest to `target` first, the smaller one of two."""
+    """Yield the integers from 1 to `bound` by their distance to `target`, the smaller of two first."""
     for distance in range(max(target, bound - target) + 1):
         for each in dict.fromkeys((target - distance, target + distance)):
             if 1 <= each <= bound:

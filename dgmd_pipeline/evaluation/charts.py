@@ -19,7 +19,7 @@ MATRIX_LABELS = 10  # more do not fit on the screen of a phone
 FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
 WIDTH, HEIGHT = 420, 230  # of the view box of curves
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
-COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in a view box of their own
+COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in their own view box
 MARKED = 30  # points of a curve that have a mark
 
 

@@ -93,7 +93,7 @@ def measure(predictions: Predictions) -> Measurements:
 
     `overall` has: accuracy; the unweighted means of precision, recall and F1 over the labels that have images (the mean
     recall is the balanced accuracy); the share of images whose label is among the three most probable; log loss (nats);
-    expected calibration error; images. A label without images has no row of its own; predictions of it still count as
+    expected calibration error; images. A label without images has no row. Predictions of it still count as
     wrong.
     """
     if np.isnan(predictions.confidence).any():

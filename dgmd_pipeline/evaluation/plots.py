@@ -1,6 +1,6 @@
 """Plots of measurements: PNG files with a white background.
 
-Labels may be of any length and in any script. The colours are those of Okabe and Ito ("Color Universal Design",
+Labels may be of any length and in any script. The colours are from Okabe and Ito ("Color Universal Design",
 jfly.uni-koeln.de/color), which people with any kind of colour vision can tell apart.
 """
 

@@ -169,7 +169,7 @@ def leak_keys(leaks: Leaks | None) -> dict[int, str]:
 
 
 def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
-    """Return the plots of the report by the name of their file, without those that have no data."""
+    """Return the plots of the report by file name. Plots without data are left out."""
     measured = content.measured
     production = {row.label: row.production_recall for row in comparison.classes} if comparison else {}
     recalls = [
@@ -193,7 +193,7 @@ def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
 
 
 def _contact_sheets(content: Content) -> dict[str, Plot]:
-    """Return the contact sheets by the name of their file; the report shows the same images one by one."""
+    """Return the contact sheets by file name. The report shows the same images one by one."""
     found = {}
     misclassified = content.measured.misclassifications
     if any(row.position in content.thumbnails for row in misclassified):

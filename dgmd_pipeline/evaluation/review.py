@@ -23,7 +23,7 @@ from dgmd_pipeline.training import dataset, networks
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
+BEST = "best"  # key of the comparison with `Rivals.best` in comparison.json; the other keys are for production
 Part = TypeVar("Part")
 
 
@@ -120,7 +120,7 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]); the true class indexes are those of the model."""
+    """Return the predicted labels of the chosen images (bool [n]). True class indexes are the model's."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)

@@ -17,7 +17,7 @@ class Summary(NamedTuple):
     images: int
     verdict: str | None
     compared_with: int | None = None  # the production version
-    difference: float | None = None  # of the accuracy to that of production, on the same images
+    difference: float | None = None  # accuracy minus production's accuracy, on the same images
     low: float | None = None  # of the 95 % interval of the difference
     high: float | None = None
     failed: Sequence[str] = ()  # conditions for a promotion

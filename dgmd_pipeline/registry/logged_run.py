@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
     describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
     model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
-    params: Mapping[str, object]  # those that are None are not logged
+    params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation
     of_run: Mapping[str, float]  # metrics of the steps and the data, logged to the run and not to the model

@@ -79,7 +79,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
             store.update_user(account, password, is_admin=account == OPERATOR)
         else:
             store.create_user(account, password, is_admin=account == OPERATOR)
-    for resource in ("experiment", "registered_model"):  # also those that it did not create
+    for resource in ("experiment", "registered_model"):  # including those that it did not create
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 

@@ -162,7 +162,7 @@ def _create_version(client: "MlflowClient", name: str, run: LoggedRun, candidate
 
 
 def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: str) -> tuple[ModelState, ModelVersion]:
-    """Delete all versions of a training except one and those in use. Return the new state and the one that is kept."""
+    """Delete the versions of a training that are not in use, except one. Return the new state and the kept version."""
     kept, *others = _of_training(state, training_id)
     for other in others:
         if _in_use(other):

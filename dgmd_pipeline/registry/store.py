@@ -75,7 +75,7 @@ def create(folder: Path) -> None:
 
 
 def upgrade(store: Store) -> None:
-    """Upgrade the schema of an SQLite database to that of the installed MLflow: see `database.upgrade`."""
+    """Upgrade the schema of an SQLite database to the schema of the installed MLflow: see `database.upgrade`."""
     if path := database.path_of(store.uri):
         database.upgrade(path)
 

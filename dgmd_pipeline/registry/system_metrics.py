@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger(__name__)
-PREFIX = "system/"  # MLflow shows metrics with such names on a page of their own
+PREFIX = "system/"  # MLflow shows metrics with such names on a separate page
 INTERVAL = 10.0  # seconds between two samples, as in MLflow; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
 
 

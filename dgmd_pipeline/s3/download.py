@@ -97,7 +97,7 @@ class Chunk(NamedTuple):
     bucket: str
     objects: Sequence[SourceObject]
     folder: Path
-    parts: Path  # folder in which each attempt makes a folder of its own
+    parts: Path  # folder in which each attempt creates a subfolder
 
 
 Map = Callable[

@@ -40,7 +40,7 @@ class DownloadResult:
     """What a download left in a folder."""
 
     objects: list[SourceObject]  # all that are in the folder
-    fetched: list[SourceObject]  # those that were not there before
+    fetched: list[SourceObject]  # objects that were not there before
     rejected: list[Rejected]
 
     @property
@@ -141,8 +141,8 @@ def reuse(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Keep or link into `folder` what need not be fetched, and return those objects and the missing ones.
 
-    Of the files that an interrupted download left in `folder`, those that have not changed are kept; those that are not
-    listed any more are removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
+    Unchanged files that an interrupted download left in `folder` are kept. Files that are no longer listed are
+    removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
     objects in `previous`, the folder of a finished download, are linked, or copied if the disk has no hard links.
     """
     listed = {source.path: source for source in objects}

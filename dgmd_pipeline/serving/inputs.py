@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXPECTED = "image files (bytes, or base64 in JSON), or unscaled pixels (uint8 [images, height, width, 3], 0 to 255)"
 _FILES = (bytes, bytearray, memoryview, str)
-# `decoding.guard` changes settings of the process. One image at a time also limits the memory to that of one image.
+# `decoding.guard` changes settings of the process. Decoding one image at a time also limits the memory.
 _decoding = threading.Lock()
 
 

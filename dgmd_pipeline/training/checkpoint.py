@@ -68,7 +68,7 @@ def _load(checkpoint: Path) -> TrainingState:
 
 
 def save_state(state: TrainingState, checkpoint: Path) -> None:
-    """Write a checkpoint. The previous one stays until the new one is complete."""
+    """Write a checkpoint. The previous one is kept until the new one is complete."""
     arrays = {"seed": np.array(state.seed), "history": np.array(state.history)}
     arrays |= {f"state{number}": values for number, values in enumerate(state.values)}
     write_atomically(checkpoint, lambda file: np.savez(file, allow_pickle=False, **arrays))

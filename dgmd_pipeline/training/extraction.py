@@ -35,7 +35,7 @@ class Network(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Images of a shard, whose vectors are written into a folder of their own."""
+    """Images of a shard whose vectors are written into one folder."""
 
     target: Path  # the folder
     records: Path  # folder of shards

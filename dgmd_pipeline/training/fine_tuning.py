@@ -123,7 +123,7 @@ class _Fit(NamedTuple):
 
     backbone: "keras.Model"  # copies, whose layers are trainable
     head: "keras.Model"
-    trained: "keras.Model"  # the part that is trained, with the head; shares their weights
+    trained: "keras.Model"  # the trained part of the backbone, then the head; shares their weights
     config: TrainingConfig
     state: TrainingState
     checkpoint: Path

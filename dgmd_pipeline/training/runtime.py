@@ -21,7 +21,7 @@ def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments
 
     @functools.wraps(function)
     def limited(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        import scipy.optimize  # noqa: F401 - SciPy has a BLAS of its own, which is limited only once it is loaded
+        import scipy.optimize  # noqa: F401 - SciPy's own BLAS can be limited only after it is loaded
 
         with threadpool_limits(limits=1, user_api="blas"):
             return function(*args, **kwargs)

@@ -196,7 +196,7 @@ class ClusterExecutor:
         client.close(timeout=5)
 
     def _reachable(self) -> "distributed.Client | None":
-        """Return the client, or None if the scheduler does not answer: most calls of the client would never return."""
+        """Return the client, or None if the scheduler does not answer. Most calls would then never return."""
         is_running = self._client is not None and self._client.status == "running"
         return self._client if is_running and not self._unanswered else None
 

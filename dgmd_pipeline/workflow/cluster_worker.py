@@ -102,7 +102,7 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
             raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
         job.answer(dask_worker.address).unlink(missing_ok=True)
         job.prepare()
-        # Python forbids a daemon process, such as a Dask worker, to have children. The executor's process ends anyway.
+        # Python forbids a daemon process, such as a Dask worker, to have children. Ours ends with the worker.
         multiprocessing.current_process().daemon = False
         limit = dask_worker.memory_manager.memory_limit
         # An executor uses half of the memory and leaves the rest for TensorFlow, which a Dask worker does not load.

@@ -103,7 +103,7 @@ def _explain_full(
 
 
 def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | None:
-    """Return what is wrong and what to do, or None if an operator is not known to be able to fix the error."""
+    """Return what is wrong and what to do, or None if the error is not one that an operator can fix."""
     number, named = error.errno or 0, isinstance(error.filename, str)
     it = "DATA_DIR" if place.is_relative_to(data_dir) or data_dir.is_relative_to(place) else "It"
     shown = str(place) if len(str(place)) <= SHOWN else f"{str(place)[:SHOWN]}..."

@@ -54,7 +54,7 @@ class ProcessExecutor:
     dashboard: str | None = None
 
     def __init__(self, processes: int | None = None, memory: int | None = None) -> None:
-        """Use at most `processes` and `memory` bytes; by default, what the machine or container has.
+        """Use at most `processes` processes and `memory` bytes; by default, what the machine or container has.
 
         The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
         The number of processes is limited so that their own memory leaves room for the largest item.
@@ -146,7 +146,7 @@ class ProcessExecutor:
                 return
 
     def _handle_deaths(self, window: "deque[_Chunk]") -> None:
-        """End all workers, and isolate in `window` the items of those that have died."""
+        """End all workers. Isolate the items of dead workers in `window`."""
         dead = [each for each in self._workers if not each.process.is_alive()]
         positions = [each.receive_rest() for each in dead]
         self.close()

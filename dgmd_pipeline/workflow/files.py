@@ -50,7 +50,7 @@ def warn_of_damage(path: Path, consequence: str) -> None:
 
 
 def link(source: Path, target: Path, temporary: Path) -> None:
-    """Create `target` as a hard link to a file, or as a copy where that is impossible.
+    """Create `target` as a hard link to a file, or as a copy if that is impossible.
 
     A copy is first written to `temporary`, on the same disk, so that `target` is complete. Raises OSError.
     """

@@ -14,7 +14,7 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy, PipelineError
 
 LOCK = ".lock"  # file in DATA_DIR
-SECONDS_BETWEEN_TELLS = 5.0
+SECONDS_BETWEEN_WRITES = 5.0
 
 
 @contextlib.contextmanager
@@ -48,10 +48,10 @@ class Holder:
         self._process = f"process {os.getpid()} on {socket.gethostname()}, started {formatting.utc_now()}"
 
     def tell(self, step: str, progress: str) -> None:
-        """Write the step and its progress; within a step, at most every SECONDS_BETWEEN_TELLS."""
+        """Write the step and its progress; within a step, at most every SECONDS_BETWEEN_WRITES."""
         if step != self._step:
             self._step, self._since = step, formatting.utc_now()
-        elif time.monotonic() - self._written < SECONDS_BETWEEN_TELLS:
+        elif time.monotonic() - self._written < SECONDS_BETWEEN_WRITES:
             return
         self._written = time.monotonic()
         _write(self._path, "\n".join([self._process, step, self._since, progress]))
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     started: str  # ISO 8601, UTC
     step: str  # name of the folder that it writes; "" before the first step
     since: str  # when the step began: ISO 8601, UTC
-    progress: str  # of the step in words; "" where nothing is known
+    progress: str  # of the step in words; "" if nothing is known
     silent: float  # seconds since it last wrote its progress
     killed: bool  # it has ended without releasing its lock
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use: its CPU affinity, at most its CPU quota, rounded up.
+    """Return how many cores this process may use: those of its affinity, but at most its CPU quota, rounded up.
 
     `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity then still has all cores of the host.
     """
@@ -50,7 +50,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Return the memory limit of this process's control groups in bytes; None without a limit.
 
-    `root` is as in `cpu_quota`. Without a limit, version 1 shows a number above any memory.
+    `root` is as in `cpu_quota`. Without a limit, version 1 of control groups reports a number above any memory.
     """
     texts = [_read(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_FILES]
     return min((int(text) for text in texts if text.isdecimal()), default=None)

@@ -20,7 +20,7 @@ GRACE, ENDING = 3.0, 5.0  # seconds for the block and then for `before_end`; `do
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
 _deferring: list[None] = []  # one for each `deferred` block that the main thread is in
-# Functions that are called with the signal before the process is ended because the run did not end in time.
+# Functions that are called with the signal before the process is ended.
 before_end: list[Callable[[int], None]] = []
 
 

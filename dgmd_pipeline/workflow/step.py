@@ -61,7 +61,7 @@ class StepResult:
 class DeploymentParameter(luigi.Parameter):
     """Name of the run and a hash of its settings.
 
-    By this parameter, a scheduler tells the steps of several deployments apart. It does not reveal any setting.
+    A scheduler uses it to distinguish the steps of several deployments. It does not reveal any setting.
     """
 
     def has_task_value(self, task_name: str, param_name: str) -> bool:
@@ -158,7 +158,7 @@ class Step(luigi.Task):
     @classmethod
     @cache
     def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
-        """Return the parameters of the class, from a cache: Luigi would inspect the class for each new task."""
+        """Return the parameters of the class. They are cached, because Luigi calls this method for each new task."""
         return super().get_params()
 
     @cached_property
@@ -166,7 +166,7 @@ class Step(luigi.Task):
         return super().deps()
 
     def deps(self) -> list["Step"]:
-        """Return the steps that this one needs, from a cache: Luigi would create them again at each call."""
+        """Return the steps that this one needs. They are cached, because Luigi creates them again at each call."""
         return self._needed
 
     def output(self) -> StepTarget:
@@ -349,7 +349,7 @@ class Step(luigi.Task):
         """Give the step's progress to the command `health` and to the page of a Luigi scheduler."""
         self.context.tell(self.folder, text)
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
-            if tell := getattr(self, name, None):  # it exists only while Luigi's worker runs the task
+            if tell := getattr(self, name, None):  # the method exists only while Luigi's worker runs the task
                 tell(value)
 
     def on_failure(self, exception: BaseException) -> str:

@@ -23,7 +23,7 @@ from dgmd_pipeline.errors import TooLittleMemory
 
 OWN_MEMORY = 90_000_000  # bytes of a worker before its first image: Python, NumPy, Pillow
 LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: an image at the limit of memory, and its record
-MAX_UNITS = 4096  # bytes that every pipe holds: Linux may limit those of an unprivileged user to one page
+MAX_UNITS = 4096  # bytes that every pipe can hold: Linux may limit an unprivileged user's pipes to one page
 MIN_UNIT = 16_000_000
 # Bytes that Linux grants beyond a reservation. Reservations are estimates of pages in use, and the limit counts all
 # requested pages.

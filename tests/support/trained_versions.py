@@ -45,7 +45,7 @@ def client_of(variables):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Trained once for all workers; each works on a copy, with a server of its own."""
+    """Trained once for all workers; each works on a copy, with its own server."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with (shared / "trained.lock").open("w") as lock:
@@ -132,7 +132,7 @@ def own_model(trained, request):
 
 
 def register_again(client, name, version, run=None):
-    """Register the model of a version under another name, as that of its own run or of another one."""
+    """Register the model of a version under another name, with its own run or another one."""
     run_id = run.info.run_id if run else version.run_id
     model_id = version.source.removeprefix("models:/")
     tags = {**version.tags, "environment": "non-production"}
