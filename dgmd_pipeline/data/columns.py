@@ -14,7 +14,7 @@ from pyarrow import compute
 from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Example, Image
 
-BATCH_ROWS = 1_000  # rows that are tuples at a time
+BATCH_ROWS = 1_000  # rows that are converted to or from tuples at a time
 _TYPES = pa.schema({
     "path": pa.binary(),
     "label": pa.binary(),

@@ -173,7 +173,7 @@ def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[war
     """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
-    number, so it is set to half of `max_pixels`, or of what `limits` allows for the format. libtiff writes to stderr
+    number, so it is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff writes to stderr
     by itself, so stderr is redirected for files that begin like a TIFF. Both are settings of the process: use one
     guard at a time.
     """

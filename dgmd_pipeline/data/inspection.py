@@ -58,7 +58,7 @@ def inspect_folder(
     If `raw` was `downloaded`, the files in its listing are inspected; otherwise, all files in its subfolders.
     `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory`, `previous` and `pieces` are as in
     `inspect`.
-    Raises NoUsableInput without files.
+    Raises NoUsableInput if there are no files.
     """
     etags = _etags(raw) if downloaded else {}
     files = [_raw_file(path) for path in etags] if downloaded else list(find(raw))

@@ -14,7 +14,7 @@ from dgmd_pipeline.manifest import Image
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
 _ROTATIONS = range(0, 64, 4)  # bits
-_NEIGHBOURS = 8  # following hashes that a hash is paired with, in each sorted order
+_NEIGHBOURS = 8  # number of following hashes that a hash is paired with, in each sorted order
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
 # Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))

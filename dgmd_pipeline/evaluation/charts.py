@@ -86,7 +86,7 @@ class Matrix(NamedTuple):
     labels: list[str]
     rows: list[list[Cell]]  # for each true label: one cell for each label
     others: list[Cell]  # for each true label: the images that are predicted as a label that is not shown
-    all_labels: bool  # whether no measured label is missing
+    all_labels: bool  # whether all measured labels are shown
 
 
 class LabelRow(NamedTuple):
@@ -97,7 +97,7 @@ class LabelRow(NamedTuple):
     recall: float
     precision: float
     f1: float
-    change: float | None  # of the recall against production's; None: not compared
+    change: float | None  # recall minus production's recall; None: not compared
     by_label: int
     by_images: int  # fewest first
     by_change: int  # largest loss first

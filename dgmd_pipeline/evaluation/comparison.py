@@ -40,7 +40,7 @@ class ClassComparison:
 
 @dataclass(frozen=True)
 class Detection:
-    """What loss of accuracy a comparison on these images can detect."""
+    """The loss of accuracy that a comparison on these images can detect."""
 
     disagreement: float  # share of images that only one of the two models gets right, 0 to 1
     assumed: bool  # whether `disagreement` is DISAGREEMENT, and not observed
@@ -153,7 +153,7 @@ def mid_p(gained: int, lost: int) -> float:
 
 
 def detection(images: int, discordant: int | None = None) -> Detection:
-    """Return what loss of accuracy a comparison on `images` images can detect.
+    """Return the loss of accuracy that a comparison on `images` images can detect.
 
     `discordant` is the number of images that only one of the two models gets right; None if nothing was compared.
     """
@@ -219,7 +219,7 @@ def to_json(comparison: Comparison) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> Comparison:
-    """Return the comparison in the values of comparison.json. Raises KeyError or TypeError if they hold none.
+    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError if they hold none.
 
     A version in the registry may come from an older pipeline, which recorded neither `run` nor `detection`.
     """

@@ -332,7 +332,7 @@ def worst(rows: Sequence[Misclassification]) -> list[Misclassification]:
 
 
 def printable(text: str) -> str:
-    """Replace characters without a glyph or that reorder others, such as control characters and lone surrogates."""
+    """Replace characters that have no glyph or reorder others, such as control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(

@@ -180,7 +180,7 @@ def to_json(found: ServingBenchmark) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
-    """Return the benchmark in the values of assessment.json. Raises TypeError if they hold none."""
+    """Return a benchmark from the values of assessment.json. Raises TypeError if they hold none."""
     own = dict(values)
     production, served = None, None
     if "latency_ratio" in own:

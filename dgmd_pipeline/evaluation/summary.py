@@ -29,7 +29,7 @@ class Summary(NamedTuple):
 
 
 def from_counts(counts: Mapping[str, Any]) -> Summary:
-    """Return the summary in the counts of an evaluation's record."""
+    """Return a summary from the counts of an evaluation's record."""
     return Summary(**{"verdict": None} | {name: counts[name] for name in Summary._fields if name in counts})
 
 

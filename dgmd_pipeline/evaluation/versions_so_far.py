@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dgmd_pipeline.evaluation import charts
 from dgmd_pipeline.evaluation.charts import Panel
 
-SHOWN = 29  # registered versions; with the new one, few enough that each point has a mark
+SHOWN = 29  # registered versions, maximum; each point has a mark only if there are few
 
 
 class VersionSummary(NamedTuple):

@@ -32,7 +32,7 @@ class TrainingState(NamedTuple):
 
     seed: int
     history: list[Epoch]
-    values: list[np.ndarray]  # of the variables that `loop.fit` changes; empty before the first epoch
+    values: list[np.ndarray]  # of the variables that `loop.run` saves; empty before the first epoch
 
 
 def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingState:

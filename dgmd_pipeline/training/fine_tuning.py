@@ -45,8 +45,8 @@ class Trial(NamedTuple):
 
         The log loss depends on the probability of every image, the accuracy only on images near the boundary between
         two classes. So the log loss distinguishes two models with fewer images. It also rejects a model with a higher
-        accuracy but worse probabilities. It also chooses the number of epochs: after the best epoch,
-        the log loss rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
+        accuracy but worse probabilities. For the same reasons, it determines the number of epochs: after the best
+        epoch, it rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
         """
         return self.log_loss < self.log_loss_head
 

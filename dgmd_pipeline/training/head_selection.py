@@ -38,7 +38,7 @@ class Option(NamedTuple):
     kind: str  # "linear" or "hidden"
     log_loss: float  # nats; NaN if there were too few images to hold any out
     accuracy: float  # 0 to 1; NaN like log_loss
-    shrinkage: float = 1  # linear: see `linear.build_basis`
+    shrinkage: float = 1  # linear: see `linear.penalties`
     strength: float = 0  # linear: inverse of the regularisation, scikit-learn's C
     epochs: int = 0  # hidden
 

@@ -11,9 +11,9 @@ from dgmd_pipeline.training.vectors import Vectors
 COMPONENT_ROWS = 20_000  # vectors that the components are computed from: about 10 for each of up to 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
-# The fit ends when the relative change of the objective is smaller. On photographs, 1e-7 changes the held-out loss by
-# at most .0003 and needs twice as many iterations. On features of random weights it needs four times as many, and the
-# loss is not lower.
+# The fit ends when the relative change of the objective is below this. On photographs, 1e-7 changes the held-out loss
+# by at most .0003 and needs twice as many iterations. On features of random weights it needs four times as many, and
+# the loss is not lower.
 TOLERANCE = 1e-5
 MIN_CURVATURE = 1e-4  # minimum of the estimated second derivative of a row's loss
 

@@ -123,7 +123,7 @@ class ClusterExecutor:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
                 if answer is None:
                     _check_answer(job, worker)
-                elif worker in client.nthreads():  # else it has ended meanwhile
+                elif worker in client.nthreads():  # otherwise, it has ended
                     raise PipelineError(f"The Dask worker {worker} {answer}")
         finally:
             for path in self._data_dir.glob(f"{cluster_worker.ANSWER}*"):

@@ -140,7 +140,7 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
 
 
 def _explain_missing(place: Path, data_dir: Path, what: str) -> str | None:
-    """Return that a folder was removed from outside, or None if only a file in it is missing."""
+    """Return a sentence if another process has removed a folder, or None if only a file in it is missing."""
     if not place.is_relative_to(data_dir):
         return None
     for folder in (data_dir, data_dir / "/".join(place.relative_to(data_dir).parts[:1])):
@@ -168,7 +168,7 @@ def _free(folder: Path) -> int:
 
 
 def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
-    """Return what `look` returns for `path`, or for the nearest folder above it that exists and is accessible."""
+    """Call `look` for `path`, or for the nearest folder above it that exists and is accessible."""
     for place in (path.absolute(), *path.absolute().parents):
         with contextlib.suppress(OSError):
             return look(place)

@@ -1,4 +1,4 @@
-"""Luigi's configuration files -> the address of a scheduler. Everything else in them is discarded."""
+"""Reads the address of a scheduler from Luigi's configuration files, and discards everything else in them."""
 
 import configparser
 from pathlib import Path

@@ -56,7 +56,7 @@ class RunContext:
 
     @cached_property
     def deployment(self) -> str:
-        """The name, and a hash of the settings."""
+        """The name of the run and a hash of its settings."""
         return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:

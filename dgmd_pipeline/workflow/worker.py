@@ -54,7 +54,7 @@ class Budget:
 
     @contextlib.contextmanager
     def take(self, needed: int) -> Iterator[int]:
-        """Wait for `needed` bytes, and give them back after the block. Yield how many bytes were taken.
+        """Wait for `needed` bytes, and release them after the block. Yield how many bytes were taken.
 
         Raises TooLittleMemory if the budget is smaller.
         """
