@@ -1,4 +1,4 @@
-"""Asks whether the registry still has a version. Importing MLflow for this takes longer than a run with no work."""
+"""Asks whether the registry still has a version, without MLflow: its import takes longer than a run with no work."""
 
 import contextlib
 import itertools

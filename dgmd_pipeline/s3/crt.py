@@ -45,7 +45,7 @@ class PendingTransfer(NamedTuple):
 
 
 class CrtTransfer:
-    """Fetches objects of one bucket by awscrt, after botocore has fetched one."""
+    """Fetches objects of one bucket with awscrt, after botocore has fetched one."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
         """Observe the requests that `client` sends."""

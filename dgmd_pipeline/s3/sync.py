@@ -23,7 +23,7 @@ from dgmd_pipeline.s3.listing import Listing, ignores_case
 from dgmd_pipeline.workflow import disk, files
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # objects that were set aside are named in the log; all are in rejected.csv
+SHOWN = 5  # rejected objects that the log names; rejected.csv has all
 
 Item = SourceObject | Rejected
 
@@ -105,7 +105,7 @@ def download_folder(
 
 
 def _failure_check(client: Client, listing: Listing, max_failed: float) -> Callable[[Rejected], None]:
-    """Return a function that counts an object that was set aside, and raises NoUsableInput if a label has too many.
+    """Return a function that counts a rejected object, and raises NoUsableInput if a label has too many.
 
     An object that is gone or archived does not count.
     """
