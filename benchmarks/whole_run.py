@@ -1,6 +1,6 @@
 """From an empty DATA_DIR to a registered version, training again, and 12 new images: compared with two scripts.
 
-All train a frozen EfficientNetV2-B1 with random weights for 15 epochs, on as many images as the first deployment. The
+All use a frozen EfficientNetV2-B1 with random weights, 15 epochs, and as many images as the first deployment. The
 second script (`baseline_features.py`) and the pipeline take turns, so both have the same conditions. The first script
 (`baseline.py`, all epochs through the network) runs once. Times are wall times of whole processes. The pipeline also
 inspects the images, selects a head by cross-validation, and writes checkpoints. To use 12 new images, the script must

@@ -89,7 +89,7 @@ class BotocoreTransfer:
         return (Rejected(source.key, label, errors.CHANGED, problem) if problem else None), None
 
     def _copy(self, body: "StreamingBody", source: SourceObject, headers: Mapping[str, str], part: Path) -> str | None:
-        """Write the body to `part`, and return how it differs from the listed object, or None. Ends if `stop` is set."""
+        """Write the body to `part`, and return how it differs from the listed object. None if equal or stopped."""
         verified = self._is_verified and integrity.checksum_header(headers)
         md5 = None
         if not verified and integrity.has_md5(self._bucket, source, headers):

@@ -176,7 +176,7 @@ def run_from_nothing(settings: Settings, scratch: Path) -> dict[str, object]:
 
 
 class Killed(BaseException):
-    """Ends the run. Until then, the disk cannot be changed, so that no `finally` cleans up."""
+    """Ends the run. Until it has left the run, the disk cannot be changed, so that no `finally` cleans up."""
 
 
 class Kill:

@@ -22,7 +22,7 @@ import io
 import logging
 import os
 import runpy
-import shutil  # noqa: F401 - on import, it checks what `os.unlink` supports
+import shutil  # noqa: F401 - on import, shutil checks what `os.unlink` supports
 import signal
 import sys
 from collections.abc import Callable

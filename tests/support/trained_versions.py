@@ -122,7 +122,7 @@ def json_of(command):
 
 @pytest.fixture
 def own_model(trained, request):
-    """The variables of a copy of both under another name. Version 2 is the candidate, and none is production."""
+    """The variables for a copy of both versions. Version 2 is the candidate, and none is production."""
     name = f"jars-{abs(hash(request.node.nodeid))}"
     trained.client.create_registered_model(name)
     for number in ("1", "2"):
