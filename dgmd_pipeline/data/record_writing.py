@@ -195,7 +195,7 @@ def _encode(piece: Piece, row: Example) -> bytes:
         raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, and is not any more ({describe(error)}). "
+            f"{path} was readable when it was inspected, but no longer is ({describe(error)}). "
             "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
             "with --force inspect."
         ) from error

@@ -107,8 +107,8 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
     chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
-            f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
+            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, at "
+            f"least one of the models was trained on {seen.sum():,}. The labels of the others are not known to both."
         )
     labels, others = (
         _select(predict(model, images).predicted, model.labels, images.examples, chosen)

@@ -116,7 +116,7 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
     if not os.access(path.parent, os.W_OK) or not os.access(path, os.W_OK):
         raise PipelineError(
             f"MLflow's database {path} has the schema {found} of an older MLflow, and {installed} cannot upgrade it, "
-            f"because user {os.getuid()} may not write there: repeat the command once where it can be written."
+            f"because user {os.getuid()} may not write to its folder: run the command once where it is writable."
         )
     copy, draft = path.with_name(f"{path.name}.{found}.backup"), path.with_name(f"{path.name}.upgrading")
     _copy(path, copy)

@@ -121,9 +121,9 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
     if location is not None and _is_local(location) and not _can_hold_artifacts(location):
         raise PipelineError(
             f"The MLflow server at {shown} expects its clients to write the artifacts of {experiment} to {location}, "
-            "which is not a writable folder here: start the server without --no-serve-artifacts and "
+            "which is not a writable folder here. Start the server without --no-serve-artifacts and "
             "--default-artifact-root, and set MLFLOW_EXPERIMENT_NAME to a new name, because an experiment keeps its "
-            "place; or mount the server's folder here under the same path."
+            "place. Or mount the server's folder here at the same path."
         )
     return None
 

@@ -219,10 +219,10 @@ def to_json(tuned: FineTunedModel) -> FineTuningJson:
 def describe(outcome: FineTuningJson) -> str:
     """Return the outcome of fine-tuning as a sentence."""
     if "held_out" not in outcome:
-        return "The backbone was not fine-tuned: there were too few training images to hold enough out."
+        return "The backbone was not fine-tuned: there were too few training images to hold out enough of them."
     return (
-        f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}: on {outcome['held_out']:,} held-out training "
-        f"images it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
-        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])} after "
-        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss on these images."
+        f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}. On {outcome['held_out']:,} held-out training "
+        f"images, it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
+        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])}. These figures are after "
+        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss."
     )

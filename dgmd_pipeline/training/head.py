@@ -64,7 +64,9 @@ def train_head(
     chosen = selection.chosen
     if chosen.kind == "hidden" and hidden:
         config = config._replace(epochs=chosen.epochs)
-        log.info("  fitting it to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch"))
+        log.info(
+            "  fitting the head to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch")
+        )
         trained = hidden.fit(data, validation, config, state, loop.log_epochs(on_epoch, config.epochs), checkpoint)
     else:
         trained = fit_linear(data, validation, weights, components, chosen.shrinkage, chosen.strength, state.seed)

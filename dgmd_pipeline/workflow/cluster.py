@@ -192,7 +192,7 @@ class ClusterExecutor:
                 )
                 distributed.fire_and_forget(ended)
         except OSError:  # the scheduler has ended: its workers end with it
-            log.debug("The Dask scheduler is gone before the end of the run")
+            log.debug("The Dask scheduler ended before the run")
         client.close(timeout=5)
 
     def _reachable(self) -> "distributed.Client | None":
@@ -257,9 +257,9 @@ class ClusterExecutor:
                         each.future = self._start(each.verb, each.content)
             except KilledWorker as error:
                 raise PipelineError(
-                    f"The Dask workers that worked on {piece.name} were lost, {error.allowed_failures + 1} of "
-                    f"{error.allowed_failures + 1}; the last one was {error.last_worker.address}. Its log may say why: "
-                    "for example, too little memory. Finished steps are kept: run again."
+                    f"Dask workers were lost {error.allowed_failures + 1} times while they worked on {piece.name}. The "
+                    f"last one was {error.last_worker.address}. Its log may say why, for example too little memory. "
+                    "Finished steps are kept: run again."
                 ) from None
             except Exception as error:
                 raise PipelineError(
@@ -284,7 +284,7 @@ class ClusterExecutor:
         self._losses += 1
         if self._client.status != "running" or self._losses > MAX_LOSSES:
             raise PipelineError(self._lost())
-        log.warning("The Dask scheduler was restarted or out of reach. The pieces under way are started again.")
+        log.warning("The Dask scheduler was restarted or could not be reached. The pieces under way are started again.")
         self._had_workers = time.monotonic()
 
     def _lost(self) -> str:

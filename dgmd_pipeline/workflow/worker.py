@@ -62,7 +62,7 @@ class Budget:
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory without what they need themselves"
+                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory, less their own use"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
