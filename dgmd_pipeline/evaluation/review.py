@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,11 +20,22 @@ from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import dataset, networks
+from dgmd_pipeline.training.vectors import Vectors
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
 BEST = "best"  # key of the comparison with `Rivals.best` in comparison.json; the other keys are for production
 Part = TypeVar("Part")
+
+
+class StoredFeatures(NamedTuple):
+    """The features of the validation images, in the order of the records, and the network that they come from."""
+
+    vectors: Vectors  # float32 [n, d]
+    backbone: "keras.Model"
 
 
 class ValidationImages(NamedTuple):
@@ -33,13 +44,14 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
+    features: StoredFeatures | None = None  # None: there are none, or no model has the network that they come from
 
 
 class Answers(NamedTuple):
     """A model's predictions for the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
-    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
+    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.IMAGES`
 
 
 class CandidateModel(NamedTuple):
@@ -132,13 +144,15 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
     first: list[np.ndarray] = []
     for block in blocks:
         predicted.append(block.argmax(axis=1))
-        if sum(map(len, first)) < serving_benchmark.ORIGINALS:
-            first.append(block[: serving_benchmark.ORIGINALS].copy())  # a slice would keep the block in memory
-    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.ORIGINALS])
+        if sum(map(len, first)) < serving_benchmark.IMAGES:
+            first.append(block[: serving_benchmark.IMAGES].copy())  # a slice would keep the block in memory
+    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.IMAGES])
 
 
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     """Return a model's answers to all validation images. Their probabilities are not kept.
+
+    If the features of the model's frozen network are stored, only its head runs.
 
     Raises PipelineError if the model cannot be loaded. Also raises it if the model would resize the records to other
     pixels than the original files, because its measured accuracy would be too low.
@@ -148,6 +162,8 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(inputs.input_size(network), inputs.input_fit(network), images.records)
+    if (stored := images.features) and networks.are_equal(network.get_layer("backbone"), stored.backbone):
+        return answers(predictions.predict_head(network, stored.vectors))
     return answers(predictions.predict(network, dataset.read(images.records)))
 
 
@@ -175,12 +191,12 @@ def review(
     images: ValidationImages,
     scratch: Path,
     process: serving_benchmark.Process,
-    after_timing: Callable[[Comparison | None], None] = lambda _: None,
+    meanwhile: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
     """Compare a candidate with its rivals, if there are any, and benchmark it and production in a process.
 
-    `scratch` is a folder for temporary files. `after_timing` is called with the comparison when the times have been
-    measured, while the process still works.
+    `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
+    the models.
 
     If production cannot be used, or the candidate fails in the process, the review has the error as text, because the
     trained model is kept anyway.
@@ -193,7 +209,7 @@ def review(
         log.warning("No comparison with the best former production version: %s", best_error)
     sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
     try:
-        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(after_timing, compared))
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(meanwhile, compared))
     except PipelineError as failure:
         return Review(compared, error, None, str(failure), labels, best=best)
     return Review(compared, error, benchmark, "", labels, best=best)
@@ -222,26 +238,25 @@ def _benchmark(
     images: ValidationImages,
     sample: np.ndarray,
     scratch: Path,
-    after_timing: Callable[[], None],
+    meanwhile: Callable[[], None],
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f", beside version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
-    originals = serving_benchmark.Originals()
+    files = []
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
-        files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
-        originals = serving_benchmark.Originals(files, candidate.answers.first[: len(files)])
+        files = [images.raw / row.path for row in images.examples[: len(sample)]]
     return serving_benchmark.benchmark(
         process,
         candidate.path,
         sample,
-        candidate.answers.first[: len(sample)],
+        candidate.answers.first,
         scratch,
         production.path if production else None,
-        originals,
-        after_timing,
+        files,
+        meanwhile,
     )
 
 

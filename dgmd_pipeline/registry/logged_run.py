@@ -17,7 +17,6 @@ from dgmd_pipeline.registry.store import ATTEMPT, TRAINING_ID
 from dgmd_pipeline.serving import source
 
 if TYPE_CHECKING:
-    import keras
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, LoggedModel, Run
     from mlflow.models import ModelSignature
@@ -34,7 +33,7 @@ class Candidate(NamedTuple):
     training_id: str  # identifies the training: its run and its version have this tag
     run_name: str
     describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
-    model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
+    model: Callable[[], Path]  # called if needed; file of a Keras model: uint8 [n, h, w, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
     params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
@@ -45,6 +44,15 @@ class Candidate(NamedTuple):
     source_digest: str  # fingerprint of the data
     attempt: str  # id of the attempt that has shown the training in a run; "" if none has
     files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
+
+
+class _ModelFile(NamedTuple):
+    """A Keras model's file, with what MLflow's `save_model` calls: the model that was evaluated is not saved again."""
+
+    path: Path
+
+    def save(self, path: str) -> None:
+        shutil.copyfile(self.path, path)
 
 
 class LoggedRun(NamedTuple):
@@ -91,7 +99,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     """
     from mlflow.tracking.context import registry
 
-    keras_model = candidate.model()
+    model_file = _ModelFile(candidate.model())
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = (
@@ -103,7 +111,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     )
     try:
         _log_data(client, run_id, candidate)
-        model_id = _log_model(client, experiment_id, run_id, candidate, keras_model)
+        model_id = _log_model(client, experiment_id, run_id, candidate, model_file)
         shown = _shown_epochs(client, run_id) if candidate.attempt else {}
         _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id, shown)
         log_metrics(client, run_id, candidate.of_run)
@@ -212,7 +220,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
 
 
 def _log_model(
-    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, keras_model: "keras.Model"
+    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, model_file: _ModelFile
 ) -> str:
     """Log the model as an output of the run, with its labels; return its id."""
     from mlflow.entities import LoggedModelOutput
@@ -229,13 +237,13 @@ def _log_model(
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / MODEL
-        _save(folder, model, run_id, candidate, keras_model)
+        _save(folder, model, run_id, candidate, model_file)
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     return model.model_id
 
 
-def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, keras_model: "keras.Model") -> None:
+def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, model_file: _ModelFile) -> None:
     """Write the files of the model: MLflow's Keras flavor, the labels, and the Python function of `serving`."""
     import mlflow.keras
     from mlflow.models import Model
@@ -245,7 +253,7 @@ def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate
         metadata={"labels": list(candidate.labels)},
     )  # fmt: skip
     mlflow.keras.save_model(
-        keras_model, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
+        model_file, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
         pip_requirements=_requirements(),
     )  # fmt: skip
     described.flavors["python_function"] |= {"loader_module": source.write(folder / "code"), "code": "code"}

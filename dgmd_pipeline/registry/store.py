@@ -65,12 +65,12 @@ def embedded(folder: Path) -> Store:
 
 
 def create(folder: Path) -> None:
-    """Create an embedded store in an empty folder. The folder may be moved before its first use."""
+    """Create an embedded store in an empty folder, which the caller syncs. It may be moved before its first use."""
     from mlflow import MlflowClient
 
     (folder / "artifacts").mkdir()
     store = embedded(folder)
-    with errors_explained(store):
+    with errors_explained(store), database.without_sync():
         MlflowClient(store.uri).search_experiments()
 
 

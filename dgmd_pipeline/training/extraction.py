@@ -81,7 +81,7 @@ def _network(network: Network, fingerprint: object) -> "keras.Model":
             f"BACKBONE_WEIGHTS={network.weights}: expected the weights of the run, with the fingerprint {fingerprint}, "
             f"found {found}. Provide every worker with the same file at this path."
         )
-    return networks.build_frozen(*network, extracts=True)
+    return networks.build_frozen(*network, extracts=False)
 
 
 def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches: ParallelMap = map) -> Iterator[int]:
@@ -91,7 +91,8 @@ def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches:
     """
     positions = np.concatenate([piece.positions for piece in pieces])
     images = dataset.read_images(pieces[0].records, positions).batch(features.BATCH).prefetch(2)
-    yield from write_pieces(pieces, features.extract(images, network, map_batches), int(network.output_shape[-1]))
+    blocks = features.extract(images, network, map_batches, few=len(positions) <= features.FEW)
+    yield from write_pieces(pieces, blocks, int(network.output_shape[-1]))
 
 
 def write_pieces(pieces: Iterable[Piece], blocks: Iterable[np.ndarray], dimensions: int) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """Feature vectors of a frozen backbone: their computation, and batches of them to train on."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 BATCH = 16  # images that a thread computes at a time; larger batches are not faster and take more memory
+FEW = 64  # images; for this many or fewer, tracing a graph takes longer than it saves
 ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`: yields results in order
 
 
@@ -24,15 +25,24 @@ class LabeledFeatures(NamedTuple):
 
 
 def extract(
-    batches: "Iterable[np.ndarray | tf.Tensor]", backbone: "keras.Model", map_batches: ParallelMap = map
+    batches: "Iterable[np.ndarray | tf.Tensor]",
+    backbone: "keras.Model",
+    map_batches: ParallelMap = map,
+    few: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yield the feature vectors (float32 [batch, d]) of each batch of images, in order.
 
     `batches` are uint8 [batch, height, width, 3], of the backbone's size. For the bottom part of a backbone, the
     features are float32 [batch, height, width, d]. `map_batches` may compute batches in threads. Only a few batches are
-    in memory.
+    in memory. Where there are `few` images (FEW), no graph is traced: 12 images take 1.1 instead of 2.9 s.
     """
-    yield from map_batches(freeze(backbone), batches)
+    yield from map_batches(partial(_call, backbone) if few else freeze(backbone), batches)
+
+
+def _call(backbone: "keras.Model", images: "np.ndarray | tf.Tensor") -> np.ndarray:
+    import tensorflow as tf
+
+    return np.asarray(backbone(tf.cast(images, tf.float32), training=False))
 
 
 def estimate_bytes(count: int, dimensions: int) -> int:

@@ -144,6 +144,26 @@ def load(path: Path) -> "keras.Model":
         raise changed_file_error(path, error) from error
 
 
+def are_equal(one: "keras.Model", other: "keras.Model") -> bool:
+    """Return whether two networks have the same layers, apart from their names, with the same weights."""
+    import numpy as np
+
+    kinds, others = (
+        [(type(each), each.get_config() | {"name": ""}) for each in network.layers] for network in (one, other)
+    )
+    return kinds == others and all(map(np.array_equal, one.get_weights(), other.get_weights()))
+
+
+def check_file(path: Path) -> None:
+    """Raise PipelineError where the file of a network is missing or was changed. It is not loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+    except (OSError, zipfile.BadZipFile) as error:
+        raise changed_file_error(path, error) from error
+
+
 def estimate_bytes(network: "keras.Model") -> int:
     """Return the approximate size of a saved network in bytes: its float32 weights and 200 kB for its structure."""
     return 4 * network.count_params() + 200_000
