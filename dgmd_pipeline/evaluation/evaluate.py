@@ -140,7 +140,7 @@ def _read_splits(data: EvaluationData) -> _Splits:
 
 
 def _stored_features(data: EvaluationData, network: "keras.Model", splits: _Splits) -> StoredFeatures | None:
-    """Return the stored features that the head of the network can be given; None if there are none."""
+    """Return the stored features that fit the head of the network; None if there are none."""
     if not splits.features or train.read(data.trained_model)[0].get("fine_tuned"):
         return None  # after fine-tuning, stored features do not fit the network
     return StoredFeatures(splits.features[1], network.get_layer("backbone"))

@@ -44,7 +44,7 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
-    features: StoredFeatures | None = None  # None: there are none, or no model has the network that they come from
+    features: StoredFeatures | None = None  # None: no features are stored, or no model has their network
 
 
 class Answers(NamedTuple):

@@ -143,9 +143,9 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
 
 @contextlib.contextmanager
 def without_sync() -> Iterator[None]:
-    """Let SQLite not wait for the disk, for a file that is worthless until it is complete.
+    """Within the block, SQLite does not wait for the disk. For files that are discarded unless they are complete.
 
-    MLflow creates and upgrades its tables in about 60 transactions, each of which waits: 2.0 of 2.8 s on a busy disk.
+    MLflow creates and upgrades its tables in about 60 transactions. Waiting for each took 2.0 of 2.8 s on a busy disk.
     """
     from sqlalchemy import Engine, event
 

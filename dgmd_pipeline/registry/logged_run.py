@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 
 class _ModelFile(NamedTuple):
-    """A Keras model's file, with what MLflow's `save_model` calls: the model that was evaluated is not saved again."""
+    """The file of a Keras model, with the method that MLflow's `save_model` calls. The file is copied, not saved again."""
 
     path: Path
 

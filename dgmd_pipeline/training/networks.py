@@ -155,7 +155,7 @@ def are_equal(one: "keras.Model", other: "keras.Model") -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise PipelineError where the file of a network is missing or was changed. It is not loaded."""
+    """Raise PipelineError if the file of a network is missing or was changed. The network is not loaded."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
