@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 
 class _ModelFile(NamedTuple):
-    """The file of a Keras model, with the method that MLflow's `save_model` calls. The file is copied, not saved again."""
+    """The file of a Keras model, which MLflow's `save_model` copies through `save` instead of saving the model again."""
 
     path: Path
 
