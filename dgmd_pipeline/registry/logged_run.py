@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 
 class _ModelFile(NamedTuple):
-    """The file of a Keras model, which MLflow's `save_model` copies through `save` instead of saving the model again."""
+    """The file of a Keras model, which MLflow's `save_model` copies through `save` and does not save again."""
 
     path: Path
 
