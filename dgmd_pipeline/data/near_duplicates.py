@@ -1,4 +1,4 @@
-"""Thumbnails -> groups of near-duplicate images.
+"""Groups near-duplicate images by their thumbnails.
 
 A perceptual hash finds candidate pairs; a comparison of their thumbnails confirms them.
 """
@@ -14,7 +14,7 @@ from dgmd_pipeline.manifest import Image
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
 _ROTATIONS = range(0, 64, 4)  # bits
-_NEIGHBOURS = 8  # following hashes that a hash is paired with, in each sorted order
+_NEIGHBOURS = 8  # number of following hashes that a hash is paired with, in each sorted order
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
 # Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
@@ -49,8 +49,8 @@ def group(
     """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
 
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
-    second result of an earlier call. It saves the comparison of old images with each other, where no image between
-    them has been removed, and does not change the result. The images are in the order of their paths in all calls.
+    second result of an earlier call. It does not change the result but saves time: old images are compared with each
+    other only if an image between them has been removed. The images are in the order of their paths in all calls.
     """
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)

@@ -1,7 +1,4 @@
-"""A trained model and the folders of a run -> the folder of its evaluation.
-
-It runs the other modules of this package in order, and writes their files and the report.
-"""
+"""Evaluates a trained model: runs the other modules of this package in order, and writes their files and the report."""
 
 import json
 import logging
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+MEASURED = "dgmd.measured"  # tag of a version: all figures as one JSON value, because MLflow's pages show every tag
 BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
     *("parameters", "predictions_equal"),
@@ -92,9 +89,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`. What only the report needs is done while the process loads the
-    models, and nothing while it measures times.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
+    comparison. The model is benchmarked in `process`. Work that only the report needs is done while `process` loads the
+    models. This process is idle while times are measured.
+
     Returns the counts for the step's record.
     """
     start = time.monotonic()
@@ -121,7 +119,7 @@ def evaluate(
 
 
 def _decided(decision: gates.Decision, compared: Comparison | None) -> dict[str, Any]:
-    """Return the part of the counts that is about the decision: what `summary.Summary` needs."""
+    """Return the counts that describe the decision, which `summary.Summary` needs."""
     counts: dict[str, Any] = {"verdict": decision.verdict, "failed": decision.failed}
     if compared:
         counts |= {"compared_with": compared.version, "difference": compared.difference}
@@ -142,9 +140,9 @@ def _read_splits(data: EvaluationData) -> _Splits:
 
 
 def _stored_features(data: EvaluationData, network: "keras.Model", splits: _Splits) -> StoredFeatures | None:
-    """Return the stored features that the head of the network can be given; None if there are none."""
+    """Return the stored features that fit the head of the network; None if there are none."""
     if not splits.features or train.read(data.trained_model)[0].get("fine_tuned"):
-        return None  # after fine-tuning they are those of another network
+        return None  # after fine-tuning, stored features do not fit the network
     return StoredFeatures(splits.features[1], network.get_layer("backbone"))
 
 
@@ -156,7 +154,7 @@ def _measure(
     leaked: Leaks | None,
     folder: Path,
 ) -> tuple[Measurements, Answers]:
-    """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
+    """Predict the validation images and write the metrics. The large array of probabilities is freed at the end."""
     log.info("  predicting %s validation images ...", f"{len(splits.validation):,}")
     if stored:
         blocks = predictions.predict_head(network, stored.vectors)
@@ -206,7 +204,7 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 def _content(
     data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows, for which it looks for wrong labels."""
+    """Collect the content of the report, which includes the search for wrong labels."""
     suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
@@ -270,7 +268,7 @@ def _review(
 def metrics_of(folder: Path) -> dict[str, float]:
     """Return the metrics of a finished evaluation, by their name in MLflow.
 
-    They include how predictions for original files differ from those for their records, if that was measured.
+    They include the differences between predictions for original files and for their records, if these were measured.
     """
     found = manifest.read_json(folder / metrics.METRICS)
     if benchmark := review.read(folder).serving_benchmark:

@@ -1,7 +1,7 @@
-"""A review of a candidate -> whether it should be promoted: the verdict, the gates and their results.
+"""Decides from a review whether a candidate should be promoted: the verdict, and the gates with their results.
 
-The verdict says how its accuracy compares with production's. A gate is a condition for a promotion. A version whose
-verdict is "no difference" meets the conditions, but nothing shows that it is better.
+The verdict compares the candidate's accuracy with production's. A gate is a condition for a promotion. A candidate with
+the verdict "no difference" may meet all conditions, but nothing shows that it is better.
 """
 
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # how much lower the recall of a class may be even if the drop is significant, 0 to 1
+    max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
     max_latency_ratio: float  # candidate's median latency for one image, divided by production's
     allow_lost_labels: bool = False  # whether a label of production may have no training images
 
 
 class Decision(NamedTuple):
-    """What speaks for and against a promotion."""
+    """The reasons for and against a promotion."""
 
     verdict: str  # BETTER, NO_DIFFERENCE, WORSE, FIRST or NOT_COMPARED
     finding: str  # a clause about the accuracy
     headline: str  # what to do, and the finding
     reason: str  # sentences
-    gates: Sequence[Gate]  # those that fail first
+    gates: Sequence[Gate]  # failed ones first
     drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
 
     @property
@@ -70,7 +70,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
 
 
 def grouped(gates: Sequence[Gate]) -> list[Gate]:
-    """Return the gates with those that do not apply for the same reason as one, whose name lists theirs."""
+    """Merge gates with the same result and text into one gate, whose name lists their names."""
     found: dict[tuple[bool | None, str], list[str]] = {}
     for gate in gates:
         found.setdefault((gate.passed, gate.text), []).append(gate.name)
@@ -91,7 +91,7 @@ def _verdict(review: "Review") -> tuple[str, str]:
 
 
 def _drift(best: "Comparison") -> str:
-    """Return a sentence about the best version that was production before: small losses add up."""
+    """Return a sentence that compares with the best former production version, because small losses add up."""
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (
         f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
@@ -188,7 +188,7 @@ def _classes(comparison: "Comparison", max_drop: float) -> Gate:
 def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassComparison]":
     """Return the classes that are significantly worse and whose recall is lower by more than `max_drop`, worst first.
 
-    Of equally good models, at most a share of `class_losses.LEVEL` has any.
+    For equally good models, the probability of any such class is at most `class_losses.LEVEL`.
     """
     rows = comparison.classes
     adjusted = class_losses.adjusted_p([row.gained for row in rows], [row.lost for row in rows])

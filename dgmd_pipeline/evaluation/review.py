@@ -1,4 +1,4 @@
-"""A candidate, production and the validation images -> a `Review`: the comparison and the serving benchmark."""
+"""Reviews a candidate: compares it with production on the validation images, and benchmarks how it serves."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
+BEST = "best"  # key of the comparison with `Rivals.best` in comparison.json; the other keys are for production
 Part = TypeVar("Part")
 
 
@@ -44,26 +44,26 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
-    features: StoredFeatures | None = None  # None: there are none, or no model has the network that they come from
+    features: StoredFeatures | None = None  # None: no features are stored, or no model has their network
 
 
 class Answers(NamedTuple):
-    """What a model answers to the validation images."""
+    """A model's predictions for the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
     first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.IMAGES`
 
 
 class CandidateModel(NamedTuple):
-    """A model to review, or production to compare it with."""
+    """A model to review, or a version to compare it with."""
 
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
-    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
+    trained_labels: frozenset[str]  # labels of the training images; the model may have more outputs
     version: int | None = None  # None: not registered yet
     answers: Answers | None = None  # None: not predicted yet
-    run: str = ""  # that made the model
+    run: str = ""  # the run that made the model
 
 
 class Rivals(NamedTuple):
@@ -119,8 +119,8 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
     chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
-            f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
+            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, at "
+            f"least one of the models was trained on {seen.sum():,}. The labels of the others are not known to both."
         )
     labels, others = (
         _select(predict(model, images).predicted, model.labels, images.examples, chosen)
@@ -132,14 +132,14 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]); the true class indexes are those of the model."""
+    """Return the predicted labels of the chosen images (bool [n]). True class indexes are the model's."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
 
 
 def answers(blocks: Iterable[np.ndarray]) -> Answers:
-    """Return the answers in a model's probabilities (float32 [m, classes], in blocks) of all validation images."""
+    """Return a model's answers to all validation images from blocks of its probabilities (float32 [m, classes])."""
     predicted: list[np.ndarray] = []
     first: list[np.ndarray] = []
     for block in blocks:
@@ -152,10 +152,10 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     """Return a model's answers to all validation images. Their probabilities are not kept.
 
-    If the model has the frozen network that features are stored of, only its head runs.
+    If the features of the model's frozen network are stored, only its head runs.
 
-    Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
-    given the original files: its measured accuracy would be too low.
+    Raises PipelineError if the model cannot be loaded. Also raises it if the model would resize the records to other
+    pixels than the original files, because its measured accuracy would be too low.
     """
     if model.answers is not None:
         return model.answers
@@ -170,8 +170,8 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    The model resizes the records' pixels. If the records are larger and have the same fit, the result is what it would
-    make of the original file. Padding and cropping to another aspect ratio would come on top of the records' own.
+    The model resizes the records. If they are at least as large as its input and have the same fit, the result is about
+    the same as for the original file. With another aspect ratio, an image would be padded or cropped twice.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
@@ -193,13 +193,13 @@ def review(
     process: serving_benchmark.Process,
     meanwhile: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
+    """Compare a candidate with its rivals, if there are any, and benchmark it and production in a process.
 
     `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
     the models.
 
-    If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
-    keeping anyway.
+    If production cannot be used, or the candidate fails in the process, the review has the error as text, because the
+    trained model is kept anyway.
     """
     candidate = candidate._replace(answers=predict(candidate, images))
     labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
@@ -218,7 +218,7 @@ def review(
 def _compare(
     candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
 ) -> tuple[CandidateModel | None, Comparison | None, str]:
-    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    """Return the rival with its answers (None if it cannot predict), the comparison and an error."""
     if rival is None:
         return None, None, ""
     try:

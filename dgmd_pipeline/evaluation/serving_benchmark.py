@@ -1,7 +1,7 @@
-"""A saved model in a clean process -> how it serves: predictions, load time, latency, throughput, memory.
+"""Benchmarks a saved model in a clean process: its predictions, load time, latency, throughput and memory.
 
-The process knows nothing of the run. It gets the path of the model, images, and the paths of original files. Seconds
-measured on different machines are not comparable, so production is timed in the same process, alternately.
+The process gets only the path of the model, images, and the paths of original files. Times from different machines
+are not comparable, so production is timed in the same process, alternately.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 IMAGES = 32  # given to the model one by one, as one batch, and as one batch of their original files
 MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
 SECONDS = 1.0  # for these predictions, unless MIN_SINGLES take longer
-TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
+TOLERANCE = 1e-3  # of probabilities; stored features come from another TensorFlow graph than the whole model
 TIMEOUT_MINUTES = 10
-UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
+UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them if they are installed: 1.3 CPU seconds and 150 MB
 
 
 class Process(subprocess.Popen[bytes]):
@@ -70,7 +70,7 @@ class ServedPredictions:
 class ServingBenchmark:
     """How a saved model serves."""
 
-    load_seconds: float  # CPU time, without the start of the libraries
+    load_seconds: float  # CPU time, without the import of the libraries
     latency_p50_ms: float  # for one image
     latency_p95_ms: float
     images_per_second: float  # in batches of `batch`
@@ -140,7 +140,7 @@ def benchmark(
 def _exchange(process: Process, task: Path, meanwhile: Callable[[], None]) -> bytes:
     """Send the path of a task, and return the error output of the process when it has ended.
 
-    The process measures times when `meanwhile` has returned, and `communicate` has closed the pipe. Raises
+    The process measures times after `meanwhile` has returned and `communicate` has closed the pipe. Raises
     TimeoutExpired.
     """
     assert process.stdin is not None  # noqa: S101 - `start_process` opens a pipe
@@ -158,7 +158,7 @@ def _explain_failure(code: int, stderr: str) -> str:
 
 
 def to_json(found: ServingBenchmark) -> dict[str, object]:
-    """Return a benchmark as the values of assessment.json. Keys of what was not measured are missing."""
+    """Return a benchmark as the values of assessment.json. Values that were not measured are left out."""
     values = asdict(found)
     production, served = values.pop("production"), values.pop("served")
     if production:
@@ -170,7 +170,7 @@ def to_json(found: ServingBenchmark) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
-    """Return the benchmark in the values of assessment.json. Raises TypeError if they hold none."""
+    """Return a benchmark from the values of assessment.json. Raises TypeError if they hold none."""
     own = dict(values)
     production, served = None, None
     if "latency_ratio" in own:
@@ -226,14 +226,14 @@ def _measure(task: Path, wait_until_idle: Callable[[], object]) -> ServingBenchm
         median, size = 1e3 * float(np.median(seconds)), other.stat().st_size
         found = replace(found, production=ProductionBenchmark(median, p50 / median, size, found.bytes / size))
     if files:
-        # Original files can be large. If the process dies of them, the parent still gets everything before.
+        # Original files can be large. If the process dies of them, the parent still gets this answer.
         _answer(task, found)
         found = replace(found, served=_predict_files(network, files, recorded))
     return found
 
 
 def _predict_files(network: "keras.Model", files: Sequence[Path], recorded: np.ndarray) -> ServedPredictions:
-    """Predict original files, read as a service reads them, and compare with the predictions for their records."""
+    """Read original files as a service does, predict them, and compare with the predictions for their records."""
     pixels, rows = [], []
     for row, path in enumerate(files):
         with contextlib.suppress(OSError, inputs.InvalidImage):  # deleted or changed since; not counted
@@ -256,9 +256,9 @@ def _peak_memory() -> int:
 
 
 def _trace(network: "keras.Model") -> None:
-    """Trace what `predict` calls, for images of any number and size.
+    """Trace the function that `predict` calls, for any number and size of images.
 
-    Keras would trace it for the first shape, and again for other numbers and for other sizes: 0.7 CPU seconds each.
+    Otherwise Keras would trace it again for other numbers and sizes. Each trace takes 0.7 CPU seconds.
     """
     import tensorflow as tf
 
