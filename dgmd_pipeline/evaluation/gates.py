@@ -91,7 +91,10 @@ def _verdict(review: "Review") -> tuple[str, str]:
 
 
 def _drift(best: "Comparison") -> str:
-    """Return a sentence that compares with the best former production version, because small losses add up."""
+    """Return a sentence that compares the version with the best former production version.
+
+    Over several promotions, small losses of accuracy add up.
+    """
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (
         f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
@@ -181,14 +184,14 @@ def _classes(comparison: "Comparison", max_drop: float) -> Gate:
         )
         text = f"Significantly worse, and by more than {100 * max_drop:.0f} points: {listed}."
         return Gate("classes", False, text)
-    text = f"No label is significantly worse and more than {100 * max_drop:.0f} points below version"
-    return Gate("classes", True, f"{text} {comparison.version}. {_detectable(comparison, max_drop)}")
+    text = f"Compared with version {comparison.version}, no label has a significant loss of more than"
+    return Gate("classes", True, f"{text} {100 * max_drop:.0f} points. {_detectable(comparison, max_drop)}")
 
 
 def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassComparison]":
     """Return the classes that are significantly worse and whose recall is lower by more than `max_drop`, worst first.
 
-    For equally good models, the probability of any such class is at most `class_losses.LEVEL`.
+    If the models are equally good, the probability that there is such a class is at most `class_losses.LEVEL`.
     """
     rows = comparison.classes
     adjusted = class_losses.adjusted_p([row.gained for row in rows], [row.lost for row in rows])
@@ -205,11 +208,10 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     images = middle.images
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
-    label = f"a label with {counted(images, 'image')}"
+    test, power = f"For a label with {counted(images, 'image')}, this test would find", percent(class_losses.POWER)
     if loss is None:
-        return f"This test can miss any loss of {label}."
-    power = percent(class_losses.POWER)
-    return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
+        return f"{test} even a recall of 0 % with a probability below {power}."
+    return f"{test} a loss of {100 * loss:.0f} points with a probability of {power}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:

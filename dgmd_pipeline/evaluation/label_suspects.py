@@ -22,7 +22,7 @@ from dgmd_pipeline.training.vectors import Vectors
 TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
-MIN_FITTED_OF_LABEL = 20  # minimum of rows for each label that has as many; the sum may exceed MAX_FITTED a little
+MIN_FITTED_OF_LABEL = 20  # rows of each label, or all that it has, even if there are then more than MAX_FITTED
 COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
@@ -52,9 +52,9 @@ def find(
 ) -> LabelSuspects:
     """Find suspects among n images, by their features: `parts` (float32 [n1, d], [n2, d], ...; may be memory-mapped).
 
-    `given` (n) holds the class indexes, `groups` and `keys` (n each) the near-duplicate groups and the paths below
-    raw/, `labels` the name of each class index. If all images of a label are in one fold, for example in one
-    near-duplicate group, they cannot be judged and are left out.
+    Each of the first three has n elements: `given` are the class indexes, `groups` the near-duplicate groups, and
+    `keys` the paths below raw/. `labels` are the names of the classes. If all images of a label are in one fold, for
+    example in one near-duplicate group, they cannot be judged and are left out.
 
     Memory grows with n by only a few numbers for each image: the heads are fitted on a stratified sample of about
     MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the log loss of the given
@@ -151,7 +151,8 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
 def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[Head]:
     """Return a head for each fold, fitted on the other folds, with the regularisation that predicts best.
 
-    `columns` (int [n]) are the outputs for the given labels. Each output occurs in at least two folds.
+    `columns` (int [n]) is the position of each row's given label among the outputs of the heads. Each position occurs
+    in at least two folds.
 
     Regularisation goes from strong to weak until the log loss rises. Each fit starts from the weights of the last one.
     Each fold has a thread: nearly all of the time is spent in BLAS and NumPy, which release the GIL.

@@ -100,8 +100,8 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # If the run holds the lock, only this process changes the folder after planning, and then its fingerprint is
-        # known. Luigi's own command may run steps in other processes, so it examines folders again.
+        # If the run holds the lock, only this process can change a planned folder, and it stores the new fingerprint
+        # when it does. Luigi's own command may run steps in other processes, so it examines folders again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -298,7 +298,7 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # Again, within `draft`: it removes the draft when the work fails, and then the disk is no longer full.
+            # A second time, because `draft` removes the folder if the work fails, and the disk is no longer full then.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
