@@ -126,7 +126,7 @@ def _unquote(keys: Sequence[str]) -> list[str]:
 
 
 def ignores_case(folder: Path) -> bool:
-    """Return whether the disk of `folder` ignores case, from the names that are in it; False if there are none."""
+    """Return whether the disk of `folder` ignores case, judged by the names in `folder`; False if there are none."""
     for path in folder.iterdir() if folder.is_dir() else ():
         other = path.with_name(path.name.swapcase())
         with suppress(OSError):  # there is no such file
@@ -238,7 +238,7 @@ def _parents(path: str) -> list[str]:
 
 
 def _hint(client: Client, bucket: str, prefix: str) -> str:
-    """Return the end of the error about an empty prefix: the folders at the nearest level above that has any."""
+    """Return the end of the error about an empty prefix. It lists the folders of the nearest parent with folders."""
     while prefix:
         prefix = prefix.rpartition("/")[0]
         root = f"{prefix}/" if prefix else ""
