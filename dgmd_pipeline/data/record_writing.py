@@ -195,7 +195,7 @@ def _encode(piece: Piece, row: Example) -> bytes:
         raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, but no longer is ({describe(error)}). "
-            "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
-            "with --force inspect."
+            f"{path} was readable when it was inspected, but is not readable now ({describe(error)}). "
+            "Restore the file and run again. To restore a downloaded file, delete the folder raw. To accept the change "
+            "instead, run with --force inspect."
         ) from error

@@ -50,10 +50,15 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     """List the objects below exactly `<prefix>/` (no outer slashes; "" for the whole bucket).
 
     The key `<prefix>/<label>/<rest>` becomes the path `<label>/<rest>`. Folder markers and system files
-    (`manifest.is_system_file`) are ignored. The reasons for a rejection are "no label" (directly below the prefix),
-    "unsafe name", "reserved name", "clash" (a file where another object needs a folder) and "same name" (the same file
-    on a disk that normalises Unicode or, with `ignore_case`, ignores case). If objects exclude each other, the first
-    one listed is used.
+    (`manifest.is_system_file`) are ignored. The reasons for a rejection are:
+
+    - "no label": directly below the prefix
+    - "unsafe name"
+    - "reserved name"
+    - "clash": a file where another object needs a folder, or the reverse
+    - "same name": the same file on a disk that normalises Unicode or, with `ignore_case`, ignores case
+
+    If objects exclude each other, the first one listed is used.
 
     Raises NoUsableInput if the bucket or prefix does not exist, is empty or denies access, and if S3 does not answer.
     """
