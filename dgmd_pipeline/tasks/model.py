@@ -242,7 +242,7 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """Return a text about the earlier version of this training, which the registry no longer has; "" if none."""
+        """If this training had a version that the registry no longer has, return a text about it, else ""."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:

@@ -52,8 +52,8 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     This takes about 10 s of one core. It imports TensorFlow and creates the layers. If features are extracted, it also
     traces the forward pass.
 
-    If there is little work before the training, other cores are idle. In this case, the serving benchmark's
-    process is started, too.
+    If there is little work before the training, other cores are idle. In this case, the serving benchmark's process
+    is started, too.
     """
     listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}

@@ -81,7 +81,7 @@ class ExtractFeatures(PerSplitStep):
         return [piece.target for piece in pieces]
 
     def _compute(self, pieces: "Sequence[Piece]") -> Iterator[int]:
-        """Yield the numbers of images whose vectors have been written."""
+        """Each time vectors have been written, yield the number of their images."""
         from dgmd_pipeline.training import extraction, features
         from dgmd_pipeline.workflow.executors import in_threads
 

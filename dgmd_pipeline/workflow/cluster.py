@@ -209,7 +209,7 @@ class ClusterExecutor:
         return PIECES_OF_A_WORKER * max(self._workers, 1)
 
     def _count_workers(self) -> None:
-        """Raise PipelineError if there has been no worker for too long."""
+        """Count the workers. Raises PipelineError if there has been none for too long, or if answers are missing."""
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
