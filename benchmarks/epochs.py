@@ -60,7 +60,7 @@ def generate(path: Path, images: int, dimensions: int) -> None:
 
 
 def read(path: Path) -> tuple[LabeledFeatures, LabeledFeatures]:
-    """Return the features, mapped from disk as those of a run are, with random labels; and 256 of them to hold out."""
+    """Return the features, mapped from disk as in a run, with random labels; and 256 of them to hold out."""
     vectors = np.load(path, mmap_mode="r")
     labels = np.random.default_rng(1).integers(0, CLASSES, len(vectors))
     return LabeledFeatures(vectors, labels), LabeledFeatures(vectors[:256], labels[:256])

@@ -1,9 +1,9 @@
 """A million rows: the CPU time and memory of the steps that work on rows, and of a listing of the bucket.
 
 The steps are the label map, balancing, splitting and the order of records, in one process, relative to reading
-`images.csv` once, row by row, with Python's csv module. The split of two labels is compared with that of a tenth of the
-rows. Listing a bucket and comparing it with a folder is compared with botocore's listing alone; another process answers
-the requests.
+`images.csv` once, row by row, with Python's csv module. The split of two labels is compared with the split of a tenth
+of the rows. Listing a bucket and comparing it with a folder is compared with botocore's listing alone; another process
+answers the requests.
 
     python -m benchmarks.rows [--repeats 3] [--rows 1000000] [--objects 200000]
 """
@@ -32,7 +32,7 @@ LABELS = 24
 
 
 class Cost(NamedTuple):
-    """What a call took in its process."""
+    """The cost of a call in its process."""
 
     seconds: float  # of CPU time
     peak: float  # memory, MiB
@@ -43,7 +43,7 @@ def main() -> None:
     with measure.folder() as name:
         few, many, two = (Path(name, each) for each in ("few", "many", "two"))
         for folder, rows, count in ((many, options.rows, LABELS), (few, options.rows // 10, 2), (two, options.rows, 2)):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # this process's peak is inherited
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a child inherits this peak
                 process.submit(write_images, folder, rows, count).result()
         size = (many / "inspected.csv").stat().st_size / 2**20
         found = measured(options.repeats, ours=(row_steps, many), csv=(read_rows, many))
