@@ -1,4 +1,4 @@
-"""Balances classes. A cap on the class size removes images, and class weights are computed. No image is repeated."""
+"""Balances classes: removes images of large classes and computes class weights. No image is repeated."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

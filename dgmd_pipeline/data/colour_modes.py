@@ -45,8 +45,8 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
 
     - signed integers: the range of their type
     - unsigned 12-bit integers: 0 to 4,095
-    - other integers: 0 to 255, 4,095 or 65,535, the first that no value exceeds, because 16-bit files often hold 8-bit
-      or 12-bit values
+    - other integers: the smallest of 0 to 255, 0 to 4,095 and 0 to 65,535 that contains all values, because 16-bit
+      files often hold 8-bit or 12-bit values
     - floating-point numbers: 0 to 1, or 0 to 255; values outside by at most a quarter of the range are clipped
 
     An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is removed. `samples` is what `load`
@@ -66,9 +66,9 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
 
 
 def check(image: PIL.Image.Image, samples: str) -> None:
-    """Raise UnknownRange if an RGB image is nearly black because its 16-bit colours use fewer bits.
+    """Raise UnknownRange if an RGB image is nearly black because its 16-bit values are small.
 
-    Pillow drops their lower 8 bits. `samples` is what `load` returned.
+    Pillow drops the lower 8 bits of each value. `samples` is what `load` returned.
     """
     if ";16" in samples and samples.startswith(("RGB", "LA")) and (high := int(np.max(image.getextrema()))) < 16:
         raise UnknownRange(

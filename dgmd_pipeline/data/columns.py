@@ -67,7 +67,7 @@ class Examples(Sequence[Example]):
         return next(iter(self[position : position + 1]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self),)  # pickled as a table, a slice would contain all rows
+        return list, (list(self),)  # the pickled table of a slice would contain the rows of the whole table
 
 
 def _to_batch(rows: Sequence[Example]) -> pa.RecordBatch:

@@ -39,8 +39,8 @@ class Corrected(NamedTuple):
 def read(path: Path) -> dict[str, str]:
     """Return the label, or EXCLUDE, of each key in the file; {} if there is no file.
 
-    The file is UTF-8, with or without a byte order mark. In the pipeline's own tables, text that looks like a formula
-    begins with an apostrophe, which is removed. Raises NoUsableInput with the line of the first mistake.
+    The file is UTF-8, with or without a byte order mark. The pipeline's own tables put an apostrophe before text that
+    looks like a formula. This function removes the apostrophe. Raises NoUsableInput with the line of the first mistake.
     """
     text = _read_text(path)
     if text is None:

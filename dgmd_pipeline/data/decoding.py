@@ -27,9 +27,9 @@ PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all co
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-# Errors that Pillow's readers raise for damaged content. 440,000 damaged files (bytes changed, cut, inserted; 22
-# encodings of the six formats; Pillow 13.0) raised the first three. Pillow's own code expects the others of damaged
-# data, or older versions raised them.
+# Errors that Pillow's readers raise for damaged content. Pillow 13.0 raised the first three in a test with 440,000
+# damaged files (bytes changed, cut, inserted; 22 encodings of the six formats). Pillow's own code expects the others
+# from damaged data, or older versions of Pillow raised them.
 DAMAGED = (
     OSError,  # includes UnidentifiedImageError
     SyntaxError,
@@ -44,8 +44,8 @@ DAMAGED = (
     RuntimeError,  # by the reader of AVIF, for most kinds of damage
     MemoryError,  # the header asks for more memory than the machine has
 )
-# ImageOps.exif_transpose does the same, but it also rewrites the EXIF data: it takes 0.2 ms longer, and it fails if
-# another tag is damaged (16 of 3,000 files whose EXIF data had up to ten bytes changed).
+# ImageOps.exif_transpose does the same, but it also rewrites the EXIF data. Therefore it takes 0.2 ms longer, and fails
+# if another tag is damaged (16 of 3,000 files whose EXIF data had up to ten bytes changed).
 _TRANSPOSE = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -59,7 +59,7 @@ _SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
 
 
 def open_rgb(path: Path, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
-    """Read an image file with `read_rgb`. The content determines the format, not the name."""
+    """Read an image file with `read_rgb`. The content, not the name, determines the format."""
     return read_rgb(path.read_bytes(), max_pixels)
 
 
@@ -95,7 +95,7 @@ def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> di
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return the first frame in mode RGB, with the orientation applied, on a white background.
 
-    Values that are not 8 bits: see `colour_modes.normalise`. Pillow converts the other modes (CMYK with Adobe's
+    `colour_modes.normalise` converts values that are not 8 bits. Pillow converts the other modes (CMYK with Adobe's
     inversion, LAB through littleCMS). Colour profiles are not applied. Raises one of `DAMAGED`.
     """
     if image.tell():
@@ -117,7 +117,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def open_header(data: bytes) -> PIL.Image.Image:
     """Read the header of an image in one of `FORMATS`. Call it inside `guard`.
 
-    Raises one of `DAMAGED`; PIL.UnidentifiedImageError says what the file is instead.
+    Raises one of `DAMAGED`. The message of a PIL.UnidentifiedImageError names the type of the file.
     """
     if data.startswith(png.SIGNATURE):
         data = png.without_metadata(data)
@@ -140,7 +140,7 @@ def _why_unidentified(data: bytes) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Return the message of an error in `DAMAGED` as a bounded line, with the error's type if the library chose it."""
+    """Return the message of an error in `DAMAGED` as a bounded line, after the error's type if a library wrote it."""
     own = isinstance(error, PIL.UnidentifiedImageError | colour_modes.UnknownRange)
     return one_line(str(error) if own else f"{type(error).__name__}: {error}")
 
@@ -173,9 +173,9 @@ def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[war
     """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
-    number, so it is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff writes to stderr
-    by itself, so stderr is redirected for files that begin like a TIFF. Both are settings of the process: use one
-    guard at a time.
+    number, so MAX_IMAGE_PIXELS is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff
+    writes to stderr by itself, so stderr is redirected for files that begin like a TIFF. Both changes affect the whole
+    process: use one guard at a time.
     """
     previous = PIL.Image.MAX_IMAGE_PIXELS
     PIL.Image.MAX_IMAGE_PIXELS = min(max_pixels, limits.max_pixels(data)) // 2

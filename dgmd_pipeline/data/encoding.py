@@ -1,4 +1,4 @@
-"""Encodes an image file for a record: decoded in full, resized to the model's input, compressed without loss.
+"""Encodes an image file for a record: decodes it in full, resizes it to the model's input, compresses it without loss.
 
 A record stores the pixels that the first layers of the served model (training/networks.py) compute from the original
 file. Therefore the resizing works in floating point and rounds once. Pillow's own resizing of 8-bit images rounds after
@@ -39,7 +39,7 @@ def encode(
         with reserve_memory(needed):
             # Popped, so that the pixels before the conversion are not kept.
             pixels = PIL.Image.fromarray(resize(decoding.to_rgb(images.pop()), width, height, fit))
-            pixels.save(file, FORMAT, lossless=True, quality=0, method=0)  # the fastest; slower ones save 5 % of bytes
+            pixels.save(file, FORMAT, lossless=True, quality=0, method=0)  # the fastest; slower settings save 5 %
     return file.getvalue()
 
 
@@ -47,18 +47,19 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.nd
     """Return an RGB image resized to `width` x `height` pixels, bilinear and antialiased: uint8 [height, width, 3].
 
     "stretch" changes the aspect ratio. "letterbox" keeps it and adds black bars. "crop" keeps it and cuts off two
-    edges. Bars and edges are whole pixels of `image`, as many as `keras.layers.Resizing` adds with
-    `pad_to_aspect_ratio` and cuts off with `crop_to_aspect_ratio`.
+    edges. Bars and edges are whole pixels of `image`. `keras.layers.Resizing` adds the same bars with
+    `pad_to_aspect_ratio`, and cuts off the same edges with `crop_to_aspect_ratio`.
     Raises PIL.Image.DecompressionBombError if the first pass would produce more than `limits.MAX_PIXELS` pixels.
     """
     # The width and the height that give the image the target's aspect ratio. Keras divides in float32.
     target_width = int(np.float32(image.height * width) / np.float32(height))
     target_height = int(np.float32(image.width * height) / np.float32(width))
-    # The first pass changes the width, along an axis without bars. So the image is transposed if its bars are left and
-    # right, or if it is so narrow and tall that the first pass would produce too many pixels.
+    # The first pass changes the width and cannot add bars at the left and right. So the image is transposed if it needs
+    # such bars, or if it is so narrow and tall that the first pass would produce too many pixels.
     narrow = width * image.height > limits.MAX_PIXELS > height * image.width
     if target_width > image.width if fit == "letterbox" else narrow:
-        image = image.transpose(PIL.Image.Transpose.TRANSPOSE)  # not in the call, which would keep both
+        # A separate statement, so that the original image is freed before the call.
+        image = image.transpose(PIL.Image.Transpose.TRANSPOSE)
         return resize(image, height, width, fit).transpose(1, 0, 2)
     bar = max(target_height - image.height, 0) // 2 if fit == "letterbox" else 0
     if fit == "crop":

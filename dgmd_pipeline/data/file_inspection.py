@@ -14,7 +14,7 @@ from dgmd_pipeline.errors import TooLittleMemory
 from dgmd_pipeline.manifest import Image, RawFile, Rejected
 
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
-_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
+_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a larger JPEG is decoded at a reduced size, not below this one
 
 
 class TemporaryRejection(NamedTuple):
@@ -68,8 +68,8 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
         orientation = decoding.read_orientation(image)
         size = decoding.oriented_size(image.size, orientation)
         draft = image.draft("RGB", _DRAFT_SIZE)
-        # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
-        # by a shift.
+        # libjpeg rounds the reduced size up to whole pixels. `draft[1]` is the box with the exact size. Without it, the
+        # thumbnail of a copy in another size would be shifted.
         rgb = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
         thumbnail = rgb.resize(square, bilinear, draft and draft[1])
         return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)

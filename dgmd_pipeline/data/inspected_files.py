@@ -1,4 +1,4 @@
-"""The stored results of an inspection, with which the next inspection opens only new and changed files.
+"""Stores the results of an inspection, so that the next inspection opens only new and changed files.
 
 The folder of an inspection has these files:
 
@@ -59,9 +59,9 @@ class PreviousInspection:
     """The results in the intact folders of earlier inspections. For a path in two folders, the later folder counts."""
 
     def __init__(self, folders: Iterable[Path] = ()) -> None:
-        # path -> row, thumbnails of its folder, position among them
+        # path -> the row, the thumbnails of its folder, the position of its thumbnail
         self._rows: dict[str, tuple[InspectedFile, np.ndarray, int]] = {}
-        self.known: Known | None = None  # of the first folder: the others are pieces, in which nothing is compared
+        self.known: Known | None = None  # of the first folder; the others are pieces, whose images are not compared
         for folder in filter(_is_intact, folders):
             usable, thumbnails = 0, open_thumbnails(folder)
             for row in manifest.read(folder / FILES, InspectedFile):
@@ -99,7 +99,7 @@ def describe(size: int, changed: object) -> str:
 
 
 def count_unchanged(folder: Path, versions: Mapping[str, str | None]) -> int:
-    """Return how many files (path -> version) an inspection in `folder` has results for; 0 if they are unreadable."""
+    """Return how many files (path -> version) have a result in `folder`; 0 if its results are unreadable."""
     try:
         return sum(versions.get(row.path) == row.version for row in manifest.read(folder / FILES, InspectedFile))
     except PipelineError:
@@ -110,12 +110,12 @@ def open_thumbnails(folder: Path) -> np.ndarray:
     """Return the thumbnails in a folder: uint8 [n, 16, 16, 3], mapped from disk."""
     shape = -1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3
     path = folder / THUMBNAILS
-    is_empty = path.stat().st_size == 0  # and cannot be mapped
+    is_empty = path.stat().st_size == 0  # an empty file cannot be mapped
     return (np.empty(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r")).reshape(shape)
 
 
 def write(folder: Path, rows: Iterable[InspectedFile], known: Known) -> None:
-    """Write the files that PreviousInspection reads into a folder that already has the thumbnails."""
+    """Write `files.csv`, the arrays and the checksums into a folder that already has the thumbnails."""
     manifest.write(folder / FILES, InspectedFile, rows)
     np.save(folder / HASHES, known.hashes, allow_pickle=False)
     np.save(folder / COPIES, known.copies, allow_pickle=False)

@@ -117,19 +117,29 @@ def inspect(
     """Read, hash and decode every new or changed file once; return the usable images and the rejected files, each
     sorted by path.
 
-    `map` works like the builtin. It may call its function in other processes, and yields the results in order; for a
-    file whose process died, it yields a WorkerDied. `reserve_memory` is entered with the bytes that an image needs
-    while it is decoded, and may raise TooLittleMemory. `previous` are folders of earlier inspections of this `raw`: the
-    results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. All results are
-    stored in `folder`. In addition, each PIECE_FILES new results are stored in a folder in `pieces` as soon as they
-    exist. The rows depend only on the files, unless there is too little memory for one of them.
+    - `map` works like the builtin. It may call its function in other processes. It yields the results in order, and a
+      WorkerDied for a file whose process died.
+    - `reserve_memory` is entered with the bytes that an image needs while it is decoded. It may raise TooLittleMemory.
+    - `previous` are folders of earlier inspections of this `raw`. The result for a file is reused if the file's version
+      (`inspected_files.version`, by `etags`) is the same.
+    - `folder` stores all results. In addition, `pieces` gets a folder for each PIECE_FILES new results, as soon as they
+      exist.
 
-    Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, a disk error, or the process that decoded it
-    died); "truncated" (the data ends before the image does); "too many bytes", "too many pixels" (more than
-    `max_pixels`, or more than MAX_MEMORY to decode them) and "too many scans" (`limits`, checked before decoding);
-    "too little memory" (for this image, on this machine); "too small" (the shortest side is below `min_side` pixels);
-    "duplicate" (the same bytes under the same label; the first path is used); "conflict" (the same bytes under several
-    labels; none is used). A corrected label of one copy applies to all copies.
+    The rows depend only on the files, unless there is too little memory for one of them.
+
+    Reasons for a rejection:
+
+    - "empty"
+    - "unreadable": not an image in `FORMATS`, damaged, a disk error, or the process that decoded it died
+    - "truncated": the data ends before the image does
+    - "too many bytes", "too many scans": see `limits`; checked before decoding
+    - "too many pixels": more than `max_pixels`, or they need more than MAX_MEMORY; checked before decoding
+    - "too little memory": for this image, on this machine
+    - "too small": the shortest side is below `min_side` pixels
+    - "duplicate": the same bytes under the same label; the first path is used
+    - "conflict": the same bytes under several labels; none is used
+
+    A corrected label of one copy applies to all copies.
     """
     files = sorted(files)
     earlier = PreviousInspection(previous)
@@ -159,7 +169,7 @@ def find(raw: Path) -> Iterator[RawFile]:
     The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
     files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
     because they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect`
-    rejects them, as it does broken links, pipes and devices. Raises NoUsableInput if a folder cannot be listed.
+    rejects them like broken links, pipes and devices. Raises NoUsableInput if a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -219,7 +229,7 @@ def check_rejected(usable: Mapping[str, int], rejected: Iterable[Rejected], limi
         raise NoUsableInput(
             f"More than {formatting.percent(limit)} of the files cannot be decoded for {listed}; for example "
             f"{example.path}: {example.reason}, {example.detail}. {report} lists every file with its reason. Fix or "
-            "remove the files (if they were downloaded, in the bucket, and delete the folder raw), or raise "
+            "remove the files. If they were downloaded, do so in the bucket, and delete the folder raw. Or raise "
             f"MAX_REJECTED_PCNT (now {limit:g})."
         )
 
@@ -247,7 +257,7 @@ def _collect(
 ) -> tuple[list[Image], list[Rejected], list[InspectedFile]]:
     """Separate the decoded images from the rejected files, and write the thumbnails to a file.
 
-    Returns also the rows of the files whose results can be reused.
+    Also returns the rows of the files whose results can be reused.
     """
     decoded: list[Image] = []
     rejected: list[Rejected] = []
@@ -276,7 +286,7 @@ def _keep(
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
     """Yield the results. Store the results of each PIECE_FILES files, with the files' versions, in `pieces`."""
-    remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
+    remaining, run = iter(results), uuid.uuid4().hex[:8]  # so that pieces of an earlier run are not replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
         found = list(islice(remaining, len(files[each])))
@@ -309,7 +319,10 @@ def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejecte
 
 
 def _apply_corrected_label(copies: list[Image]) -> list[Image]:
-    """If the copies have exactly one label that differs from the name of its copy's folder, give it to all copies."""
+    """If the copies have exactly one corrected label, give it to all copies.
+
+    A label is corrected if it differs from the name of the folder of its copy.
+    """
     corrected = {copy.label for copy in copies if copy.label != copy.path.split("/", 1)[0]}
     return [copy._replace(label=label) for label in corrected for copy in copies] if len(corrected) == 1 else copies
 

@@ -57,8 +57,8 @@ def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> lis
         listed = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items())) or "none"
         raise NoUsableInput(
             f"A classifier needs at least two labels with {minimum} usable images each (MIN_IMAGES_PER_LABEL); "
-            f"labels with usable images: {listed}. Add labelled images. DATA_DIR/inspected/rejected.csv lists those "
-            "that were left out."
+            f"labels with usable images: {listed}. Add labelled images. DATA_DIR/inspected/rejected.csv lists the "
+            "images that were left out."
         )
     names = [*known, *sorted(used - set(known))]
     rows = [

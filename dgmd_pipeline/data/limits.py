@@ -34,7 +34,8 @@ _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 # Waits until this number of bytes may be used, and releases them after the block.
 ReserveMemory = Callable[[int], AbstractContextManager[object]]
 
-# A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. ITU-T T.81, annex B
+# A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. Source: ITU-T T.81,
+# annex B.
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _FRAMES = (*_PROGRESSIVE, 0xC0, 0xC1, 0xC3, 0xC5, 0xC7, 0xC9, 0xCB, 0xCD, 0xCF)
@@ -88,7 +89,7 @@ def count_scans(data: bytes) -> int:
                 continue
             case 0xDA:  # start of a scan
                 scans += 1
-                # A first scan of all components is the only one, except in a progressive image.
+                # Unless the image is progressive, a first scan of all components is the only scan.
                 if not is_progressive and data[at + 2 : at + 3] >= bytes([components]):
                     break
             case _ if code in _FRAMES:
@@ -101,8 +102,8 @@ def count_scans(data: bytes) -> int:
 def limit_time() -> Iterator[None]:
     """In a worker process, end the process if the block takes more than `MAX_SECONDS` or `MAX_WAIT`.
 
-    Nothing else interrupts a decoder in C. The signals have no handler in Python, so that the system itself ends the
-    process. Elsewhere, do nothing.
+    In other processes, do nothing. Only signals interrupt a decoder in C. These signals have no handler in Python,
+    so the system itself ends the process.
     """
     if multiprocessing.parent_process() is None:
         yield

@@ -16,7 +16,7 @@ _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a can
 _ROTATIONS = range(0, 64, 4)  # bits
 _NEIGHBOURS = 8  # number of following hashes that a hash is paired with, in each sorted order
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
-# Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
+# Rounded to integers, whose sums are exact in float64. So the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # in place of a position
@@ -70,7 +70,7 @@ def group(
 
 
 def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
-    """Return for each position the smallest name of all that are connected with it."""
+    """Return for each position the smallest name of the positions that `copies` connects with it."""
     parents = list(range(len(names)))  # a disjoint-set forest (union-find)
 
     def find_root(index: int) -> int:
@@ -112,7 +112,7 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
     """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
 
     A bit is set if one of the 8 x 8 lowest DCT coefficients of the luminance exceeds the noise. Zauner 2010,
-    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead; then
+    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead. Then
     noise alone decides the bits of a flat image. The hashes of resized and re-encoded copies differ by at most 3 bits
     in 95 % of the pairs, and by at most 5 in 99 %.
     """

@@ -14,9 +14,9 @@ _TEXT_WITH_ORIENTATION = re.compile(rb"(XML:com\.adobe\.xmp|Raw profile type exi
 def without_metadata(data: bytes) -> bytes:
     """Return a PNG file with only the chunks that determine its pixels and its orientation.
 
-    Pillow refuses a whole image for a text or colour profile above 1 MB, for a malformed ancillary chunk, or for the
-    wrong checksum of one. libpng, and so the browsers, leave out the chunk. Frames of an animation after the first are
-    left out too. If a chunk's length or name is invalid, the rest of the file is left as it is.
+    Pillow refuses the whole image if an ancillary chunk is malformed, has a wrong checksum, or is a text or colour
+    profile above 1 MB. libpng leaves out only the chunk, and so do browsers. This function also leaves out the frames
+    of an animation after the first. If a chunk's length or name is invalid, the rest of the file is left as it is.
     """
     view, at = memoryview(data), len(SIGNATURE)
     kept = [view[:at]]

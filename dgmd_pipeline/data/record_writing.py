@@ -112,7 +112,7 @@ def join(target: Path, parts: Sequence[Path], width: int, height: int, fit: Fit)
 def write_index(
     folder: Path, records: np.ndarray, shards: Mapping[str, slice], width: int, height: int, fit: Fit
 ) -> dict[str, int]:
-    """Write `records.npy` and `index.json` into a folder that has the shards, and return the numbers in the index.
+    """Write `records.npy` and `index.json` into a folder that has the shards, and return the counts in the index.
 
     `shards` maps the name of each file to its part of `records` (manifest.RECORD [n]).
     """
@@ -137,7 +137,7 @@ def rows_digest(records: np.ndarray) -> str:
 
 
 class _Output:
-    """A file to which records are written. Adjacent records of another file are copied at once."""
+    """A file to which records are written. Adjacent records of another file are copied together."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -195,7 +195,7 @@ def _encode(piece: Piece, row: Example) -> bytes:
         raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, but no longer is ({describe(error)}). "
-            "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
-            "with --force inspect."
+            f"{path} was readable when it was inspected, but is not readable now ({describe(error)}). "
+            "Restore the file and run again. To restore a downloaded file, delete the folder raw. To accept the change "
+            "instead, run with --force inspect."
         ) from error

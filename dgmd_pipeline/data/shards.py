@@ -37,7 +37,7 @@ from dgmd_pipeline.workflow import files
 # cores, the last pieces end at about the same time, and a run that is stopped loses little.
 PIECE_IMAGES = 256
 LARGE_SHARD = 1_000_000_000  # bytes
-# "At least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
+# TensorFlow recommends "at least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
 SHARD_BYTES = 200_000_000
 
 
@@ -72,14 +72,16 @@ def write(
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
 
     The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). A hash of the content
-    assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. `previous` are
-    finished folders of shards: a shard with equal rows is linked, and the record of an equal image file is copied. The
-    bytes depend on the set of rows and on the images only, not on the order of `rows`, the number of processes, or
-    `previous`. `map` works like the builtin. It may call its function for the pieces in other processes or on other
-    machines, and yields the results (the number of images) in order; for a piece whose process died, a WorkerDied.
-    `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded. Finished pieces are
-    folders in `pieces`. They are kept, so that they can be in `previous` after a stop. Without `pieces`, they are
-    removed at the end.
+    assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. The bytes depend on
+    the set of rows and on the images only, not on the order of `rows`, the number of processes, or `previous`.
+
+    - `map` works like the builtin. It may call its function for the pieces in other processes or on other machines. It
+      yields the results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
+    - `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
+    - `previous` are finished folders of shards. A shard with equal rows is linked from them, and the record of an equal
+      image file is copied.
+    - `pieces` is the folder for the finished pieces, which are folders themselves. They are kept, so that they can be
+      in `previous` after a stop. Without `pieces`, they are removed at the end.
 
     Raises PipelineError if an image is missing or no longer readable, or needs too much memory or time. Raises OSError
     if `folder` cannot be written.
@@ -155,7 +157,7 @@ def _pieces(
 def record_order(rows: Iterable[Example]) -> Examples:
     """Return the rows in the order of their records, which is also the order of stored features.
 
-    A hash of the content decides, so the labels are mixed. It is independent of the hash that decides the split.
+    A hash of the content determines the order, so the labels are mixed. It is independent of the hash for the split.
     """
     return _ordered(rows)[1]
 
@@ -175,7 +177,7 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
 
 
 def suggest_shards(sizes: Sequence[int]) -> int | None:
-    """Return the number of shards with which each would have SHARD_BYTES, if one exceeds LARGE_SHARD, else None."""
+    """If a shard exceeds LARGE_SHARD, return how many shards of SHARD_BYTES would hold the same data, else None."""
     return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 

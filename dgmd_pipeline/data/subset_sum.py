@@ -47,7 +47,7 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal values are the same object."""
+    """Return the sums of sizes[i:] for each i, up to len(sizes). Equal elements are the same object."""
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
@@ -62,8 +62,8 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Return the sums of sizes with the sum `total` and of one more size, `size`."""
-    # The first s at which the new sums are known to have the period, up to the middle of all sums.
+    """Add one `size` to the sizes with the sums `sums` and the total `total`, and return the new sums."""
+    # From this s up to the middle of all sums, the new sums are known to have the period.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:
         regular = min(regular, sums.start + size)

@@ -7,7 +7,7 @@ import google_crc32c
 
 
 def serialize_example(features: dict[str, bytes | int]) -> bytes:
-    """Serialise a `tf.train.Example`: bytes as a BytesList of one, an integer (>= 0) as an Int64List of one.
+    """Serialise a `tf.train.Example`: bytes as a BytesList, an integer (>= 0) as an Int64List, each with one element.
 
     Importing TensorFlow for this would cost every worker 3.6 s and 700 MB, and protobuf does not guarantee stable
     bytes. Source: protobuf.dev/programming-guides/encoding, tensorflow/core/example/{example,feature}.proto.

@@ -64,7 +64,8 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
 
     logging.getLogger("botocore.credentials").addFilter(_without_traceback)
     session = botocore.session.Session()
-    # botocore reads AWS_DATA_PATH, our prefix in the bucket, as local folders of service descriptions.
+    # For botocore, AWS_DATA_PATH lists folders with service descriptions. Here, it is the prefix in the bucket.
+    # Therefore this loader ignores it.
     session.register_component("data_loader", create_loader())
     # Nothing uses the dates of a listing; parsing them with dateutil took two thirds of the listing's time.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
@@ -85,15 +86,16 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
             f"boto3 rejects the AWS settings ({_without_user(error)}). Correct them. AWS_ENDPOINT_URL, if set, must "
             "look like http://minio:9000."
         ) from None
-    # After a redirect without a region, botocore asks HeadBucket for the region. A server that redirects every request
-    # (to https, say) redirects that one too, and botocore repeats it forever. AWS always names the region.
+    # After a redirect without a region, botocore sends HeadBucket to find the region. A server that redirects every
+    # request (for example to https) also redirects HeadBucket, and botocore repeats it forever. This handler answers
+    # HeadBucket itself, without a region. AWS always names the region in a redirect.
     no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
     client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Replace the traceback in a message of botocore about credentials that it cannot renew by the error's text."""
+    """Replace the traceback with the error's text in botocore's message about credentials that it cannot renew."""
     if record.exc_info and (error := record.exc_info[1]):
         record.msg, record.args = f"{record.getMessage()} ({type(error).__name__}: {error})", None
         record.exc_info = None
@@ -154,7 +156,7 @@ def _has_credentials(session: "Session") -> bool:
         return credentials is not None
     keys = credentials.get_frozen_credentials()  # calls STS or SSO if the profile is configured for it
     for value in (keys.access_key, keys.secret_key, keys.token or "x"):
-        # botocore's error for a copied line end is about HTTP headers and quotes the key.
+        # If a key contains a copied line end, botocore's error is about HTTP headers and quotes the key.
         if not value or not value.isascii() or not value.isprintable() or " " in value:
             raise NoUsableInput(
                 f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_FAILURES = 5  # in a row; then awscrt is not used again
 MAX_BYTES = 8_000_000  # of an object: awscrt holds it in memory until it is complete
-# An object may take STALL_TIMEOUT seconds plus its size / MIN_BYTES_PER_SECOND: awscrt reports no progress.
+# awscrt reports no progress, so an object has a time limit: STALL_TIMEOUT seconds plus its size / MIN_BYTES_PER_SECOND.
 STALL_TIMEOUT = 30.0
 MIN_BYTES_PER_SECOND = 10_000
 
@@ -40,7 +40,7 @@ class PendingTransfer(NamedTuple):
     deadline: float  # on the clock of `time.monotonic`
 
     def cancel(self) -> None:
-        """Cancel the transfer. It still completes, as a failed one."""
+        """Cancel the transfer. It then completes as a failed transfer."""
         self.request.cancel()
 
 
@@ -60,7 +60,7 @@ class CrtTransfer:
         self._sent.request = request
 
     def adopt(self, key: str) -> None:
-        """Adopt the form of this thread's last `GetObject` request, which fetched `key` successfully."""
+        """Prepare awscrt to repeat this thread's last `GetObject` request, which fetched `key`, for other keys."""
         with self._lock:
             if not self.decided:
                 try:
@@ -91,7 +91,7 @@ class CrtTransfer:
         if signature and (not signature.startswith("AWS4-HMAC-SHA256") or scope[-2:] != ["s3", "aws4_request"]):
             raise ValueError("requests have another kind of signature")
         self._host, self._path = parts.netloc, parts.path.removesuffix(quoted_key)
-        # The wrapper that boto3 itself uses: credentials may be renewed during a long run.
+        # boto3 itself uses this wrapper. It renews credentials that expire during a long run.
         credentials = BotocoreCRTCredentialsWrapper(self._client._get_credentials())
         self._runtime = create_s3_crt_client(
             scope[-3] if signature else self._client.meta.region_name,
@@ -121,7 +121,7 @@ class CrtTransfer:
         headers = HttpHeaders([("host", self._host), ("x-amz-checksum-mode", "ENABLED")])
         try:
             request = self._runtime.make_request(
-                # A plain GET. GET_OBJECT sends range requests, and 0.38.0 crashed on empty objects.
+                # A plain GET. GET_OBJECT sends range requests, with which awscrt 0.38.0 crashed on empty objects.
                 type=S3RequestType.DEFAULT,
                 operation_name="GetObject",
                 request=HttpRequest("GET", self._path + _quoted(source.key), headers),

@@ -26,7 +26,7 @@ PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
 CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, which a worker gets at once
-SHUTDOWN_TIMEOUT = 5.0  # seconds; a thread that still waits for a silent server is abandoned, as a daemon
+SHUTDOWN_TIMEOUT = 5.0  # seconds; then daemon threads that wait for a silent server are abandoned
 
 
 def download(
@@ -34,10 +34,15 @@ def download(
 ) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
-    Yields a Rejected for an object that cannot be fetched. Its reason is "gone" (it was deleted), "archived" (its
-    storage class requires that it is restored first), "changed" (its size or ETag differs, or its bytes do not match
-    the MD5 sum or checksum that S3 states), "refused" (S3 does not permit reading it) or "failed" (S3 does not send it,
-    or never completely). After a failure that may be temporary, there are up to four attempts.
+    Yields a Rejected for an object that cannot be fetched. Its reason is one of these:
+
+    - "gone": the object was deleted
+    - "archived": its storage class requires that it is restored first
+    - "changed": its size or ETag differs, or its bytes do not match the MD5 sum or checksum that S3 states
+    - "refused": S3 does not permit reading it
+    - "failed": S3 does not send it, or never completely
+
+    After a failure that may be temporary, there are up to four attempts.
 
     Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
     and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
@@ -131,15 +136,15 @@ def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     try:
         done = list(_download(client, chunk.bucket, chunk.objects, chunk.folder, parts))
     except Throttled as error:
-        raise NoUsableInput(str(error)) from None  # this exception can be pickled
+        raise NoUsableInput(str(error)) from None  # this exception can be pickled, unlike Throttled
     finally:
         shutil.rmtree(parts, ignore_errors=True)  # the run may remove it at the same time
     refused = [row for row in done if isinstance(row, Rejected) and row.reason == errors.REFUSED]
     if refused and chunk.place.is_signed and not place(client).is_signed:
         raise NoUsableInput(
             f"S3 refuses s3://{chunk.bucket}/{refused[0].path} to the worker on {socket.gethostname()}, which has no "
-            "AWS credentials. The run has some, and does not send them to workers. Configure them for the worker as "
-            "for the run: in its environment, in a file or by a role."
+            "AWS credentials. The run has credentials, but does not send them to workers. Configure them for the "
+            "worker too: in its environment, in a file or by a role."
         )
     return done
 
@@ -262,7 +267,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
-        part.stat()  # raises OSError if the run has ended: then no folder is made
+        part.stat()  # raises OSError if the run has ended, so that no folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

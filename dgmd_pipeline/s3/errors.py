@@ -12,8 +12,8 @@ from dgmd_pipeline.s3.throttling import STATUSES
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-# Reasons to reject an object that count for MAX_REJECTED_PCNT: S3 refuses to send it; S3 does not send it, or not
-# completely; S3 sends another content than it listed.
+# Reasons to reject an object that count for MAX_REJECTED_PCNT. REFUSED: S3 refuses to send it. FAILED: S3 does not send
+# it, or not completely. CHANGED: S3 sends another content than it listed.
 REFUSED, FAILED, CHANGED = "refused", "failed", "changed"
 MAX_TEXT = 200  # characters of S3's text that are stored
 ACCOUNT_DISABLED = {"AllAccessDisabled", "AccountProblem"}
@@ -64,8 +64,8 @@ def object_problem(error: Exception) -> tuple[str, str] | None:
 def is_worth_repeating(error: Exception) -> bool:
     """Return whether the answer to a repeated request may differ.
 
-    It is not worth repeating a request without an answer, which botocore has repeated for more than a minute, or a
-    throttled one, which `throttling` has repeated for longer.
+    A request without an answer is not worth repeating: botocore has repeated it for more than a minute. Nor is a
+    throttled request: `throttling` has repeated it for longer.
     """
     from botocore import exceptions as boto
 

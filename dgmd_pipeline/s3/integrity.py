@@ -10,7 +10,7 @@ from dgmd_pipeline.manifest import SourceObject
 
 CHECKSUMS = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")  # those that botocore verifies and `_checksum` computes
 MD5 = re.compile("[0-9a-f]{32}")
-DIRECTORY_BUCKET = "--x-s3"  # the end of its name; its ETags are random
+DIRECTORY_BUCKET = "--x-s3"  # the end of the name of a directory bucket, whose ETags are random
 
 
 def checksum_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
@@ -39,7 +39,7 @@ def has_md5(bucket: str, source: SourceObject, headers: Mapping[str, str]) -> bo
 def difference(source: SourceObject, headers: Mapping[str, str], size: int, md5: str | None) -> str | None:
     """Return how a downloaded object of `size` bytes differs from the listed one, or None if it does not.
 
-    `md5` is the MD5 sum of the bytes (hexadecimal) if it should be the listed ETag.
+    `md5` is the MD5 sum of the bytes (hexadecimal) if the listed ETag should be equal to it, else None.
     """
     if size != source.size:
         return f"{source.size} bytes when it was listed, now {size}"

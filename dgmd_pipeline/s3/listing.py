@@ -50,10 +50,15 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     """List the objects below exactly `<prefix>/` (no outer slashes; "" for the whole bucket).
 
     The key `<prefix>/<label>/<rest>` becomes the path `<label>/<rest>`. Folder markers and system files
-    (`manifest.is_system_file`) are ignored. The reasons for a rejection are "no label" (directly below the prefix),
-    "unsafe name", "reserved name", "clash" (a file where another object needs a folder) and "same name" (the same file
-    on a disk that normalises Unicode or, with `ignore_case`, ignores case). If objects exclude each other, the first
-    one listed is used.
+    (`manifest.is_system_file`) are ignored. The reasons for a rejection are:
+
+    - "no label": directly below the prefix
+    - "unsafe name"
+    - "reserved name"
+    - "clash": a file where another object needs a folder, or the reverse
+    - "same name": the same file on a disk that normalises Unicode or, with `ignore_case`, ignores case
+
+    If objects exclude each other, the first one listed is used.
 
     Raises NoUsableInput if the bucket or prefix does not exist, is empty or denies access, and if S3 does not answer.
     """
@@ -126,7 +131,7 @@ def _unquote(keys: Sequence[str]) -> list[str]:
 
 
 def ignores_case(folder: Path) -> bool:
-    """Return whether the disk of `folder` ignores case, from the names that are in it; False if there are none."""
+    """Return whether the disk of `folder` ignores case, judged by the names in `folder`; False if there are none."""
     for path in folder.iterdir() if folder.is_dir() else ():
         other = path.with_name(path.name.swapcase())
         with suppress(OSError):  # there is no such file
@@ -238,7 +243,7 @@ def _parents(path: str) -> list[str]:
 
 
 def _hint(client: Client, bucket: str, prefix: str) -> str:
-    """Return the end of the error about an empty prefix: the folders at the nearest level above that has any."""
+    """Return the end of the error about an empty prefix. It lists the folders of the nearest parent with folders."""
     while prefix:
         prefix = prefix.rpartition("/")[0]
         root = f"{prefix}/" if prefix else ""

@@ -73,12 +73,12 @@ def download_folder(
 ) -> DownloadResult:
     """Download the listed objects into `folder`, and write `listing.csv` and `rejected.csv`.
 
-    Reuses what an interrupted download left in `folder`, whose listing is in `resume_dir`, and the objects in the
-    folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for errors. `fetch`
-    works like `download`.
+    Reuses the files that an interrupted download left in `folder`; its listing is in `resume_dir`. Also reuses the
+    objects in the folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for
+    errors. `fetch` works like `download`.
 
-    Raises NoUsableInput if no object can be used, or if S3 does not send more than `max_failed` (0..1) of the objects
-    of a label; and PipelineError if the disk has too little space.
+    Raises NoUsableInput if no object can be used, or if S3 fails to send more than `max_failed` (0..1) of the objects
+    of a label. Raises PipelineError if the disk has too little space.
     """
     if not listing.objects:
         raise _nothing_usable(listing, listing.rejected)
@@ -139,11 +139,11 @@ def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableI
 def reuse(
     objects: Sequence[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
 ) -> tuple[list[SourceObject], list[SourceObject]]:
-    """Keep or link into `folder` what need not be fetched, and return those objects and the missing ones.
+    """Keep in `folder`, or link into it, the objects that need not be fetched; return them and the missing objects.
 
     Unchanged files that an interrupted download left in `folder` are kept. Files that are no longer listed are
-    removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
-    objects in `previous`, the folder of a finished download, are linked, or copied if the disk has no hard links.
+    removed. `resume_listing` is the file that stores the listing for the next call. Unchanged objects in `previous`,
+    the folder of a finished download, are linked, or copied if the disk has no hard links.
     """
     listed = {source.path: source for source in objects}
     complete: set[str] = set()  # paths in `folder`
@@ -227,7 +227,7 @@ class FolderChanges(NamedTuple):
     """Why a downloaded folder is out of date, and what a new download will contain."""
 
     reason: str  # for example "3 new, 1 gone"
-    fingerprint: str | None  # of the new listing; None if it does not differ
+    fingerprint: str | None  # of the new listing; None if the listing has not changed
     objects: int
     bytes: int
 
@@ -282,7 +282,7 @@ def check_untracked_files(folder: Path) -> None:
 
 
 def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
-    """Return the paths of files in the folder's subfolders that belong to none of its objects, system files aside."""
+    """Return the paths of files in the folder's subfolders that are neither one of `objects` nor system files."""
     form = str.casefold if ignores_case(folder) else str
     tracked = {form(source.path) for source in objects}
     found = []

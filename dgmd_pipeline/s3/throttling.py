@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STATUSES = (429, 503)  # of the answer "slow down"; S3 sends 503 SlowDown, and proxies often send an empty 503
-PATIENCE = 120.0  # seconds to continue without any other answer
+PATIENCE = 120.0  # seconds to continue while the only answer is "slow down"
 MAX_ATTEMPTS = 50  # of one request, if the server accepts others meanwhile
 FIRST_INTERVAL, LONGEST_INTERVAL = 0.05, 4.0  # seconds between two requests
 RECOVERY = 0.7  # an accepted request shortens the interval to this fraction, and a rejected one doubles it
@@ -62,12 +62,12 @@ class Gate:
             self._stop.wait(delay)
 
     def slow_down(self, answer: str) -> None:
-        """Send requests at a lower rate, because the server gave the `answer` "slow down" to one."""
+        """Send requests at a lower rate, because the server answered "slow down". The log quotes the `answer`."""
         now = monotonic()
         with self._lock:
             if self._since is None:
                 self._since = now
-            if now - self._slowed >= self._interval:  # not once for each request that was in progress
+            if now - self._slowed >= self._interval:  # increase once for all requests in progress
                 self._interval = min(max(2 * self._interval, FIRST_INTERVAL), LONGEST_INTERVAL)
                 self._slowed = now
                 self._schedule(now)

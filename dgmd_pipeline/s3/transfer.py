@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
 ATTEMPTS = 4  # of an object; each includes the attempts of botocore
-BACKOFF = 0.4  # seconds after the first attempt without an answer; four times as many after each further one
+BACKOFF = 0.4  # seconds to wait after the first attempt without an answer; each further wait is four times as long
 
 
 class Throttled(NoUsableInput):
@@ -72,7 +72,7 @@ class BotocoreTransfer:
         label = source.path.partition("/")[0]
         try:
             response = self._client.get_object(Bucket=self._bucket, Key=source.key)
-        # OSError, ValueError and KeyError: credentials that are renewed from a file.
+        # Renewing credentials from a file can raise OSError, ValueError and KeyError.
         except (boto.BotoCoreError, boto.ClientError, OSError, ValueError, KeyError) as error:
             if (found := errors.object_problem(error)) is None:
                 raise errors.explain(error, self._client, self._bucket, source.key) from error

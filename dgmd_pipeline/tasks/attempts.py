@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FILE = ".mlflow-run"
-RESUMED = "attempt"  # file in the folder of checkpoints that names the attempt of their training
+RESUMED = "attempt"  # file in the folder of checkpoints; it names the attempt that wrote them
 
 
 def begin(settings: Any, resume_dir: Path, run_name: str) -> "LiveRun | None":
     """Open the MLflow run of a training, or continue it; None if there is no MLflow store yet.
 
-    The run of an earlier training that was never registered is ended.
+    If an earlier training was never registered, its MLflow run is ended.
     """
     from dgmd_pipeline.registry.live_run import LiveRun
 
@@ -44,9 +44,9 @@ def current(data_dir: Path) -> str:
 
 
 def end(settings: Any, status: str, reason: str = "") -> None:
-    """End the MLflow run of the current attempt, if there is one: `status` is FINISHED, FAILED or KILLED.
+    """End the MLflow run of the current attempt, if there is one.
 
-    `reason` becomes the description of the MLflow run.
+    `status` is FINISHED, FAILED or KILLED. `reason` becomes the description of the MLflow run.
     """
     attempt = current(settings.data_dir)
     if not attempt:
@@ -75,5 +75,5 @@ def _place(settings: Any, attempt: str) -> "Place | None":
 def _read(path: Path) -> str:
     try:
         return path.read_text("ascii")
-    except (OSError, UnicodeDecodeError):  # another check ends the run if DATA_DIR cannot be read
+    except (OSError, UnicodeDecodeError):  # if DATA_DIR cannot be read, another check ends the run
         return ""

@@ -113,7 +113,7 @@ class InspectImages(Step):
 
     @cached_property
     def _corrections(self) -> dict[str, str]:
-        """The operator's corrections. They are read once in a run, so the recorded corrections are the applied ones."""
+        """The operator's corrections, read once for a run. So the run records the corrections that it applies."""
         return corrections.read(self.path.with_name(corrections.NAME))
 
     def extra_inputs(self) -> dict[str, str]:
@@ -291,7 +291,8 @@ class WriteTFRecords(PerSplitStep):
 
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
-    priority = 1  # for Luigi: write both splits before extracting features, because the network is still being built
+    # With this priority, Luigi writes both splits before it extracts features. The network is built in the meantime.
+    priority = 1
     image_params = ("image_width", "image_height", "image_fit")
     params = ("num_shards", *image_params)
 

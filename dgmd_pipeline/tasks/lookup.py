@@ -35,7 +35,7 @@ def registered(data_dir: Path, result: RunResult) -> Json:
 
 
 def summary(data_dir: Path, version: int | None) -> list[str]:
-    """Return sentences about the evaluation in a DATA_DIR and, with a `version`, about the command that promotes it."""
+    """Return sentences about the evaluation in a DATA_DIR. With a `version`, also name the command that promotes it."""
     from dgmd_pipeline.evaluation import summary
 
     measured = read_record(data_dir / names.EVALUATION)
@@ -46,7 +46,7 @@ def summary(data_dir: Path, version: int | None) -> list[str]:
 
 
 def store(settings: "Settings") -> "Store | None":
-    """Return the MLflow store that is set, or the embedded one; None if that does not exist yet.
+    """Return the MLflow store of the settings, or the embedded store if none is set; None if it does not exist yet.
 
     The schema of an SQLite database is upgraded if necessary. This takes a second, because it imports MLflow.
     """
@@ -64,9 +64,9 @@ def store(settings: "Settings") -> "Store | None":
 
 
 def missing_version(settings: Any, record: StepRecord) -> str | None:
-    """Return a text if the registry no longer has the version of a registration's record, else None.
+    """Return a text if the version that a registration has recorded is no longer in the registry, else None.
 
-    The registry is asked without importing MLflow.
+    This function does not import MLflow.
     """
     from dgmd_pipeline.registry import database
     from dgmd_pipeline.registry.existence import Registered, exists
@@ -83,7 +83,7 @@ def missing_version(settings: Any, record: StepRecord) -> str | None:
 
 
 def missing_registration(settings: "Settings") -> str | None:
-    """Return a sentence if the version that DATA_DIR says it registered is no longer in the registry."""
+    """Return a sentence if the registry no longer has the version that is recorded in DATA_DIR, else None."""
     record = read_record(settings.data_dir / names.REGISTERED_MODEL)
     if record is None or record.settings != settings.public(record.settings):  # the next run registers anyway
         return None
@@ -114,9 +114,10 @@ def production(settings: "Settings", folder: Path) -> "Rivals":
 
 
 def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary]":
-    """Return what the report shows of the registered versions, the oldest first, without those of this training.
+    """Return what the report shows of the registered versions, the oldest first.
 
-    The list is empty if the registry cannot be read. The requests are not repeated.
+    Versions of the training with the id `training` are left out. The list is empty if the registry cannot be read.
+    Failed requests are not repeated.
     """
     from dgmd_pipeline.evaluation.versions_so_far import SHOWN, VersionSummary
     from dgmd_pipeline.registry import once, versions
@@ -135,7 +136,7 @@ def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary
     found = []
     for version in [one for one in state.versions if one.tags.get(TRAINING_ID) != training][:SHOWN]:
         accuracy, of_run = version.tags.get(ACCURACY), metrics.get(version.run_id, {})
-        # Older versions have these metrics without a folder.
+        # The runs of older versions have these metrics without the prefix.
         counts = (of_run.get(OF_DATA + name, of_run.get(name)) for name in DATA_METRICS)
         known = float(accuracy) if accuracy else None
         found.append(VersionSummary(version.version, version.created, known, *counts))

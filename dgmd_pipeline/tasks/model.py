@@ -242,7 +242,7 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """Return a text about the earlier version of this training, which the registry no longer has; "" if none."""
+        """If this training had a version that the registry no longer has, return a text about it, else ""."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:
@@ -256,7 +256,7 @@ class RegisterModel(Step):
         try:
             if version.new:
                 registration.add_metrics(place, version, {timing.SECONDS + self.folder: time.monotonic() - start})
-            if tell := self.set_tracking_url:  # while Luigi's worker runs the task
+            if tell := self.set_tracking_url:  # None, unless Luigi's worker runs the task
                 tell(registration.run_url(place, version))
         except PipelineError as error:  # the version is registered, so the step must not fail
             log.warning("The duration of the registration could not be logged in MLflow: %s", error)
@@ -268,7 +268,7 @@ class RegisterModel(Step):
         if not self.settings.mlflow_tracking_uri:
             disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
             folder = self.settings.data_dir / names.STORE
-            if not folder.exists():  # a database is unusable if the creation of its tables was interrupted
+            if not folder.exists():  # created in a draft: a database with only some tables is unusable
                 with folders.draft(folder) as new:
                     registry_store.create(new)
         found = lookup.store(self.settings)
@@ -277,7 +277,7 @@ class RegisterModel(Step):
         return found
 
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
-        """Collect from the earlier steps' folders everything that is registered."""
+        """Collect everything that is registered. It is read from the folders of the earlier steps."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate, summary
         from dgmd_pipeline.registry import logged_run, registration

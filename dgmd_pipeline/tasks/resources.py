@@ -47,15 +47,17 @@ def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
 
 
 def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
-    """Build the frozen network in a background thread, if this run will need it, while earlier steps run.
+    """If this run will need the frozen network, build it in a background thread while earlier steps run.
 
-    This takes about 10 s of one core: for the import of TensorFlow, the layers and, if features are extracted, the
-    forward pass. If there is little work before the training, other cores are idle. The serving benchmark's process
-    then starts, too.
+    This takes about 10 s of one core. It imports TensorFlow and creates the layers. If features are extracted, it also
+    traces the forward pass.
+
+    If there is little work before the training, other cores are idle. In this case, the serving benchmark's process
+    is started, too.
     """
     listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
-    # If there are features, most of them are reused. The forward pass is then built only for new images.
+    # If the folder of features exists, most features are reused. In this case, the forward pass is not traced early.
     missing = {name for name in due if not (context.settings.data_dir / name).exists()}
     extracts = any(name.startswith(names.FEATURES) for name in missing) and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
@@ -85,7 +87,7 @@ def network(context: RunContext) -> "keras.Model | None":
 
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":
-    """Return the trained model of a folder, from memory if this run trained it, because loading takes 3 to 5 s."""
+    """Return the trained model of a folder. A model that this run trained is in memory. Loading takes 3 to 5 s."""
     from dgmd_pipeline.training import networks, runtime, train
 
     trained = context.shared(Resources).trained
@@ -96,9 +98,9 @@ def trained_model(context: RunContext, folder: Path) -> "keras.Model":
 
 
 def model_file(folder: Path) -> Path:
-    """Return the file of a trained model, to log it in MLflow, which needs Keras for that.
+    """Return the file of a trained model, and import Keras, which MLflow needs to log the file.
 
-    Raises PipelineError where the file is missing or was changed.
+    Raises PipelineError if the file is missing or was changed.
     """
     from dgmd_pipeline.training import networks, runtime, train
 
@@ -110,8 +112,8 @@ def model_file(folder: Path) -> Path:
 def start_serving_early(context: RunContext) -> None:
     """Start the serving benchmark's process, unless it is running, so that it is ready after the training.
 
-    A run that does not evaluate starts none. The start takes 2 CPU seconds. While the process waits, it uses 200 MB of
-    memory of its own. If memory runs out, Linux kills it first, and `serving_process` starts another.
+    A run that does not evaluate does not start the process. The start takes 2 CPU seconds. While the process waits, it
+    uses 200 MB of unshared memory. If memory runs out, Linux kills it first, and `serving_process` starts another.
     """
     resources = context.shared(Resources)
     all_here = context.holds_lock and names.EVALUATION in context.result.planned  # all steps run in this process
@@ -120,7 +122,7 @@ def start_serving_early(context: RunContext) -> None:
 
 
 def serving_process(context: RunContext) -> "Process":
-    """Return the serving benchmark's process, which the caller ends: the one that was started early, or a new one."""
+    """Return the serving benchmark's process: the one that was started early, or a new one. The caller ends it."""
     resources = context.shared(Resources)
     early, resources.serving = resources.serving, None
     if early is None or early.poll() is None:

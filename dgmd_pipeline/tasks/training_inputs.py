@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def training_inputs(backbone: str) -> dict[str, Step]:
-    """Return the tasks whose folders a model with this backbone is trained and measured on, by split."""
+    """Return, for each split, the task that writes the data to train or evaluate a model with this backbone."""
     from dgmd_pipeline.training import backbones
 
     kind = ExtractFeatures if backbones.is_frozen(backbone) else WriteTFRecords
@@ -43,7 +43,7 @@ class ExtractFeatures(PerSplitStep):
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        changed = upstream[0].state == "run" and not upstream[0].reuse  # the records, for example by IMAGE_FIT
+        changed = upstream[0].state == "run" and not upstream[0].reuse  # for example if IMAGE_FIT has changed
         return "" if changed else super().expected_reuse(upstream)
 
     def work(self, draft: Path) -> StepResult:
@@ -81,7 +81,7 @@ class ExtractFeatures(PerSplitStep):
         return [piece.target for piece in pieces]
 
     def _compute(self, pieces: "Sequence[Piece]") -> Iterator[int]:
-        """Yield the numbers of images whose vectors have been written."""
+        """Each time vectors have been written, yield the number of their images."""
         from dgmd_pipeline.training import extraction, features
         from dgmd_pipeline.workflow.executors import in_threads
 

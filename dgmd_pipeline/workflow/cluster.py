@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Pieces under way for each worker. The run takes the results in order: while it waits for a slow piece, the other
-# workers continue.
+# Pieces under way for each worker. The run takes the results in the order of the pieces. While it waits for a slow
+# piece, the other workers still have pieces to do.
 PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between checks of the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
 NO_WORKERS_TIMEOUT = 120.0  # seconds without any worker; distributed.scheduler.no-workers-timeout, if set, replaces it
 ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
-SILENCE = 300.0  # seconds without a result until a warning is logged
-MAX_LOSSES = 3  # lost connections or missing answers in a row
+SILENCE = 300.0  # seconds without a result, after which a warning is logged
+MAX_LOSSES = 3  # limit of consecutive lost connections, and of consecutive requests without an answer
 
 
 @dataclass(eq=False)
 class _Piece:
-    """Some items that a worker gets at once."""
+    """Items that a worker gets together."""
 
     name: str
     verb: str
@@ -52,16 +52,16 @@ class _Piece:
 class ClusterExecutor:
     """Does what `ProcessExecutor` does, on the workers of a Dask scheduler.
 
-    Each Dask worker does its pieces in a `ProcessExecutor` with one process. So an image that crashes its process
-    costs only that image, and not a Dask worker. docs/decisions/0033-dask.md has the reasons.
+    Each Dask worker does its pieces in a `ProcessExecutor` with one process. If an image crashes this process, only the
+    image is lost, and the Dask worker continues. docs/decisions/0033-dask.md has the reasons.
     """
 
     is_cluster = True
 
     def __init__(self, address: str, data_dir: Path, prepare: Callable[[], None]) -> None:
-        """Use the scheduler at `address` as soon as there is work. Each worker calls `prepare` before its first piece.
+        """Prepare to use the scheduler at `address`. `connect` or the first `map` connects to it.
 
-        `data_dir` is an absolute path.
+        `data_dir` is an absolute path. Each worker calls `prepare` before its first piece.
         """
         self._address, self._data_dir, self._prepare = address, data_dir, prepare
         self._client: distributed.Client | None = None
@@ -123,7 +123,7 @@ class ClusterExecutor:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
                 if answer is None:
                     _check_answer(job, worker)
-                elif worker in client.nthreads():  # otherwise, it has ended
+                elif worker in client.nthreads():  # a worker that is not listed has ended
                     raise PipelineError(f"The Dask worker {worker} {answer}")
         finally:
             for path in self._data_dir.glob(f"{cluster_worker.ANSWER}*"):
@@ -160,7 +160,7 @@ class ClusterExecutor:
                     raise value
                 yield from value
         finally:
-            # The iterator was closed, or something was raised.
+            # The caller has closed the iterator, or an exception was raised.
             if window and (client := self._reachable()):
                 client.cancel([piece.future for piece in window])
 
@@ -196,7 +196,10 @@ class ClusterExecutor:
         client.close(timeout=5)
 
     def _reachable(self) -> "distributed.Client | None":
-        """Return the client, or None if the scheduler does not answer. Most calls would then never return."""
+        """Return the client, or None if the scheduler does not answer.
+
+        Most calls to a scheduler that does not answer never return.
+        """
         is_running = self._client is not None and self._client.status == "running"
         return self._client if is_running and not self._unanswered else None
 
@@ -206,7 +209,7 @@ class ClusterExecutor:
         return PIECES_OF_A_WORKER * max(self._workers, 1)
 
     def _count_workers(self) -> None:
-        """Raise PipelineError if there has been no worker for too long."""
+        """Count the workers. Raises PipelineError if there has been none for too long, or if answers are missing."""
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
@@ -235,7 +238,7 @@ class ClusterExecutor:
 
     def _start(self, verb: str, content: bytes) -> "distributed.Future[bytes]":
         assert self._client is not None  # noqa: S101
-        # As bytes, because Dask would search all rows for futures.
+        # The content is pickled, because Dask would search all rows of a list for futures.
         return self._client.submit(_do_piece, self._job, content, key=f"{verb}-{uuid.uuid4().hex}", pure=False)
 
     def _wait(self, window: Iterable[_Piece]) -> bytes:
@@ -341,7 +344,7 @@ def _first_line(error: BaseException) -> str:
 
 
 async def _ask_all(client: "distributed.Client", job: bytes) -> dict[str, str | None]:
-    """Return for each worker why it cannot be used, or None."""
+    """Return a dictionary that says for each worker why it cannot be used; None for a worker that can be used."""
 
     async def ask(worker: str) -> str | None:
         try:

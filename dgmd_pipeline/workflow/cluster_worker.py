@@ -21,11 +21,11 @@ ANSWER = ".cluster-"  # start of the name of the file that a worker writes to DA
 OWN_MEMORY = 150_000_000  # bytes of a Dask worker before its first piece
 
 DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
-_pools: dict[str, ProcessExecutor] = {}  # by run, but only of the last run that gave this worker a piece
+_pools: dict[str, ProcessExecutor] = {}  # by Job.id; only for the last run that gave this worker a piece
 
 
 class Job(NamedTuple):
-    """What a worker needs to know about the run of a piece. It contains no secret."""
+    """What a worker needs to know about the run that sends it pieces. It contains no secret."""
 
     id: str
     data_dir: Path
@@ -59,9 +59,9 @@ def holder(data_dir: Path) -> str:
 
 
 def check(content: bytes, dask_worker: DaskWorker) -> str | None:
-    """Return why this worker cannot do pieces of a job, as the end of a sentence, or None.
+    """Return why this worker cannot do pieces of a job, or None if it can. The text is the end of a sentence.
 
-    `content` is the pickled Job. The worker creates the file `job.answer` in DATA_DIR, for which the run looks.
+    `content` is the pickled Job. The worker creates the file `job.answer` in DATA_DIR. The run looks for this file.
     """
     job: Job = pickle.loads(content)
     here = versions()
@@ -69,7 +69,7 @@ def check(content: bytes, dask_worker: DaskWorker) -> str | None:
         found, expected = (", ".join(f"{name} {each[name]}" for name in different) for each in (here, job.versions))
         return f"has {found}, and the run has {expected}. Start it with the image of the run."
     if dask_worker.state.nthreads != 1:
-        return f"has {dask_worker.state.nthreads} threads. Start it with `--nthreads 1`, and more workers instead."
+        return f"has {dask_worker.state.nthreads} threads. Start it with `--nthreads 1`, and start more workers."
     try:
         seen = holder(job.data_dir)
         job.answer(dask_worker.address).touch()
@@ -98,14 +98,16 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
     job: Job = pickle.loads(content)
     if job.id not in _pools:
         end()
-        if problem := check(content, dask_worker):  # it may have joined after the check
+        if problem := check(content, dask_worker):  # the worker may have joined after the run's check
             raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
         job.answer(dask_worker.address).unlink(missing_ok=True)
         job.prepare()
-        # Python forbids a daemon process, such as a Dask worker, to have children. Ours ends with the worker.
+        # A Dask worker is a daemon process. Python does not let a process that is marked as a daemon start children, so
+        # the mark is removed. The process of the executor ends with the worker anyway.
         multiprocessing.current_process().daemon = False
         limit = dask_worker.memory_manager.memory_limit
-        # An executor uses half of the memory and leaves the rest for TensorFlow, which a Dask worker does not load.
+        # A ProcessExecutor uses half of the given memory, and leaves the rest for TensorFlow. A Dask worker does not
+        # load TensorFlow, so the executor is given twice the memory that it may use.
         _pools[job.id] = ProcessExecutor(1, 2 * max(limit - OWN_MEMORY, 0) if limit else None)
     return _pools[job.id]
 

@@ -27,7 +27,7 @@ class Executor(Protocol):
     dashboard: str | None  # address of a page that shows the work
 
     def connect(self) -> None:
-        """Before the first step, raise PipelineError for a problem that would otherwise stop a later step."""
+        """Prepare for work before the first step. Raises PipelineError for a problem that would stop a later step."""
 
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
@@ -47,7 +47,7 @@ class Executor(Protocol):
 class ProcessExecutor:
     """Worker processes. They start when there is work, and end with the run.
 
-    docs/decisions/0009-processes-and-threads.md says why it does not use `concurrent.futures.ProcessPoolExecutor`.
+    This is not a `concurrent.futures.ProcessPoolExecutor`: docs/decisions/0009-processes-and-threads.md says why.
     """
 
     is_cluster = False
@@ -57,7 +57,8 @@ class ProcessExecutor:
         """Use at most `processes` processes and `memory` bytes; by default, what the machine or container has.
 
         The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
-        The number of processes is limited so that their own memory leaves room for the largest item.
+        Each worker needs memory even without an item. The number of workers is limited so that the largest item still
+        fits into their half.
         """
         budget = (memory or machine.memory()) // 2
         room = min(worker.LARGEST_ITEM, budget * 3 // 4)
@@ -75,7 +76,8 @@ class ProcessExecutor:
         alone, because other items may have taken the memory that it needs. If its worker dies again, or if a timer for
         processor time ended its worker, the item's result is a WorkerDied. Other items of the chunk may be worked on
         twice.
-        Raises what `function` raises, and PipelineError if workers do not start. Close one iterator before the next.
+        Raises what `function` raises, and PipelineError if workers do not start. An executor can have only one open
+        iterator at a time.
         """
         source = iter(items)
         window: deque[_Chunk] = deque()
@@ -95,7 +97,7 @@ class ProcessExecutor:
                     yield value
                 window.popleft()
         finally:
-            if window:  # the iterator was closed, or something was raised
+            if window:  # the caller has closed the iterator, or an exception was raised
                 self.close()
 
     def connect(self) -> None:
@@ -119,7 +121,10 @@ class ProcessExecutor:
         self._budget = None
 
     def _assign(self, function: Callable[..., object], window: "Iterable[_Chunk]") -> None:
-        """Send unassigned chunks to workers. A suspect is sent first, and alone."""
+        """Send unassigned chunks to workers.
+
+        A chunk whose `is_suspect` is set is sent first. Until its outcome is known, no other chunk is sent.
+        """
         suspects = [chunk for chunk in window if chunk.is_suspect and chunk.outcomes is None]
         if any(chunk.is_assigned for chunk in suspects):
             return
@@ -146,7 +151,7 @@ class ProcessExecutor:
                 return
 
     def _handle_deaths(self, window: "deque[_Chunk]") -> None:
-        """End all workers. Isolate the items of dead workers in `window`."""
+        """End all workers. In `window`, put each item that a dead worker was working on into a separate chunk."""
         dead = [each for each in self._workers if not each.process.is_alive()]
         positions = [each.receive_rest() for each in dead]
         self.close()
@@ -163,16 +168,19 @@ class ProcessExecutor:
 
 @dataclass(eq=False)
 class _Chunk:
-    """Some items, and their outcomes when they are done: whether each succeeded, and its result or exception."""
+    """Items that are sent to a worker together, and their outcomes."""
 
     items: list[Any]
-    outcomes: list[tuple[bool, Any]] | None = None
+    outcomes: list[tuple[bool, Any]] | None = None  # for each item: whether it succeeded, and its result or exception
     is_assigned: bool = False
     is_suspect: bool = False  # one item, whose worker has died
 
 
 def _isolate(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
-    """Split a chunk into the items before `position`, the item there, whose worker has died, and the items after it."""
+    """Split a chunk into three: the items before `position`, the item at `position`, and the items after it.
+
+    The worker died while it worked on the item at `position`.
+    """
     suspect = _Chunk(chunk.items[position : position + 1], is_suspect=True)
     if chunk.is_suspect or death.by_timer:
         suspect.outcomes = [(True, death)]
@@ -201,7 +209,7 @@ class _Worker:
     def send(self, function: Callable[..., object], chunk: _Chunk) -> None:
         chunk.is_assigned = True
         self.chunks.append(chunk)
-        with contextlib.suppress(OSError):  # if it has died, `receive` finds it
+        with contextlib.suppress(OSError):  # if the worker has died, `receive` notices it
             self.connection.send((function, chunk.items))
 
     def receive(self) -> bool:
@@ -219,7 +227,7 @@ class _Worker:
         return True
 
     def receive_rest(self) -> int:
-        """Receive what a dead process has sent. Return the position, in its chunk, of the item that it worked on."""
+        """Receive what a dead process has sent. Return the position in its chunk of the item that it was working on."""
         while self.receive():
             pass
         finished = len(os.read(self._progress.fileno(), 2**16))
@@ -235,7 +243,7 @@ class _Worker:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in the order of the items, with a thread per core, for work that releases the GIL."""
+    """Yield `function(item)` in the order of the items. Uses a thread per core, for work that releases the GIL."""
     threads = machine.cores()
     source = iter(items)
     with ThreadPoolExecutor(threads) as executor:

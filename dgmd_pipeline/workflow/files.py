@@ -41,7 +41,7 @@ def is_intact(path: Path, size: int, checksum: str) -> bool:
 
 
 def warn_of_damage(path: Path, consequence: str) -> None:
-    """Log that a file is damaged, once in a process, even if its folder is renamed between two calls."""
+    """Log that a file is damaged. A process logs this only once for a file, even if the file's folder is renamed."""
     folder = path.parent.stat()
     key = folder.st_dev, folder.st_ino, path.name
     if key not in _damaged:
@@ -52,7 +52,8 @@ def warn_of_damage(path: Path, consequence: str) -> None:
 def link(source: Path, target: Path, temporary: Path) -> None:
     """Create `target` as a hard link to a file, or as a copy if that is impossible.
 
-    A copy is first written to `temporary`, on the same disk, so that `target` is complete. Raises OSError.
+    A copy is first written to `temporary`, on the same disk, and then renamed. So `target` is never incomplete.
+    Raises OSError.
     """
     try:
         os.link(source, target)

@@ -144,6 +144,6 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for path, below, names in os.walk(folder):
         below[:] = [name for name in below if name != RESUME]
-        # Without Path objects: creating one would take longer than lstat.
+        # No Path objects are used, because creating one takes longer than lstat.
         total += sum(os.lstat(f"{path}/{name}").st_size for name in names)
     return total

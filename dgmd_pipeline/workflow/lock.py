@@ -27,7 +27,7 @@ def hold(data_dir: Path) -> Iterator["Holder"]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / LOCK).open("a+b", buffering=0)
-    except FileNotFoundError:  # as in /proc
+    except FileNotFoundError:  # for example, in /proc
         raise PipelineError(f"{data_dir}: DATA_DIR must be a folder on a disk: choose another path.") from None
     with file:
         if not _acquire(file):
@@ -94,7 +94,7 @@ def last_run(data_dir: Path) -> Run | None:
 
 
 def _acquire(file: FileIO) -> bool:
-    """Lock the file, and return whether it was free. `last_run` of another process may hold it for a moment."""
+    """Lock the file, and return whether this succeeded. `last_run` in another process may lock it for a moment."""
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_holder(data_dir: Path) -> str:
-    """Return which run holds the lock. Wait a moment for its name: it may have only just taken the lock."""
+    """Return which run holds the lock. If the run has only just taken it, wait until the run has written its name."""
     for _ in range(20):
         if run := last_run(data_dir):
             return str(run)

@@ -66,7 +66,8 @@ def _affinity() -> int:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's group and of the groups that contain it. Each group limits the process.
 
-    In a container, the path may be the path on the host. Then only the last folder exists: the container's group.
+    In a container, /proc/self/cgroup may contain the path on the host. In this case, only the last folder exists. It is
+    the container's group.
     Sources: man 7 cgroups; Documentation/admin-guide/cgroup-v2.rst and cgroup-v1 of the Linux kernel.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():

@@ -20,7 +20,7 @@ class StepPlan:
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
     fingerprint: str | None  # of the folder after the run; None if only the run reveals it
-    images: int | None = None  # in the folder; in its input if the folder is missing
+    images: int | None = None  # in the folder, or in the step's input if the folder is missing
     bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
     waits_for: Sequence[str] = ()  # for "maybe": steps that will run, and whose results decide about this step
@@ -67,7 +67,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. Raises SettingsError, which lists all steps, if there is none."""
+    """Return the steps with this verb or folder name. If there is none, raises a SettingsError that lists all steps."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:

@@ -27,7 +27,7 @@ def progress(
     """Yield `items`, and show how many `unit`s of `total` are done and how fast; with `size` (bytes), also MB/s.
 
     `report` is called about once a second with the percentage that is done and a text with the same information.
-    `note` returns a text that is shown too, or an empty one.
+    `note` returns a text that is also shown. The text may be empty.
     """
     done = volume = 0
     start = last = reported = time.monotonic()

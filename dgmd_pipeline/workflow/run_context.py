@@ -91,7 +91,7 @@ def activate(context: RunContext) -> Iterator[RunContext]:
     """Make a context the current one within the block."""
     global _active  # noqa: PLW0603
     before, _active = _active, context
-    Register.clear_instance_cache()  # Luigi would return the task objects of an earlier run
+    Register.clear_instance_cache()  # otherwise, Luigi would return the task objects of an earlier run
     try:
         yield context
     finally:

@@ -31,8 +31,9 @@ class _Factory:
 def run_steps(last: Sequence[Step], scheduler_url: str | None = None, verbose: bool = False) -> None:
     """Run the steps that are not complete, up to `last`.
 
-    With a `scheduler_url`, the run reports to that Luigi scheduler, which only shows the run. The run's result has the
-    exception of a failed step. Raises PipelineError if Luigi ends without an error, but the last step is not complete.
+    With a `scheduler_url`, the run reports to that Luigi scheduler, which only shows the run. If a step fails, its
+    exception is stored in the run's result. Raises PipelineError if Luigi ends without an error, but the last step is
+    not complete.
     """
     for name in ("luigi", "luigi-interface", "luigi.scheduler"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)

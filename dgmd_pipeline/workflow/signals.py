@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 from dgmd_pipeline.errors import Stopped
 
-GRACE, ENDING = 3.0, 5.0  # seconds for the block and then for `before_end`; `docker stop` kills after ten
+GRACE, ENDING = 3.0, 5.0  # seconds that the block, and then `before_end`, may take; `docker stop` kills after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
 _deferring: list[None] = []  # one for each `deferred` block that the main thread is in
@@ -46,14 +46,14 @@ def handle_signals() -> Iterator[None]:
 
 
 def check_stopped() -> None:
-    """Raise Stopped if a signal has arrived, because a library may have suppressed the handler's exception."""
+    """Raise Stopped if a signal has arrived. A library may have suppressed the exception that the handler raised."""
     if received:
         raise Stopped
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Raise Stopped only after the block. For the main thread.
+    """If a signal arrives in the block, raise Stopped only after the block. Only for the main thread.
 
     An exception in the middle of a transaction leaves the database, and a lock of its library, locked for ever.
     """
@@ -85,7 +85,8 @@ def _watch(reader: int, screen: int) -> None:
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
             with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
-            # In a thread with a timeout, because a call waits for ever for a lock that the main thread holds.
+            # A call could wait for ever for a lock that the main thread holds. So the calls run in another thread, and
+            # this thread waits for it at most ENDING seconds.
             ending = threading.Thread(target=_call_before_end, args=(heard[0],), daemon=True)
             ending.start()
             ending.join(ENDING)

@@ -53,7 +53,7 @@ class StepResult:
 
     counts: Json = field(default_factory=dict)  # for the record, and for the steps that follow
     images: int | None = None  # number of images that the folder contains or describes
-    images_processed: int | None = None  # None: as many as `images`
+    images_processed: int | None = None  # None: the same number as `images`
     bytes_processed: int | None = None  # bytes of images that were read or written
     summary: str = ""  # for the log
 
@@ -74,7 +74,7 @@ class DeploymentParameter(luigi.Parameter):
 
 
 class DeclaredSettings:
-    """The settings that a step has declared. Reading any other one raises AttributeError."""
+    """The settings that a step has declared. Reading another setting raises AttributeError."""
 
     def __init__(self, values: Values, names: Iterable[str]) -> None:
         self._values, self._names = values, frozenset(names)
@@ -100,8 +100,9 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # If the run holds the lock, only this process can change a planned folder, and it stores the new fingerprint
-        # when it does. Luigi's own command may run steps in other processes, so it examines folders again.
+        # If the run holds the lock, only this process can change a planned folder. It stores the fingerprint when it
+        # does, so it need not examine the folder again. Luigi's own command does not hold the lock, and may run steps
+        # in other processes. It examines each folder again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -119,7 +120,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's and is used as it is
+    accepts_external_data: ClassVar[bool] = False  # a folder without a record is from the operator and is used as it is
     resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
     keeps_pieces: ClassVar[bool] = False  # reuses the finished pieces in the draft of a run that was stopped
 
@@ -204,7 +205,7 @@ class Step(luigi.Task):
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Return a text for the plan: what the step will reuse from its folder, or "" if that is nothing or unknown."""
+        """Return a text for the plan: what the step will reuse from its folder. "" means nothing, or unknown."""
         return ""
 
     def describe_draft(self, kept: Path) -> str:
@@ -261,7 +262,7 @@ class Step(luigi.Task):
         forced = self.context.forced
         if not forced:
             return None
-        steps = reversed(planning.upstream_steps(self))  # its own reason first
+        steps = reversed(planning.upstream_steps(self))  # if the step itself is forced, its reason comes first
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
@@ -298,10 +299,11 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # A second time, because `draft` removes the folder if the work fails, and the disk is no longer full then.
+            # The inner block explains errors of the work. The outer block would be too late: after an error, `draft`
+            # removes the folder, and the disk is no longer full.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
-            (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
+            (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
             if self.keeps_pieces and (kept := folders.keep_pieces(draft)):
                 log.info("  %s: %s finished pieces of a run that was stopped are reused", self.label, f"{kept:,}")
             result = self.work(draft)

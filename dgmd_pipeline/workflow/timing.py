@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.workflow.success_file import StepRecord
 
 REST = "the rest"  # the time of a run outside its steps: start, planning, waiting
-# Of metric names. MLflow's page shows metrics that begin with system/ separately.
+# Prefix of metric names. MLflow's page shows metrics that begin with system/ separately.
 PREFIX = "system/"
 SECONDS = f"{PREFIX}step_seconds/"
 

@@ -1,7 +1,7 @@
 """A worker process: it receives chunks of items, and sends their outcomes back.
 
-All workers of an executor share one budget of memory. An item that needs memory takes its part of the budget before it
-starts, and waits while others have it.
+All workers of an executor share one budget of memory. Before a worker starts an item that needs memory, it takes a part
+of the budget. If too little is free, the worker waits until other workers return their parts.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from typing import Any
 from dgmd_pipeline.errors import TooLittleMemory
 
 OWN_MEMORY = 90_000_000  # bytes of a worker before its first image: Python, NumPy, Pillow
-LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: an image at the limit of memory, and its record
+LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: the largest accepted image, and its record
 MAX_UNITS = 4096  # bytes that every pipe can hold: Linux may limit an unprivileged user's pipes to one page
 MIN_UNIT = 16_000_000
-# Bytes that Linux grants beyond a reservation. Reservations are estimates of pages in use, and the limit counts all
-# requested pages.
+# Bytes that a worker may request beyond its reservation. A reservation estimates the pages that are used, but Linux
+# limits the pages that are requested.
 SLACK = 64_000_000
 
 
@@ -34,14 +34,14 @@ SLACK = 64_000_000
 class Budget:
     """Memory that the workers share. A pipe holds one byte for each free unit, as in the job server of GNU make.
 
-    If a worker is killed, its units are lost. All workers then end, and the executor creates a new budget. A semaphore
-    would need /dev/shm.
+    If a worker is killed, its units are lost. All workers then end, and the executor creates a new budget. The budget
+    is not a semaphore, because a semaphore would need /dev/shm.
     """
 
     units: int
     unit: int  # bytes
     free: tuple[Connection, Connection]
-    turn: tuple[Connection, Connection]  # one byte, held while units are taken, so that requests are served in order
+    turn: tuple[Connection, Connection]  # one byte; a worker holds it while it takes units, which keeps the order
 
     @classmethod
     def of(cls, memory: int) -> "Budget":
@@ -62,7 +62,7 @@ class Budget:
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory, less their own use"
+                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory minus what they use when idle"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
@@ -101,7 +101,7 @@ def reserve_memory(needed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def limit_memory(more: int) -> Iterator[None]:
     """Within the block, limit this process to `more` additional bytes. Larger allocations raise MemoryError."""
-    global _statm  # noqa: PLW0603 - opening it for each image would take longer than the rest
+    global _statm  # noqa: PLW0603 - opening the file for each image would take longer than the rest of this function
     try:
         _statm = _statm or os.open("/proc/self/statm", os.O_RDONLY)
         pages = int(os.pread(_statm, 200, 0).split()[5])  # private and writable ones. Source: man 5 proc
@@ -121,7 +121,8 @@ def limit_memory(more: int) -> Iterator[None]:
 def run(connection: Connection, progress: Connection, budget: Budget) -> None:
     """Work on the chunks that arrive over a connection, until the parent ends.
 
-    After each item, write a byte to `progress`. If this process dies, the parent counts them to find the item.
+    After each item, write a byte to `progress`. If this process dies, the parent counts these bytes to find the item
+    that it was working on.
     """
     _initialize(budget)
     chunks: SimpleQueue[Any] = SimpleQueue()
@@ -147,7 +148,7 @@ def _initialize(budget: Budget) -> None:
     global _budget  # noqa: PLW0603 - a worker has one budget
     # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):  # the parent may ignore them
+    for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):  # a parent that ignores a signal passes this on
         signal.signal(number, signal.SIG_DFL)
     # If memory runs out, Linux kills a worker and not the parent. The parent continues without the item.
     with contextlib.suppress(OSError):
