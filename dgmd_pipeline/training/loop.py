@@ -9,6 +9,7 @@ import numpy as np
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.formatting import percent
+from dgmd_pipeline.training import optimizers
 from dgmd_pipeline.training.checkpoint import TrainingState, save_state, unusable_checkpoint
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, learning_rate_of
 from dgmd_pipeline.workflow import disk
@@ -47,7 +48,7 @@ def prepare(network: "keras.Model", config: TrainingConfig) -> list["keras.Varia
     if not network.compiled:
         # Keras's "auto" would choose XLA, which is several times slower on a CPU.
         network.compile(
-            optimizer=_build_optimizer(config), loss="sparse_categorical_crossentropy", metrics=["accuracy"],
+            optimizer=optimizers.build(config), loss="sparse_categorical_crossentropy", metrics=["accuracy"],
             jit_compile=False,
         )  # fmt: skip
         network.optimizer.build(network.trainable_variables)
@@ -145,12 +146,3 @@ def _restore(variables: Sequence["keras.Variable"], values: Sequence[np.ndarray]
             variable.assign(value)
     except ValueError as error:
         raise unusable_checkpoint(checkpoint or Path(), error) from error
-
-
-def _build_optimizer(config: TrainingConfig) -> "keras.Optimizer":
-    import keras
-
-    if config.optimizer == "sgd":
-        return keras.optimizers.SGD(config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
-    kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[config.optimizer]
-    return kind(config.learning_rate, weight_decay=config.weight_decay)
