@@ -10,7 +10,7 @@
 FROM python:3.11-slim-bookworm AS python
 
 
-# A separate stage: a change of other code or of a dependency does not download the weights again.
+# This is a separate stage, so that a change of other code or of a dependency does not download the weights again.
 FROM python AS weights
 ARG BACKBONE=EfficientNetV2-B1
 WORKDIR /app
@@ -47,8 +47,8 @@ USER 1000
 
 
 FROM runtime AS mlflow
-# No job execution: it starts six processes for GenAI features that the pipeline does not use. No line in the log for
-# each request: the health check sends one every 10 seconds.
+# Job execution would start six processes for GenAI features that the pipeline does not use. An access log would have a
+# line for the request of the health check every 10 seconds.
 ENV MLFLOW_BACKEND_STORE_URI=sqlite:////mlflow/mlflow.db \
     MLFLOW_ARTIFACTS_DESTINATION=/mlflow/artifacts \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
@@ -61,8 +61,8 @@ EXPOSE 5000
 # The start period includes the upgrade of a large database.
 HEALTHCHECK --interval=10s --timeout=8s --start-period=30m --retries=5 \
     CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:5000/health', timeout=4)"]
-# Before any command: MLflow itself refuses a database of an older schema, or changes it without a copy. The server
-# requires a login if MLFLOW_OPERATOR_PASSWORD and MLFLOW_PIPELINE_PASSWORD are set.
+# The database is upgraded before any command, because MLflow itself refuses a database of an older schema, or changes it
+# without a copy. The server requires a login if MLFLOW_OPERATOR_PASSWORD and MLFLOW_PIPELINE_PASSWORD are set.
 ENTRYPOINT ["sh", "-c", "python -m dgmd_pipeline.registry.database \"$MLFLOW_BACKEND_STORE_URI\" && exec python -m dgmd_pipeline.registry.login \"$@\"", "sh"]
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
 
@@ -71,8 +71,9 @@ FROM runtime AS code
 USER 0
 COPY setup.py requirements.txt pipeline.py ./
 COPY dgmd_pipeline dgmd_pipeline
-# An editable installation: code that is mounted over /app is used. TensorFlow requires setuptools, so it is there, and
-# pip is not. Compiled, because a read-only container cannot store the result.
+# The installation is editable, so that code that is mounted over /app is used. setuptools makes it, because TensorFlow
+# requires setuptools, and the image has no pip. The code is compiled, because a read-only container cannot store the
+# result.
 RUN python -c 'from setuptools.build_meta import build_editable; build_editable("/tmp")' \
     && python -m zipfile --extract /tmp/*.whl /opt/venv/lib/python3.*/site-packages \
     && rm -rf /tmp/*.whl dgmd_pipeline.egg-info build \

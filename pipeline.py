@@ -1,4 +1,4 @@
-"""The pipeline's entry: hands over to `dgmd_pipeline.cli`."""
+"""The entry point of the command line: calls `dgmd_pipeline.cli`."""
 
 import sys
 

@@ -1,7 +1,8 @@
 """The first baseline of `whole_run.py`: a training script of the usual kind.
 
-Serial downloads, copied folders for balance and split, images converted one by one in eager TensorFlow, `model.fit` of
-the whole frozen network in each epoch, requirements inferred by MLflow. It prints the seconds of each part.
+It downloads serially, copies folders to balance and split, converts images one by one in eager TensorFlow, calls
+`model.fit` on the whole frozen network in each epoch, and lets MLflow infer the requirements. It prints the seconds of
+each part.
 
     python -m benchmarks.baseline FOLDER
 """

@@ -1,7 +1,7 @@
-"""The second baseline of `whole_run.py`: a script by someone who knows that a frozen network needs one pass.
+"""The second baseline of `whole_run.py`: a script that passes each image through the frozen network once.
 
-Downloads in threads, conversion by tf.data on all cores, `predict` once for each split, `fit` of the head on the stored
-features, and the whole model logged to MLflow with its defaults. It prints the seconds of each part.
+It downloads in threads, converts with tf.data on all cores, calls `predict` once for each split and `fit` on the stored
+features, and logs the whole model to MLflow with its defaults. It prints the seconds of each part.
 
     python -m benchmarks.baseline_features FOLDER [--again]
 

@@ -28,7 +28,7 @@ def main() -> None:
     rows = rows_of(files)
     workers = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with measure.folder() as scratch, lock.hold(Path(scratch)), workers:
-        provide_worker_defaults()  # also undoes what the nannies of Dask, which run here, set for this process
+        provide_worker_defaults()  # also resets what Dask's nannies set for this process
         cluster = ClusterExecutor(workers.scheduler_address, Path(scratch).resolve(), provide_worker_defaults)
 
         def inspect(pool: executors.Executor) -> int:

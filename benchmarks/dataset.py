@@ -1,4 +1,4 @@
-"""A generated data set with the shape of the first deployment's: photograph-like images in folders of labels.
+"""A generated data set with the shape of the first deployment: photograph-like images in a folder for each label.
 
 Every image is a part of one of scikit-learn's two sample photographs, with a random position, angle, distortion, tint,
 illumination and sensor noise. A label is a region of a photograph and a tint, so a model can learn it. The same
@@ -23,7 +23,7 @@ from dgmd_pipeline.workflow import executors
 
 LABELS = 24
 FILES = 2_251  # in the first deployment's bucket
-MADE = "_made"  # written last: the folder is complete
+MADE = "_made"  # written last, to mark the folder as complete
 
 
 class Kind(NamedTuple):

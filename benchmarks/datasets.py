@@ -141,7 +141,7 @@ def existing(variable: str, default: Path) -> Path:
 
 
 def originals(name: str, lay_out: Callable[[Path], None]) -> Path:
-    """Return a folder with the images of a data set. It is made once."""
+    """Return a folder with the images of a data set. It is created once."""
     folder = FOLDER / "images" / name
     if not folder.exists():
         draft = folder.with_suffix(".part")

@@ -1,7 +1,7 @@
 """Downloading 170 kB objects from a local endpoint: compared with s5cmd and boto3's `download_file` in 32 threads.
 
-The endpoint is cheap (`endpoint.py`), so the client dominates the measurement. CPU time is that of the client's process
-without its imports; s5cmd has none. Objects are written to memory (/dev/shm, if it exists), because creating a file
+The endpoint is cheap (`endpoint.py`), so the client dominates the measurement. CPU time is measured in the client's
+process, without Python's imports. Objects are written to memory (/dev/shm, if it exists), because creating a file
 took 0.1 to 0.6 ms on the same disk. Results on the disk are reported separately.
 
     python -m benchmarks.downloading [--repeats 5]

@@ -1,8 +1,8 @@
 """Training a head with hidden layers on stored features: compared with a head that whitens them in every batch.
 
-The other head is that of earlier versions: a frozen dense layer of d x d before the hidden layers, and Keras's `fit` on
-a dataset. Both are traced before the time is taken, and train for the default EPOCHS. The time of ours includes the
-whitening, which it does once. Ratios are of CPU time.
+Earlier versions had the other head: a frozen dense layer of d x d before the hidden layers, trained with Keras's `fit`
+on a dataset. Both are traced before the measurement, and train for the default EPOCHS. Our time includes the whitening,
+which is done once. Ratios are of CPU time.
 
     python -m benchmarks.epochs [--repeats 3] [--images 100000] [--features 1280]
 """
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def generated(path: Path, images: int, dimensions: int) -> LabeledFeatures:
-    """Return random features, mapped from disk as those of a run are."""
+    """Return random features, mapped from disk as in a run."""
     random = np.random.default_rng(0)
     vectors = np.lib.format.open_memmap(path, "w+", np.float32, (images, dimensions))
     for first in range(0, images, 10_000):

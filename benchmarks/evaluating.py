@@ -1,8 +1,8 @@
 """200,000 images of 1,000 classes: CPU seconds, memory and bytes of an evaluation after its predictions.
 
-The probabilities are made up (0.8 GB). What is measured: the metrics, their tables, the file of predictions, the
-comparison with production, whose answers come in blocks, and the plots. Each repeat is a new process. Its memory is the
-peak after the libraries are loaded, and includes the array.
+The probabilities are made up (0.8 GB). The measurement includes the metrics, their tables, the file of
+predictions, the comparison with production, whose answers come in blocks, and the plots. Each repeat is a new process.
+Its memory is the peak after the libraries are loaded, and includes the array.
 
     python -m benchmarks.evaluating [--repeats 3]
 """
@@ -26,7 +26,7 @@ SECONDS = 8  # the goal
 
 
 class Cost(NamedTuple):
-    """What an evaluation has taken."""
+    """The cost of an evaluation."""
 
     seconds: float  # of CPU time
     peak: int  # bytes of memory

@@ -41,7 +41,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         kinds = {key: np.dtype(kind) for (kind, key), *_ in tensors.values()}
         data = {key: _storage(file, kinds[key]) for key in keys}
     return {
-        # The tensors are not contiguous: they came from TensorFlow's order of axes. np.ndarray checks the bounds.
+        # The tensors are not contiguous, because they were converted from TensorFlow's order of axes. np.ndarray checks
+        # the bounds.
         name: np.ndarray(shape, kind, data[key], offset * kind.itemsize, [kind.itemsize * each for each in strides])
         for name, ((_, key), offset, shape, strides) in tensors.items()
         for kind in (kinds[key],)
@@ -54,7 +55,7 @@ def _storage(file: BinaryIO, kind: np.dtype) -> np.ndarray:
 
 
 class _Restricted(pickle.Unpickler):
-    """An unpickler that accepts only these names."""
+    """An unpickler that accepts only the names of tensors and of OrderedDict."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):

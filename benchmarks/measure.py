@@ -1,4 +1,4 @@
-"""Two implementations of the same work, timed alternately -> claims: ratios with their spread and their goals."""
+"""Times two implementations of the same work alternately, and reports claims: ratios with their spread and goals."""
 
 import argparse
 import json
@@ -73,7 +73,7 @@ def images_per_second(
     of: str,
     repeats: int,
 ) -> Claim:
-    """Time two functions that process the same images and return their number. The first calls are not measured."""
+    """Time two functions that process the same images and return how many. The first calls are not measured."""
 
     def speed(function: Callable[[], int]) -> float:
         start = time.perf_counter()

@@ -1,9 +1,9 @@
 """The cost of a run with nothing to do, and how it grows with the data.
 
 A tiny pipeline runs to its end once. Then its manifests are extended to N rows, while the records of the steps stay
-unchanged, and `python pipeline.py` runs again: CPU time of the whole process, relative to `import tensorflow`. The same
-is measured with N external files in raw/, which the run has to walk, and with REFRESH=true and an endpoint that lists N
-objects.
+unchanged, and `python pipeline.py` runs again. The CPU time of the process is compared with `import tensorflow`. The
+same is measured with N external files in raw/, which the run has to walk, and with REFRESH=true and an endpoint that
+lists N objects.
 
     python -m benchmarks.noop_run [--rows 1000 100000] [--repeats 3]
 """

@@ -1,4 +1,4 @@
-"""Results of `benchmarks.quality` -> QUALITY.md: tables, and claims that hold or do not."""
+"""Writes the results of `benchmarks.quality` to QUALITY.md: tables, and claims that hold or do not."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def write_before(found: Found, commit: str) -> None:
-    """Store our figures of a commit, as the reference of later runs. Data sets that were measured earlier stay."""
+    """Store our figures of a commit, as the reference of later runs. Figures of other data sets are kept."""
     earlier = json.loads(BEFORE.read_text(encoding="utf-8")) if BEFORE.exists() else {}
     same = (earlier.get("commit"), earlier.get("repeats")) == (commit, found.repeats)
     sets = (earlier["sets"] if same else {}) | {name: known["methods"][OURS] for name, known in found.sets.items()}

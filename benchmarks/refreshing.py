@@ -1,9 +1,9 @@
 """The cost of 12 new images among 2,251 photograph-like ones, relative to a first run.
 
-CPU time of whole processes. The data steps (inspect, convert, extract) are measured up to `extract`. Where there are
-new images, the CPU time of a process that only starts TensorFlow and builds the frozen network is subtracted. Each
-change is made to a copy of a finished DATA_DIR. With 20,000 small images, 12 new ones are compared with 12 new ones
-among 2,000.
+Costs are the CPU time of whole processes. The data steps (inspect, convert, extract) are measured up to `extract`. If
+there are new images, the CPU time of a process that only starts TensorFlow and builds the frozen network is subtracted.
+Each change is made to a copy of a finished DATA_DIR. In addition, 12 new images among 20,000 small ones are compared
+with 12 among 2,000.
 
     python -m benchmarks.refreshing [--repeats 2]
 """
@@ -120,7 +120,7 @@ def put(source: Path, target: Path) -> None:
 
 
 def change(data_dir: Path) -> None:
-    """Give 12 files the content of others, with a byte more, which no decoder reads."""
+    """Replace 12 files by copies of others with an additional byte, which decoders ignore."""
     for path in some(data_dir / "raw"):
         content = path.read_bytes()
         path.unlink()

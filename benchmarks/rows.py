@@ -1,9 +1,9 @@
 """A million rows: the CPU time and memory of the steps that work on rows, and of a listing of the bucket.
 
 The steps are the label map, balancing, splitting and the order of records, in one process, relative to reading
-`images.csv` once, row by row, with Python's csv module. The split of two labels is compared with that of a tenth of the
-rows. Listing a bucket and comparing it with a folder is compared with a list of what botocore lists; another process
-answers the requests.
+`images.csv` once, row by row, with Python's csv module. The split of two labels is compared with the split of a tenth
+of the rows. Listing a bucket and comparing it with a folder is compared with a list of what botocore lists; another
+process answers the requests.
 
     python -m benchmarks.rows [--repeats 3] [--rows 1000000] [--objects 1000000]
 """
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class Cost(NamedTuple):
-    """What a call took in its process."""
+    """The cost of a call in its process."""
 
     seconds: float  # of CPU time
     peak: float  # memory, MiB

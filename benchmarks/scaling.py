@@ -1,8 +1,8 @@
 """From 2,000 to 20,000 images: peak memory of a whole run, and the cost of an image in each data step.
 
 The images are small (about 25 kB), because superlinear costs come from rows, not from pixels. Memory is the sampled
-proportional set size of all processes of a run. The cost of an image is wall-clock time, less the time for the first
-200 images: at 20,000 images relative to 2,000. A ratio of 1 is linear.
+proportional set size of all processes of a run. The cost of an image is wall-clock time, without the time for the
+first 200 images. A ratio compares this cost at 20,000 images with the cost at 2,000; 1 is linear.
 
 Each step runs again on the folders of a finished run, in a separate process for each size. In a shared process, rows
 are scattered in the heap, and a row of 20,000 costs up to a fifth more. Each run with 20,000 images is between ten runs
@@ -81,11 +81,11 @@ def cost(environments: dict[int, dict[str, str]], step: str, repeats: int) -> me
             for count, values in zip((LEAST, FEW), zip(*before, *after, strict=True), strict=True):
                 found[count].append(statistics.mean(values))
             print(f"  {number + 1}/{repeats} {step}: {found[MANY][-1]:.4g}", file=sys.stderr, flush=True)
-    dear = [(many - least) / (MANY - LEAST) for many, least in zip(found[MANY], found[LEAST], strict=True)]
-    cheap = [(few - least) / (FEW - LEAST) for few, least in zip(found[FEW], found[LEAST], strict=True)]
+    cost_at_many = [(many - least) / (MANY - LEAST) for many, least in zip(found[MANY], found[LEAST], strict=True)]
+    cost_at_few = [(few - least) / (FEW - LEAST) for few, least in zip(found[FEW], found[LEAST], strict=True)]
     figures = " / ".join(measure.median(values, " s") for values in reversed(found.values()))
     what = f"cost of an image, times linear: {step}"
-    return measure.Claim(what, measure.ratios(dear, cheap), 1.1, at_least=False, figures=figures)
+    return measure.Claim(what, measure.ratios(cost_at_many, cost_at_few), 1.1, at_least=False, figures=figures)
 
 
 @contextlib.contextmanager

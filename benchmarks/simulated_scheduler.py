@@ -1,11 +1,11 @@
 """A Dask scheduler with up to 1,000 simulated workers and empty pieces: how many pieces a second it can do.
 
 The scheduler, its connections and the run are real. Workers are real, too (`distributed.Worker`), but hundreds of them
-share a process, and they return an empty result at once instead of giving a piece to a process of their own. A piece
+share a process, and they return an empty result at once instead of giving a piece to another process. A piece
 contains as many bytes as one of `convert` (256 images).
 
-Pieces per second depend on what else the machine does: the simulated workers need more CPU time than the scheduler.
-So what counts is the CPU time of the scheduler and of the run for a piece. Its inverse is what one core can do.
+The simulated workers need more CPU time than the scheduler, so the measured pieces per second are too low. The result
+is the CPU time of the scheduler and of the run for a piece. Its inverse is the number of pieces per second on one core.
 
 Needs the extra `cluster`. Writes no claim: docs/scaling.md has the figures.
 
@@ -28,7 +28,7 @@ from benchmarks import measure
 
 COUNTS = (10, 100, 1_000)
 IDLE = 20.0  # seconds in which the scheduler only receives the workers' heartbeats
-# Without what takes CPU time and is not used here. A machine that stops for minutes is no reason to give workers up.
+# Turns off unused features that take CPU time, and timeouts, because the machine may stop for minutes.
 QUIET = {
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__GIL__ENABLED": "False",
@@ -36,7 +36,7 @@ QUIET = {
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "600s",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "3600s",
 }
-# Of each worker: 50 and 2 calls a second, which have nothing to do here.
+# Turns off two periodic calls of each worker, 50 and 2 a second.
 QUIET_WORKERS = {
     "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1h",
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "1h",
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def row(count: int, pieces: int, size: int, processes: int) -> str:
-    """Measure with so many workers; return a row of a table."""
+    """Measure with `count` workers, and return a row of the table."""
     import psutil
 
     with measure.folder() as folder, scheduler(Path(folder)) as (address, pid), workers(address, count, processes):
@@ -88,7 +88,7 @@ def cpu(process: Any) -> float:
 
 @contextlib.contextmanager
 def executor(address: str, folder: Path, count: int) -> Iterator[tuple[Callable[..., Iterable[Any]], float]]:
-    """Connect as a run does; give its map function and the seconds that connecting and checking took."""
+    """Connect as a run does, and provide its map function and the seconds for connecting and checking."""
     from distributed import Client
 
     from dgmd_pipeline.workflow import cluster, lock
@@ -105,7 +105,7 @@ def executor(address: str, folder: Path, count: int) -> Iterator[tuple[Callable[
 
 @contextlib.contextmanager
 def scheduler(folder: Path) -> Iterator[tuple[str, int]]:
-    """Run a scheduler; give its address and its process."""
+    """Run a scheduler, and provide its address and its process."""
     file = folder / "scheduler.json"
     place = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
     with started(["dask", "scheduler", *place], folder / "scheduler.log") as process:
@@ -120,7 +120,7 @@ def scheduler(folder: Path) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def workers(address: str, count: int, processes: int) -> Iterator[None]:
-    """Run so many simulated workers in a few processes."""
+    """Run `count` simulated workers in a few processes."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(measure.folder())
         processes = min(processes, count)
@@ -153,7 +153,7 @@ class InPlace:
 
 
 async def simulate(address: str, count: int, folder: str) -> None:
-    """Be so many workers until the process is killed."""
+    """Run `count` workers until the process is killed."""
     from distributed import Worker
 
     from dgmd_pipeline.workflow import cluster_worker

@@ -1,9 +1,10 @@
 """From an empty DATA_DIR to a registered version, training again, and 12 new images: compared with two scripts.
 
-EfficientNetV2-B1 with random weights, frozen, 15 epochs, as many images as in the first deployment. The second script
-(`baseline_features.py`) and the pipeline take turns, so both have the same conditions. The first script (`baseline.py`,
-all epochs through the network) runs once. Wall time of whole processes. The pipeline also inspects the images, selects
-a head by cross-validation, and writes checkpoints. The script's only way to use 12 new images is to run again.
+All use a frozen EfficientNetV2-B1 with random weights, 15 epochs, and as many images as the first deployment. The
+second script (`baseline_features.py`) and the pipeline take turns, so both have the same conditions. The first script
+(`baseline.py`, all epochs through the network) runs once. Times are wall times of whole processes. The pipeline also
+inspects the images, selects a head by cross-validation, and writes checkpoints. To use 12 new images, the script must
+run again.
 
     python -m benchmarks.whole_run [--repeats 3]
 """

@@ -4,22 +4,22 @@ An image goes through these stages: an object in the bucket is downloaded (`s3`)
 and written to a TFRecord (`data`), and becomes a feature vector that a model is trained on (`training`). The model is
 measured (`evaluation`) and registered (`registry`).
 
-cli.py               the command line: parses the arguments and calls a command
-commands/            the commands, and what they share
-tasks/               the graph: which step needs which; names the step folders
-settings.py          environment -> Settings
-environment.py       a user's environment -> one that libraries accept
-env_file.py          mistakes in a file of variables -> sentences
-invalid_settings.py  checks of values; an invalid setting -> a sentence
-certificates.py      variables that name certificate files -> mistakes
-manifest.py          row types and their files
-errors.py            the exceptions for operators, with their exit codes
-formatting.py        bytes, durations, shares, tables, URIs -> text that is safe to show
+cli.py               parses the command line and calls a command
+commands/            the commands, and the code that they share
+tasks/               the steps and their dependencies; names of the step folders
+settings.py          reads the settings from the environment
+environment.py       prepares the environment for libraries
+env_file.py          explains mistakes in a file of variables
+invalid_settings.py  checks values and explains invalid ones
+certificates.py      checks the variables that name certificate files
+manifest.py          types of rows, and the files that contain the rows
+errors.py            exceptions for operators, with exit codes
+formatting.py        formats bytes, durations, shares, tables and URIs as text
 workflow/            Luigi and the step contract: folders, fingerprints, plans, processes, progress
-s3/                  bucket -> files
-data/                files -> rows, splits and TFRecord shards
-training/            shards and features -> a trained model
-evaluation/          a trained model -> metrics, comparison, serving benchmark, promotion conditions, report
-serving/             what a served model accepts, and the code that a registered model carries
-registry/            trained models <-> MLflow
+s3/                  downloads images from the bucket
+data/                inspects, splits and converts images
+training/            trains models on TFRecords or features
+evaluation/          metrics, comparison, serving benchmark, promotion conditions, report
+serving/             the input of a served model, and the code that a registered model contains
+registry/            registers and loads models in MLflow
 """

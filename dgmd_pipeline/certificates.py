@@ -1,4 +1,4 @@
-"""Variables of libraries that name certificate files -> mistakes, before a library fails on one of them."""
+"""Checks the variables that name certificate files, before a library fails on one of them."""
 
 import ssl
 from collections.abc import Mapping

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 log = logging.getLogger("dgmd_pipeline")
-# Millions of rows are tuples, which hold no cycles: Python's default, a collection after every 700 new ones, takes a
-# tenth of the time of the steps that work on rows, and its share grows with their number. docs/measurements.md
+# Rows are tuples without reference cycles. With Python's default, a collection after 700 new objects, the garbage
+# collector takes a tenth of the time of the steps that process rows, and more if there are more rows.
 ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
-    # A run has succeeded without its log, too. For other commands, what they print is all that they do.
+    # A run succeeds even if its log is lost. Other commands have no result but their output.
     is_run = options.command in (_run, _run_or_schedule)
     return PipelineError.exit_code if not code and not is_run and logs.lost_output() else code
 
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step_options(common: argparse.ArgumentParser, force: str) -> argparse.ArgumentParser:
-    """Return the options of `run` and `plan`; `force` is where the values of --force go."""
+    """Return the options of `run` and `plan`; `force` is the attribute for the values of --force."""
     steps = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[common])
     text = f"repeat STEP and all steps after it; may be given several times. STEP is {STEPS}, or a step's folder"
     steps.add_argument("--force", metavar="STEP", action="append", dest=force, help=text)
@@ -143,7 +143,7 @@ def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], 
     return read
 
 
-# The date of a later time could not be computed.
+# Python cannot represent the dates of later times.
 _seconds = _number("seconds, 0 to 1e9", lambda number: 0 <= number <= 1e9)
 _hours = _number("hours, more than 0 and at most 1e6", lambda number: 0 < number <= 1e6)
 
@@ -180,7 +180,7 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
         return added
 
     add("models", "show the registered versions")
-    promote = add("promote", "make a version production, after showing its review")
+    promote = add("promote", "show the review of a version, and make the version production")
     promote.add_argument("version", nargs="?", default="@candidate", help="its number, or @alias (default: @candidate)")
     promote.add_argument(
         "--force", action="store_true", dest="anyway", help="promote even if a condition fails; requires --reason"
@@ -188,12 +188,12 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
     rollback = add("rollback", "restore the previous production version")
     for added in (promote, rollback):
         added.add_argument("--yes", action="store_true", help="do not ask for confirmation")
-        added.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
+        added.add_argument("--reason", default="", metavar="TEXT", help="record TEXT in the history")
     add("history", "show who made which version production, and why")
     compare = add("compare", "compare two versions on the validation images in DATA_DIR")
     compare.add_argument("one", metavar="A", help="version: number or @alias")
     compare.add_argument("other", metavar="B", help="the version to compare it with")
-    predict = add("predict", "print label and probability of image files, by a registered version")
+    predict = add("predict", "classify image files with a registered version")
     predict.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image file, or folder of image files")
     version = predict.add_mutually_exclusive_group()
     version.add_argument("--version", metavar="V", help="number of the version")
@@ -239,7 +239,7 @@ def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     values = _settings(options)
     scheduler_url = _load_luigi(values)
-    from dgmd_pipeline.commands import run  # after the settings, so that an invalid one is reported at once
+    from dgmd_pipeline.commands import run  # after the settings, so that an invalid setting is reported immediately
 
     return run.run(values, options.force, options.until, options.verbose, start, scheduler_url)
 
@@ -266,7 +266,8 @@ def _demo(options: argparse.Namespace) -> int:
     given = ("env_file", "force", "until", "refresh", "only_if_better")
     if refused := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
         raise SettingsError(
-            f"demo does not accept {', '.join(refused)}. After it, use: run --env-file {demo.ENV_FILE} with options."
+            f"demo does not accept {', '.join(refused)}. After the demo, use these options with: run --env-file "
+            f"{demo.ENV_FILE}"
         )
     if options.serve is not None:
         demo.serve(options.serve)

@@ -1,4 +1,4 @@
-"""A file of variables, such as `.env`: mistakes in it -> sentences with file and line, but without a value."""
+"""Reads a file of variables, such as `.env`. Its errors name the file and the line of each mistake, but no value."""
 
 import difflib
 import io
@@ -12,17 +12,17 @@ from dotenv import parser
 from dgmd_pipeline.errors import SettingsError
 
 log = logging.getLogger(__name__)
-# EPOCS, AWS_DATA_BUCKT and MLFLOW_TRACKING_URL are at least this similar to the variable that is meant. The variables
-# of MLflow and boto3 are less similar to any of the pipeline's.
+# EPOCS, AWS_DATA_BUCKT and MLFLOW_TRACKING_URL are at least this similar to the intended variable. The variables of
+# MLflow and boto3 are less similar to every variable of the pipeline.
 SIMILARITY = 0.89  # of `difflib`, 0 to 1
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # except tab, line feed and carriage return
 
 
 def read(path: Path, known: Collection[str]) -> str:
-    """Return the text of the file, which contains no mistake; `known` are the names of the pipeline's variables.
+    """Return the text of a file without mistakes; `known` are the names of the pipeline's variables.
 
-    A warning names each variable that is not one of `known`, but almost. Raises FileNotFoundError if there is no file,
-    and SettingsError, with one line for each mistake, if it cannot be read or parsed.
+    A warning names each variable that is not in `known`, but is similar to one of these names. Raises FileNotFoundError
+    if there is no file. Raises SettingsError, with one line for each mistake, if the file cannot be read or parsed.
     """
     try:
         text = path.read_text("utf-8")

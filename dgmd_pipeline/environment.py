@@ -1,4 +1,4 @@
-"""The environment of a user without a home or a temporary folder, or of a Windows file -> one that libraries accept."""
+"""Prepares the environment for libraries: defaults, home folder, temporary folder, values without carriage returns."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow reuses two blocks of up to 16 MB for the next image: new memory takes a third of the time of a record.
+    # Pillow reuses two blocks of up to 16 MB for the next image. New blocks take a third of the time to write a record.
     "PILLOW_BLOCKS_MAX": "2",
     # mimalloc, pyarrow's own allocator, keeps freed memory: 407 MiB instead of 336 for the rows of a million images.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -24,8 +24,8 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
 # one batch; see docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
-# Dask's nanny sets it to return memory to the system sooner. Each large buffer then costs page faults again: twice the
-# CPU time to convert an image. The processes of a worker end with the run anyway.
+# Dask's nanny sets this variable, so that memory returns to the system sooner. Each large buffer then causes page
+# faults again, and the conversion of an image takes twice the CPU time. A worker's processes end with the run anyway.
 DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
 
 
@@ -57,9 +57,10 @@ def provide_home(data_dir: Path) -> None:
 
 
 def provide_temporary_folder(folder: Path) -> None:
-    """Make `folder`, which need not exist yet, the one for temporary files if none of the system's is writable."""
+    """Use `folder` for temporary files if the system has no writable folder for them. `folder` need not exist yet."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder.absolute())
-        os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.tempdir}/matplotlib")  # Matplotlib warns about a home like it
+        # Without it, Matplotlib warns if the home folder is not writable either.
+        os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.tempdir}/matplotlib")

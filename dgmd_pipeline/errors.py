@@ -42,11 +42,11 @@ class Declined(Refused):
 
 
 class TooLittleMemory(PipelineError):
-    """Something needs more memory than the run may use for it. The message is what it needs, without a subject."""
+    """An operation needs more memory than the run may use for it. The message says what it needs, without a subject."""
 
 
 class WorkerDied(PipelineError):
-    """A worker process ended while it worked on an item. The message is how it ended, as a clause."""
+    """A worker process ended while it worked on an item. The message is a clause that says how it ended."""
 
     def __init__(self, exit_code: int) -> None:
         """Take the exit code of the process, which is -N if signal N ended it."""
@@ -63,4 +63,4 @@ class WorkerDied(PipelineError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received. A KeyboardInterrupt, because Luigi reports other exceptions as failed tasks."""
+    """SIGINT or SIGTERM was received. It is a KeyboardInterrupt: Luigi reports other exceptions as failed tasks."""

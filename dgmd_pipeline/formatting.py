@@ -1,4 +1,4 @@
-"""Bytes, durations, shares, tables and URIs -> text that is safe to show."""
+"""Formats bytes, durations, shares, tables and URIs as text that is safe to show."""
 
 import re
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def printable(key: str) -> str:
 def one_line(text: str, limit: int = 1000) -> str:
     """Return a text from a file or a library as one line of printable characters, `limit` at most.
 
-    Where it is longer, "..." replaces the middle: errors begin with what is wrong, and paths end with a file's name.
+    If the text is longer, "..." replaces its middle: errors begin with the cause, and paths end with the file's name.
     """
     return _cut(printable(_cut(" ".join(text.split()), limit)), limit)
 
@@ -69,7 +69,7 @@ def _cut(line: str, limit: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share (0 to 1) in percent: "99.7 %", "50 %". Only all is "100 %", and only nothing is "0 %"."""
+    """Return a share (0 to 1) in percent: "99.7 %", "50 %". Only 1 is "100 %", and only 0 is "0 %"."""
     value = round(100 * share, 1)
     if 0 < share < 1:
         value = min(max(value, 0.1), 99.9)
@@ -96,7 +96,7 @@ def whole_percentages(parts: Sequence[float]) -> list[int]:
 
 
 def as_user(user: int) -> str:
-    """Return how the container is started as a user."""
+    """Return the options that start the container as a user."""
     return f"`docker run --user {user}`, or PIPELINE_USER={user} in .env with Docker Compose"
 
 
@@ -107,5 +107,5 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe_reuse(count: int, what: str, new: int) -> str:
-    """Return how many things there are, and how many are new and reused: "1,600 images (12 new, 1,588 reused)"."""
+    """Return the number of all, new and reused things: "1,600 images (12 new, 1,588 reused)"."""
     return f"{count:,} {what}" + (f" ({new:,} new, {count - new:,} reused)" if new < count else "")

@@ -1,4 +1,4 @@
-"""Checks of values; an invalid setting -> one line with its name, its value and what is expected."""
+"""Checks values, and describes an invalid setting in one line: its name, its value and what is expected."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from dgmd_pipeline.errors import SettingsError
 MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
 # Training `cnn` on 64 images of 256 x 192 pixels instead of 32 took 180 bytes more for each pixel. A float32 image
-# alone has 12. What needs even this many bytes certainly does not fit.
+# alone has 12. Images that do not fit in memory with this many bytes certainly do not fit.
 PIXEL_BYTES = 40
 FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
 
@@ -69,7 +69,7 @@ def expected_values(field: FieldInfo) -> str:
 
 
 def check_cron_expression(value: str) -> None:
-    """Raise ValueError, which says what is expected, if `value` is not a cron expression whose time comes."""
+    """Raise ValueError, which says what is expected, if `value` is not a cron expression that matches a future time."""
     try:
         if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
             raise CronSimError
@@ -81,7 +81,7 @@ def check_cron_expression(value: str) -> None:
 
 
 def check_page(value: str) -> None:
-    """Raise ValueError, which says what is expected, if `value` is not the URL of a page without a login."""
+    """Raise ValueError, which says what is expected, if `value` is not an HTTP URL, or contains a user name."""
     try:
         url = urlsplit(value)
         known = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
@@ -122,7 +122,7 @@ def check_model_name(value: str) -> None:
     if re.search(r"[/:'\"]", value):
         raise ValueError("a name without /, : and quotes, which MLflow reserves")
     if value == "." or value.startswith(".."):
-        raise ValueError("a name that is not . and does not begin with .., which MLflow takes for a path")
+        raise ValueError("a name that is not . and does not begin with .., which MLflow reads as a path")
 
 
 def check_name(value: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_t
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.formatting import one_line
 
-csv.field_size_limit(2**31 - 1)  # earlier versions wrote details of more than the default, 131,072 characters
+csv.field_size_limit(2**31 - 1)  # earlier versions wrote longer details than the default limit, 131,072 characters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,8 +119,8 @@ class ShardIndex(NamedTuple):
     shards: list[Shard]  # in the order of their records
 
 
-# What a spreadsheet takes for a formula: one of these characters at the start of a cell, or after a character at which
-# another program or locale begins a new cell. Source: owasp.org/www-community/attacks/CSV_Injection.
+# A spreadsheet reads a text as a formula if one of these characters is at the start of a cell, or after a character at
+# which another program or locale begins a new cell. Source: owasp.org/www-community/attacks/CSV_Injection.
 _FORMULA = "=+\\-@\uff1d\uff0b\uff0d\uff20"
 _BEFORE_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)(?=[{_FORMULA}])")
 _ESCAPED_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)'(?=[{_FORMULA}])")
@@ -147,7 +147,7 @@ Row = TypeVar("Row", bound=NamedTuple)
 
 def to_cell(value: object) -> object:
     """Put an apostrophe before each part of a text that a spreadsheet would run as a formula."""
-    # The tests before the substitution exclude almost every text, in a tenth of its time.
+    # The tests exclude almost every text, and take a tenth of the time of the substitution.
     if isinstance(value, str) and (value[:1] in _SUSPICIOUS or ";" in value or not value.isprintable()):
         return _BEFORE_FORMULA.sub(r"\1'", value)
     return value
@@ -170,8 +170,8 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     return count
 
 
-# The number of texts of which `read` keeps one object each. Neighbouring rows have the same label, and most rows have
-# `group` equal to `sha256`: a million Examples take 0.3 GB instead of 0.5.
+# `read` keeps one object for each of this many different texts. Neighbouring rows have the same label, and most rows
+# have `group` equal to `sha256`: a million Examples take 0.3 GB instead of 0.5.
 _SHARED = 1000
 
 
@@ -209,9 +209,9 @@ _BATCH_BYTES = 2**18  # of a file in one batch; Arrow reads 32 batches ahead, an
 
 
 def read_columns(path: Path, kind: type[Row], *names: str) -> "Iterator[pa.RecordBatch]":
-    """Yield the columns `names` of a file that `write` or `write_columns` wrote, or all of them, about 1,000 rows each.
+    """Yield batches of about 1,000 rows with the columns `names` (default: all) of a file that `write` wrote.
 
-    `str` fields are binary columns, which `decode` reads, `int` fields are int64. Takes a fifth of the time of `read`.
+    `str` fields are binary columns, which `decode` reads. `int` fields are int64. Takes a fifth of the time of `read`.
     Raises PipelineError if the file is missing, has other columns, or was edited.
     """
     import pyarrow as pa
@@ -250,7 +250,7 @@ def _without_apostrophes(batch: "pa.RecordBatch") -> "pa.RecordBatch":
 
 
 def write_columns(path: Path, kind: type[Row], batches: "Iterable[pa.RecordBatch]") -> None:
-    """Write the file that `write` writes, from batches with the columns of `kind` in their order."""
+    """Write the same file as `write`, from batches with the columns of `kind` in their order."""
     with path.open("wb") as file:
         file.write(f"{','.join(kind._fields)}\r\n".encode())
         for batch in batches:
@@ -288,7 +288,7 @@ def _is_plain(text: bytes, rows: int, columns: int) -> bool:
     positions = np.flatnonzero(
         (values == ord("=")) | (values == ord("+")) | (values == ord("-")) | (values == ord("@"))
     )
-    before = values[positions - 1]  # of the first byte: the line break at the end
+    before = values[positions - 1]  # for the first byte, this is the line break at the end
     return not ((before <= ord(" ")) | (before == ord(",")) | (before == ord("'")) | (before > ord("~"))).any()
 
 
@@ -298,12 +298,12 @@ def _content(column: "pa.BinaryArray") -> bytes:
 
 
 def decode(text: bytes) -> str:
-    """Return a text of a binary column; bytes that are not UTF-8, as a file's name may have, become surrogates."""
+    """Return the text of a value in a binary column. Bytes that are not UTF-8 (some file names) become surrogates."""
     return text.decode("utf-8", "surrogateescape")
 
 
 def encode(text: str) -> bytes:
-    """Return what `decode` returns the text of."""
+    """Return the bytes for which `decode` returns `text`."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -356,7 +356,7 @@ def read_records(folder: Path) -> "np.ndarray":
 
 
 def positions_of(wanted: "np.ndarray", known: "np.ndarray") -> "np.ndarray":
-    """Return the position of each of `wanted` in `known`, or MISSING: int64 [n]. Both are arrays of one type."""
+    """Return the position of each of `wanted` in `known`, or MISSING: int64 [n]. Both arrays have the same type."""
     import numpy as np
 
     if not len(known):

@@ -1,7 +1,7 @@
-"""The environment -> one frozen `Settings`, which declares every variable with its type, default, range and meaning.
+"""Reads the environment into a frozen `Settings`, which declares every variable with type, default, range and meaning.
 
-Besides `environment` and the demo, no other module reads it. `load` also exports the variables of a `.env` file to the
-libraries that read the environment themselves (boto3, MLflow), and sets defaults for them.
+No other module reads settings from the environment. `load` also exports the variables of a `.env` file to the libraries
+that read the environment themselves (boto3, MLflow), and sets defaults for them.
 """
 
 import getpass
@@ -28,12 +28,13 @@ provide_worker_defaults = partial(
     environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
 )
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects the others if empty.
+# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects empty values of the
+# other variables.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
-    """The settings of a run. A field is named like its variable, in lower case. docs/configuration.md is generated."""
+    """The settings of a run. A field is named like its variable, in lower case. They generate docs/configuration.md."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -48,13 +49,13 @@ class Settings(BaseSettings):
     aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="Bucket that contains the images.")
     aws_data_path: str = Field(
         "train/downloaded-images",
-        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` means the "
+        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` is the "
         "whole bucket.",
     )
     refresh: bool = Field(
         False,
         description="`true`: list the bucket, download new and changed objects, and remove the images of deleted ones. "
-        "`false`: if `raw/` was downloaded from the same bucket and folder, use it without looking for changes.",
+        "`false`: use the existing `raw/` if it was downloaded from the same bucket and folder.",
     )
     max_rejected_pcnt: float = Field(
         0.5,
@@ -68,11 +69,11 @@ class Settings(BaseSettings):
         ge=1,
         le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
-        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. This was more "
-        "accurate on every data set measured.",
+        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. Unset was "
+        "more accurate on every measured data set.",
     )
     validation_pcnt: float = Field(
-        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images that the validation split gets."
+        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
     )
     num_shards: int = Field(10, ge=1, le=99_999, description="Number of TFRecord files for each split.")
     image_width: int = Field(
@@ -83,7 +84,7 @@ class Settings(BaseSettings):
     )
     image_fit: Literal["stretch", "letterbox", "crop"] = Field(
         "stretch",
-        description="How images with another aspect ratio are fitted to that size: `stretch` changes the aspect ratio, "
+        description="How images with another aspect ratio are resized: `stretch` changes the aspect ratio, "
         "`letterbox` adds black bars, `crop` cuts off two edges.",
     )
     backbone: str = Field(
@@ -99,20 +100,21 @@ class Settings(BaseSettings):
         128,
         ge=1,
         le=10**6,
-        description="Maximum number of images in a training step. For `cnn`, steps have fewer images if an epoch would "
-        "otherwise have fewer than 50 steps. Fine-tuning uses at most 32.",
+        description="Maximum number of images in a training batch. For `cnn`, batches are smaller if an epoch would "
+        "otherwise have fewer than 50 batches. Fine-tuning uses at most 32.",
     )
     head: Literal["auto", "linear", "hidden"] = Field(
         "auto",
         description="Classifier on the features of a frozen backbone: `linear` is a logistic regression, `hidden` has "
-        "two hidden layers, `auto` selects the one with the lower log loss in a cross-validation on the training "
+        "two hidden layers. `auto` selects the one with the lower log loss in a cross-validation on the training "
         "images. Not used by `cnn`.",
     )
     epochs: int = Field(
         15,
         ge=1,
         le=10**6,
-        description="Number of epochs of `cnn`. For a hidden head, the maximum: cross-validation chooses the number.",
+        description="Number of epochs of `cnn`. Maximum number of epochs of a hidden head; cross-validation chooses "
+        "the number.",
     )
     learning_rate: float = Field(0.01, gt=0, le=1000, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
@@ -136,8 +138,8 @@ class Settings(BaseSettings):
     augmentation: Literal["none", "shift", "flip", "strong"] = Field(
         "shift",
         description="Random changes of the training images of `cnn`. `shift` moves them. `flip` also mirrors them left "
-        "to right: do not use it for text, digits or other classes that mirroring changes. `strong` does all this, and "
-        "also rotates and zooms them and changes contrast and brightness.",
+        "to right: do not use it for text, digits or other classes that mirroring changes. `strong` also "
+        "rotates and zooms them, and changes their contrast and brightness.",
     )
     fine_tune: Literal["none", "top", "all"] = Field(
         "none",
@@ -172,8 +174,8 @@ class Settings(BaseSettings):
         0.15,
         ge=0,
         le=1,
-        description="`promote` refuses a version if its recall of a class is lower than production's by more than this "
-        "fraction and significantly lower.",
+        description="`promote` refuses a version if its recall of a class is significantly lower than production's, "
+        "and lower by more than this fraction.",
     )
     max_latency_ratio: float = Field(
         1.5,
@@ -184,7 +186,8 @@ class Settings(BaseSettings):
     )
     allow_lost_labels: bool = Field(
         False,
-        description="`true`: `promote` accepts a version that was trained on no image of one of production's labels.",
+        description="`true`: `promote` accepts a version without training images of a label that production was "
+        "trained on.",
     )
     promote_if_better: bool = Field(
         False,
@@ -211,14 +214,14 @@ class Settings(BaseSettings):
     )
     luigi_scheduler_url: str | None = Field(
         None,
-        description="Address of a Luigi scheduler (`luigid`), whose page then shows the run, for example "
-        "`http://luigid:8082`.",
+        description="Address of a Luigi scheduler (`luigid`), for example `http://luigid:8082`. Its page then shows "
+        "the run.",
     )
     dask_scheduler_address: str | None = Field(
         None,
         description="Address of a Dask scheduler, for example `tcp://dask-scheduler:8786` or `tls://host:8786`. Its "
-        "workers then download, inspect, convert and extract. Unset: processes on this machine do. All other variables "
-        "of Dask (`DASK_...`) and its files are read by Dask itself.",
+        "workers then run the steps `download`, `inspect`, `convert` and `extract`. Unset: processes on this machine "
+        "run them. Dask itself reads all its other variables (`DASK_...`) and its files.",
     )
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
@@ -229,15 +232,15 @@ class Settings(BaseSettings):
     )
     notify_on: Literal["always", "change", "problem"] = Field(
         "always",
-        description="What `NOTIFY_URL` receives a message about: `always`, `change` (all but `unchanged` runs), "
-        "`problem` (only runs that failed, or registered a version that is worse than production).",
+        description="The events with a message to `NOTIFY_URL`: `always` (all), `change` (all but `unchanged` runs), "
+        "`problem` (runs that failed, or registered a version that is worse than production).",
     )
     health_max_age: float | None = Field(
         None,
         gt=0,
         le=1e6,
         description="Hours since the last successful run after which `health` fails, for example 26 with a nightly "
-        "schedule. Unset: never.",
+        "schedule. Unset: the time does not matter.",
     )
 
     keras_home: Path = Field(

@@ -43,7 +43,7 @@ def test_an_invalid_argument_shows_the_usage_and_exits_with_code_2(arguments, ca
 
 def test_demo_accepts_no_options_of_run(capsys):
     assert cli.main(["--until", "split", "--only-if-better", "demo", "--env-file", "my.env"]) == 2
-    assert "demo does not accept --env-file, --until, --only-if-better. After it, use" in capsys.readouterr().out
+    assert "demo does not accept --env-file, --until, --only-if-better. After the demo, use" in capsys.readouterr().out
 
 
 def test_the_help_names_commands_and_exit_codes(capsys):

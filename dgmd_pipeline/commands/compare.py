@@ -49,7 +49,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 
 
 def _as_json(reviewed: "Review") -> dict[str, object]:
-    """Return both parts of a review as JSON values. The second version need not be production, so it is `other`."""
+    """Return both parts of a review as JSON values. The second version need not be production: it is called `other`."""
     from dgmd_pipeline.evaluation import comparison, serving_benchmark
 
     compared, benchmark = reviewed.comparison, reviewed.serving_benchmark

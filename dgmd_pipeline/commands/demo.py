@@ -41,7 +41,7 @@ SETTINGS = {
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
 HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect the demo
-KEPT = "DASK_SCHEDULER_ADDRESS"  # where the demo computes, not what
+KEPT = "DASK_SCHEDULER_ADDRESS"  # the only setting of the caller that the demo keeps: it does not change the result
 # File name extension and content; scraped files often have a wrong extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
 SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images, put into the bucket
@@ -226,6 +226,6 @@ def _print_next_commands() -> None:
 
 
 def _command(name: str) -> str:
-    """Return the shell command that calls a command of this Python environment from the working directory."""
+    """Return the shell command for a program of this Python environment, relative to the working directory."""
     path = Path(sys.executable).with_name(name)
     return name if shutil.which(name) == str(path) else shlex.quote(os.path.relpath(path))

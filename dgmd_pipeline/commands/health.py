@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
-# A run says how far it is after each group of images and after each epoch. The longest epochs take hours.
+# A run reports its progress after each group of images and after each epoch. The longest epochs take hours.
 LONGEST_SILENCE = 6 * 3600.0  # seconds
 
 
@@ -31,7 +31,7 @@ class Health(NamedTuple):
     problems: list[str]  # sentences
 
     def as_json(self) -> dict[str, object] | None:
-        """Return what `health --json` prints: the last status, and what it does not know."""
+        """Return what `health --json` prints: the last status, and the active run, the next run and the problems."""
         if not (self.last or self.running or self.next_run or self.problems):
             return None
         running = self.running and {

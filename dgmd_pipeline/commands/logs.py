@@ -1,4 +1,4 @@
-"""Log lines on a stream, without secrets, and readable on a terminal; standard streams that cannot stop a run."""
+"""Logs lines without secrets, and wraps them on a terminal. A standard stream that fails does not stop a run."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ ESCAPED = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)
 
 
 class _Output(io.FileIO):
-    """A standard stream. What cannot be written is lost, and the first error is kept."""
+    """A standard stream that discards data that cannot be written, and keeps the first error."""
 
     error: OSError | None = None
 
@@ -35,10 +35,10 @@ class _Output(io.FileIO):
 
 
 def protect_streams() -> None:
-    """Replace the standard streams by ones on which a closed pipe or a full disk does not raise.
+    """Replace the standard streams by streams that do not raise if a pipe is closed or a disk is full.
 
-    If a stream is closed, it becomes /dev/null: otherwise the next file that is opened would get its number, and the
-    messages of libraries.
+    A closed stream becomes /dev/null. Otherwise, the next file that is opened would get its file descriptor, and would
+    receive the messages of libraries.
     """
     for number in (0, 1, 2):
         try:
@@ -59,7 +59,7 @@ def _protected(number: int, stream: TextIO | None) -> TextIO:
 
 
 def lost_output() -> str | None:
-    """Return why lines are missing on the standard streams, or None. A reader that has gone away is no error."""
+    """Return why lines are missing on the standard streams, or None. A closed pipe is not an error."""
     problems = []
     for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
         stream.flush()
@@ -107,8 +107,8 @@ class _Lines(logging.Formatter):
 class _TerminalLines(_Lines):
     """Begins a message with the time of day if `times` is set, and wraps it between words.
 
-    A record may have an attribute: `table` is the column of a table's last cell, `verbatim` is for lines to copy. Both
-    are shown without a time. `result` is for the result of a run.
+    A record may have one of these attributes: `table`, the column of a table's last cell; `verbatim`, for lines to
+    copy; `result`, for the result of a run. Lines with `table` or `verbatim` have no time.
     """
 
     STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow
@@ -133,7 +133,7 @@ class _TerminalLines(_Lines):
 
 
 def _wrap(line: str, width: int, column: int | None) -> str:
-    """Break a line between words, and indent the rest to a column, or a little more than the line."""
+    """Break a line between words. Indent the rest to `column` or, without one, by two more than the line."""
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
     wrapper = textwrap.TextWrapper(
         width, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False

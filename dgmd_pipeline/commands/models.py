@@ -26,12 +26,12 @@ class ModelRow:
     environment: str
     aliases: list[str]
     accuracy: float | None  # on the validation images, 0 to 1
-    difference: float | None  # of the accuracy to that of the version `compared_with`
+    difference: float | None  # accuracy minus the accuracy of the version `compared_with`
     compared_with: int | None
-    verdict: str | None  # "better", "no difference", "worse", "first" or "not compared"; None: an older pipeline's
+    verdict: str | None  # "better", "no difference", "worse", "first", "not compared"; None in older versions
     failed: list[str]  # conditions for a promotion that failed when the version was made
-    latency_p50_ms: float | None  # not comparable between versions: another night, perhaps another machine
-    latency_ratio: float | None  # to the latency of the version `compared_with`, measured alternately
+    latency_p50_ms: float | None  # not comparable between versions: another time, perhaps another machine
+    latency_ratio: float | None  # latency / latency of the version `compared_with`, measured alternately
     bytes: int | None
     run: str  # MLflow's id
     promoted_by: str | None

@@ -1,4 +1,4 @@
-"""The outcome of a run, a promotion or a rollback -> a short JSON document, sent to NOTIFY_URL."""
+"""Sends the outcome of a run, a promotion or a rollback to NOTIFY_URL, as a short JSON document."""
 
 import http.client
 import json
@@ -51,7 +51,7 @@ def _post(url: str, body: Mapping[str, object]) -> None:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: urllib would follow it without the message."""
+    """Makes a redirect an error, because urllib would follow it without the message."""
 
     def redirect_request(self, *_: object) -> None:
         return None

@@ -25,7 +25,7 @@ SHOWN_LABELS = 10
 
 
 def print_review(name: str, entry: ModelVersion, other: int | None, review: "Review", decision: gates.Decision) -> None:
-    """Print a version's comparison with another, its serving benchmark, the results of the gates and the verdict."""
+    """Print a version's comparison with another one, its serving benchmark, the conditions and the verdict."""
     comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")
     print_table([
@@ -103,7 +103,7 @@ def confirm(question: str, yes: bool) -> None:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Provide a folder that is removed when the block ends."""
-    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # only that in DATA_DIR may not exist
+    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # the folder in DATA_DIR may not exist yet
     with TemporaryDirectory(prefix="dgmd-") as folder:
         yield Path(folder)
 

@@ -35,10 +35,10 @@ class Prediction(TypedDict):
 
 
 def predict(values: "Settings", files: Sequence[Path], version: str, form: Format) -> None:
-    """Print label and probability of image files and of the files in folders, by a registered version.
+    """Classify image files, and the files in folders, with a registered version. Print labels and probabilities.
 
-    A file or folder that cannot be read is named in a warning, with the reason. Raises NoUsableInput after printing if
-    there is one.
+    A warning names each file or folder that cannot be read, with the reason. If there is one, raises NoUsableInput
+    after printing.
     """
     paths, unreadable = _find(files)
     if not paths and not unreadable:
@@ -109,7 +109,7 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files that are named or in folders, and what cannot be opened, after a warning for each of these."""
+    """Return the files in `paths` and in its folders, and the paths that cannot be opened, after a warning for each."""
     files: list[Path] = []
     unreadable: list[Path] = []
     for path in paths:

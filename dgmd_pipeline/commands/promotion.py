@@ -63,7 +63,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     )  # fmt: skip
     text = (
         f"{state.name} version {candidate.version} is production"
-        + (f"; version {previous} was. `rollback` restores it." if previous else ".")
+        + (f" instead of version {previous}. `rollback` restores version {previous}." if previous else ".")
         + (f" Overridden: {failed}." if failed else "")
     )
     _tell(values, status.PROMOTED, candidate, text, known.comparison, decision.verdict)
@@ -154,13 +154,13 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
     with output.temporary_folder() as folder:
         try:
             _load_and_check(store, state.name, restored, folder)
-        except registry_versions.ForeignVersion as error:  # it was production nevertheless
+        except registry_versions.ForeignVersion as error:  # it was production, so it is restored
             log.warning("%s Rolling back without checking that it can be loaded.", error)
     output.confirm(f"Roll back from version {current} to version {restored.version}?", yes)
     event = promotion.set_production(
         store, state, restored.version, action="rollback", user=settings.operator(), reason=reason
     )
-    text = f"{state.name} version {restored.version} is production again; version {current} was."
+    text = f"{state.name} version {restored.version} is production again, instead of version {current}."
     _tell(values, status.ROLLED_BACK, restored, text)
     output.print_result(
         text, as_json, version=restored.version, event=event.as_json(),
@@ -187,8 +187,8 @@ def _warn_of_ignored_stages(state: ModelState) -> None:
     for version in state.versions:
         if version.stage == promotion.STAGE:
             log.warning(
-                "version %d has the stage %s but not the alias: it is not compared with, and the promotion archives "
-                "it; docs/moving.md shows how to set the alias",
+                "version %d has the stage %s but not the alias. So no version is compared with it, and a promotion "
+                "archives it. docs/moving.md shows how to set the alias.",
                 version.version, version.stage,
             )  # fmt: skip
 
@@ -253,7 +253,7 @@ def _reviewed(
 
 
 def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion | None, folder: Path) -> "Review":
-    """Return the review in `folder`, without the comparison if that is not with today's production."""
+    """Return the review in `folder`, without the comparison if it is not with the current production version."""
     from dgmd_pipeline.evaluation import review
 
     recorded = review.read(folder)

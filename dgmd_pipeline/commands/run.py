@@ -1,4 +1,4 @@
-"""The commands `run` and `plan`: settings -> plan, run, and published status."""
+"""The commands `run` and `plan`. A run publishes its status."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ class _Ending(NamedTuple):
 
     code: int  # exit code
     message: str  # sentences, for `status.json` and NOTIFY_URL
-    shown: list[str]  # what the log does not say yet: its last lines
+    shown: list[str]  # the last lines of the log
     failure: str = ""  # what failed after the last step, for the log
 
 
@@ -43,16 +43,16 @@ def run(
 ) -> int:
     """Run the steps that are not done yet, publish the outcome, and return the exit code.
 
-    `force` names steps to repeat, `until` the last step; `start` is when the command began, by `time.monotonic`. The
-    run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if it stops for a reason that an
-    operator can remove.
+    `force` names the steps to repeat, and `until` the last step. `start` is the start of the command, by
+    `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the run stops
+    for a reason that an operator can fix.
     """
-    forced = _forced(values, force, until)  # an unknown step is a mistake and not the status of a run
+    forced = _forced(values, force, until)  # before the run: an unknown step does not change the status
     result = RunResult()
     ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
-            # The message to NOTIFY_URL is left out: it could take longer than the system waits.
+            # Without a message to NOTIFY_URL, which could take longer than the system waits for the end of a process.
             quiet = values.model_copy(update={"notify_url": None})
             signals.before_end.append(
                 lambda number: publish_status(

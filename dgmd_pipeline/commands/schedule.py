@@ -1,4 +1,4 @@
-"""A schedule or an interval -> runs, each in its own process, one after the other."""
+"""Starts runs on a schedule or at an interval, each in its own process, one after the other."""
 
 import contextlib
 import logging
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NEXT = ".next-run"  # file in DATA_DIR: when the schedule starts its next run
-POLL_INTERVAL = 30.0  # seconds: how late a changed clock, or a machine that slept, is noticed
+POLL_INTERVAL = 30.0  # seconds: the longest delay after a clock change, or after the machine slept
 
 
 def schedule(values: "Settings", interval: float, arguments: Sequence[str]) -> None:
-    """Run `run --refresh` with `arguments` at the times of SCHEDULE, or every `interval` seconds, until a signal comes.
+    """Run `run --refresh` with `arguments` at the times of SCHEDULE, or every `interval` seconds, until a signal.
 
     Raises SettingsError if both are set, or TZ is not a time zone.
     """
@@ -59,7 +59,7 @@ def _announced(times: Iterable[datetime], data_dir: Path) -> Iterator[datetime]:
 
 
 def read_next(data_dir: Path) -> str | None:
-    """Return when the active schedule starts its next run (ISO 8601); None without a schedule, or while it runs."""
+    """Return when the active schedule starts its next run (ISO 8601); None without a schedule, or during a run."""
     try:
         time = (data_dir / NEXT).read_text("utf-8")
         return time if datetime.fromisoformat(time) > _now() else None
@@ -107,7 +107,7 @@ def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> I
 
 
 def every(seconds: float) -> Iterator[datetime]:
-    """Yield the present time, and then the time `seconds` after each further request."""
+    """Yield the current time. Then, for each request, yield the time `seconds` later."""
     yield _now()
     while True:
         yield _now() + timedelta(seconds=seconds)
@@ -128,7 +128,7 @@ def zone(name: str | None) -> tzinfo:
 
 
 def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Callable[[int, float], None]) -> None:
-    """Run `command` at each of the times, until a signal comes.
+    """Run `command` at each of the times, until a signal.
 
     Calls `ended` after each run with its exit code (negative: the signal that killed it) and its seconds.
     """

@@ -1,4 +1,4 @@
-"""The outcome of a run <-> `status.json` in DATA_DIR, which the health check reads."""
+"""Reads and writes `status.json` in DATA_DIR, the outcome of the last run. The health check reads it."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
 
 @dataclass(frozen=True)
 class Status:
-    """The outcome of a run. The fields about a model are None if the run did not end with a registered one."""
+    """The outcome of a run. The fields about a version are None if the run did not register or keep one."""
 
     outcome: str  # SUCCEEDED, WORSE (it registered such a version), UNCHANGED (nothing to do), STOPPED or FAILED
     exit_code: int
@@ -30,19 +30,19 @@ class Status:
     model: str
     version: int | None = None
     accuracy: float | None = None  # on the validation images, 0 to 1
-    difference: float | None = None  # of the accuracy to that of production, on the same images
+    difference: float | None = None  # accuracy minus production's accuracy, on the same images
     low: float | None = None  # of the difference's 95 % interval
     high: float | None = None
     verdict: str | None = None  # "better", "no difference", "worse", "first" or "not compared"
     report: str | None = None  # path of report.html
-    step: str | None = None  # that failed
-    until: str | None = None  # --until: the last step that the run was to do
-    last_success: str | None = None  # when the last run that did not fail ended: ISO 8601, UTC
-    dashboard: str | None = None  # address of the page of the Dask cluster that worked
+    step: str | None = None  # the step that failed
+    until: str | None = None  # the value of --until
+    last_success: str | None = None  # end of the last run with exit code 0: ISO 8601, UTC
+    dashboard: str | None = None  # address of the dashboard of the Dask cluster, if the run used one
 
     @property
     def is_good(self) -> bool:
-        """Whether the pipeline works. A version that is worse does not change this: production is untouched."""
+        """Whether the pipeline works. A worse version does not change this, because production is unchanged."""
         return self.outcome != FAILED
 
 
@@ -64,7 +64,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # outdated anyway, and on a full disk its block has room for the new file
+        path.unlink(missing_ok=True)  # it is outdated, and on a full disk this makes room for the new file
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -80,7 +80,7 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has written none: its status says so, `ended` is when it started, and `model` is its model.
+    A killed run has not written a status. Its status is created here: `ended` is its start, and `model` its model.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):

@@ -1,1 +1,1 @@
-"""Image files -> rows, splits and TFRecord shards, with NumPy and Pillow and without TensorFlow."""
+"""Turns image files into rows, splits and TFRecord shards, with NumPy and Pillow and without TensorFlow."""

@@ -1,4 +1,4 @@
-"""Rows -> fewer rows and class weights. A cap on the class size removes images; no image is repeated."""
+"""Balances classes. A cap on the class size removes images, and class weights are computed. No image is repeated."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None
     """
     numbers = columns.LabelNumbers()
     found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
-    index_of = np.array([indexes.get(name, -1) for name in numbers.names])  # of a label's number
+    index_of = np.array([indexes.get(name, -1) for name in numbers.names])  # by the number of a label
     classes = index_of[np.concatenate(found)]
     kept = balance(classes, limit, manifest.read_columns(images, Image, "sha256"))
     batches = _examples(manifest.read_columns(images, Image), classes)
@@ -65,7 +65,7 @@ def balance(classes: np.ndarray, limit: float | None, hashes: Iterable[pa.Record
 
     `classes` are the class indexes of the images, -1 for an unused label. A class has at most `limit` (>= 1) times the
     mean class size; None keeps all images. `hashes` are batches with the column `sha256`, read only if a class is too
-    large. They decide which images remain: the same images give the same rows, and most rows remain when others arrive.
+    large. They decide which images are kept. So the same images give the same rows, and new images change few rows.
     """
     kept = classes >= 0
     counts = np.bincount(classes[kept])
@@ -95,9 +95,9 @@ def class_weights(counts: Mapping[int, int]) -> dict[int, float]:
 
     `counts` are the numbers of images by class index.
 
-    Inverse frequencies, which give every class the same total weight, cost up to 0.8 points of accuracy where the
-    imbalance is mild: docs/measurements/head.md. Square root: Mahajan et al., "Exploring the Limits of Weakly
-    Supervised Pretraining", 2018, section 2.2.
+    Inverse frequencies, which give every class the same total weight, cost up to 0.8 points of accuracy if the
+    imbalance is mild: docs/measurements/head.md. The square root is from Mahajan et al., "Exploring the Limits of
+    Weakly Supervised Pretraining", 2018, section 2.2.
     """
     mean = sum(count**0.5 for count in counts.values()) / sum(counts.values())
     return {index: 1 / (mean * count**0.5) for index, count in sorted(counts.items())}

@@ -1,8 +1,8 @@
-"""An image in any of Pillow's modes -> a mode of 8 bits, with the brightness that viewers show.
+"""Converts an image in any of Pillow's modes to an 8-bit mode, with the brightness that viewers show.
 
-Pillow converts most modes. This module handles those that it converts to something else than the file means, or not at
-all: grey of 12, 16 and 32 bits, signed and floating-point values, WhiteIsZero, transparent colours of PNG, and alpha
-channels that were never filled in.
+Pillow converts most modes. This module handles the modes that Pillow does not convert, or converts wrongly: grey of 12,
+16 and 32 bits, signed and floating-point values, WhiteIsZero, transparent colours of PNG, and alpha channels that were
+never filled in.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 class UnknownRange(ValueError):
-    """The file does not say which of its values are black and white, and its values do not tell."""
+    """Neither the header nor the values of a file show which values are black and white."""
 
 
 def load(image: PIL.Image.Image) -> str:
@@ -41,12 +41,16 @@ def load(image: PIL.Image.Image) -> str:
 def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
     """Return a decoded image in a mode of 8 bits that Pillow converts to RGB and RGBA correctly.
 
-    Integer grey becomes 8 bits: signed values from the least to the greatest value of their type; unsigned values of
-    12 bits from 0 to 4,095; other values from 0 to the first of 255, 4,095 and 65,535 that none exceeds, because
-    files of 16 bits often hold values of 8 or 12. Floating-point grey is taken as 0 to 1 or as 0 to 255; values may be
-    outside by a quarter of that and are clipped.
+    Grey is scaled to 8 bits from one of these ranges:
+
+    - signed integers: the range of their type
+    - unsigned 12-bit integers: 0 to 4,095
+    - other integers: 0 to 255, 4,095 or 65,535, the first that no value exceeds, because 16-bit files often hold 8-bit
+      or 12-bit values
+    - floating-point numbers: 0 to 1, or 0 to 255; values outside by at most a quarter of the range are clipped
+
     An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is removed. `samples` is what `load`
-    returned. Raises UnknownRange where almost all would be black, white or grey by these rules.
+    returned. Raises UnknownRange if almost all pixels would be black, white or grey by these rules.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(image)
@@ -88,7 +92,7 @@ def _scale_floats(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     low, high = float(values.min(where=finite, initial=0)), float(values.max(where=finite, initial=0))
     white = 1 if high <= 1.25 else 255
-    # The least 255 that an image of values from 0 to 255 may have. It would be nearly black below.
+    # If the range is 0 to 255 and no value reaches 16, the image would be nearly black.
     if not -white / 4 <= low <= high <= white * 1.25 or 1.25 < high < 16:
         raise UnknownRange(
             f"its floating-point values are between {low:g} and {high:g}; expected 0 to 1, or 0 to 255. "
@@ -136,7 +140,7 @@ def _is_alpha_unset(image: PIL.Image.Image) -> bool:
 
 
 def _transparent_pixel(value: object, samples: str) -> object:
-    """Return the transparent colour of a PNG as a value of Pillow's pixels, given as a value of the file's samples."""
+    """Convert the transparent colour of a PNG from a value of the file's samples to a value of Pillow's pixels."""
     if isinstance(value, tuple):
         return tuple(part >> 8 if ";16" in samples else part & 255 for part in value)
     if isinstance(value, int) and samples.startswith("L"):

@@ -1,4 +1,4 @@
-"""Columns of a manifest -> what steps decide about its rows: numbers of labels, ranks of contents, a selection."""
+"""Operations on the columns of a manifest: numbers of labels, ranks of contents, selection of rows."""
 
 import hashlib
 from collections import Counter
@@ -14,18 +14,18 @@ from pyarrow import compute
 from dgmd_pipeline import manifest
 from dgmd_pipeline.manifest import Example, Image
 
-BATCH_ROWS = 1_000  # rows that are tuples at a time
+BATCH_ROWS = 1_000  # rows that are converted to or from tuples at a time
 _TYPES = pa.schema({
     "path": pa.binary(),
     "label": pa.binary(),
     "class_index": pa.int32(),
     "sha256": pa.binary(32),
-    "group": pa.binary(),  # null where it is equal to `sha256`, as in most rows
+    "group": pa.binary(),  # null if it is equal to `sha256`, as in most rows
 })  # fmt: skip
 
 
 class Examples(Sequence[Example]):
-    """Rows in columns, which need a quarter of the memory of tuples. A tuple is made when it is asked for."""
+    """Rows in columns, which need a quarter of the memory of tuples. A tuple is created when it is read."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -107,9 +107,9 @@ def count_labels(path: Path) -> Counter[str]:
 
 
 def ranks(purpose: str, names: Iterable[bytes]) -> np.ndarray:
-    """Return a pseudo-random place in an order for each name, another one for each purpose: uint64 [names, 2].
+    """Return a pseudo-random rank of each name: uint64 [names, 2].
 
-    It is half of a SHA-256, the high bits first. Only the name decides it: the other rows and the machine do not.
+    It is half of a SHA-256, the high bits first. It depends only on the purpose and the name.
     """
     prefix = f"{purpose} ".encode()
     halves = bytearray()

@@ -1,4 +1,4 @@
-"""`corrections.csv`, which an operator writes -> files with corrected labels, and excluded files.
+"""Applies `corrections.csv`, in which an operator corrects labels and excludes files.
 
     key,label
     shirt/0017.jpg,blouse
@@ -39,8 +39,8 @@ class Corrected(NamedTuple):
 def read(path: Path) -> dict[str, str]:
     """Return the label, or EXCLUDE, of each key in the file; {} if there is no file.
 
-    The file is UTF-8, with or without a byte order mark. The pipeline's own tables put an apostrophe before text that
-    a spreadsheet takes for a formula; it is removed here. Raises NoUsableInput with the line of the first mistake.
+    The file is UTF-8, with or without a byte order mark. In the pipeline's own tables, text that looks like a formula
+    begins with an apostrophe, which is removed. Raises NoUsableInput with the line of the first mistake.
     """
     text = _read_text(path)
     if text is None:
@@ -94,7 +94,7 @@ def warn_of_mismatches(corrected: Corrected) -> None:
 def exclude_copies(
     images: Iterable[Image], excluded: Iterable[Rejected], raw: Path
 ) -> tuple[list[Image], list[Rejected]]:
-    """Return the other images, and the images that have the same bytes and the same label as an excluded file.
+    """Separate the images that have the same bytes and the same label as an excluded file; return the others first.
 
     Copies under another label remain: excluding one of two copies resolves the conflict between their labels.
     """

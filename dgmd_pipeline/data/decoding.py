@@ -1,4 +1,4 @@
-"""Image file -> RGB pixels, within a limit of pixels and without output from the libraries."""
+"""Decodes image files to RGB pixels, with a limit of pixels and without output from the libraries."""
 
 import contextlib
 import io
@@ -27,9 +27,9 @@ PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the workers already occupy all co
 # An allow-list, because some of Pillow's other readers start programs. The JPEG reader also opens a camera's MPO
 # (several JPEGs in one file) and returns its first image.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-# What Pillow's readers raise for damaged content. 440,000 damaged files (bytes changed, cut, inserted; 22 encodings
-# of the six formats; Pillow 13.0) raised the first three. Pillow's own code expects the others of damaged data, or
-# older versions raised them.
+# Errors that Pillow's readers raise for damaged content. 440,000 damaged files (bytes changed, cut, inserted; 22
+# encodings of the six formats; Pillow 13.0) raised the first three. Pillow's own code expects the others of damaged
+# data, or older versions raised them.
 DAMAGED = (
     OSError,  # includes UnidentifiedImageError
     SyntaxError,
@@ -44,7 +44,7 @@ DAMAGED = (
     RuntimeError,  # by the reader of AVIF, for most kinds of damage
     MemoryError,  # the header asks for more memory than the machine has
 )
-# ImageOps.exif_transpose does the same, but it also rewrites the EXIF data: it takes 0.2 ms longer, and it fails where
+# ImageOps.exif_transpose does the same, but it also rewrites the EXIF data: it takes 0.2 ms longer, and it fails if
 # another tag is damaged (16 of 3,000 files whose EXIF data had up to ten bytes changed).
 _TRANSPOSE = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,12 +146,12 @@ def describe(error: Exception) -> str:
 
 
 def read_orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation, or 1 (upright) where the EXIF data is missing or damaged.
+    """Return the EXIF orientation, or 1 (upright) if the EXIF data is missing or damaged.
 
     For AVIF, it is the orientation of the file's own properties, which Pillow puts into the EXIF data.
     """
     if image.format == "AVIF":
-        image.info.pop("xmp", None)  # Pillow would take the orientation from it where the properties say "upright"
+        image.info.pop("xmp", None)  # Pillow would take the orientation from it if the properties say "upright"
     try:
         return image.getexif().get(ExifTag.Orientation, 1)
     except DAMAGED:
@@ -173,7 +173,7 @@ def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[war
     """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
-    number, so it is set to half of `max_pixels`, or of what `limits` allows for the format. libtiff writes to stderr
+    number, so it is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff writes to stderr
     by itself, so stderr is redirected for files that begin like a TIFF. Both are settings of the process: use one
     guard at a time.
     """

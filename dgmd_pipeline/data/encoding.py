@@ -1,9 +1,9 @@
-"""Image file -> the bytes that a record stores: decoded in full, resized to the model's input, losslessly encoded.
+"""Encodes an image file for a record: decoded in full, resized to the model's input, compressed without loss.
 
-A record stores exactly what the first layers of the served model (training/networks.py) make of the original file.
-Therefore the resizing works in floating point and rounds once. Pillow's own resizing of 8-bit images rounds after each
-of its two passes. docs/measurements/records.md compares other ways to decode, resize and store, and their effect on the
-model's predictions.
+A record stores the pixels that the first layers of the served model (training/networks.py) compute from the original
+file. Therefore the resizing works in floating point and rounds once. Pillow's own resizing of 8-bit images rounds after
+each of its two passes. docs/measurements/records.md compares other ways to decode, resize and store, and their effect
+on the model's predictions.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.manifest import Fit
 
 FORMAT = "WEBP"
-RECORD_MEMORY = 48  # bytes for each pixel of a record: its channels in floating point, the encoder; measured
+RECORD_MEMORY = 48  # measured bytes for each pixel of a record, for floating-point channels and the encoder
 BAND_PIXELS = 2**18  # converted to floating point at a time; halves the time of a 12-megapixel image
 
 
@@ -29,7 +29,7 @@ def encode(
 ) -> bytes:
     """Return the image of a file, resized with `resize`, as a lossless WebP.
 
-    `reserve_memory` is entered with the bytes that this needs, while it needs them.
+    `reserve_memory` is entered with the number of needed bytes.
     Raises what `decoding.open_rgb`, `resize` and `reserve_memory` raise.
     """
     data, file = path.read_bytes(), io.BytesIO()
@@ -72,7 +72,7 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.nd
 
 
 def _memory_to_resize(size: tuple[int, int], width: int, height: int) -> int:
-    """Return how many bytes `resize` and the encoder of a record need at most beside the image of this size."""
+    """Return how many bytes `resize` and the encoder of a record need at most, in addition to an image of this size."""
     first_pass = min(max(width * size[1], height * size[0]), limits.MAX_PIXELS)
     return 4 * first_pass + RECORD_MEMORY * width * height
 

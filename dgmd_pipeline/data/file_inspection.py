@@ -1,4 +1,4 @@
-"""One file -> an `Image` with its thumbnail, or a `Rejected` with the reason why it is left out."""
+"""Inspects one file. The result is an `Image` with its thumbnail, or a `Rejected` with the reason."""
 
 import hashlib
 import warnings
@@ -17,28 +17,28 @@ MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 
 _DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a JPEG is decoded at this size or more
 
 
-class ForNow(NamedTuple):
-    """A result that another inspection of the same file may not have, for example for lack of memory."""
+class TemporaryRejection(NamedTuple):
+    """A rejection that is not reused, because another inspection of the same file may succeed."""
 
     rejected: Rejected
 
 
-Result = Outcome | ForNow
+Result = Outcome | TemporaryRejection
 
 
 def inspect_file(
     file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
 ) -> Result:
-    """Read, hash and decode a file of `raw`. The arguments and the reasons are those of `inspection.inspect`."""
+    """Read, hash and decode a file of `raw`. See `inspection.inspect` for the arguments and reasons."""
     path = raw / file.path
     try:
         if not path.is_file():  # reading a named pipe would block forever
-            return ForNow(Rejected(*file, "unreadable", "not a regular file, or a broken link"))
+            return TemporaryRejection(Rejected(*file, "unreadable", "not a regular file, or a broken link"))
         if (size := path.stat().st_size) > limits.MAX_BYTES:
             return Rejected(*file, "too many bytes", f"{size:,}, expected at most {limits.MAX_BYTES:,}")
         data = path.read_bytes()
     except OSError as error:
-        return ForNow(Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}"))
+        return TemporaryRejection(Rejected(*file, "unreadable", f"cannot be read from the disk: {error.strerror}"))
     if not data:
         return Rejected(*file, "empty", "0 bytes")
     with decoding.guard(data, max_pixels) as caught, limits.limit_time():
@@ -46,7 +46,7 @@ def inspect_file(
             kind, (width, height), thumbnail = _decode(data, reserve_memory)
         except TooLittleMemory as error:
             advice = "raise the memory limit, and inspect again with --force inspect"
-            return ForNow(Rejected(*file, "too little memory", f"{error}; {advice}"))
+            return TemporaryRejection(Rejected(*file, "too little memory", f"{error}; {advice}"))
         except (PIL.Image.DecompressionBombError, *decoding.DAMAGED) as error:
             return Rejected(*file, *_explain(error, data, caught))
     if min(width, height) < min_side:
@@ -70,7 +70,7 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
         draft = image.draft("RGB", _DRAFT_SIZE)
         # libjpeg rounds the reduced size up to whole pixels. Without the exact box, the thumbnails of two copies differ
         # by a shift.
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # of RGB, convert would make a copy
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
         thumbnail = rgb.resize(square, bilinear, draft and draft[1])
         return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
 

@@ -1,10 +1,10 @@
-"""The first bytes of a file -> the type of the file, for the message about a file that is not a usable image."""
+"""Identifies the type of a file by its first bytes, for messages about files that are not usable images."""
 
 import codecs
 import re
 
-# At byte 0, unless another position is given. A library such as filetype knows more types, but neither the ones that
-# are text (HTML, S3's errors, pointers of Git LFS) nor the names of the formats in `decoding`.
+# At byte 0. A library such as filetype knows more types, but no text (HTML, S3's errors, pointers of Git LFS), and it
+# does not use the names of the formats in `decoding`.
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -51,7 +51,7 @@ _LATER_SIGNATURES = (
     (8, b"WAVE", "WAVE audio"),
     (128, b"DICM", "DICOM"),
 )
-_BRANDS = (  # of an ISO base media file, in any of its first boxes' brands
+_BRANDS = (  # in the brands of an ISO base media file
     (rb"avif|avis", "AVIF"),
     (rb"hei[cxms]|hev[cxms]", "HEIC"),
     (rb"mif1|msf1", "HEIF"),
@@ -80,7 +80,7 @@ def identify(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         brands = data[8 : min(int.from_bytes(data[:4]), 256)]
         return next(name for pattern, name in _BRANDS if re.search(pattern, brands))
-    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # two bytes alone also begin many a text
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # many texts also begin with BM
         return "BMP"
     if not data[:4096].strip(b"\0"):
         return "file of NUL bytes" if data else "empty file"
@@ -88,7 +88,7 @@ def identify(data: bytes) -> str:
 
 
 def _identify_text(data: bytes) -> str:
-    """Return the type of a text; "" if the data is none."""
+    """Return the type of a text; "" if the data is not text."""
     decoder = codecs.getincrementaldecoder("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")()
     try:
         text = decoder.decode(data[:4096])  # may end within a character

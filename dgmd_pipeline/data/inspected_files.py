@@ -1,8 +1,11 @@
-"""What an inspection stores about each file, so that the next one opens only new and changed files.
+"""The stored results of an inspection, with which the next inspection opens only new and changed files.
 
-In the folder of an inspection, `files.csv` has a row for each file whose result can be reused, `thumbnails` the
-thumbnails (uint8 [n, 16, 16, 3]) of the usable ones in this order, `hashes.npy` and `copies.npy` what
-`near_duplicates.Known` holds, and `checksums.json` the SHA-256 of these files.
+The folder of an inspection has these files:
+
+- `files.csv`: a row for each file whose result can be reused
+- `thumbnails`: the thumbnails of the usable files (uint8 [n, 16, 16, 3]), in the same order
+- `hashes.npy` and `copies.npy`: the arrays of `near_duplicates.Known`
+- `checksums.json`: the SHA-256 of these files
 """
 
 import logging
@@ -53,10 +56,10 @@ class InspectedFile(NamedTuple):
 
 
 class PreviousInspection:
-    """The results of earlier inspections, as far as their files are intact; of two for a path, those of the later."""
+    """The results in the intact folders of earlier inspections. For a path in two folders, the later folder counts."""
 
     def __init__(self, folders: Iterable[Path] = ()) -> None:
-        # With the thumbnails in the folder and the position among them.
+        # path -> row, thumbnails of its folder, position among them
         self._rows: dict[str, tuple[InspectedFile, np.ndarray, int]] = {}
         self.known: Known | None = None  # of the first folder: the others are pieces, in which nothing is compared
         for folder in filter(_is_intact, folders):
@@ -77,9 +80,9 @@ class PreviousInspection:
 
 
 def version(path: Path, etag: str | None) -> str | None:
-    """Return the size of a file with its ETag in the bucket, or else with the time of its last change.
+    """Return the size and the ETag of a file as text; without an ETag, the size and the time of its last change.
 
-    Returns None if it is not a regular file. A file whose version is the same is taken to be unchanged.
+    Returns None if it is not a regular file. A file with the same version counts as unchanged.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 - a Path object would take longer
@@ -112,7 +115,7 @@ def open_thumbnails(folder: Path) -> np.ndarray:
 
 
 def write(folder: Path, rows: Iterable[InspectedFile], known: Known) -> None:
-    """Write into a folder, which has the thumbnails already, what PreviousInspection reads."""
+    """Write the files that PreviousInspection reads into a folder that already has the thumbnails."""
     manifest.write(folder / FILES, InspectedFile, rows)
     np.save(folder / HASHES, known.hashes, allow_pickle=False)
     np.save(folder / COPIES, known.copies, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Files under `raw/` -> rows: a usable `Image`, or a `Rejected` with the reason why the file is left out."""
+"""Inspects the files under `raw/`. Each becomes a usable `Image`, or a `Rejected` with the reason."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ import numpy as np
 
 from dgmd_pipeline import formatting, manifest
 from dgmd_pipeline.data import corrections, inspected_files, limits, near_duplicates
-from dgmd_pipeline.data.file_inspection import MIN_SIDE, ForNow, Result, inspect_file
+from dgmd_pipeline.data.file_inspection import MIN_SIDE, Result, TemporaryRejection, inspect_file
 from dgmd_pipeline.data.inspected_files import InspectedFile, PreviousInspection
 from dgmd_pipeline.errors import NoUsableInput, WorkerDied
 from dgmd_pipeline.manifest import EXCLUDED, Image, RawFile, Rejected, SourceObject
@@ -55,10 +55,10 @@ def inspect_folder(
 ) -> InspectionCounts:
     """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
 
-    If `raw` was `downloaded`, the files are those of its listing; otherwise they are all files in its subfolders.
+    If `raw` was `downloaded`, the files in its listing are inspected; otherwise, all files in its subfolders.
     `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory`, `previous` and `pieces` are as in
     `inspect`.
-    Raises NoUsableInput without files.
+    Raises NoUsableInput if there are no files.
     """
     etags = _etags(raw) if downloaded else {}
     files = [_raw_file(path) for path in etags] if downloaded else list(find(raw))
@@ -120,9 +120,9 @@ def inspect(
     `map` works like the builtin. It may call its function in other processes, and yields the results in order; for a
     file whose process died, it yields a WorkerDied. `reserve_memory` is entered with the bytes that an image needs
     while it is decoded, and may raise TooLittleMemory. `previous` are folders of earlier inspections of this `raw`: the
-    results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. The new results are
-    stored in `folder`; those of each PIECE_FILES files are also stored in a folder in `pieces`, as soon as they are
-    there. The rows depend on the files only, unless there is too little memory for one of them.
+    results for files whose version (`inspected_files.version`, by `etags`) is the same are reused. All results are
+    stored in `folder`. In addition, each PIECE_FILES new results are stored in a folder in `pieces` as soon as they
+    exist. The rows depend only on the files, unless there is too little memory for one of them.
 
     Reasons: "empty"; "unreadable" (not an image in `FORMATS`, damaged, a disk error, or the process that decoded it
     died); "truncated" (the data ends before the image does); "too many bytes", "too many pixels" (more than
@@ -159,7 +159,7 @@ def find(raw: Path) -> Iterator[RawFile]:
     The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
     files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
     because they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect`
-    rejects them, as it does broken links, pipes and devices. Raises NoUsableInput where a folder cannot be listed.
+    rejects them, as it does broken links, pipes and devices. Raises NoUsableInput if a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -188,7 +188,7 @@ def expect(
 ) -> tuple[int, int]:
     """Return how many files an inspection will open, and how many results it will reuse from the folder `previous`.
 
-    `objects` are those that were or will be downloaded into `raw`; None if the files were put there by hand.
+    `objects` are the objects that were or will be downloaded into `raw`; None if an operator put the files there.
     `corrected_labels` comes from `corrections.read`.
     """
     if objects is None:
@@ -256,7 +256,7 @@ def _collect(
         if isinstance(result, WorkerDied):
             rejected.append(Rejected(*file, "unreadable", limits.explain(result)))
             continue
-        if isinstance(result, ForNow):
+        if isinstance(result, TemporaryRejection):
             rejected.append(result.rejected)
             continue
         if isinstance(result, Rejected):
@@ -275,7 +275,7 @@ def _keep(
     results: Iterable[Result | WorkerDied],
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
-    """Yield the results for files with these versions, and store those of each PIECE_FILES files in `pieces`."""
+    """Yield the results. Store the results of each PIECE_FILES files, with the files' versions, in `pieces`."""
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
@@ -309,7 +309,7 @@ def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejecte
 
 
 def _apply_corrected_label(copies: list[Image]) -> list[Image]:
-    """Give all copies the corrected label if exactly one occurs: one that is not the name of the copy's folder."""
+    """If the copies have exactly one label that differs from the name of its copy's folder, give it to all copies."""
     corrected = {copy.label for copy in copies if copy.label != copy.path.split("/", 1)[0]}
     return [copy._replace(label=label) for label in corrected for copy in copies] if len(corrected) == 1 else copies
 

@@ -1,4 +1,4 @@
-"""Rows -> label map: the class index of each label, and the labels with enough images to be used."""
+"""The label map: the class index of each label, and the labels with enough images to be used."""
 
 import json
 import logging
@@ -46,11 +46,11 @@ def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: in
 
 
 def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> list[LabelRow]:
-    """Assign a class index to every label: those in `known` keep theirs, new ones follow in alphabetical order.
+    """Assign class indexes to labels. Labels in `known` keep theirs, and new labels follow in alphabetical order.
 
     `counts` are the numbers of usable images. A label with fewer than `minimum` is not used. It keeps its index if it
-    is in `known`, and gets none otherwise. The rows are in the order of their indexes, followed by those without one.
-    Raises NoUsableInput where fewer than two labels can be used.
+    is in `known`, and gets none otherwise. The rows are in the order of their indexes. Rows without an index come last.
+    Raises NoUsableInput if fewer than two labels can be used.
     """
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:

@@ -1,4 +1,4 @@
-"""Limits of time and memory for one image, which hold before it is decoded."""
+"""Limits of the time and memory for decoding one image."""
 
 import contextlib
 import multiprocessing
@@ -13,14 +13,15 @@ from dgmd_pipeline.errors import WorkerDied
 
 MAX_PIXELS = 100_000_000  # a photograph has 12 megapixels, the largest mode of a phone 200
 MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
-# What a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
+# Bytes that a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
 MAX_MEMORY = 1_250_000_000
 # libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK, mozjpeg up to 12, Photoshop 5. Each
 # scan of 100 megapixels takes 0.04 s or more, even an empty one.
 MAX_SCANS = 100
-# Of processor time. The slowest files within the other limits, such as a JPEG of 100 megapixels in 100 scans, take 5 s.
+# Seconds of processor time. The slowest files within the other limits, such as a JPEG of 100 megapixels in 100 scans,
+# take 5 s.
 MAX_SECONDS = 20
-# The time on the clock that ends an image whose decoding waits for something that does not come.
+# Seconds of elapsed time, in case a decoder waits for ever and uses no processor time.
 MAX_WAIT = 15 * MAX_SECONDS
 
 # The largest peak of memory while an image is read, converted and resized, without the file: bytes for each pixel.
@@ -30,7 +31,7 @@ _BY_MODE = {"F": 19, "I": 17, "I;16": 13, "I;16B": 13}
 _OTHERS = 9
 _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 
-# Waits until so many bytes may be used, and gives them back after the block.
+# Waits until this number of bytes may be used, and releases them after the block.
 ReserveMemory = Callable[[int], AbstractContextManager[object]]
 
 # A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. ITU-T T.81, annex B
@@ -44,16 +45,16 @@ class TooManyScans(PIL.Image.DecompressionBombError):
 
 
 def max_pixels(data: bytes) -> int:
-    """Return how many pixels a file may have at most, as far as its first bytes say.
+    """Return how many pixels a file with these first bytes may have.
 
-    It counts for the readers that allocate memory for the pixels when they read the header.
+    The readers of some formats allocate memory for the pixels when they read the header. For these, the limit is lower.
     """
     kind = "WEBP" if data[8:12] == b"WEBP" else "AVIF" if data[4:8] == b"ftyp" else None
     return MAX_MEMORY // _BY_FORMAT[kind] if kind else MAX_PIXELS
 
 
 def check(image: PIL.Image.Image, data: bytes) -> int:
-    """Return how many bytes of memory an image needs at most, of which only the header has been read, with its file.
+    """Return how many bytes of memory an image and its file need at most. Only the image's header needs to be read.
 
     Raises PIL.Image.DecompressionBombError if that is more than `MAX_MEMORY`, and TooManyScans.
     """

@@ -1,4 +1,4 @@
-"""Thumbnails -> groups of near-duplicate images.
+"""Groups near-duplicate images by their thumbnails.
 
 A perceptual hash finds candidate pairs; a comparison of their thumbnails confirms them.
 """
@@ -14,7 +14,7 @@ from dgmd_pipeline.manifest import Image
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
 _ROTATIONS = range(0, 64, 4)  # bits
-_NEIGHBOURS = 8  # following hashes that a hash is paired with, in each sorted order
+_NEIGHBOURS = 8  # number of following hashes that a hash is paired with, in each sorted order
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
 # Rounded, because sums of whole numbers are exact in float64: the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
@@ -49,8 +49,8 @@ def group(
     """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
 
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
-    second result of an earlier call. It saves the comparison of old images with each other, where no image between
-    them has been removed, and does not change the result. The images are in the order of their paths in all calls.
+    second result of an earlier call. It does not change the result but saves time: most pairs of old images are not
+    compared again. The images are in the order of their paths in all calls.
     """
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)
@@ -89,7 +89,10 @@ def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
 
 
 def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images' HASH, without the hashes of new images, and their positions in `known` or _NEW (int64 [n])."""
+    """Return a HASH record for each image, and the position of each image in `known`, or _NEW: int64 [n].
+
+    In the records of new images, `hash` and `brightness` are 0.
+    """
     hashes = np.zeros(len(images), HASH)
     hashes["sha256"] = [bytes.fromhex(image.sha256) for image in images]
     paths = (image.path.encode("utf-8", "surrogateescape") for image in images)
@@ -129,19 +132,21 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     """Return the pairs that are to be compared, and the known near-duplicates that are still neighbours.
 
     Both are int64 [pairs, 2]; the first index is the smaller one. Neighbours are compared if their hashes differ by at
-    most `_MAX_DISTANCE` bits. Two old images are compared only if an image between them has been removed, because
-    otherwise they were neighbours before.
+    most `_MAX_DISTANCE` bits.
 
     The hashes are sorted sixteen times, each time rotated by four more bits (Charikar 2002 sorts random permutations).
     Two hashes become neighbours in the rotation that moves their longest common run of bits to the front. Each hash is
     paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are sorted by
     brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
+
+    The earlier call has compared the old images that were neighbours then. So two old neighbours are compared only if
+    an image that was sorted between them has been removed.
     """
-    position_of = np.full(len(known.hashes) + 1, _NEW)  # of an old image among the present ones
+    position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # of an old image among the present ones
     position_of[old] = np.arange(len(old))
-    position_of[_NEW] = _NEW
+    position_of[_NEW] = manifest.MISSING
     copies = position_of[known.copies]
-    copies = copies[(copies != _NEW).all(axis=1)]
+    copies = copies[(copies != manifest.MISSING).all(axis=1)]
     everything, position = _with_removed(hashes, position_of[:-1], known.hashes)
     is_new = old == _NEW
     are_neighbours = np.zeros(len(copies), bool)
@@ -151,7 +156,7 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
         bits = everything["hash"]
         rotated = bits << np.uint64(rotation) | bits >> np.uint64(64 - rotation)
         order = position[np.lexsort((everything["brightness"], rotated))]
-        present = order != _NEW
+        present = order != manifest.MISSING
         removed_before, order = np.cumsum(~present)[present], order[present]
         rank[order] = np.arange(len(order))
         are_neighbours |= np.abs(np.diff(rank[copies], axis=1)[:, 0]) <= _NEIGHBOURS
@@ -168,15 +173,18 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 
 
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the present and the removed images in one order: their HASH, and their positions, _NEW if removed.
+    """Return the HASH records of present and removed images in one order, and their positions, MISSING if removed.
 
-    A removed image follows the image that it followed before. Equal images are thus sorted as before.
+    A removed image follows the image that it followed in the earlier call. So a stable sort leaves images with equal
+    hashes and brightness in the order of the earlier call.
     """
-    removed = np.flatnonzero(position_of == _NEW)
-    after = np.maximum.accumulate(np.append(_NEW, position_of))[removed]  # the position of the last present one before
+    removed = np.flatnonzero(position_of == manifest.MISSING)
+    after = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[
+        removed
+    ]  # the nearest present image before it
     places = np.concatenate([np.arange(len(hashes)), after])
     order = np.argsort(places, kind="stable")
-    position = np.concatenate([np.arange(len(hashes)), np.full(len(removed), _NEW)])
+    position = np.concatenate([np.arange(len(hashes)), np.full(len(removed), manifest.MISSING)])
     return np.concatenate([hashes, old_hashes[removed]])[order], position[order]
 
 

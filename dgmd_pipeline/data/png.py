@@ -1,4 +1,4 @@
-"""A PNG file -> the same image without the chunks that Pillow reads and that no pixel depends on."""
+"""Removes the chunks of a PNG file that Pillow reads although they do not affect the pixels."""
 
 import io
 import re
@@ -16,7 +16,7 @@ def without_metadata(data: bytes) -> bytes:
 
     Pillow refuses a whole image for a text or colour profile above 1 MB, for a malformed ancillary chunk, or for the
     wrong checksum of one. libpng, and so the browsers, leave out the chunk. Frames of an animation after the first are
-    left out too. A file whose chunks cannot be followed to the end is left as it is from there on.
+    left out too. If a chunk's length or name is invalid, the rest of the file is left as it is.
     """
     view, at = memoryview(data), len(SIGNATURE)
     kept = [view[:at]]
@@ -32,7 +32,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _is_needed(kind: bytes, chunk: memoryview) -> bool:
-    """Return whether an ancillary chunk (name, content, checksum) is needed and whole."""
+    """Return whether an ancillary chunk (name, content, checksum) is needed and valid."""
     content = chunk[4:-4]
     if kind not in (_PIXELS, _ORIENTATION) and not _TEXT_WITH_ORIENTATION.match(content):
         return False

@@ -1,4 +1,4 @@
-"""Records in finished folders of TFRecord shards -> the shards and records that a new folder takes over."""
+"""Finds the TFRecord shards and records in finished folders that a new folder can reuse."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -57,17 +57,18 @@ class StoredRecords:
 
 
 class Reuse(NamedTuple):
-    """What a new folder of shards takes over."""
+    """The shards and records that a new folder reuses."""
 
     shards: dict[int, StoredShard]  # number of a new shard -> a stored shard that is equal
     positions: np.ndarray  # int64 [images]: the stored record of each image's file, or NEW
 
 
 def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray, shard_of: np.ndarray) -> Reuse:
-    """Find what a new folder can take over, and check the SHA-256 of every stored shard that it is taken from.
+    """Find the shards and records that a new folder can reuse, and check the SHA-256 of each stored shard that is used.
 
-    `rows` are the `Shard.rows` of the new shards; `sha256` (S32 [images]) and `shard_of` (int64 [images]) are the image
-    files and the numbers of their new shards. Logs a warning for each damaged shard, which is not used.
+    `rows` are the `Shard.rows` of the new shards; `sha256` (S32 [images]) and `shard_of` (int64 [images]) are the
+    hashes of the image files and the numbers of their new shards. Logs a warning for each damaged shard, which is not
+    used.
     """
     if not len(stored.records):
         return Reuse({}, np.full(len(sha256), NEW))

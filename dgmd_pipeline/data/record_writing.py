@@ -1,4 +1,4 @@
-"""A piece of a shard -> a folder of records: new images are encoded, stored records are copied. Workers run this."""
+"""Writes a piece of a shard: encodes new images and copies stored records. Workers run this code."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ _EXCLUDE = (
 
 
 class Piece(NamedTuple):
-    """A part of a shard, for a worker to write into a folder of its own."""
+    """A part of a shard that a worker writes into one folder."""
 
     target: Path  # the folder
     shard: int  # number
     rows: Sequence[Example]
     records: np.ndarray  # manifest.RECORD [rows]: hashes and label
-    stored: np.ndarray  # manifest.RECORD [rows]: the stored record of the image; undefined where there is none
+    stored: np.ndarray  # manifest.RECORD [rows]: the stored record of the image; undefined if there is none
     sources: Sequence[Path | None]  # the shard with the stored record of each row; None: there is none
     raw: Path
     width: int
@@ -42,9 +42,9 @@ class Piece(NamedTuple):
 
 
 def write_piece(piece: Piece) -> int:
-    """Write the folder of a piece, which looks like a finished folder of one shard, and return the number of images.
+    """Write the folder of a piece, in the format of a finished folder with one shard. Return the number of images.
 
-    The piece may be written several times at the same time (`files.commit`).
+    Several processes may write the same piece at the same time (see `files.commit`).
     """
     with files.commit(piece.target) as folder:
         records = _write_records(piece, folder / SHARD)
@@ -64,7 +64,7 @@ def _write_records(piece: Piece, path: Path) -> np.ndarray:
                 output.copy(source, int(stored["start"]), int(stored["length"]))
                 lengths.append((stored["length"], stored["image"], stored["image_length"]))
             else:
-                output.close()  # if the process dies, `check` sees at which image
+                output.close()  # so that `check` finds the image at which the process died
                 image = _encode(piece, row) if source is None else _read_image(source, stored)
                 frame = tfrecord.frame(tfrecord.serialize_example(_features(piece, row, image)))
                 output.write(frame)
@@ -77,7 +77,7 @@ def _write_records(piece: Piece, path: Path) -> np.ndarray:
 
 
 def check(piece: Piece, outcome: int | WorkerDied) -> Path:
-    """Return the folder of a piece. Raises PipelineError with the image at which the process died, if it did."""
+    """Return the folder of a piece. If its process died, raises PipelineError, which names the image."""
     if isinstance(outcome, WorkerDied):
         files_of_attempts = [path for folder in files.attempts(piece.target) if (path := folder / SHARD).exists()]
         written = tfrecord.count(files_of_attempts[-1]) if files_of_attempts else 0
@@ -87,7 +87,10 @@ def check(piece: Piece, outcome: int | WorkerDied) -> Path:
 
 
 def join(target: Path, parts: Sequence[Path], width: int, height: int, fit: Fit) -> Path:
-    """Write the folder of a shard from the folders of its parts, and remove them. Return it; a single part as it is."""
+    """Join the folders of a shard's parts into the folder `target`, remove the parts, and return the new folder.
+
+    A single part is returned as it is.
+    """
     if len(parts) == 1:
         return parts[0]
     records = []
@@ -111,7 +114,7 @@ def write_index(
 ) -> dict[str, int]:
     """Write `records.npy` and `index.json` into a folder that has the shards, and return the numbers in the index.
 
-    `shards` are the names of the files, and which of the `records` (manifest.RECORD [n]) each has.
+    `shards` maps the name of each file to its part of `records` (manifest.RECORD [n]).
     """
     np.save(folder / manifest.RECORDS, records, allow_pickle=False)
     entries = [_entry(folder / name, records[each]) for name, each in shards.items()]
@@ -192,7 +195,7 @@ def _encode(piece: Piece, row: Example) -> bytes:
         raise PipelineError(f"{path} cannot be converted: it {error}. {_EXCLUDE}") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise PipelineError(
-            f"{path} was readable when it was inspected, and is not any more ({describe(error)}). "
+            f"{path} was readable when it was inspected, but no longer is ({describe(error)}). "
             "Restore the file (if it was downloaded, delete the folder raw) and run again. Or accept the change: run "
             "with --force inspect."
         ) from error

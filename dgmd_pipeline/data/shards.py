@@ -1,4 +1,4 @@
-"""Rows of a split <-> TFRecord shards and their index.
+"""Writes and checks the TFRecord shards of a split and their index.
 
 A record is a `tf.train.Example` with five features:
 
@@ -71,16 +71,18 @@ def write(
 ) -> Written:
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
 
-    The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). A hash of its content
-    assigns an image to one of the `shards` shards, so the shards differ in size and may be empty. `previous` are
+    The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). A hash of the content
+    assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. `previous` are
     finished folders of shards: a shard with equal rows is linked, and the record of an equal image file is copied. The
     bytes depend on the set of rows and on the images only, not on the order of `rows`, the number of processes, or
     `previous`. `map` works like the builtin. It may call its function for the pieces in other processes or on other
     machines, and yields the results (the number of images) in order; for a piece whose process died, a WorkerDied.
     `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded. Finished pieces are
-    folders in `pieces`, and stay: after a stop, they can be among `previous`. None: they are removed at the end.
-    Raises PipelineError where an image is missing or no longer readable, or needs too much memory or time, OSError
-    where `folder` cannot be written.
+    folders in `pieces`. They are kept, so that they can be in `previous` after a stop. Without `pieces`, they are
+    removed at the end.
+
+    Raises PipelineError if an image is missing or no longer readable, or needs too much memory or time. Raises OSError
+    if `folder` cannot be written.
     """
     ranks, examples = _ordered(rows)
     records = np.fromiter((_expected_record(row) for row in examples), manifest.RECORD, len(examples))
@@ -92,7 +94,7 @@ def write(
     names = [f"{split}-{number:05d}-of-{shards:05d}.tfrecord" for number in range(shards)]
     make = partial(Piece, raw=raw, width=width, height=height, fit=fit, reserve_memory=reserve_memory)
     with contextlib.nullcontext(pieces) if pieces else tempfile.TemporaryDirectory(dir=folder) as place:
-        start = Path(place, uuid.uuid4().hex[:8])  # of names: those of an earlier run's pieces are others
+        start = Path(place, uuid.uuid4().hex[:8])  # start of the names of pieces, different in each run
         todo: list[Piece] = []
         for number in sorted({*range(shards)} - {*reuse.shards}):
             each = slices[number]
@@ -136,7 +138,7 @@ def _pieces(
     positions: np.ndarray,
     stored: StoredRecords,
 ) -> Iterator[Piece]:
-    """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are those in `stored`, or NEW."""
+    """Divide a shard into pieces of at most PIECE_IMAGES new images. `positions` are positions in `stored`, or NEW."""
     new = positions == NEW
     numbers = (np.cumsum(new) - new) // PIECE_IMAGES
     edges = pairwise(np.searchsorted(numbers, np.arange(numbers.max(initial=0) + 2)).tolist())
@@ -165,7 +167,7 @@ def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, Examples]:
 
 
 def estimate_bytes(images: int, width: int, height: int) -> int:
-    """Return the approximate size of the shards of so many photographs: 1.15 bytes a pixel.
+    """Return the approximate size of the shards of `images` photographs: 1.15 bytes a pixel.
 
     Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
     """
@@ -173,7 +175,7 @@ def estimate_bytes(images: int, width: int, height: int) -> int:
 
 
 def suggest_shards(sizes: Sequence[int]) -> int | None:
-    """Return the number of shards that makes shards of these sizes SHARD_BYTES large, if one exceeds LARGE_SHARD."""
+    """Return the number of shards with which each would have SHARD_BYTES, if one exceeds LARGE_SHARD, else None."""
     return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 

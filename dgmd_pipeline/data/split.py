@@ -1,4 +1,4 @@
-"""Rows -> the training and the validation split, by content: the same images give the same split on every machine."""
+"""Divides rows into the training and the validation split by content: the split is the same on every machine."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:
     """Write `training.csv` and `validation.csv` into `folder` (see `split`), and return the counts.
 
     `rows` is a file of Examples; their order is kept. Warns of labels without validation images. Raises NoUsableInput
-    where no label has any.
+    if no label has any.
     """
     numbers = columns.LabelNumbers()
     labels, ranks = [], []
@@ -68,9 +68,9 @@ def split(labels: np.ndarray, groups: np.ndarray, fraction: float) -> Split:
     """Put `round(fraction * n)` of each label's n images, at least 1 and at most n - 1, into the validation split.
 
     `labels` (integers >= 0 [rows]) and `groups` (uint64 [rows, 2], `columns.ranks` of the near-duplicate groups)
-    describe the rows. A group is never divided, so the number is the nearest one that the groups of the label allow;
-    those of lower rank come first. A label that is a single group goes into the training split, and so does a group
-    with images of several labels.
+    describe the rows. A group is never divided, so the number is the nearest one that the groups of the label allow.
+    Groups of lower rank are chosen first. A label that is a single group goes into the training split, and so does a
+    group with images of several labels.
     """
     order = columns.order(groups)
     is_first = np.append(True, (groups[order[1:]] != groups[order[:-1]]).any(axis=1))

@@ -1,4 +1,4 @@
-"""Sizes of groups and a target -> the groups whose sizes add up to it, or as nearly as possible, in linear time."""
+"""Finds groups whose sizes add up to a target, or as nearly as possible, in linear time."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,9 +9,8 @@ from typing import NamedTuple
 class _Sums(NamedTuple):
     """The sums of all subsets of some sizes with a known total.
 
-    s is a sum if total - s is one. From `start` to total - `start`, s is a sum if s + period is one. So a few bits
-    describe the sums of any number of sizes: after the first few, every sum of equal sizes, or of one image and more,
-    follows the period.
+    The number s is a sum if and only if total - s is a sum. Between `start` and total - `start`, s is a sum if and only
+    if s + period is a sum. So a few bits describe the sums of any number of sizes.
     """
 
     start: int
@@ -21,8 +20,8 @@ class _Sums(NamedTuple):
 def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
     """Return positions of `sizes` (each >= 1) whose sum is nearest to `target`, from 1 to `limit`.
 
-    Of two sums that are equally near, the smaller one is used; of the subsets with this sum, the one with the earliest
-    positions. Returns no positions if no sum is possible.
+    If two sums are equally near, the smaller sum is used. If several subsets have this sum, the result is the subset
+    with the earliest positions. Returns no positions if no sum is possible.
     """
     period = Counter(sizes).most_common(1)[0][0]
     totals = [*accumulate(reversed(sizes), initial=0)][::-1]  # totals[i]: of sizes[i:]
@@ -40,7 +39,7 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
 
 
 def _nearest(target: int, bound: int) -> Iterator[int]:
-    """Yield the integers from 1 to `bound`, those nearest to `target` first, the smaller one of two."""
+    """Yield the integers from 1 to `bound` by their distance to `target`, the smaller of two first."""
     for distance in range(max(target, bound - target) + 1):
         for each in dict.fromkeys((target - distance, target + distance)):
             if 1 <= each <= bound:
@@ -48,7 +47,7 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal ones are one object."""
+    """Return the sums of sizes[i:] for each i, and of no size at the end. Equal values are the same object."""
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
@@ -63,7 +62,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Return the sums of sizes with the sum `total` and of one more."""
+    """Return the sums of sizes with the sum `total` and of one more size, `size`."""
     # The first s at which the new sums are known to have the period, up to the middle of all sums.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:

@@ -1,1 +1,1 @@
-"""A trained model -> measurements, a comparison with production, and a report."""
+"""Measures a trained model, compares it with production, and writes a report."""

@@ -1,6 +1,6 @@
-"""Numbers -> the geometry of the charts in report.html. The templates draw it, in the browser's fonts and colours.
+"""The geometry of the charts in report.html. The templates draw them with the browser's fonts and colours.
 
-Bars are HTML, and their lengths are percentages of the room for bars. Curves are SVG, in the units of its view box.
+Bars are HTML elements, with lengths in percent of the area for bars. Curves are SVG, in units of its view box.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,19 +12,19 @@ from dgmd_pipeline.training.config import Epoch
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison
 
-ALL_BARS = 30  # labels; of more, a chart shows those that matter
+ALL_BARS = 30  # labels; of more labels, a chart shows a selection
 BARS = 10  # labels at each end of such a chart
 PAIRS = 15  # confused pairs
 MATRIX_LABELS = 10  # more do not fit on the screen of a phone
 FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
 WIDTH, HEIGHT = 420, 230  # of the view box of curves
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
-COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in a view box of their own
+COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in their own view box
 MARKED = 30  # points of a curve that have a mark
 
 
 class Tick(NamedTuple):
-    """A place on an axis."""
+    """A tick of an axis."""
 
     at: float
     text: str
@@ -48,14 +48,14 @@ class Panel(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A part of the room for bars. Percent."""
+    """A bar, in percent of the area for bars."""
 
     start: float
     length: float
 
 
 class Bin(NamedTuple):
-    """A bar of the reliability diagram, and its number of images as another. View box units."""
+    """A bar of the reliability diagram and the bar of its number of images, in view box units."""
 
     left: float
     width: float
@@ -86,18 +86,18 @@ class Matrix(NamedTuple):
     labels: list[str]
     rows: list[list[Cell]]  # for each true label: one cell for each label
     others: list[Cell]  # for each true label: the images that are predicted as a label that is not shown
-    all_labels: bool  # whether no measured label is missing
+    all_labels: bool  # whether all measured labels are shown
 
 
 class LabelRow(NamedTuple):
-    """A row of the table of all labels, and its place in each order."""
+    """A row of the table of all labels, and its rank in each sort order."""
 
     label: str
     images: int
     recall: float
     precision: float
     f1: float
-    change: float | None  # of the recall against production's; None: not compared
+    change: float | None  # recall minus production's recall; None: not compared
     by_label: int
     by_images: int  # fewest first
     by_change: int  # largest loss first
@@ -113,10 +113,10 @@ class Change(NamedTuple):
 class Recalls(NamedTuple):
     """The labels that the chart of the recall shows."""
 
-    never: list[str]  # labels of which no image is recognised, where there are too many labels for a bar each
+    never: list[str]  # labels without a recognised image, if not all labels are shown
     shown: list[ClassMetrics]  # lowest recall first
-    always: int  # labels that are left out because all their images are recognised
-    between: int  # labels that are left out and are neither
+    always: int  # number of labels that are left out because all their images are recognised
+    between: int  # number of other labels that are left out
 
 
 def curves(history: Sequence[Epoch]) -> list[Panel]:
@@ -137,9 +137,9 @@ def panel(
     write: Callable[[float], str],
     counts: bool = False,
 ) -> Panel:
-    """Return the geometry of lines over the same whole numbers; `write` turns a value on the y axis into text.
+    """Return the geometry of lines with the same integer x values. `write` formats a value of the y axis.
 
-    The y axis has whole numbers if the values are `counts`.
+    With `counts`, the ticks of the y axis are whole numbers.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -174,7 +174,7 @@ def percent(share: float) -> str:
 
 
 def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
-    """Return the bars of the accuracy and of the number of images by confidence, in a view box each."""
+    """Return the bars of the accuracy and of the number of images by confidence, each in its own view box."""
     most = max(row.images for row in bins)
 
     def across(share: float) -> float:
@@ -205,7 +205,7 @@ def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
 def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Matrix | None:
     """Return the confusion matrix of all measured labels if they are few, otherwise of those that are confused most.
 
-    It is computed from the pairs (most images first), so it exists for any number of labels. None: nothing is confused.
+    It is computed from the pairs (most images first), which exist for any number of labels. None if there are no pairs.
     """
     if not pairs:
         return None
@@ -229,7 +229,7 @@ def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Ma
 
 
 def _cell(images: int, total: int, right: bool) -> Cell:
-    # The square root makes a few images in a wrong column visible. More colour leaves text too little contrast.
+    # The square root makes a few images in a wrong column visible. With more colour, text has too little contrast.
     shade = round(45 * (images / max(total, 1)) ** 0.5)
     return Cell(images, shade, "right" if right else "wrong")
 
@@ -245,7 +245,7 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 
 
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
-    """Choose the labels whose recall is shown as a bar: all, or the lowest ones without those that need no bar."""
+    """Choose the labels whose recall is shown as a bar: all if they are few, otherwise the lowest between 0 and 1."""
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:
         return Recalls([], ordered, 0, 0)
@@ -270,7 +270,7 @@ def label_rows(classes: Sequence[ClassMetrics], compared: Iterable["ClassCompari
 
 
 def _places(keys: Sequence[object]) -> list[int]:
-    """Return the place of each key in their order."""
+    """Return the rank of each key."""
     order = sorted(range(len(keys)), key=lambda index: keys[index])  # type: ignore[arg-type, return-value]
     found = [0] * len(keys)
     for place, index in enumerate(order):

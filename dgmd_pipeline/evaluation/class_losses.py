@@ -1,15 +1,17 @@
-"""Gains and losses of each class -> the classes that are significantly worse, and what loss could be detected.
+"""Tests which classes are significantly worse, and computes which loss the test can detect.
 
-One test for each class, with a correction for their number. For a class, the images that only one of two equally good
-models gets right are losses with a probability of 1/2 (McNemar's exact test, one-sided). The p-values of small classes
-have few possible values: a class with two such images can have no p-value below 1/4, so it cannot be the reason for a
-smaller one. The correction uses this: an adjusted p-value is the probability that equally good models have a p-value as
-small as this one in any class, given how many images of each class only one model gets right. The test is step-down:
-the class with the lowest p-value does not count for the others.
+Each class has a one-sided exact McNemar test. The p-values are corrected for the number of classes. An image is
+discordant if only one of the two models gets it right. If the models are equally good, a discordant image is a loss
+with probability 1/2.
+
+A class with few discordant images has few possible p-values. For example, with two such images the lowest is 1/4. The
+correction uses this: an adjusted p-value is the probability that equally good models have such a low p-value in any
+class, given the number of discordant images of each class. The test is step-down: the class with the lowest p-value
+does not count for the others.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,
-1990 (why classes with few such images do not count). It finds everything that Holm's correction finds, and more.
+1990 (why classes with few discordant images do not count). It finds all that Holm's correction finds, and more.
 """
 
 from collections import Counter
@@ -19,15 +21,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-LEVEL = 0.025  # with the 0.025 of the test of the accuracy, at most 0.05 of equally good versions are called worse
+LEVEL = 0.025  # with 0.025 for the test of the accuracy, at most 5 % of equally good versions are called worse
 POWER = 0.8  # probability of detection
 
 
 def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
     """Return for each class the p-value (0 to 1) of its losses, corrected for the number of classes.
 
-    It is exact up to LEVEL. Of the larger ones, only the first is exact; the others are 1. `gained` and `lost` are the
-    numbers of images that only the candidate or only production gets right.
+    Values up to LEVEL are exact. Of the larger values, the lowest is exact and the others are 1. `gained` and `lost`
+    are the numbers of images that only the candidate or only production gets right.
     """
     import numpy as np
     from scipy.stats import binom
@@ -56,7 +58,7 @@ def _lowest_of_all(p: float, counts: Counter[int]) -> float:
 
 
 def _attained(p: float, discordant: int) -> float:
-    """Return the probability that a class's p-value is at most `p`: the largest possible p-value that is."""
+    """Return the probability that a class's p-value is at most `p`. It is the largest possible p-value up to `p`."""
     tails = _tails(discordant)
     return float(tails[tails <= p * (1 + 1e-9)].max(initial=0.0))
 
@@ -72,9 +74,9 @@ def _tails(discordant: int) -> "np.ndarray":
 def detectable_loss(images: int, others: Sequence[int], disagreement: float, max_drop: float) -> float | None:
     """Return the true loss of a class's recall (0 to 1) that is found with probability POWER; None if there is none.
 
-    The class has `images` images. `others` are the numbers of discordant images of the other classes, `disagreement` is
-    the share of images that only one of two equally good models gets right. Found: significant, and a loss of recall
-    of more than `max_drop` is observed.
+    The class has `images` images. `others` are the numbers of discordant images of the other classes. `disagreement`
+    is the share of discordant images of two equally good models. A loss is found if it is significant and the observed
+    loss of recall is larger than `max_drop`.
     """
     needed = _needed(images, Counter(others), max_drop)
     if _found(images, needed, 1.0, disagreement) < POWER:
@@ -87,12 +89,14 @@ def detectable_loss(images: int, others: Sequence[int], disagreement: float, max
 
 
 def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
-    """Return how many losses are found, int [images + 1], by the number of discordant images; one more if none is."""
+    """Return how many lost images are needed to find a loss, int [images + 1], by the number of discordant images.
+
+    If not even the loss of all discordant images is found, the number is one more."""
     import numpy as np
     from scipy.stats import binom
 
     low, high = 0.0, LEVEL
-    while high - low > 1e-6 * high:  # the largest p-value that is significant beside the other classes
+    while high - low > 1e-6 * high:  # the largest p-value that is significant, given the other classes
         middle = (low + high) / 2
         low, high = (middle, high) if middle + _lowest_of_all(middle, others) <= LEVEL else (low, middle)
     discordant = np.arange(images + 1)
@@ -102,7 +106,7 @@ def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
 
 
 def _found(images: int, needed: "np.ndarray", loss: float, disagreement: float) -> float:
-    """Return the probability that a loss is found. It comes on top of the disagreement of equally good models."""
+    """Return the probability that a loss is found. The loss adds to the disagreement of equally good models."""
     import numpy as np
     from scipy.stats import binom
 

@@ -1,4 +1,4 @@
-"""Two models' predictions for the same images -> which one is better, how certain that is, and what could be detected.
+"""Compares two models on the same images: which is better, how certain that is, and which loss could be detected.
 
 Labels are compared by name: the class indexes of the two models may differ.
 """
@@ -40,7 +40,7 @@ class ClassComparison:
 
 @dataclass(frozen=True)
 class Detection:
-    """What loss of accuracy a comparison on these images can detect."""
+    """The loss of accuracy that a comparison on these images can detect."""
 
     disagreement: float  # share of images that only one of the two models gets right, 0 to 1
     assumed: bool  # whether `disagreement` is DISAGREEMENT, and not observed
@@ -54,8 +54,8 @@ class Comparison:
     """A candidate compared with production on the same images. Shares are 0 to 1."""
 
     version: int | None  # of production
-    run: str  # that made it
-    left_out: int  # images that one of the two models was trained on
+    run: str  # the run that made production
+    left_out: int  # images that at least one of the two models was trained on
     images: int
     accuracy: float
     production_accuracy: float
@@ -91,11 +91,11 @@ def compare(
 ) -> Comparison:
     """Compare a candidate's and production's predictions for the same images, in the same order.
 
-    Both know all true labels. A model that predicts a label which only it knows is wrong. `version` and `run` identify
-    production, and `left_out` counts the images that were not compared; they are passed on.
+    Both models know all true labels. A predicted label that only one of them knows is wrong. `version` and `run`
+    identify production. `left_out` is the number of images that were not compared. All three are copied to the result.
 
-    The interval of the difference is a paired bootstrap with 10,000 resamples of the images (Efron and Tibshirani, "An
-    Introduction to the Bootstrap", 1993, chapter 13).
+    The interval of the difference comes from a paired bootstrap with 10,000 resamples of the images (Efron and
+    Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
     """
     correct, production_correct = candidate.correct, production.correct
     gained, lost = int((correct & ~production_correct).sum()), int((production_correct & ~correct).sum())
@@ -139,7 +139,7 @@ def _compare_classes(candidate: PredictedLabels, production_correct: np.ndarray)
 
 
 def mid_p(gained: int, lost: int) -> float:
-    """Return the p-value (0 to 1) of McNemar's mid-p test for gains and losses that differ by more than chance.
+    """Return the p-value (0 to 1) of McNemar's mid-p test of whether gains and losses are equally likely.
 
     Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
     Methodology 13:91, 2013. The exact test rejects much less often than its level allows, so it misses real losses.
@@ -148,12 +148,12 @@ def mid_p(gained: int, lost: int) -> float:
 
     images, larger = gained + lost, max(gained, lost)
     if gained == lost:
-        return 1.0  # the formula below gives less than 1; the source has 1 - P(gained) / 2: neither is significant
+        return 1.0  # the source has 1 - P(gained) / 2; neither is significant
     return float(2 * binom.sf(larger, images, 0.5) + binom.pmf(larger, images, 0.5))
 
 
 def detection(images: int, discordant: int | None = None) -> Detection:
-    """Return what loss of accuracy a comparison on `images` images can detect.
+    """Return the loss of accuracy that a comparison on `images` images can detect.
 
     `discordant` is the number of images that only one of the two models gets right; None if nothing was compared.
     """
@@ -176,7 +176,7 @@ def power(images: int, loss: float, disagreement: float) -> float:
     """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
     The value is exact: the number of images that only one version gets right is binomial (`images`, `disagreement`),
-    and so is the number of lost ones among them. If `loss` exceeds `disagreement`, every disagreement is a loss.
+    and so is the number of losses among them. If `loss` exceeds `disagreement`, every disagreement is a loss.
     `Comparison.is_worse` also needs the bootstrap interval, which lowers the probability by at most 3 points:
     docs/measurements/leaks.md.
     """
@@ -187,7 +187,7 @@ def power(images: int, loss: float, disagreement: float) -> float:
         return 0.0
     first, last = binom.interval(1 - 1e-9, images, disagreement)
     discordant = np.arange(max(first, 1), last + 1)
-    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses is this or a neighbour
+    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses, or one more or less
     needed = np.select(
         [_is_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1]
     )
@@ -219,7 +219,7 @@ def to_json(comparison: Comparison) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> Comparison:
-    """Return the comparison in the values of comparison.json. Raises KeyError or TypeError if they hold none.
+    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError if they hold none.
 
     A version in the registry may come from an older pipeline, which recorded neither `run` nor `detection`.
     """

@@ -1,7 +1,4 @@
-"""A trained model and the folders of a run -> the folder of its evaluation.
-
-It runs the other modules of this package in order, and writes their files and the report.
-"""
+"""Evaluates a trained model: runs the other modules of this package in order, and writes their files and the report."""
 
 import json
 import logging
@@ -35,7 +32,7 @@ from dgmd_pipeline.evaluation.label_suspects import LabelSuspects
 from dgmd_pipeline.evaluation.leaks import Leaks
 from dgmd_pipeline.evaluation.metrics import Measurements
 from dgmd_pipeline.evaluation.predictions import Predictions
-from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, ValidationImages
+from dgmd_pipeline.evaluation.review import Answers, CandidateModel, Review, Rivals, StoredFeatures, ValidationImages
 from dgmd_pipeline.evaluation.versions_so_far import VersionSummary
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, feature_store, fine_tuning, train
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-MEASURED = "dgmd.measured"  # tag of a version: its figures as JSON, because MLflow's pages show every tag
+MEASURED = "dgmd.measured"  # tag of a version: all figures as one JSON value, because MLflow's pages show every tag
 BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
     *("parameters", "predictions_equal"),
@@ -92,15 +89,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
 
-    `production` downloads the versions to compare with into a folder. If it raises PipelineError, the comparison is
-    missing. The model is benchmarked in `process`, and nothing else is done while it measures times. What only the
-    report needs is done afterwards, while the process predicts original files.
+    `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
+    comparison. The model is benchmarked in `process`. Work that only the report needs is done while `process` loads the
+    models. This process is idle while times are measured.
+
     Returns the counts for the step's record.
     """
     start = time.monotonic()
     splits = _read_splits(data)
     leaked = _find_leaks(splits, folder)
-    measured, answers = _measure(data, network, splits, leaked, folder)
+    stored = _stored_features(data, network, splits)
+    measured, answers = _measure(data, network, splits, stored, leaked, folder)
     candidate = CandidateModel(
         path=data.trained_model / train.MODEL,
         labels=data.labels,
@@ -108,7 +107,7 @@ def evaluate(
         answers=answers,
         trained_labels=frozenset(row.label for row in splits.training),
     )
-    images = review.ValidationImages(data.records, splits.validation, data.raw)
+    images = review.ValidationImages(data.records, splits.validation, data.raw, stored)
     content = cache(partial(_content, data, splits, measured, leaked, folder))
     found = _review(candidate, production, images, process, folder, lambda compared: _draw(folder, content(), compared))
     review.write(found, folder)
@@ -120,7 +119,7 @@ def evaluate(
 
 
 def _decided(decision: gates.Decision, compared: Comparison | None) -> dict[str, Any]:
-    """Return the part of the counts that is about the decision: what `summary.Summary` needs."""
+    """Return the counts that describe the decision, which `summary.Summary` needs."""
     counts: dict[str, Any] = {"verdict": decision.verdict, "failed": decision.failed}
     if compared:
         counts |= {"compared_with": compared.version, "difference": compared.difference}
@@ -140,14 +139,25 @@ def _read_splits(data: EvaluationData) -> _Splits:
     return _Splits(training, validation, [feature_store.load(folder)[0] for folder in data.features or ()])
 
 
+def _stored_features(data: EvaluationData, network: "keras.Model", splits: _Splits) -> StoredFeatures | None:
+    """Return the stored features that fit the head of the network; None if there are none."""
+    if not splits.features or train.read(data.trained_model)[0].get("fine_tuned"):
+        return None  # after fine-tuning, stored features do not fit the network
+    return StoredFeatures(splits.features[1], network.get_layer("backbone"))
+
+
 def _measure(
-    data: EvaluationData, network: "keras.Model", splits: _Splits, leaked: Leaks | None, folder: Path
+    data: EvaluationData,
+    network: "keras.Model",
+    splits: _Splits,
+    stored: StoredFeatures | None,
+    leaked: Leaks | None,
+    folder: Path,
 ) -> tuple[Measurements, Answers]:
-    """Predict the validation images and write the metrics. The array of the probabilities ends with this function."""
+    """Predict the validation images and write the metrics. The large array of probabilities is freed at the end."""
     log.info("  predicting %s validation images ...", f"{len(splits.validation):,}")
-    fine_tuned = train.read(data.trained_model)[0].get("fine_tuned")
-    if splits.features and not fine_tuned:  # after fine-tuning the stored features are those of another network
-        blocks = predictions.predict_head(network, splits.features[1])
+    if stored:
+        blocks = predictions.predict_head(network, stored.vectors)
     else:
         blocks = predictions.predict(network, dataset.read(data.records))
     probabilities = predictions.gather(blocks, len(splits.validation), len(data.labels))
@@ -194,7 +204,7 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 def _content(
     data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Gather what the report shows, for which it looks for wrong labels."""
+    """Collect the content of the report, which includes the search for wrong labels."""
     suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
@@ -240,7 +250,7 @@ def _review(
     images: ValidationImages,
     process: serving_benchmark.Process,
     folder: Path,
-    after_timing: Callable[[Comparison | None], None],
+    meanwhile: Callable[[Comparison | None], None],
 ) -> Review:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         rivals, error = Rivals(), ""
@@ -248,7 +258,7 @@ def _review(
             rivals = production(Path(scratch))
         except PipelineError as failure:
             error = str(failure)
-        found = review.review(candidate, rivals, images, folder, process, after_timing)
+        found = review.review(candidate, rivals, images, folder, process, meanwhile)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
         log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)
@@ -258,7 +268,7 @@ def _review(
 def metrics_of(folder: Path) -> dict[str, float]:
     """Return the metrics of a finished evaluation, by their name in MLflow.
 
-    They include how predictions for original files differ from those for their records, if that was measured.
+    They include the differences between predictions for original files and for their records, if these were measured.
     """
     found = manifest.read_json(folder / metrics.METRICS)
     if benchmark := review.read(folder).serving_benchmark:

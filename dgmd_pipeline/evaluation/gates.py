@@ -1,7 +1,7 @@
-"""A review of a candidate -> whether it should be promoted: the verdict, the gates and their results.
+"""Decides from a review whether a candidate should be promoted: the verdict, and the gates with their results.
 
-The verdict says how its accuracy compares with production's. A gate is a condition for a promotion. A version whose
-verdict is "no difference" meets the conditions, but nothing shows that it is better.
+The verdict compares the candidate's accuracy with production's. A gate is a condition for a promotion. A candidate with
+the verdict "no difference" may meet all conditions, but nothing shows that it is better.
 """
 
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # how much lower the recall of a class may be even if the drop is significant, 0 to 1
+    max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
     max_latency_ratio: float  # candidate's median latency for one image, divided by production's
     allow_lost_labels: bool = False  # whether a label of production may have no training images
 
 
 class Decision(NamedTuple):
-    """What speaks for and against a promotion."""
+    """The reasons for and against a promotion."""
 
     verdict: str  # BETTER, NO_DIFFERENCE, WORSE, FIRST or NOT_COMPARED
     finding: str  # a clause about the accuracy
     headline: str  # what to do, and the finding
     reason: str  # sentences
-    gates: Sequence[Gate]  # those that fail first
+    gates: Sequence[Gate]  # failed ones first
     drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
 
     @property
@@ -70,7 +70,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
 
 
 def grouped(gates: Sequence[Gate]) -> list[Gate]:
-    """Return the gates with those that do not apply for the same reason as one, whose name lists theirs."""
+    """Merge gates with the same result and text into one gate, whose name lists their names."""
     found: dict[tuple[bool | None, str], list[str]] = {}
     for gate in gates:
         found.setdefault((gate.passed, gate.text), []).append(gate.name)
@@ -91,7 +91,10 @@ def _verdict(review: "Review") -> tuple[str, str]:
 
 
 def _drift(best: "Comparison") -> str:
-    """Return a sentence about the best version that was production before: small losses add up."""
+    """Return a sentence that compares the version with the best former production version.
+
+    Over several promotions, small losses of accuracy add up.
+    """
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (
         f"Version {best.version}, which was production before, had the highest accuracy so far. Compared with it, this "
@@ -181,14 +184,14 @@ def _classes(comparison: "Comparison", max_drop: float) -> Gate:
         )
         text = f"Significantly worse, and by more than {100 * max_drop:.0f} points: {listed}."
         return Gate("classes", False, text)
-    text = f"No label is significantly worse and more than {100 * max_drop:.0f} points below version"
-    return Gate("classes", True, f"{text} {comparison.version}. {_detectable(comparison, max_drop)}")
+    text = f"Compared with version {comparison.version}, no label has a significant loss of more than"
+    return Gate("classes", True, f"{text} {100 * max_drop:.0f} points. {_detectable(comparison, max_drop)}")
 
 
 def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassComparison]":
     """Return the classes that are significantly worse and whose recall is lower by more than `max_drop`, worst first.
 
-    Of equally good models, at most a share of `class_losses.LEVEL` has any.
+    If the models are equally good, the probability that there is such a class is at most `class_losses.LEVEL`.
     """
     rows = comparison.classes
     adjusted = class_losses.adjusted_p([row.gained for row in rows], [row.lost for row in rows])
@@ -205,11 +208,10 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     images = middle.images
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
-    label = f"a label with {counted(images, 'image')}"
+    test, power = f"For a label with {counted(images, 'image')}, this test would find", percent(class_losses.POWER)
     if loss is None:
-        return f"This test can miss any loss of {label}."
-    power = percent(class_losses.POWER)
-    return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
+        return f"{test} even a recall of 0 % with a probability below {power}."
+    return f"{test} a loss of {100 * loss:.0f} points with a probability of {power}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:

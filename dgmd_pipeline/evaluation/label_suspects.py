@@ -1,4 +1,4 @@
-"""Stored features and given labels -> the images whose label is probably wrong.
+"""Finds images whose label is probably wrong, from their stored features.
 
 For each image, a linear head predicts the label. The head was trained without the image and its near-duplicates. Images
 whose predicted label is not the given one are ranked by the probability of the given label, lowest first
@@ -22,7 +22,7 @@ from dgmd_pipeline.training.vectors import Vectors
 TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
-MIN_FITTED_OF_LABEL = 20  # rows of each label, if it has them, even if that exceeds MAX_FITTED a little
+MIN_FITTED_OF_LABEL = 20  # rows of each label, or all that it has, even if there are then more than MAX_FITTED
 COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
@@ -37,8 +37,8 @@ class LabelSuspects(NamedTuple):
     """The images whose label is probably wrong."""
 
     suspects: list[Misclassification]  # of the kind SUSPECT, least probable given label first, at most MAX_LISTED
-    total: int  # suspects, also those beyond MAX_LISTED
-    judged: int  # images
+    total: int  # number of suspects, including those beyond MAX_LISTED
+    judged: int  # number of images that were judged
 
 
 @runtime.one_blas_thread
@@ -52,13 +52,13 @@ def find(
 ) -> LabelSuspects:
     """Find suspects among n images, by their features: `parts` (float32 [n1, d], [n2, d], ...; may be memory-mapped).
 
-    `given` (n) holds the class indexes, `groups` and `keys` (n each) the near-duplicate groups and the paths below
-    raw/, `labels` the name of each class index. A label whose images are all in one fold, such as those of a single
-    near-duplicate group, cannot be judged: its images are left out.
+    Each of the first three has n elements: `given` are the class indexes, `groups` the near-duplicate groups, and
+    `keys` the paths below raw/. `labels` are the names of the classes. If all images of a label are in one fold, for
+    example in one near-duplicate group, they cannot be judged and are left out.
 
-    Memory grows with n by only a few numbers for each image: the heads are fitted on a sample of about MAX_FITTED rows
-    that has every label in proportion, and the features are read in blocks. The regularisation is the one with the
-    lowest log loss on the held-out folds, measured against the given labels.
+    Memory grows with n by only a few numbers for each image: the heads are fitted on a stratified sample of about
+    MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the log loss of the given
+    labels on the held-out folds.
 
     Raises ValueError if the numbers of features and labels differ.
     """
@@ -89,7 +89,7 @@ def find(
 
 
 def write(found: LabelSuspects, folder: Path) -> None:
-    """Write `label_suspects.csv` into `folder`; its keys are those of corrections.csv."""
+    """Write `label_suspects.csv` into `folder`. Its keys can be copied to corrections.csv."""
     columns = [
         "key",
         "given label",
@@ -133,8 +133,9 @@ def _blocks(parts: Sequence[Vectors]) -> Iterator[tuple[int, np.ndarray]]:
 def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     """Return the projection on the first COMPONENTS principal components, and the projected features.
 
-    Features are centred and divided by one number, the standard deviation of all values, so directions keep their
-    weights. A head with L2 regularisation is invariant to the rotation, and suppresses the dropped components most.
+    Features are centred and divided by one number, the standard deviation of all values, so the ratios between
+    directions stay the same. A head with L2 regularisation is invariant to the rotation, and gives the dropped
+    components the least influence.
     """
     from scipy import linalg
 
@@ -150,10 +151,11 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
 def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[Head]:
     """Return a head for each fold, fitted on the other folds, with the regularisation that predicts best.
 
-    `columns` (int [n]) are the outputs for the given labels. Every fold lacks none of them.
+    `columns` (int [n]) is the position of each row's given label among the outputs of the heads. Each position occurs
+    in at least two folds.
 
-    Regularisation goes from strong to weak until the log loss rises; each fit starts from the weights of the last one.
-    Each fold has a thread: nearly all of the time is spent in BLAS, with one thread, and in NumPy, without the GIL.
+    Regularisation goes from strong to weak until the log loss rises. Each fit starts from the weights of the last one.
+    Each fold has a thread: nearly all of the time is spent in BLAS and NumPy, which release the GIL.
     """
     variances = vectors.var(axis=0, dtype=np.float64)
     components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
@@ -186,9 +188,9 @@ def _judge(
     given: np.ndarray,
     fold_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, by the head of each row's fold: probability of the given label, likely label and its probability.
+    """Return the probability of the given label, the likely label and its probability for each row.
 
-    `classes` are the class indexes of the heads' outputs.
+    Each row is judged by the head of its fold. `classes` are the class indexes of the heads' outputs.
     """
     own, likely, best = np.empty(len(given)), np.empty(len(given), np.int64), np.empty(len(given))
     for start, features in _blocks(parts):
@@ -196,7 +198,7 @@ def _judge(
         for fold in np.unique(block_folds):
             at = np.flatnonzero(block_folds == fold)
             probabilities, rows = np.exp(linear.log_probabilities(projected[at], *heads[fold])), start + at
-            # The result for a label without a column is meaningless; the caller drops it.
+            # For a label without a column, the result is meaningless. The caller drops it.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]
             likely[rows], best[rows] = classes[probabilities.argmax(axis=1)], probabilities.max(axis=1)

@@ -1,4 +1,4 @@
-"""Stored features of both splits -> validation images that have a near-duplicate among the training images.
+"""Finds validation images with a near-duplicate among the training images, from stored features.
 
 Thumbnails (`data.near_duplicates`) find re-encoded and resized copies. Features also find flips, crops, tints and small
 rotations. The pairs are only reported: a rule on features cannot tell two similar objects from two images of one
@@ -15,9 +15,9 @@ from dgmd_pipeline.evaluation import metrics
 from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "leaks.csv"
-NEIGHBOURS = 5  # nearest training images of each validation image; an image with more copies is not found
+NEIGHBOURS = 5  # number of nearest training images that are compared; an image with as many copies is not found
 SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements/leaks.md
-ROUNDING = 1e-6  # of a distance in float32; identical features differ by no more
+ROUNDING = 1e-6  # maximum distance of identical features, because of rounding in float32
 BLOCK = 2048  # images of each split that are compared at a time: 16 MB
 MAX_PAIRS = 2_000_000_000  # 100,000 images, 20,000 of them for validation, make 1,600,000,000 pairs
 
@@ -50,7 +50,7 @@ def find(
     """Find the validation images whose nearest training image is much nearer than the others.
 
     `training` and `validation` are features (float32 [n, d] and [m, d]) and may be memory-mapped. `keys` and `labels`
-    each hold those of the training images and those of the validation images.
+    each have two parts: first of the training images, then of the validation images.
 
     A pair is reported if its cosine distance is below SHARE of the distance to the fifth nearest training image (the
     ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1), and below SHARE
@@ -94,7 +94,7 @@ def write(leaks: Leaks, folder: Path) -> None:
 def _neighbours(training: Vectors, validation: Vectors, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the similarities of each chosen validation image's nearest training images, and the nearest's position.
 
-    The similarities are float32 [len(chosen), NEIGHBOURS], highest first; the positions are int64 [len(chosen)].
+    The similarities are float32 [len(chosen), NEIGHBOURS], highest first. The positions are int64 [len(chosen)].
     """
     best = np.full((len(chosen), NEIGHBOURS), -np.inf, np.float32)
     nearest = np.zeros(len(chosen), np.int64)

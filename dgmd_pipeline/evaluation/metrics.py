@@ -1,4 +1,4 @@
-"""Predictions -> metrics and tables."""
+"""Metrics and tables of predictions."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def measure(predictions: Predictions) -> Measurements:
 
     `overall` has: accuracy; the unweighted means of precision, recall and F1 over the labels that have images (the mean
     recall is the balanced accuracy); the share of images whose label is among the three most probable; log loss (nats);
-    expected calibration error; images. A label without images has no row of its own; predictions of it still count as
+    expected calibration error; images. A label without images has no row. Predictions of it still count as
     wrong.
     """
     if np.isnan(predictions.confidence).any():
@@ -131,7 +131,7 @@ def _confusion_matrix(predictions: Predictions) -> np.ndarray:
 
 
 def _log_loss(of_truth: np.ndarray) -> float:
-    """Return the mean log loss (nats) of the true labels' probabilities; 0 counts as the smallest step of their type.
+    """Return the mean log loss (nats) of the true labels' probabilities, which are clipped to the type's epsilon.
 
     `sklearn.metrics.log_loss` computes the same from all probabilities, in five times their memory.
     """
@@ -164,7 +164,7 @@ def _bins(confidence: np.ndarray, correct: np.ndarray) -> list[CalibrationBin]:
 
 
 def _confused_pairs(predictions: Predictions) -> list[ConfusedPair]:
-    """Return the pairs in time and memory that grow with the images, not with the square of the labels."""
+    """Return the confused pairs. Time and memory grow with the images, not with the square of the labels."""
     labels, wrong = predictions.labels, ~predictions.correct
     pairs, counts = np.unique(predictions.truth[wrong] * len(labels) + predictions.predicted[wrong], return_counts=True)
     true, predicted = np.divmod(pairs, len(labels))
@@ -176,7 +176,7 @@ def _confused_pairs(predictions: Predictions) -> list[ConfusedPair]:
 
 
 def _worst(predictions: Predictions) -> list[Misclassification]:
-    """Return the misclassifications of each kind: lowest probability of the true label, highest of a wrong one."""
+    """Return the misclassifications of each kind: least probable true label, and most probable predicted label."""
     predicted, confidence, labels = predictions.predicted, predictions.confidence, predictions.labels
     of_true = predictions.of_truth
     wrong = np.flatnonzero(~predictions.correct)
@@ -214,7 +214,7 @@ def _with_labels(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[objec
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file for people: spreadsheets find no formula in it (see `manifest.to_cell`)."""
+    """Write a CSV file for people. Spreadsheets do not find formulas in it (see `manifest.to_cell`)."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(map(to_cell, row) for row in (header, *rows))

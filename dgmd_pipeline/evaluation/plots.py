@@ -1,6 +1,6 @@
-"""Measurements -> plots for people: PNG files on white.
+"""Plots of measurements: PNG files with a white background.
 
-Labels may be of any length and in any script. The colours are those of Okabe and Ito ("Color Universal Design",
+Labels may be of any length and in any script. The colours are from Okabe and Ito ("Color Universal Design",
 jfly.uni-koeln.de/color), which people with any kind of colour vision can tell apart.
 """
 
@@ -65,11 +65,11 @@ class Plot(NamedTuple):
 
     @property
     def dpi(self) -> int:
-        """The pixels of the file in an inch."""
+        """The resolution of the file in pixels per inch."""
         return SHEET_DPI if self.photographs else DPI
 
     def figure(self) -> "Figure":
-        """Return the plot as a figure. It uses no pyplot, which keeps figures and looks for a screen."""
+        """Return the plot as a figure. Pyplot is not used: it would keep the figure in memory and look for a screen."""
         from matplotlib.figure import Figure
 
         with _style():
@@ -88,8 +88,8 @@ class Plot(NamedTuple):
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         buffer = io.BytesIO()
         if self.photographs:
-            image.save(buffer, "PNG", compress_level=1)  # level 6: 4 times the time for a tenth less
-        else:  # a third of the bytes; the evaluation is kept twice, here and in MLflow
+            image.save(buffer, "PNG", compress_level=1)  # level 6 takes 4 times as long and saves a tenth
+        else:  # a palette saves two thirds of the bytes, and files are stored twice: here and in MLflow
             image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG")
         return buffer.getvalue()
 
@@ -235,7 +235,7 @@ def class_counts(rows: Sequence[ClassCounts]) -> Plot:
 
 
 def recall(rows: Sequence[LabelRecall]) -> Plot:
-    """Plot the recall of each label, the lowest first, with production's as a bar and a number of its own."""
+    """Plot the recall of each label, the lowest first, and production's recall as a second bar and number."""
     shown = sorted(rows, key=lambda row: (row.recall, row.label))[:MAX_BARS]
     title = "Share of each label's images that is recognised (recall)"
     title += f": the lowest {MAX_BARS} of {len(rows)}" if len(rows) > MAX_BARS else ""
@@ -332,7 +332,7 @@ def worst(rows: Sequence[Misclassification]) -> list[Misclassification]:
 
 
 def printable(text: str) -> str:
-    """Replace what has no glyph or reorders other characters, such as controls and halves of surrogates."""
+    """Replace characters that have no glyph or reorder others, such as control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(
@@ -360,7 +360,7 @@ def _format_percent(axis: "Axis", decimals: int | None = 0) -> None:
 def _label_bars(
     axes: "Axes", names: Sequence[str], ends: Sequence[float], texts: Sequence[str], length: int = 36
 ) -> None:
-    """Name horizontal bars, the first at the top, and write a text after the end of each."""
+    """Label horizontal bars, the first at the top, and write a text at the end of each."""
     axes.set_yticks(range(len(names)), [_shorten(name, length) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

@@ -1,4 +1,4 @@
-"""Measurements and plots -> report.html, which an operator reads to decide on a promotion.
+"""Writes report.html, which an operator reads to decide on a promotion.
 
 The page is self-contained: no script, nothing from a network, images as data: URIs. Labels and file names come from
 outside, so the templates escape everything, and the page's policy forbids scripts and requests. The templates draw the
@@ -58,11 +58,11 @@ class Content(NamedTuple):
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in order
     versions: Sequence[VersionSummary] = ()  # the registered ones, the oldest first
-    fine_tuning: str = ""  # its result as a sentence; "" if the backbone was not to be fine-tuned
+    fine_tuning: str = ""  # its result as a sentence; "" without fine-tuning
 
 
 class _Interval(NamedTuple):
-    """Where the interval of the difference lies on a line with zero in the middle, in percent of its length."""
+    """The interval of the difference on a line with zero in the middle, in percent of the line's length."""
 
     low: float
     high: float
@@ -71,7 +71,7 @@ class _Interval(NamedTuple):
 
 
 def draw(folder: Path, content: Content, comparison: Comparison | None) -> None:
-    """Write the plots and the contact sheets as PNG files into `folder`, in 3 to 4 s of one core."""
+    """Write the plots and the contact sheets as PNG files into `folder`. This takes 3 to 4 CPU seconds."""
     for name, plot in (_plots(content, comparison) | _contact_sheets(content)).items():
         (folder / f"{name}.png").write_bytes(plot.png())
 
@@ -86,7 +86,7 @@ def write(folder: Path, content: Content, review: "Review", decision: Decision) 
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # A file name may contain what UTF-8 cannot encode, or what reverses the text that follows.
+        # A file name may contain characters that UTF-8 cannot encode or that reverse the following text.
         finalize=lambda value: value if hasattr(value, "__html__") else plots.printable(str(value)),
     )
     filters: dict[str, Callable[..., str]] = {
@@ -129,7 +129,7 @@ def _charts(content: Content, comparison: Comparison | None) -> dict[str, object
 
 
 def _summary(content: Content) -> VersionSummary:
-    """Return this version beside the earlier ones. Its number is the next one, which the registration may give it."""
+    """Return the summary of this version. Its number is assumed to be the next one."""
     return VersionSummary(
         version=content.versions[-1].version + 1,
         created=datetime.fromisoformat(content.created).timestamp(),
@@ -141,7 +141,7 @@ def _summary(content: Content) -> VersionSummary:
 
 
 def _derived(content: Content, comparison: Comparison | None) -> dict[str, object]:
-    """Return what the template shows and neither the content nor the review holds."""
+    """Return values for the template that are computed from the content and the comparison."""
     measured = content.measured
     return {
         "interval": comparison and _interval(comparison),
@@ -169,7 +169,7 @@ def leak_keys(leaks: Leaks | None) -> dict[int, str]:
 
 
 def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
-    """Return the plots of the report by the name of their file, without those that have no data."""
+    """Return the plots of the report by file name. Plots without data are left out."""
     measured = content.measured
     production = {row.label: row.production_recall for row in comparison.classes} if comparison else {}
     recalls = [
@@ -193,7 +193,7 @@ def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
 
 
 def _contact_sheets(content: Content) -> dict[str, Plot]:
-    """Return the contact sheets by the name of their file; the report shows the same images one by one."""
+    """Return the contact sheets by file name. The report shows the same images one by one."""
     found = {}
     misclassified = content.measured.misclassifications
     if any(row.position in content.thumbnails for row in misclassified):

@@ -1,4 +1,4 @@
-"""A candidate, production and the validation images -> a `Review`: the comparison and the serving benchmark."""
+"""Reviews a candidate: compares it with production on the validation images, and benchmarks how it serves."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,11 +20,22 @@ from dgmd_pipeline.evaluation.serving_benchmark import ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.serving import inputs
 from dgmd_pipeline.training import dataset, networks
+from dgmd_pipeline.training.vectors import Vectors
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key of comparison.json; the other keys are those of the comparison with production
+BEST = "best"  # key of the comparison with `Rivals.best` in comparison.json; the other keys are for production
 Part = TypeVar("Part")
+
+
+class StoredFeatures(NamedTuple):
+    """The features of the validation images, in the order of the records, and the network that they come from."""
+
+    vectors: Vectors  # float32 [n, d]
+    backbone: "keras.Model"
 
 
 class ValidationImages(NamedTuple):
@@ -33,25 +44,26 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
+    features: StoredFeatures | None = None  # None: no features are stored, or no model has their network
 
 
 class Answers(NamedTuple):
-    """What a model answers to the validation images."""
+    """A model's predictions for the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
-    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.ORIGINALS`
+    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.IMAGES`
 
 
 class CandidateModel(NamedTuple):
-    """A model to review, or production to compare it with."""
+    """A model to review, or a version to compare it with."""
 
     path: Path  # of the Keras model
     labels: Sequence[str]  # by class index
     trained_on: frozenset[str]  # SHA-256 of the training images' files
-    trained_labels: frozenset[str]  # labels of the training images; other outputs are never predicted rightly
+    trained_labels: frozenset[str]  # labels of the training images; the model may have more outputs
     version: int | None = None  # None: not registered yet
     answers: Answers | None = None  # None: not predicted yet
-    run: str = ""  # that made the model
+    run: str = ""  # the run that made the model
 
 
 class Rivals(NamedTuple):
@@ -107,8 +119,8 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
     chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, one "
-            f"of the two models was trained on {seen.sum():,}, and they do not both know the labels of the others."
+            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, at "
+            f"least one of the models was trained on {seen.sum():,}. The labels of the others are not known to both."
         )
     labels, others = (
         _select(predict(model, images).predicted, model.labels, images.examples, chosen)
@@ -120,42 +132,46 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]); the true class indexes are those of the model."""
+    """Return the predicted labels of the chosen images (bool [n]). True class indexes are the model's."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
 
 
 def answers(blocks: Iterable[np.ndarray]) -> Answers:
-    """Return the answers in a model's probabilities (float32 [m, classes], in blocks) of all validation images."""
+    """Return a model's answers to all validation images from blocks of its probabilities (float32 [m, classes])."""
     predicted: list[np.ndarray] = []
     first: list[np.ndarray] = []
     for block in blocks:
         predicted.append(block.argmax(axis=1))
-        if sum(map(len, first)) < serving_benchmark.ORIGINALS:
-            first.append(block[: serving_benchmark.ORIGINALS].copy())  # a slice would keep the block in memory
-    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.ORIGINALS])
+        if sum(map(len, first)) < serving_benchmark.IMAGES:
+            first.append(block[: serving_benchmark.IMAGES].copy())  # a slice would keep the block in memory
+    return Answers(np.concatenate(predicted), np.concatenate(first)[: serving_benchmark.IMAGES])
 
 
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     """Return a model's answers to all validation images. Their probabilities are not kept.
 
-    Raises PipelineError if the model cannot be loaded, or if the records do not hold the pixels that it would see when
-    given the original files: its measured accuracy would be too low.
+    If the features of the model's frozen network are stored, only its head runs.
+
+    Raises PipelineError if the model cannot be loaded. Also raises it if the model would resize the records to other
+    pixels than the original files, because its measured accuracy would be too low.
     """
     if model.answers is not None:
         return model.answers
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(inputs.input_size(network), inputs.input_fit(network), images.records)
+    if (stored := images.features) and networks.are_equal(network.get_layer("backbone"), stored.backbone):
+        return answers(predictions.predict_head(network, stored.vectors))
     return answers(predictions.predict(network, dataset.read(images.records)))
 
 
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    The model resizes the records' pixels. If the records are larger and have the same fit, the result is what it would
-    make of the original file. Padding and cropping to another aspect ratio would come on top of the records' own.
+    The model resizes the records. If they are at least as large as its input and have the same fit, the result is about
+    the same as for the original file. With another aspect ratio, an image would be padded or cropped twice.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
@@ -175,15 +191,15 @@ def review(
     images: ValidationImages,
     scratch: Path,
     process: serving_benchmark.Process,
-    after_timing: Callable[[Comparison | None], None] = lambda _: None,
+    meanwhile: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with its rivals, as far as there are any, and benchmark it beside production in a process.
+    """Compare a candidate with its rivals, if there are any, and benchmark it and production in a process.
 
-    `scratch` is a folder for temporary files. `after_timing` is called with the comparison when the times have been
-    measured, while the process still works.
+    `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
+    the models.
 
-    If production cannot be used, or the candidate fails in the process, the review says so: a trained model is worth
-    keeping anyway.
+    If production cannot be used, or the candidate fails in the process, the review has the error as text, because the
+    trained model is kept anyway.
     """
     candidate = candidate._replace(answers=predict(candidate, images))
     labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
@@ -193,7 +209,7 @@ def review(
         log.warning("No comparison with the best former production version: %s", best_error)
     sample = np.stack([image for image, _ in islice(dataset.read(images.records), serving_benchmark.IMAGES)])
     try:
-        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(after_timing, compared))
+        benchmark = _benchmark(process, candidate, production, images, sample, scratch, partial(meanwhile, compared))
     except PipelineError as failure:
         return Review(compared, error, None, str(failure), labels, best=best)
     return Review(compared, error, benchmark, "", labels, best=best)
@@ -202,7 +218,7 @@ def review(
 def _compare(
     candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
 ) -> tuple[CandidateModel | None, Comparison | None, str]:
-    """Return a rival, or None if it cannot predict and so cannot be timed either; its comparison; why there is none."""
+    """Return the rival with its answers (None if it cannot predict), the comparison and an error."""
     if rival is None:
         return None, None, ""
     try:
@@ -222,26 +238,25 @@ def _benchmark(
     images: ValidationImages,
     sample: np.ndarray,
     scratch: Path,
-    after_timing: Callable[[], None],
+    meanwhile: Callable[[], None],
 ) -> ServingBenchmark:
     """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f", beside version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
-    originals = serving_benchmark.Originals()
+    files = []
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
-        files = [images.raw / row.path for row in images.examples[: serving_benchmark.ORIGINALS]]
-        originals = serving_benchmark.Originals(files, candidate.answers.first[: len(files)])
+        files = [images.raw / row.path for row in images.examples[: len(sample)]]
     return serving_benchmark.benchmark(
         process,
         candidate.path,
         sample,
-        candidate.answers.first[: len(sample)],
+        candidate.answers.first,
         scratch,
         production.path if production else None,
-        originals,
-        after_timing,
+        files,
+        meanwhile,
     )
 
 

@@ -1,11 +1,10 @@
-"""A saved model in a clean process -> how it serves: predictions, load time, latency, throughput, memory.
+"""Benchmarks a saved model in a clean process: its predictions, load time, latency, throughput and memory.
 
-The process knows nothing of the run. It gets the path of the model, images, and the paths of original files. Seconds
-measured on different machines are not comparable, so production is timed in the same process, alternately.
+The process gets only the path of the model, images, and the paths of original files. Times from different machines
+are not comparable, so production is timed in the same process, alternately.
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,13 +27,12 @@ from dgmd_pipeline.training import networks, runtime
 if TYPE_CHECKING:
     import keras
 
-IMAGES = 32  # given to the model one by one, and as one batch
-MIN_SINGLES, SECONDS = 20, 1.0  # timed predictions of one image: at least this many by each model, and this long by all
-TOLERANCE = 1e-3  # of probabilities: stored features were computed by another graph than the whole model's
-ORIGINALS = 50  # original files, predicted as one batch
+IMAGES = 32  # given to the model one by one, as one batch, and as one batch of their original files
+MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
+SECONDS = 1.0  # for these predictions, unless MIN_SINGLES take longer
+TOLERANCE = 1e-3  # of probabilities; stored features come from another TensorFlow graph than the whole model
 TIMEOUT_MINUTES = 10
-UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them where they exist: 1.3 CPU seconds and 150 MB
-POLL_SECONDS = 0.05
+UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them if they are installed: 1.3 CPU seconds and 150 MB
 
 
 class Process(subprocess.Popen[bytes]):
@@ -72,7 +70,7 @@ class ServedPredictions:
 class ServingBenchmark:
     """How a saved model serves."""
 
-    load_seconds: float  # without the start of the libraries
+    load_seconds: float  # CPU time, without the import of the libraries
     latency_p50_ms: float  # for one image
     latency_p95_ms: float
     images_per_second: float  # in batches of `batch`
@@ -84,13 +82,6 @@ class ServingBenchmark:
     largest_difference: float  # of a probability, 0 to 1
     production: ProductionBenchmark | None = None  # None if there is no production model to time
     served: ServedPredictions | None = None  # None if there were no original files
-
-
-class Originals(NamedTuple):
-    """Original image files, and the probabilities that were computed from their records."""
-
-    files: Sequence[Path] = ()
-    recorded: np.ndarray = np.empty((0, 0), np.float32)  # float [files, classes]
 
 
 def start_process(environment: Mapping[str, str] | None = None) -> Process:
@@ -109,15 +100,16 @@ def benchmark(
     recorded: np.ndarray,
     scratch: Path,
     production: Path | None = None,
-    originals: Originals = Originals(),  # noqa: B008  # immutable
-    after_timing: Callable[[], None] = lambda: None,
+    files: Sequence[Path] = (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> ServingBenchmark:
     """Benchmark the model in the file `path` (.keras) in a process of `start_process`, which serves only one call.
 
     `images` is uint8 [n, height, width, 3]. `recorded` holds the probabilities that are expected for them, float
     [n, classes]. `scratch` is an existing folder for temporary files. `production` is the file of another model, timed
-    beside this one. The model also predicts `originals`. `after_timing` is called when the times have been measured,
-    while the originals are predicted.
+    beside this one. `files` are the original files of the images, which the model predicts, too; it predicts none if
+    there are none. `meanwhile` is called while the process loads the models; the
+    process measures latency and throughput when it has returned, so that it does not disturb them.
 
     Raises PipelineError if the model cannot be used in the process, or not within TIMEOUT_MINUTES.
     """
@@ -129,12 +121,11 @@ def benchmark(
             images=images,
             recorded=recorded,
             models=np.array([str(each.resolve()) for each in (path, production) if each]),
-            files=np.array([str(each.resolve()) for each in originals.files], np.str_),
-            recorded_of_files=originals.recorded,
+            files=np.array([str(each.resolve()) for each in files], np.str_),
         )
         stderr = b""
         try:
-            stderr = _exchange(process, os.fsencode(task.resolve()), answer, after_timing)
+            stderr = _exchange(process, task, meanwhile)
         except subprocess.TimeoutExpired:
             process.kill()
             if not answer.exists():
@@ -146,19 +137,18 @@ def benchmark(
         return from_json(json.loads(answer.read_text("utf-8")))
 
 
-def _exchange(process: Process, request: bytes, answer: Path, after_timing: Callable[[], None]) -> bytes:
-    """Send a request, and return the error output of the process when it has ended.
+def _exchange(process: Process, task: Path, meanwhile: Callable[[], None]) -> bytes:
+    """Send the path of a task, and return the error output of the process when it has ended.
 
-    `after_timing` is called when there is an answer, or none can be expected. Raises TimeoutExpired.
+    The process measures times after `meanwhile` has returned and `communicate` has closed the pipe. Raises
+    TimeoutExpired.
     """
-    end = time.monotonic() + 60 * TIMEOUT_MINUTES
-    stderr, unsent = None, request
-    while stderr is None and not answer.exists() and time.monotonic() < end:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            stderr = process.communicate(unsent, timeout=POLL_SECONDS)[1]
-        unsent = b""
-    after_timing()
-    return process.communicate(timeout=max(end - time.monotonic(), 0))[1] if stderr is None else stderr
+    assert process.stdin is not None  # noqa: S101 - `start_process` opens a pipe
+    with contextlib.suppress(BrokenPipeError):  # the process has died; `communicate` returns its error output
+        process.stdin.write(json.dumps(str(task.resolve())).encode() + b"\n")
+        process.stdin.flush()
+    meanwhile()
+    return process.communicate(timeout=60 * TIMEOUT_MINUTES)[1]
 
 
 def _explain_failure(code: int, stderr: str) -> str:
@@ -168,7 +158,7 @@ def _explain_failure(code: int, stderr: str) -> str:
 
 
 def to_json(found: ServingBenchmark) -> dict[str, object]:
-    """Return a benchmark as the values of assessment.json. Keys of what was not measured are missing."""
+    """Return a benchmark as the values of assessment.json. Values that were not measured are left out."""
     values = asdict(found)
     production, served = values.pop("production"), values.pop("served")
     if production:
@@ -180,7 +170,7 @@ def to_json(found: ServingBenchmark) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
-    """Return the benchmark in the values of assessment.json. Raises TypeError if they hold none."""
+    """Return a benchmark from the values of assessment.json. Raises TypeError if they hold none."""
     own = dict(values)
     production, served = None, None
     if "latency_ratio" in own:
@@ -196,25 +186,29 @@ def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
     return ServingBenchmark(**own, production=production, served=served)
 
 
-def _measure(task: Path) -> ServingBenchmark:
-    """Run the benchmark that `benchmark` wrote to `task`, in this process."""
+def _measure(task: Path, wait_until_idle: Callable[[], object]) -> ServingBenchmark:
+    """Run the benchmark that `benchmark` wrote to `task`, in this process.
+
+    `wait_until_idle` returns when nothing else runs that could disturb latency and throughput.
+    """
     with np.load(task, allow_pickle=False) as file:
         images, recorded = file["images"], file["recorded"]
         path, *others = map(Path, file["models"].tolist())
-        originals = Originals([Path(each) for each in file["files"].tolist()], file["recorded_of_files"])
-    start = time.perf_counter()
+        files = [Path(each) for each in file["files"].tolist()]
+    start = time.process_time()
     network = networks.load(path)
-    load_seconds = time.perf_counter() - start
+    load_seconds = time.process_time() - start
     _trace(network)
     difference = float(np.abs(_predict(network, images) - recorded).max())
-    batch_seconds = _time(network, images)
-    singles = [] if others else _time_alternately(images, network)
     memory = _peak_memory()  # before another model is loaded
-    if others:
-        rivals = [networks.load(other) for other in others]
-        for rival in rivals:
-            _trace(rival)
-        singles = _time_alternately(images, network, *rivals)
+    rivals = [networks.load(other) for other in others]
+    for rival in rivals:
+        _trace(rival)
+    for each in (network, *rivals):
+        _predict(each, images[:1])  # the first call takes longer
+    wait_until_idle()
+    batch_seconds = _time(network, images)
+    singles = _time_alternately(images, network, *rivals)
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
     found = ServingBenchmark(
         load_seconds=load_seconds,
@@ -231,23 +225,23 @@ def _measure(task: Path) -> ServingBenchmark:
     for other, seconds in zip(others, singles[1:], strict=True):
         median, size = 1e3 * float(np.median(seconds)), other.stat().st_size
         found = replace(found, production=ProductionBenchmark(median, p50 / median, size, found.bytes / size))
-    if originals.files:
-        # Original files can be large. If the process dies of them, the parent still gets everything before.
+    if files:
+        # Original files can be large. If the process dies of them, the parent still gets this answer.
         _answer(task, found)
-        found = replace(found, served=_predict_originals(network, originals))
+        found = replace(found, served=_predict_files(network, files, recorded))
     return found
 
 
-def _predict_originals(network: "keras.Model", originals: Originals) -> ServedPredictions:
-    """Predict original files, which are read as a service reads them, and compare with those for their records."""
-    pixels, recorded = [], []
-    for path, probabilities in zip(originals.files, originals.recorded, strict=True):
-        with contextlib.suppress(OSError, inputs.InvalidImage):  # deleted or changed since; not in `images`
+def _predict_files(network: "keras.Model", files: Sequence[Path], recorded: np.ndarray) -> ServedPredictions:
+    """Read original files as a service does, predict them, and compare with the predictions for their records."""
+    pixels, rows = [], []
+    for row, path in enumerate(files):
+        with contextlib.suppress(OSError, inputs.InvalidImage):  # deleted or changed since; not counted
             pixels.append(inputs.read(path.read_bytes(), network))
-            recorded.append(probabilities)
+            rows.append(row)
     if not pixels:
         return ServedPredictions(0, 0, 0.0)
-    found, expected = _predict(network, np.stack(pixels)), np.stack(recorded)
+    found, expected = _predict(network, np.stack(pixels)), recorded[rows]
     other_labels = int((found.argmax(axis=1) != expected.argmax(axis=1)).sum())
     return ServedPredictions(len(pixels), other_labels, float(np.abs(found - expected).max()))
 
@@ -262,9 +256,9 @@ def _peak_memory() -> int:
 
 
 def _trace(network: "keras.Model") -> None:
-    """Trace what `predict` calls, for images of any number and size.
+    """Trace the function that `predict` calls, for any number and size of images.
 
-    Keras would trace it for the first shape, and again for other numbers and for other sizes: 0.7 CPU seconds each.
+    Otherwise Keras would trace it again for other numbers and sizes. Each trace takes 0.7 CPU seconds.
     """
     import tensorflow as tf
 
@@ -275,10 +269,8 @@ def _trace(network: "keras.Model") -> None:
 def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
     """Return for each network the seconds of predictions of one image; the networks alternate."""
     seconds: list[list[float]] = [[] for _ in networks]
-    for network in networks:
-        _predict(network, images[:1])  # the first call takes longer
     end = time.perf_counter() + SECONDS
-    for number, image in enumerate(itertools.cycle(images)):
+    for number, image in enumerate(itertools.islice(itertools.cycle(images), MAX_SINGLES)):
         if number >= MIN_SINGLES and time.perf_counter() > end:
             break
         for network, of_network in zip(networks, seconds, strict=True):
@@ -306,10 +298,8 @@ if __name__ == "__main__":
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     for _name in UNUSED:
         sys.modules[_name] = None  # type: ignore[assignment]  # None: an import of it raises ImportError
-    gc.disable()  # during the import, which makes a million objects: a fifth of its time
     runtime.start_tensorflow()
-    gc.enable()
-    if _request := sys.stdin.buffer.read():  # empty: the parent has exited without a request
-        _task = Path(os.fsdecode(_request))
-        _answer(_task, _measure(_task))
+    if _request := sys.stdin.readline():  # empty: the parent has exited without a request
+        _task = Path(json.loads(_request))
+        _answer(_task, _measure(_task, sys.stdin.read))  # the parent closes the pipe when it is idle
     os._exit(0)  # the teardown of TensorFlow takes a second

@@ -1,4 +1,4 @@
-"""The counts of an evaluation -> the sentences that operators read: in the log, in messages and in MLflow."""
+"""Sentences about an evaluation for operators: in the log, in messages and in MLflow."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ ALONE = {FIRST: "first version", NOT_COMPARED: "not compared"}
 
 
 class Summary(NamedTuple):
-    """What an operator has to know of a version. Values are None if an older pipeline did not record them."""
+    """What an operator has to know about a version. Values are None if an older pipeline did not record them."""
 
     accuracy: float  # on the validation images, 0 to 1
     images: int
     verdict: str | None
     compared_with: int | None = None  # the production version
-    difference: float | None = None  # of the accuracy to that of production, on the same images
+    difference: float | None = None  # accuracy minus production's accuracy, on the same images
     low: float | None = None  # of the 95 % interval of the difference
     high: float | None = None
     failed: Sequence[str] = ()  # conditions for a promotion
@@ -29,14 +29,14 @@ class Summary(NamedTuple):
 
 
 def from_counts(counts: Mapping[str, Any]) -> Summary:
-    """Return the summary in the counts of an evaluation's record."""
+    """Return a summary from the counts of an evaluation's record."""
     return Summary(**{"verdict": None} | {name: counts[name] for name in Summary._fields if name in counts})
 
 
 def sentences(found: Summary, report: str, version: int | None = None) -> list[str]:
     """Return sentences about the accuracy, the verdict, the next command and the report.
 
-    `report` says where the report is. `version` is the version that the next command is about; None for no command.
+    `report` says where the report is. The next command is for `version`; None for no command.
     """
     lines = [f"Accuracy {percent(found.accuracy)} on {found.images:,} validation images."]
     if found.verdict:

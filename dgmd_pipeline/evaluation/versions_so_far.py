@@ -1,4 +1,4 @@
-"""The registered versions and the new one -> the part of the report that shows them over time."""
+"""The part of the report that shows the registered versions and the new one over time."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 from dgmd_pipeline.evaluation import charts
 from dgmd_pipeline.evaluation.charts import Panel
 
-SHOWN = 29  # registered versions; with the new one, each point has a mark
+SHOWN = 29  # registered versions, maximum; each point has a mark only if there are few
 
 
 class VersionSummary(NamedTuple):
-    """What is known of a version. None: it was not recorded."""
+    """The figures of a version. None: it was not recorded."""
 
     version: int
     created: float  # seconds since 1970

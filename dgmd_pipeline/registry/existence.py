@@ -1,4 +1,4 @@
-"""Whether the registry still has a version: asked without MLflow, whose import takes longer than a run with no work."""
+"""Asks whether the registry still has a version, without MLflow: its import takes longer than a run with no work."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ from dgmd_pipeline.registry.store import TRAINING_ID
 
 log = logging.getLogger(__name__)
 TIMEOUT = 2  # seconds to connect, and seconds between two packets
-PIECE, MAX_BYTES = 10_000, 1_000_000  # of an answer
+PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes of an answer
 # MLflow keeps the row of a deleted version, with this stage.
 QUERY = """
 SELECT tags.value FROM model_versions AS versions
@@ -36,8 +36,8 @@ class Registered(NamedTuple):
 def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
     """Return whether the registry at a URI still has a version: one request, or one query of an SQLite database.
 
-    A version of the same number that another training has made does not count. None if the registry does not tell, or
-    is another database. `options` are arguments for `requests`, such as a login.
+    A version with the same number from another training does not count. None if the registry does not answer as
+    expected, or is a database other than SQLite. `options` are arguments for `requests`, such as a login.
     """
     if uri.startswith(("http://", "https://")):
         return _on_server(uri, wanted, options)
@@ -81,5 +81,5 @@ def _in_database(path: Path, wanted: Registered) -> bool | None:
 
 
 def _warn(registry: str, wanted: Registered, reason: str) -> None:
-    text = "Whether %s version %d is still in the registry is unknown, because %s does not answer as expected: %s."
+    text = "Cannot find out whether %s version %d is still in the registry: %s does not answer as expected: %s."
     log.warning(text, wanted.name, wanted.version, registry, reason)

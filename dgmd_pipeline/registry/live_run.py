@@ -1,7 +1,7 @@
-"""A training in progress -> an MLflow run that shows its epochs; the registration completes this run.
+"""Shows the epochs of a training in progress in an MLflow run, which the registration completes.
 
-A tag with the id of the attempt finds the run again: after a lost answer, and after the process was killed. The
-training does not depend on MLflow: the first failure ends what is shown.
+A tag with the id of the attempt identifies the run after a lost answer or a kill of the process. The training does not
+depend on MLflow: after the first failure, nothing more is logged.
 """
 
 import contextlib
@@ -36,30 +36,30 @@ class LiveRun:
     """The MLflow run of a training in progress."""
 
     def __init__(self, place: Place, name: str) -> None:
-        """Open the run, or continue that of an earlier process. `name` is for a new run."""
+        """Create the run with this name, or continue the run of an earlier process."""
         self._place, self._run_id, self._last = place, "", 0
         self._system: SystemMetrics | None = None
-        with self._failures_end_it():
+        with self._disabled_on_failure():
             self._run_id = _open(place, name)
             self._system = SystemMetrics(place.store.uri)
 
     def log_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an epoch, counted from 1. A number that is not the next one ends the log.
+        """Log the metrics of an epoch, counted from 1. A number that is not above the last one ends the log.
 
-        The epochs of fine-tuning begin again at 1: the registration logs those that are part of the model.
+        Fine-tuning counts its epochs from 1 again. The registration logs those that are part of the model.
         """
         if number <= self._last:
             self._run_id = ""
         if self._run_id:
             self._last = number
             system = self._system.sample() if self._system else {}
-            with self._failures_end_it():
+            with self._disabled_on_failure():
                 logged_run.log_epoch(_client(self._place), self._run_id, number, {**metrics, **system})
 
     @contextlib.contextmanager
-    def _failures_end_it(self) -> Iterator[None]:
+    def _disabled_on_failure(self) -> Iterator[None]:
         try:
-            with errors_explained(self._place.store, ANSWER), _impatient(TIMEOUT):
+            with errors_explained(self._place.store, ANSWER), _timeout(TIMEOUT):
                 yield
         except PipelineError as error:
             log.warning("MLflow does not show this training while it runs: %s", error)
@@ -67,12 +67,12 @@ class LiveRun:
 
 
 def end(place: Place, status: str, reason: str = "") -> None:
-    """End the run of an attempt, if it has one that still runs: `status` is FINISHED, FAILED or KILLED.
+    """End the run of an attempt if it is still running. `status` is FINISHED, FAILED or KILLED.
 
     `reason` becomes the description of the run until it continues. Raises PipelineError if MLflow cannot be reached or
     refuses.
     """
-    with errors_explained(place.store, ANSWER), _impatient(END_TIMEOUT):
+    with errors_explained(place.store, ANSWER), _timeout(END_TIMEOUT):
         client = _client(place)
         found = client.get_experiment_by_name(place.experiment)
         run = logged_run.of_attempt(client, found.experiment_id, place.attempt) if found else None
@@ -83,7 +83,7 @@ def end(place: Place, status: str, reason: str = "") -> None:
 
 
 def _open(place: Place, name: str) -> str:
-    """Return the id of the attempt's run, which is running."""
+    """Create or continue the run of an attempt, and return its id."""
     from mlflow.tracking.context import registry
 
     client = _client(place)
@@ -108,8 +108,8 @@ def _client(place: Place) -> "MlflowClient":
 
 
 @contextlib.contextmanager
-def _impatient(seconds: str) -> Iterator[None]:
-    """Let requests fail soon, and repeat none."""
+def _timeout(seconds: str) -> Iterator[None]:
+    """Within the block, let requests fail after this time and do not repeat them."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
     before = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()

@@ -1,4 +1,4 @@
-"""A candidate -> a finished MLflow run with a logged model; the runs and models of failed attempts are deleted."""
+"""Logs a candidate as a finished MLflow run with a model, and deletes the runs and models of failed attempts."""
 
 import logging
 import math
@@ -17,7 +17,6 @@ from dgmd_pipeline.registry.store import ATTEMPT, TRAINING_ID
 from dgmd_pipeline.serving import source
 
 if TYPE_CHECKING:
-    import keras
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, LoggedModel, Run
     from mlflow.models import ModelSignature
@@ -34,9 +33,9 @@ class Candidate(NamedTuple):
     training_id: str  # identifies the training: its run and its version have this tag
     run_name: str
     describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
-    model: Callable[[], "keras.Model"]  # called if needed; uint8 [n, height, width, 3] -> float32 [n, classes]
+    model: Callable[[], Path]  # called if needed; file of a Keras model: uint8 [n, h, w, 3] -> float32 [n, classes]
     labels: Sequence[str]  # of the outputs, in their order
-    params: Mapping[str, object]  # those that are None are not logged
+    params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation
     of_run: Mapping[str, float]  # metrics of the steps and the data, logged to the run and not to the model
@@ -47,6 +46,15 @@ class Candidate(NamedTuple):
     files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
 
 
+class _ModelFile(NamedTuple):
+    """The file of a Keras model, which MLflow's `save_model` copies through `save` and does not save again."""
+
+    path: Path
+
+    def save(self, path: str) -> None:
+        shutil.copyfile(self.path, path)
+
+
 class LoggedRun(NamedTuple):
     """A finished run and its model."""
 
@@ -55,9 +63,10 @@ class LoggedRun(NamedTuple):
 
 
 def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, keep: str = "") -> LoggedRun | None:
-    """Return a complete run of a training, the run `keep` if it is given, and delete all others and their models.
+    """Return a complete run of a training, or None. Delete all its other runs and their models.
 
-    Failed and repeated attempts leave such runs and models. A run that a registered version names is not deleted.
+    If `keep` is given, only this run is kept. Failed and repeated attempts leave other runs and models. A run of a
+    registered version is never deleted.
     """
     found = {run.info.run_id: run for run in client.search_runs([experiment_id], _of_training(training_id))}
     models = {run_id: _models(client, experiment_id, run_id) for run_id in found}
@@ -90,7 +99,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     """
     from mlflow.tracking.context import registry
 
-    keras_model = candidate.model()
+    model_file = _ModelFile(candidate.model())
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = (
@@ -102,7 +111,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     )
     try:
         _log_data(client, run_id, candidate)
-        model_id = _log_model(client, experiment_id, run_id, candidate, keras_model)
+        model_id = _log_model(client, experiment_id, run_id, candidate, model_file)
         shown = _shown_epochs(client, run_id) if candidate.attempt else {}
         _log_metrics(client, run_id, [candidate.metrics, *candidate.history], model_id, shown)
         log_metrics(client, run_id, candidate.of_run)
@@ -134,9 +143,9 @@ def log_epoch(client: "MlflowClient", run_id: str, number: int, metrics: Mapping
 def _continue_live_run(
     client: "MlflowClient", experiment_id: str, candidate: Candidate, tags: Mapping[str, str]
 ) -> str | None:
-    """Let the run that has shown the training be that of the candidate, and return its id; None if there is none.
+    """Reuse the run that has shown the training for the candidate, and return its id; None if there is none.
 
-    It is deleted if it shows other epochs than those of the candidate: a training may have started again.
+    If the training has started again, the run shows other epochs than the candidate has. It is then deleted.
     """
     from mlflow.entities import RunTag
 
@@ -154,7 +163,7 @@ def _continue_live_run(
 
 
 def _shown_epochs(client: "MlflowClient", run_id: str) -> dict[int, float]:
-    """Return the value of the metric SHOWN in the epochs that a run has, which were logged whole."""
+    """Return the value of the metric SHOWN for each epoch that was logged to a run."""
     return {point.step: point.value for point in client.get_metric_history(run_id, SHOWN)}
 
 
@@ -169,7 +178,7 @@ def _models(client: "MlflowClient", experiment_id: str, run_id: str) -> "list[Lo
 
 
 def _mark_as_failed(client: "MlflowClient", run_id: str) -> None:
-    """Mark a run as failed if the server answers at once; its failure has an error of its own."""
+    """Try once to mark a run as failed. If this fails too, only the first error is raised."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -211,7 +220,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
 
 
 def _log_model(
-    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, keras_model: "keras.Model"
+    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, model_file: _ModelFile
 ) -> str:
     """Log the model as an output of the run, with its labels; return its id."""
     from mlflow.entities import LoggedModelOutput
@@ -228,13 +237,13 @@ def _log_model(
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / MODEL
-        _save(folder, model, run_id, candidate, keras_model)
+        _save(folder, model, run_id, candidate, model_file)
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     return model.model_id
 
 
-def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, keras_model: "keras.Model") -> None:
+def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, model_file: _ModelFile) -> None:
     """Write the files of the model: MLflow's Keras flavor, the labels, and the Python function of `serving`."""
     import mlflow.keras
     from mlflow.models import Model
@@ -244,7 +253,7 @@ def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate
         metadata={"labels": list(candidate.labels)},
     )  # fmt: skip
     mlflow.keras.save_model(
-        keras_model, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
+        model_file, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
         pip_requirements=_requirements(),
     )  # fmt: skip
     described.flavors["python_function"] |= {"loader_module": source.write(folder / "code"), "code": "code"}
@@ -260,9 +269,9 @@ def _log_metrics(
     model_id: str | None = None,
     but: Container[int] = (),
 ) -> None:
-    """Log metrics of MLflow's steps 0, 1, ... in as few requests as possible: the client sends 1,000 in each.
+    """Log metrics as MLflow's steps 0, 1, ... in as few requests as possible. The client sends 1,000 in each.
 
-    Those of step 0 belong also to the model `model_id`. The steps in `but` are left out.
+    The metrics of step 0 also belong to the model `model_id`. The steps in `but` are left out.
     """
     from mlflow.entities import Metric
 
@@ -277,9 +286,9 @@ def _log_metrics(
 
 
 def _signature(classes: int) -> "ModelSignature":
-    """Declare the input as objects, which MLflow passes on as they came.
+    """Declare the input as objects, which MLflow does not convert.
 
-    MLflow's server converts JSON to the declared type: of uint8, it would make black pixels of scaled ones.
+    MLflow's server converts JSON to the declared type. With uint8, pixels scaled to 0..1 would become black.
     """
     import numpy as np
     from mlflow.models import ModelSignature

@@ -1,4 +1,4 @@
-"""Start a command; an MLflow server requires a login if passwords are set.
+"""Starts a command. If passwords are set, an MLflow server requires a login.
 
 The image of the MLflow server runs every command with this module: `python -m dgmd_pipeline.registry.login COMMAND`.
 """
@@ -25,8 +25,8 @@ CACHE_SECONDS = 600
 def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
     """Return the command and the environment of an MLflow server that requires a login, if a password is set.
 
-    Creates the accounts, or gives them the passwords of the environment. They and the settings of the login are files
-    beside the SQLite database of the server.
+    Creates the accounts, or gives them the passwords of the environment. The accounts and the settings of the login are
+    files beside the SQLite database of the server.
 
     Raises SettingsError if a password is missing, too short or used twice, or if there are accounts and no password: a
     server that had a login never starts without one.
@@ -69,7 +69,7 @@ def _check(passwords: Mapping[str, str]) -> None:
 
 
 def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
-    """Create the accounts or change their passwords. The pipeline's may do all that `permissions` does not refuse."""
+    """Create the accounts or change their passwords. The pipeline's account may do all that `permissions` allows."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore()
@@ -79,7 +79,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
             store.update_user(account, password, is_admin=account == OPERATOR)
         else:
             store.create_user(account, password, is_admin=account == OPERATOR)
-    for resource in ("experiment", "registered_model"):  # also those that it did not create
+    for resource in ("experiment", "registered_model"):  # including those that it did not create
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 

@@ -1,7 +1,7 @@
-"""Requests to MLflow that create or delete something -> done once, even if answers are lost.
+"""Requests to MLflow that create or delete something, which take effect once even if answers are lost.
 
-MLflow's client repeats every request whose answer is lost or is a server error. If the server has already acted, the
-repetition of a request that creates something creates a second one.
+MLflow's client repeats every request whose answer is lost or is a server error. If the server had already created
+something, the repetition creates it twice.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ Created = TypeVar("Created")
 
 
 def create(request: Callable[[], Created], find: Callable[[], Created | None]) -> Created:
-    """Send a request that creates something and return that, or what `find` returns after a failure.
+    """Send a request that creates something, and return its result or, after a failure, what `find` returns.
 
-    It is repeated as often as MLflow's client would repeat it, but only while `find` finds nothing. Raises
+    The request is repeated as often as MLflow's client would repeat it, but only while `find` returns None. Raises
     MlflowException if nothing is created.
     """
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR, MLFLOW_HTTP_REQUEST_MAX_RETRIES

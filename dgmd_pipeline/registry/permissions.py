@@ -1,7 +1,7 @@
-"""The permissions that MLflow's accounts lack: only administrators may change which version is production.
+"""A permission that MLflow does not have: only administrators may change which version is production.
 
-MLflow has one permission for new versions and for aliases. Its server with a login calls `authenticate` for every
-request, as `authorization_function` of its settings.
+In MLflow, the permission to create versions includes the permission to set aliases. A server with a login calls
+`authenticate` for every request: it is the `authorization_function` in the server's settings.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def authenticate() -> "Authorization | Response":
-    """Return who sends the current request, or the answer that refuses it."""
+    """Return the login of the current request, or a response that refuses the request."""
     from flask import Response, jsonify, request
     from mlflow.server import auth
 
@@ -36,7 +36,7 @@ def authenticate() -> "Authorization | Response":
 def _changes_production(method: str, path: str) -> bool:
     """Return whether the current request changes the production version, its tag or stage, or the history.
 
-    MLflow's own function reads the message, so that it means the same here as when the server carries it out.
+    MLflow's own function parses the message, so that this check and the server interpret it in the same way.
     """
     from mlflow.protos import model_registry_pb2 as messages
     from mlflow.server.handlers import _get_request_message

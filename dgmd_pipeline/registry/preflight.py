@@ -1,4 +1,4 @@
-"""Ask the registry, before the first step, what would otherwise fail after the training."""
+"""Checks of the registry before the first step, for problems that would otherwise appear after the training."""
 
 import base64
 import configparser
@@ -29,11 +29,11 @@ USER, PASSWORD, TOKEN, INSECURE, SERVER_CA, CLIENT_CERTIFICATE = (
 def check(store: Store, experiment: str, variables: Mapping[str, str]) -> str | None:
     """Check that a model can be registered under an experiment. Return a warning if this is uncertain.
 
-    `variables` are those of the environment that begin with MLFLOW_.
+    `variables` are the environment variables that begin with MLFLOW_.
 
-    Raises PipelineError if the server is older than MLflow 3, whose client does not support older servers, if a
-    database cannot be read, or if the model's files would be stored in a place of this machine that does not last;
-    SettingsError if variables are invalid.
+    Raises PipelineError if the server is older than MLflow 3, because MLflow's client does not support older servers.
+    Also raises it if a database cannot be read, or if the model's files would be stored in a temporary place on this
+    machine. Raises SettingsError if variables are invalid.
     """
     if store.uri.startswith(("http://", "https://")):
         return _check_server(store.uri, experiment, variables)
@@ -79,7 +79,7 @@ def needs_plugin(variables: Mapping[str, str]) -> bool:
 
 
 def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return user and password of the environment or, where it has none, of MLflow's file for them."""
+    """Return user and password from the environment, else from MLflow's credentials file."""
     # Path.expanduser raises for a user without a home folder.
     file = os.path.expanduser("~/.mlflow/credentials")  # noqa: PTH111
     parser = configparser.ConfigParser()
@@ -121,9 +121,9 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
     if location is not None and _is_local(location) and not _can_hold_artifacts(location):
         raise PipelineError(
             f"The MLflow server at {shown} expects its clients to write the artifacts of {experiment} to {location}, "
-            "which is no folder that can be written here: start the server without --no-serve-artifacts and "
+            "which is not a writable folder here. Start the server without --no-serve-artifacts and "
             "--default-artifact-root, and set MLFLOW_EXPERIMENT_NAME to a new name, because an experiment keeps its "
-            "place; or mount the server's folder here under the same path."
+            "place. Or mount the server's folder here at the same path."
         )
     return None
 
@@ -152,9 +152,9 @@ def _explain_failure(shown: str, error: Exception) -> str:
 def _location_on_server(
     session: "requests.Session", uri: str, experiment: str, options: Mapping[str, Any]
 ) -> str | None:
-    """Return where a server stores an experiment's artifacts; for a new one, where it stores those of the latest.
+    """Return where a server stores the artifacts of an experiment, or of the latest one if there is no such experiment.
 
-    None if the server does not tell.
+    None if the server does not say.
     """
     api = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments"
     answer = session.get(f"{api}/get-by-name", params={"experiment_name": experiment}, timeout=TIMEOUT, **options)
@@ -188,8 +188,8 @@ def _check_sqlite(store: Store, path: Path, experiment: str) -> str | None:
     if _can_hold_artifacts(location):
         return f"The experiment {experiment} stores artifacts in {location}, not beside {path}: back up both."
     raise PipelineError(
-        f"The experiment {experiment} in {path} stores artifacts in {location}, which is no folder that can be written "
-        "here: restore or mount that folder, or set MLFLOW_EXPERIMENT_NAME to a new name. A new experiment stores them "
+        f"The experiment {experiment} in {path} stores artifacts in {location}, which is not a writable folder here: "
+        "restore or mount that folder, or set MLFLOW_EXPERIMENT_NAME to a new name. A new experiment stores them "
         f"beside the database, in {store.artifacts}."
     )
 

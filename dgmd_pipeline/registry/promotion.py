@@ -169,7 +169,7 @@ def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
 
 
 def _production_version(client: "MlflowClient", name: str) -> int | None:
-    """Return the production version. It asks only for the alias: a smaller request than for the registered model."""
+    """Return the production version. The alias is requested alone, because the registered model is much larger."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -212,7 +212,7 @@ def _is_consistent(state: ModelState) -> bool:
 
 def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> ModelVersion:
     """Return a version with the tag, stage and aliases that the alias `production` implies."""
-    if production is None:  # stages that something else set stay until the first promotion
+    if production is None:  # stages that another tool has set are kept until the first promotion
         return version
     is_production = version.version == production.version
     environment = PRODUCTION if is_production else NON_PRODUCTION

@@ -1,4 +1,4 @@
-"""A trained model and its measurements -> a run and a registered version in MLflow."""
+"""Registers a trained model and its measurements in MLflow, as a run and a version."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address: newer pages do not follow the experiment's kind
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address; newer pages ignore the experiment's kind
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -59,9 +59,9 @@ def git_revision(path: Path) -> str | None:
 def register(store: Store, experiment: str, name: str, candidate: Candidate) -> RegisteredVersion:
     """Log a run and create a non-production version with the alias `candidate`, or return this training's version.
 
-    Afterwards, a training has one version, one run and one logged model, whatever earlier attempts left: runs and
-    versions have its id as a tag. A complete run of this training is reused. What else carries the id is deleted,
-    except versions that somebody has promoted or given an alias.
+    Afterwards, the training has one version, one run and one logged model. Runs and versions have its id as a tag. A
+    complete run of an earlier attempt is reused. Other runs and versions of the training are deleted, except versions
+    that somebody has promoted or given an alias.
 
     Raises PipelineError if MLflow cannot be reached, after the client's retries, or refuses.
     """
@@ -162,7 +162,7 @@ def _create_version(client: "MlflowClient", name: str, run: LoggedRun, candidate
 
 
 def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: str) -> tuple[ModelState, ModelVersion]:
-    """Delete all versions of a training but one, except those in use; return the new state and the one."""
+    """Delete the versions of a training that are not in use, except one. Return the new state and the kept version."""
     kept, *others = _of_training(state, training_id)
     for other in others:
         if _in_use(other):
@@ -178,9 +178,9 @@ def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: st
 
 
 def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run | None":
-    """Delete runs and models of a training that failed or repeated attempts left, except the run of its version.
+    """Delete all runs and models of a training except the run of its version, and return that run.
 
-    Return that run; None if somebody has deleted it for good.
+    None if somebody has deleted that run permanently.
     """
     from mlflow.exceptions import MlflowException
 

@@ -1,4 +1,4 @@
-"""Where the registry and its artifacts are; names of its tags and aliases; errors explained."""
+"""The place of the registry and its artifacts, the names of its tags and aliases, and explanations of errors."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ EMBEDDED_BYTES = 2_000_000  # an embedded store without its models: the database
 
 
 class NotAllowed(PipelineError):
-    """The account of this process may not do what it asked MLflow for, or it is unknown there."""
+    """MLflow does not know the account of this process, or does not permit its request."""
 
 
 class Store(NamedTuple):
@@ -41,10 +41,10 @@ class Store(NamedTuple):
     artifacts: str | None  # URI of the folder for a new experiment's files; None: the server chooses
 
     def place(self, recorded: str) -> str:
-        """Return the URI where artifacts are now that the database recorded at `recorded`.
+        """Return the present URI of artifacts that the database recorded at `recorded`.
 
-        It is another one if the folder of the database was moved, or has another path on this machine or in this
-        container. If there is nothing at the new place, it is `recorded`.
+        It differs if the folder of the database was moved, or has another path on this machine or in this container. If
+        there is nothing at the new place, return `recorded`.
         """
         if self.artifacts is None or not recorded.startswith("file:"):
             return recorded
@@ -65,17 +65,17 @@ def embedded(folder: Path) -> Store:
 
 
 def create(folder: Path) -> None:
-    """Create an embedded store in an empty folder. The folder may be moved before its first use."""
+    """Create an embedded store in an empty folder, which the caller syncs. It may be moved before its first use."""
     from mlflow import MlflowClient
 
     (folder / "artifacts").mkdir()
     store = embedded(folder)
-    with errors_explained(store):
+    with errors_explained(store), database.without_sync():
         MlflowClient(store.uri).search_experiments()
 
 
 def upgrade(store: Store) -> None:
-    """Upgrade the schema of an SQLite database to that of the installed MLflow: see `database.upgrade`."""
+    """Upgrade the schema of an SQLite database to the schema of the installed MLflow: see `database.upgrade`."""
     if path := database.path_of(store.uri):
         database.upgrade(path)
 

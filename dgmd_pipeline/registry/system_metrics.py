@@ -1,7 +1,7 @@
-"""The load of this machine -> MLflow's system metrics, measured when an epoch ends.
+"""MLflow's system metrics: the load of this machine, measured when an epoch ends.
 
-MLflow measures them in a thread. When a training ends, it waits for this thread, which repeats requests to an
-unreachable server for minutes. Here, one request contains the metrics of an epoch and those of the machine.
+MLflow itself measures them in a thread. When a training ends, it waits for this thread, which repeats requests to an
+unreachable server for minutes. Here, the metrics of an epoch and of the machine are logged in one request.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger(__name__)
-PREFIX = "system/"  # MLflow shows metrics with such names on a page of their own
+PREFIX = "system/"  # MLflow shows metrics with such names on a separate page
 INTERVAL = 10.0  # seconds between two samples, as in MLflow; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
 
 
@@ -22,26 +22,26 @@ class SystemMetrics:
     """CPU, memory, disk, network and GPUs, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true."""
 
     def __init__(self, uri: str) -> None:
-        """Begin to measure. `uri` is that of the MLflow store."""
+        """Begin to measure. `uri` is the URI of the MLflow store."""
         self._monitor: SystemMetricsMonitor | None = None
-        with self._failures_end_it():
+        with self._disabled_on_failure():
             self._monitor = _monitor(uri)
         self._sampled = time.monotonic()
 
     def sample(self) -> dict[str, float]:
-        """Return the metrics by name: the CPU since the last sample, the rest as it is now.
+        """Return the metrics by name: the CPU load since the last sample, and the present values of the others.
 
-        There are none less than an interval after the last sample.
+        Returns nothing within an interval after the last sample.
         """
         if self._monitor is None or time.monotonic() - self._sampled < self._monitor.sampling_interval:
             return {}
         self._sampled = time.monotonic()
-        with self._failures_end_it():
+        with self._disabled_on_failure():
             return {PREFIX + name: value for name, value in _measure(self._monitor).items()}
         return {}
 
     @contextlib.contextmanager
-    def _failures_end_it(self) -> Iterator[None]:
+    def _disabled_on_failure(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - what psutil and the libraries of GPUs raise depends on the platform

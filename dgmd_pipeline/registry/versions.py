@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TRAINING = "split/training.csv"  # artifact of a version's run: the list of its training images
 
-RUNS = 100  # whose metrics are read: a run has hundreds of them
+RUNS = 100  # number of runs whose metrics are read; a run has hundreds of metrics
 
 
 class ForeignVersion(PipelineError):
@@ -184,7 +184,7 @@ def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelV
 
 
 def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
-    """Return the tags of a version, and its figures as tags. A figure that has a tag of its own is that of the tag."""
+    """Return the tags of a version, and its figures as tags. A figure's own tag takes precedence."""
     try:
         figures = dict(json.loads(version.tags.get(MEASURED, "{}")))
     except (ValueError, TypeError) as error:
@@ -196,7 +196,7 @@ def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":
-    """Return the files at a URI that MLflow recorded, from where they are now."""
+    """Return the repository of the files at a URI that MLflow recorded, at their present place."""
     from mlflow.tracking.artifact_utils import add_databricks_profile_info_to_artifact_uri, get_artifact_repository
 
     place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)

@@ -1,1 +1,1 @@
-"""Objects in a bucket -> files; the only users of boto3, botocore and awscrt."""
+"""Downloads the objects of a bucket. Only this package uses boto3, botocore and awscrt."""

@@ -1,4 +1,4 @@
-"""AWS settings -> one S3 client.
+"""Creates an S3 client from the AWS settings.
 
 boto3 reads the endpoint, region, profile and credentials from its own environment variables and from the files under
 ~/.aws.
@@ -49,7 +49,7 @@ def _is_default(client: Client) -> bool:
 def connect(threads: int = 32, default: Place | None = None) -> Client:
     """Return an S3 client for `threads` threads; it is anonymous if no credentials are configured.
 
-    The endpoint and the region are those of the environment and the AWS files, then those of `default`.
+    The endpoint and the region come from the environment or the AWS files, else from `default`.
 
     Raises NoUsableInput for settings that boto3 rejects and for configured credentials that cannot be used. botocore
     itself ignores a credentials file that is missing, unreadable or a folder, and then sends anonymous requests or uses

@@ -1,4 +1,4 @@
-"""S3 objects -> files by AWS's Common Runtime (awscrt), in C: a quarter of the CPU time of botocore's `get_object`.
+"""Fetches S3 objects with AWS's Common Runtime (awscrt), in a quarter of the CPU time of botocore's `get_object`.
 
 `CrtTransfer` repeats a successful botocore request for other keys, so addressing, regions and redirects need no code
 here. botocore fetches every object that awscrt cannot fetch; it retries longer and reports the cause. botocore also
@@ -45,7 +45,7 @@ class PendingTransfer(NamedTuple):
 
 
 class CrtTransfer:
-    """Fetches objects of one bucket by awscrt, after botocore has fetched one."""
+    """Fetches objects of one bucket with awscrt, after botocore has fetched one."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
         """Observe the requests that `client` sends."""

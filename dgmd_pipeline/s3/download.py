@@ -1,4 +1,4 @@
-"""Objects in the bucket -> files below raw/."""
+"""Downloads objects of the bucket into raw/."""
 
 import shutil
 import socket
@@ -34,10 +34,10 @@ def download(
 ) -> Generator[SourceObject | Rejected]:
     """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
 
-    Yields a Rejected for an object that cannot be fetched. Its reason is "gone" (since it was listed), "archived" (its
+    Yields a Rejected for an object that cannot be fetched. Its reason is "gone" (it was deleted), "archived" (its
     storage class requires that it is restored first), "changed" (its size or ETag differs, or its bytes do not match
-    the MD5 sum or checksum that S3 states), "refused" (S3 does not permit to read it) or "failed" (S3 does not send it,
-    or never completely). A failure that may be temporary is repeated: up to four attempts.
+    the MD5 sum or checksum that S3 states), "refused" (S3 does not permit reading it) or "failed" (S3 does not send it,
+    or never completely). After a failure that may be temporary, there are up to four attempts.
 
     Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
     and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
@@ -97,7 +97,7 @@ class Chunk(NamedTuple):
     bucket: str
     objects: Sequence[SourceObject]
     folder: Path
-    parts: Path  # folder in which each attempt makes a folder of its own
+    parts: Path  # folder in which each attempt creates a subfolder
 
 
 Map = Callable[
@@ -138,8 +138,8 @@ def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     if refused and chunk.place.is_signed and not place(client).is_signed:
         raise NoUsableInput(
             f"S3 refuses s3://{chunk.bucket}/{refused[0].path} to the worker on {socket.gethostname()}, which has no "
-            "AWS credentials. The run has some, and does not send them to workers. Give them to the worker as to the "
-            "run: by its environment, a file or a role."
+            "AWS credentials. The run has some, and does not send them to workers. Configure them for the worker as "
+            "for the run: in its environment, in a file or by a role."
         )
     return done
 
@@ -172,7 +172,7 @@ class _Completed(NamedTuple):
 
 
 class _Downloader:
-    """Fetches objects by awscrt where possible, else by botocore in threads, which start when they are needed."""
+    """Fetches objects with awscrt if possible, else with botocore in threads, which start when they are needed."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate, stop: Event) -> None:
         self.crt = CrtTransfer(client, bucket, gate)

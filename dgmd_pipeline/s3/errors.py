@@ -1,4 +1,4 @@
-"""botocore's errors -> sentences for the operator, and reasons to set one object aside."""
+"""Explains botocore's errors to the operator, and decides which of them reject only one object."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from dgmd_pipeline.s3.throttling import STATUSES
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-# Reasons to set an object aside that count for MAX_REJECTED_PCNT: S3 refuses to send it; S3 does not send it, or not
+# Reasons to reject an object that count for MAX_REJECTED_PCNT: S3 refuses to send it; S3 does not send it, or not
 # completely; S3 sends another content than it listed.
 REFUSED, FAILED, CHANGED = "refused", "failed", "changed"
 MAX_TEXT = 200  # characters of S3's text that are stored
@@ -38,12 +38,12 @@ OTHER_REGION = {
 }
 WRONG_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 WRONG_CLOCK = {"RequestTimeTooSkewed"}
-# Codes of errors that every request gets, whatever its key is.
+# Codes of errors that every request gets, regardless of its key.
 GENERAL = ACCOUNT_DISABLED | WRONG_CREDENTIALS | OTHER_REGION | WRONG_BUCKET | WRONG_CLOCK
 
 
 def object_problem(error: Exception) -> tuple[str, str] | None:
-    """Return reason and detail for setting the requested object aside; None if the cause is not the object."""
+    """Return reason and detail for rejecting the requested object; None if the cause is not the object."""
     from botocore import exceptions as boto
 
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
@@ -64,7 +64,8 @@ def object_problem(error: Exception) -> tuple[str, str] | None:
 def is_worth_repeating(error: Exception) -> bool:
     """Return whether the answer to a repeated request may differ.
 
-    botocore has repeated requests without an answer for more than a minute, and `throttling` throttled ones for longer.
+    It is not worth repeating a request without an answer, which botocore has repeated for more than a minute, or a
+    throttled one, which `throttling` has repeated for longer.
     """
     from botocore import exceptions as boto
 
@@ -74,7 +75,7 @@ def is_worth_repeating(error: Exception) -> bool:
 
 
 def remedy(client: Client, rejected: Rejected) -> str:
-    """Return what to do about many objects that were set aside for the reason of `rejected`."""
+    """Return what to do about many objects that were rejected for the reason of `rejected`."""
     if rejected.reason == REFUSED and any(code in rejected.detail for code in ACCESS_DENIED):
         return access_remedy(client)
     return {

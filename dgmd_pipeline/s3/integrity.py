@@ -1,4 +1,4 @@
-"""A downloaded object -> whether it is the one that was listed, with every byte intact."""
+"""Checks that a downloaded object is the one that was listed, and that every byte is intact."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ def checksum_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
 def has_md5(bucket: str, source: SourceObject, headers: Mapping[str, str]) -> bool:
     """Return whether the listed ETag is the MD5 sum of the content.
 
-    It is not for multipart uploads, for objects that are encrypted with a key of KMS, and in directory buckets.
+    It is another value for multipart uploads, for objects that are encrypted with a KMS key, and in directory buckets.
     """
     encryption = headers.get("x-amz-server-side-encryption", "AES256")
     customer_key = "x-amz-server-side-encryption-customer-algorithm" in headers

@@ -1,4 +1,4 @@
-"""The keys of a bucket -> safe paths below raw/."""
+"""Lists the objects of a bucket, and maps their keys to safe paths below raw/."""
 
 import logging
 import re
@@ -125,7 +125,7 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
 def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
     """Yield the objects whose keys begin with `root`.
 
-    An event of botocore hands over each page, whose objects are parsed here. botocore parses the rest.
+    A handler of botocore's events parses the objects of each page. botocore parses the rest.
     """
     # With "s3" in place of "*", botocore parses the page once to look for an error, before this handler is called.
     event = "before-parse.*.ListObjectsV2"
@@ -140,7 +140,7 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Handle the event "before-parse" of botocore: parse the objects of a page, and leave the rest to botocore.
 
-    botocore's general parser takes six times as long for an object, and its decoding of keys twice.
+    botocore's general parser takes six times as long for an object, and its decoding of keys twice as long.
     """
     from xml.etree import ElementTree
 

@@ -1,4 +1,4 @@
-"""A listing of the bucket <-> the files in a folder: what is new, changed or gone, and what can be reused."""
+"""Compares a listing of the bucket with the files in a folder, and downloads what cannot be reused."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from dgmd_pipeline.s3.listing import Listing, Objects, ignores_case
 from dgmd_pipeline.workflow import disk, files
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # objects that were set aside are named in the log; all are in rejected.csv
+SHOWN = 5  # rejected objects that the log names; rejected.csv has all
 
 Item = SourceObject | Rejected
 
@@ -39,7 +39,7 @@ class DownloadResult:
     """What a download left in a folder."""
 
     objects: list[SourceObject]  # all that are in the folder
-    fetched: list[SourceObject]  # those that were not there before
+    fetched: list[SourceObject]  # objects that were not there before
     rejected: list[Rejected]
 
     @property
@@ -104,7 +104,7 @@ def download_folder(
 
 
 def _failure_check(client: Client, listing: Listing, max_failed: float) -> Callable[[Rejected], None]:
-    """Return a function that counts an object that was set aside, and raises NoUsableInput if a label has too many.
+    """Return a function that counts a rejected object, and raises NoUsableInput if a label has too many.
 
     An object that is gone or archived does not count.
     """
@@ -140,8 +140,8 @@ def reuse(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Keep or link into `folder` what need not be fetched, and return those objects and the missing ones.
 
-    Of the files that an interrupted download left in `folder`, those that have not changed are kept; those that are not
-    listed any more are removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
+    Unchanged files that an interrupted download left in `folder` are kept. Files that are no longer listed are
+    removed. `resume_listing` is the file that stores the listing for the next call. Unchanged
     objects in `previous`, the folder of a finished download, are linked, or copied if the disk has no hard links.
     """
     listed = {source.path: source for source in objects}

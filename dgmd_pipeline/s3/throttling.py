@@ -1,7 +1,7 @@
-"""Requests to a server that answers "slow down" -> requests at a rate that it accepts.
+"""Limits the rate of requests to a server that answers "slow down".
 
-botocore and awscrt repeat such a request a few times, each for itself. A `Gate` slows all requests of a client down
-together, and repeats them for much longer.
+botocore and awscrt repeat each such request a few times, independently of the others. A `Gate` slows all requests of a
+client down together, and repeats them for much longer.
 """
 
 import logging
@@ -114,7 +114,7 @@ def gate(client: Client, stop: Event | None = None) -> Iterator[Gate]:
         gate.wait()
 
     events.register_first("request-created.s3", wait)  # before the request is signed
-    # The last handler: where botocore itself repeats a request, its retry mode determines the delay.
+    # The last handler, so that botocore's retry mode determines the delay if botocore repeats a request itself.
     events.register_last("needs-retry.s3", gate._observe)
     try:
         yield gate

@@ -1,4 +1,4 @@
-"""One S3 object -> a file, by botocore; or the reason why the object is set aside."""
+"""Fetches an S3 object with botocore, or returns the reason why the object is rejected."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from botocore.response import StreamingBody
 
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
-ATTEMPTS = 4  # of an object; each consists of the attempts of botocore
+ATTEMPTS = 4  # of an object; each includes the attempts of botocore
 BACKOFF = 0.4  # seconds after the first attempt without an answer; four times as many after each further one
 
 
@@ -31,7 +31,7 @@ class Throttled(NoUsableInput):
 
 
 class BotocoreTransfer:
-    """Fetches objects of one bucket by botocore. Several threads may use it."""
+    """Fetches objects of one bucket with botocore. Several threads may use it."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate, stop: Event) -> None:
         """Setting `stop` ends all transfers; their files are then incomplete."""
@@ -89,7 +89,7 @@ class BotocoreTransfer:
         return (Rejected(source.key, label, errors.CHANGED, problem) if problem else None), None
 
     def _copy(self, body: "StreamingBody", source: SourceObject, headers: Mapping[str, str], part: Path) -> str | None:
-        """Write the body to `part`, and return how it differs from the listed object; None if `stop` was set."""
+        """Write the body to `part`, and return how it differs from the listed object. None if equal or stopped."""
         verified = self._is_verified and integrity.checksum_header(headers)
         md5 = None
         if not verified and integrity.has_md5(self._bucket, source, headers):
@@ -105,7 +105,7 @@ class BotocoreTransfer:
         return integrity.difference(source, headers, size, md5.hexdigest() if md5 else None)
 
     def _check_service(self, source: SourceObject, rejected: Rejected) -> None:
-        """Raise NoUsableInput if S3 sends nothing at all, so that the failure is not the object's."""
+        """Raise NoUsableInput if S3 sends nothing at all, because the cause is then not this object."""
         from botocore import exceptions as boto
 
         if self._stop.is_set():

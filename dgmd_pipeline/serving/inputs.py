@@ -1,4 +1,4 @@
-"""What a consumer sends -> the input of the network: image files decoded and fitted as for training, or pixels.
+"""Converts a request to the input of the network: image files, decoded and fitted as for training, or pixels.
 
 A registered model carries this module (see `source`), and MLflow's server calls it from several threads.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXPECTED = "image files (bytes, or base64 in JSON), or unscaled pixels (uint8 [images, height, width, 3], 0 to 255)"
 _FILES = (bytes, bytearray, memoryview, str)
-# `decoding.guard` changes settings of the process. One image at a time also limits the memory to that of one image.
+# `decoding.guard` changes settings of the process. Decoding one image at a time also limits the memory.
 _decoding = threading.Lock()
 
 
@@ -46,7 +46,7 @@ def input_fit(network: "keras.Model") -> "Fit":
 def read(data: bytes, network: "keras.Model") -> np.ndarray:
     """Decode an image file and fit it to the input of a servable model: uint8 [height, width, 3].
 
-    The pixels are those of the record that training makes of the file. Raises InvalidImage, also for a file that
+    The pixels are the same as in the file's record for training. Raises InvalidImage, also for a file that
     exceeds one of `limits`.
     """
     if len(data) > limits.MAX_BYTES:
@@ -62,9 +62,9 @@ def read(data: bytes, network: "keras.Model") -> np.ndarray:
 def to_batch(values: Any, network: "keras.Model") -> np.ndarray:
     """Return the input of one request as a batch for a servable model: uint8 [images, height, width, 3].
 
-    `values` are image files (bytes or base64), one or a sequence of them, which are read with `read`; or pixels, uint8
-    [images, height, width, 3] of any size, which the model itself resizes. Pixels from JSON are nested lists, or an
-    array of objects, of whole numbers from 0 to 255. Raises InvalidImage.
+    `values` is an image file (bytes or base64), a sequence of image files, or pixels (uint8 [images, height, width, 3])
+    of any size, which the model itself resizes. Pixels from JSON are nested lists, or an array of objects, of whole
+    numbers from 0 to 255. Raises InvalidImage.
     """
     if isinstance(values, np.ndarray) and values.dtype.kind not in "OSU":
         return _check_pixels(values)
@@ -84,7 +84,8 @@ def _list(values: Any) -> list[Any]:
     """Return the images of a request one by one: files, or nested lists of numbers."""
     if isinstance(values, np.ndarray):
         found = values.reshape(-1 if values.ndim == 0 else values.shape).tolist()
-        # NumPy takes the zeros at the end of bytes for padding. No format minds zeros after its end.
+        # NumPy removes zeros at the end of bytes as padding. They are restored; more zeros are no problem in any
+        # format.
         return [item.ljust(values.itemsize, b"\0") for item in found] if values.dtype.kind == "S" else found
     return [values] if isinstance(values, _FILES) or not isinstance(values, Sequence) else list(values)
 

@@ -1,4 +1,4 @@
-"""A registered model's folder -> the Python function that MLflow calls.
+"""The Python function of a registered model, which MLflow calls.
 
 A registered model carries this module (see `source`). MLflow imports it in the consumer's process.
 MLflow's own function for Keras models takes arrays only, and prints a progress bar at each call.

@@ -25,8 +25,8 @@ _OWN_NAME = __name__.partition(".")[0]
 def write(folder: Path) -> str:
     """Write the code into a folder; return the name of the module that MLflow loads.
 
-    The package gets a name of its own, so that a model does not use a version of this package that is installed beside
-    it. The name contains a hash of the code, so that a process can load two models with different code.
+    The package gets another name, so that a model does not use an installed version of this package.
+    The name contains a hash of the code, so that a process can load two models with different code.
     """
     root = Path(__file__).parents[1]
     texts = {name: (root / name).read_text("utf-8") for name in MODULES}

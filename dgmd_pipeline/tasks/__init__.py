@@ -1,10 +1,12 @@
-"""The graph: which step needs which. Only this package names step folders.
+"""The steps and their dependencies. Only this package names step folders.
+
+This command runs the pipeline with the settings of the environment:
 
     luigi --module dgmd_pipeline.tasks RegisterModel --local-scheduler
 
-runs the pipeline with the settings of the environment. A task contains no algorithm: it reads its inputs, calls one or
-a few functions, and writes the results. Modules that import TensorFlow, MLflow, Pillow or boto3 are imported where they
-are used, so that a run with nothing to do starts without them.
+A task contains no algorithm: it reads its inputs, calls one or a few functions, and writes the results. Modules that
+import TensorFlow, MLflow, Pillow or boto3 are imported where they are used. So a run with nothing to do starts without
+them.
 """
 
 from dgmd_pipeline.tasks import model, resources

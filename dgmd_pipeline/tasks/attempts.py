@@ -1,7 +1,7 @@
-"""The attempt to train and register a model -> its MLflow run, and the file in DATA_DIR that names it.
+"""The MLflow run of an attempt to train and register a model, and the file in DATA_DIR that names the attempt.
 
-The file is there from the start of a training until its version is registered. A later process finds it, and continues
-or ends the MLflow run.
+The file exists from the start of a training until its version is registered. A later process reads the file, and
+continues or ends the MLflow run.
 """
 
 import logging
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FILE = ".mlflow-run"
-RESUMED = "attempt"  # file in the folder of checkpoints: its training is part of this attempt
+RESUMED = "attempt"  # file in the folder of checkpoints that names the attempt of their training
 
 
 def begin(settings: Any, resume_dir: Path, run_name: str) -> "LiveRun | None":
@@ -61,7 +61,7 @@ def end(settings: Any, status: str, reason: str = "") -> None:
 
 
 def registered(data_dir: Path) -> None:
-    """Forget the current attempt, whose version is registered."""
+    """End the current attempt, because its version is registered."""
     (data_dir / FILE).unlink(missing_ok=True)
 
 
@@ -75,5 +75,5 @@ def _place(settings: Any, attempt: str) -> "Place | None":
 def _read(path: Path) -> str:
     try:
         return path.read_text("ascii")
-    except (OSError, UnicodeDecodeError):  # a DATA_DIR that cannot be read ends the run with a sentence of its own
+    except (OSError, UnicodeDecodeError):  # another check ends the run if DATA_DIR cannot be read
         return ""

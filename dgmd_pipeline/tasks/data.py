@@ -1,4 +1,4 @@
-"""The bucket -> TFRecords: the steps that prepare the data."""
+"""The steps that prepare the data, from the bucket to TFRecords."""
 
 import logging
 from collections import Counter
@@ -113,7 +113,7 @@ class InspectImages(Step):
 
     @cached_property
     def _corrections(self) -> dict[str, str]:
-        """The operator's corrections. They are read once in a run, so that those recorded are those applied."""
+        """The operator's corrections. They are read once in a run, so the recorded corrections are the applied ones."""
         return corrections.read(self.path.with_name(corrections.NAME))
 
     def extra_inputs(self) -> dict[str, str]:
@@ -136,7 +136,7 @@ class InspectImages(Step):
         from dgmd_pipeline.data import inspection
 
         executor = self.context.executor
-        # A scheduler does 400 pieces a second: with 64 files in each it would limit 56 workers.
+        # A Dask scheduler processes 400 pieces a second. With 64 files in a piece, it can supply only 56 workers.
         chunk = inspection.PIECE_FILES if executor.is_cluster else inspection.CHUNK
         return self.progress(executor.map(function, files, chunk), len(files), "images")
 
@@ -149,7 +149,7 @@ class InspectImages(Step):
         options = self._map, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         rejected = {reason: count for reason, count in counts["rejected"].items() if reason != manifest.EXCLUDED}
-        _warn_of_rejected(rejected, "files", self.path)  # the summary has the excluded ones
+        _warn_of_rejected(rejected, "files", self.path)  # the summary has the number of excluded files
         return StepResult(
             counts={name: value for name, value in counts.items() if name != "new"},
             images=counts["images"],
@@ -249,7 +249,7 @@ class SplitImages(Step):
 
 
 class PerSplitStep(Step):
-    """A step that exists once for each split, with a folder for each."""
+    """A step with one task and one folder for each split."""
 
     split: str = luigi.ChoiceParameter(choices=names.SPLITS)
     image_params: ClassVar[tuple[str, ...]] = ()  # settings that the result for each image depends on
@@ -264,7 +264,7 @@ class PerSplitStep(Step):
 
     @property
     def _other(self) -> "PerSplitStep":
-        """This step for the other split, which may hold images that were in that split before."""
+        """This step for the other split. Its folder may contain images that are in this split now."""
         return type(self)(split=next(split for split in names.SPLITS if split != self.split))
 
     def reusable_folders(self) -> list[Path]:
@@ -313,7 +313,9 @@ class WriteTFRecords(PerSplitStep):
         target = draft, self.split, given.num_shards
         written = shards.write(rows, raw, *target, *size, fit, run, reserve_memory, previous, pieces)
         if suggested := shards.suggest_shards([shard.bytes for shard in manifest.read_shard_index(draft).shards]):
-            log.warning("%s has a shard of more than 1 GB. NUM_SHARDS=%d makes about 200 MB.", self.folder, suggested)
+            log.warning(
+                "%s has a shard of more than 1 GB. NUM_SHARDS=%d makes shards of about 200 MB.", self.folder, suggested
+            )
         return StepResult(written.counts, written.counts["images"], written.new, written.new_bytes, written.summary)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:

@@ -1,4 +1,4 @@
-"""Step folders -> what commands need from them."""
+"""Functions with which commands read step folders and the registry."""
 
 import logging
 from pathlib import Path
@@ -35,7 +35,7 @@ def registered(data_dir: Path, result: RunResult) -> Json:
 
 
 def summary(data_dir: Path, version: int | None) -> list[str]:
-    """Return sentences about the evaluation in a DATA_DIR, and about the command for its `version`, unless None."""
+    """Return sentences about the evaluation in a DATA_DIR and, with a `version`, about the command that promotes it."""
     from dgmd_pipeline.evaluation import summary
 
     measured = read_record(data_dir / names.EVALUATION)
@@ -77,7 +77,7 @@ def missing_version(settings: Any, record: StepRecord) -> str | None:
     uri = variables.get("MLFLOW_REGISTRY_URI") or settings.mlflow_tracking_uri
     uri = uri or database.uri_of((settings.data_dir / names.STORE / "mlflow.db").resolve())
     wanted = Registered(record.counts["name"], record.counts["version"], record.inputs.get(names.TRAINED_MODEL, ""))
-    if needs_plugin(variables) or exists(uri, wanted, request_options(variables)) is not False:  # unknown, or it has it
+    if needs_plugin(variables) or exists(uri, wanted, request_options(variables)) is not False:  # unknown, or it exists
         return None
     return f"{wanted.name} version {wanted.version} is no longer in the registry"
 
@@ -116,7 +116,7 @@ def production(settings: "Settings", folder: Path) -> "Rivals":
 def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary]":
     """Return what the report shows of the registered versions, the oldest first, without those of this training.
 
-    There are none if the registry cannot be read: the report does without them, and nothing waits for a second attempt.
+    The list is empty if the registry cannot be read. The requests are not repeated.
     """
     from dgmd_pipeline.evaluation.versions_so_far import SHOWN, VersionSummary
     from dgmd_pipeline.registry import once, versions

@@ -1,4 +1,4 @@
-"""TFRecords or stored features -> a registered model."""
+"""The steps that train, evaluate and register a model."""
 
 import logging
 import time
@@ -83,7 +83,7 @@ class TrainModel(Step):
         from dgmd_pipeline.training import runtime, train
         from dgmd_pipeline.workflow.executors import in_threads
 
-        backbone = resources.network(self.context, extracts=False)
+        backbone = resources.network(self.context)
         resources.start_serving_early(self.context)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
@@ -145,7 +145,7 @@ class EvaluateModel(Step):
     """A model and the validation split -> metrics, a comparison with production, and a serving benchmark."""
 
     name, verb, format_version = names.EVALUATION, "evaluate", 3
-    params = ("model_name", "mlflow_tracking_uri")  # where the production version is, which the model is compared with
+    params = ("model_name", "mlflow_tracking_uri")  # they locate the production version for the comparison
     runtime_params = (
         *("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels"),
         "mlflow_experiment_name",  # where the runs of the versions so far are
@@ -242,11 +242,11 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """Return a text about the version that this training had and that is no longer in the registry; "" if none."""
+        """Return a text about the earlier version of this training, which the registry no longer has; "" if none."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:
-            return f", in place of version {before.counts['version']}, which was not in the registry any more"
+            return f", in place of version {before.counts['version']}, which is no longer in the registry"
         return ""
 
     def _finish_run(self, place: "Store", version: "RegisteredVersion", start: float) -> None:
@@ -295,7 +295,7 @@ class RegisterModel(Step):
             training_id=about["id"],
             run_name=_run_name(self.settings.model_name, records[names.TRAINED_MODEL].started),
             describe=partial(_description, summary.from_counts(records[names.EVALUATION].counts)),
-            model=partial(resources.trained_model, self.context, paths["trained"]),
+            model=partial(resources.model_file, paths["trained"]),
             labels=mapping,
             params=_recorded_settings(records, mine),
             history=[_metrics(row) for row in history],

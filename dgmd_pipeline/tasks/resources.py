@@ -1,4 +1,4 @@
-"""What a run keeps between steps: a listing, the frozen network, the trained model, the serving benchmark's process."""
+"""Objects that a run keeps between steps: listing, frozen network, trained model, process of the serving benchmark."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Resources:
 
 
 def executor(settings: Any) -> Executor:
-    """Return what does the heavy work of a run: a Dask cluster if there is one, else processes on this machine."""
+    """Return the executor of a run: a Dask cluster if its address is set, else processes on this machine."""
     if settings.dask_scheduler_address is None:
         return ProcessExecutor()
     from dgmd_pipeline.settings import provide_worker_defaults
@@ -50,12 +50,12 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """Build the frozen network in a background thread, if this run will need it, while earlier steps run.
 
     This takes about 10 s of one core: for the import of TensorFlow, the layers and, if features are extracted, the
-    forward pass. Where little is to be done before the training, the other cores are idle: the serving benchmark's
-    process starts, too.
+    forward pass. If there is little work before the training, other cores are idle. The serving benchmark's process
+    then starts, too.
     """
     listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
-    # Where there are features, most of them are reused. The forward pass is then built when there is a new image.
+    # If there are features, most of them are reused. The forward pass is then built only for new images.
     missing = {name for name in due if not (context.settings.data_dir / name).exists()}
     extracts = any(name.startswith(names.FEATURES) for name in missing) and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
@@ -76,32 +76,42 @@ def _start_network(context: RunContext, extracts: bool) -> None:
         context.shared(Resources).network = executors.submit_in_background(build)
 
 
-def network(context: RunContext, extracts: bool) -> "keras.Model | None":
+def network(context: RunContext) -> "keras.Model | None":
     """Return the frozen network of this run; None if the backbone is trained (`cnn`)."""
     resources = context.shared(Resources)
     if resources.network is None:
-        _start_network(context, extracts)
+        _start_network(context, extracts=False)
     return resources.network and resources.network()
 
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":
     """Return the trained model of a folder, from memory if this run trained it, because loading takes 3 to 5 s."""
-    from dgmd_pipeline.training import networks, runtime
+    from dgmd_pipeline.training import networks, runtime, train
 
     trained = context.shared(Resources).trained
     if trained and trained[0] == context.result.fingerprints.get(names.TRAINED_MODEL):
         return trained[1]
     runtime.start_tensorflow()
-    return networks.load(folder / "model.keras")
+    return networks.load(folder / train.MODEL)
+
+
+def model_file(folder: Path) -> Path:
+    """Return the file of a trained model, to log it in MLflow, which needs Keras for that.
+
+    Raises PipelineError where the file is missing or was changed.
+    """
+    from dgmd_pipeline.training import networks, runtime, train
+
+    networks.check_file(folder / train.MODEL)
+    runtime.start_tensorflow()
+    return folder / train.MODEL
 
 
 def start_serving_early(context: RunContext) -> None:
-    """Start the serving benchmark's process, unless it has been, so that it is ready after the training.
+    """Start the serving benchmark's process, unless it is running, so that it is ready after the training.
 
-    A run that does not evaluate starts none.
-
-    Its start takes 2 CPU seconds. While it waits it holds 200 MB of memory of its own, and Linux ends it first if
-    memory runs out; `serving_process` then starts another.
+    A run that does not evaluate starts none. The start takes 2 CPU seconds. While the process waits, it uses 200 MB of
+    memory of its own. If memory runs out, Linux kills it first, and `serving_process` starts another.
     """
     resources = context.shared(Resources)
     all_here = context.holds_lock and names.EVALUATION in context.result.planned  # all steps run in this process

@@ -1,4 +1,4 @@
-"""What a model learns from: TFRecords, or features that a frozen backbone extracts from them."""
+"""The data that a model is trained on: TFRecords, or features that a frozen backbone extracts from them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,9 +66,9 @@ class ExtractFeatures(PerSplitStep):
         return StepResult(counts, images, new, missing.new_bytes, summary)
 
     def _extract(self, records: Path, reuse: "Reuse", origin: "Origin", folder: Path) -> list[Path]:
-        """Compute the vectors that are not reused, and return the folders that they are in.
+        """Compute the vectors that are not reused, and return the folders that contain them.
 
-        Where all are reused, neither TensorFlow nor the network is needed.
+        This needs TensorFlow and the network.
         """
         from dgmd_pipeline.training import extraction
 
@@ -94,6 +94,6 @@ class ExtractFeatures(PerSplitStep):
         return extraction.extract_pieces(pieces, network, in_threads)
 
     def _network(self) -> "keras.Model":
-        network = resources.network(self.context, extracts=not self.context.executor.is_cluster)
+        network = resources.network(self.context)
         assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
         return network

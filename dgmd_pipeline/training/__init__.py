@@ -1,1 +1,1 @@
-"""Networks and their training; the only users of Keras layers and `tf.data`."""
+"""Networks and their training. Only this package uses Keras layers and `tf.data`."""

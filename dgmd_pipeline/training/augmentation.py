@@ -29,7 +29,7 @@ def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[
 
 
 def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
-    """Return randomly changed images of the same shape and range: uint8, or float32 where `kind` is "strong".
+    """Return randomly changed images of the same shape and range: uint8, or float32 if `kind` is "strong".
 
     `images` are uint8 [batch, height, width, 3]. The random numbers of an image depend only on `seed` (int [2]) and on
     its position in the batch, so a resumed training sees the same images.

@@ -6,14 +6,14 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
-MAX_DECAY = 0.7  # the highest weight of the previous mean; the new weights have the rest
+MAX_DECAY = 0.7  # maximum weight of the previous mean; the new weights have 1 - decay
 WARM_UP = 5  # epochs after which the decay is 0.5; it starts at 0, because the first weights are soon outdated
 
 
 class AveragingCallback(Protocol):
     """A Keras callback that averages weights."""
 
-    variables: list["keras.Variable"]  # the mean; a training resumes from these and from the network's
+    variables: list["keras.Variable"]  # of the mean; a checkpoint contains these too
 
     def use_mean(self) -> None:
         """Set the network's weights to the mean."""

@@ -1,4 +1,4 @@
-"""A backbone -> its bottom and its top, cut between two blocks."""
+"""Cuts a backbone between two blocks into a bottom and a top."""
 
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,9 @@ TOP_SHARE = (0.25, 0.75)  # minimum and maximum share of the backbone's paramete
 def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
     """Return the bottom and the top of a backbone, two networks that share its layers: top(bottom(x)) == network(x).
 
-    The cut is between two blocks, at a tensor that every path from the input to the output passes through. Of the cuts
-    that leave a TOP_SHARE of the parameters to the top, the one with the fewest values is taken, because these values
-    are stored; networks are narrow between blocks and wide inside. Of equal ones the first is taken.
+    The cut is at a tensor that every path from the input to the output passes through. Of the cuts that leave a
+    TOP_SHARE of the parameters to the top, it is the first with the fewest values, because these values are stored.
+    This is between two blocks, because networks are narrow there and wide within blocks.
     """
     import keras
 
@@ -32,12 +32,12 @@ def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
 
 
 def _find_cut_points(network: "keras.Model") -> list["keras.Operation"]:
-    """Return the operations whose output every path from the network's input to its output passes through."""
+    """Return the operations that lie on every path from the network's input to its output."""
     import keras
 
     produced_at: dict[int, int] = {}  # tensor -> position of the operation that computes it
     last_use = [0] * len(network.operations)
-    for position, operation in enumerate(network.operations):  # each follows those that it depends on
+    for position, operation in enumerate(network.operations):  # in topological order
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
                 last_use[produced_at[id(tensor)]] = position

@@ -1,4 +1,4 @@
-"""The name of a backbone -> its network in `keras.applications` and the file of its weights, without importing Keras.
+"""The backbones: their networks in `keras.applications` and the files of their weights. Does not import Keras.
 
 `python -m dgmd_pipeline.training.backbones NAME FOLDER` downloads the ImageNet weights of a backbone into a folder. The
 build of the container image uses it.
@@ -30,15 +30,15 @@ class Backbone(NamedTuple):
 
     function: str  # its name in `keras.applications`
     url: str  # below WEIGHTS_URL
-    md5: str | None  # in the sources of Keras, which have none for MobileNetV2
+    md5: str | None  # from the sources of Keras, which have none for MobileNetV2
     scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
     min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 
 
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _KERNELS = "weights_tf_dim_ordering_tf_kernels"
-# Files and checksums are those in the sources of Keras 3 (keras/src/applications). This module loads the files because
-# Keras's MobileNetV2 would choose another file for each image size.
+# Files and checksums are from the sources of Keras 3 (keras/src/applications). Keras itself does not download them,
+# because its MobileNetV2 would choose another file for each image size.
 FROZEN = {
     "EfficientNetV2-B0": Backbone(
         "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
@@ -85,16 +85,16 @@ FROZEN = {
         75,
     ),
 }
-BACKBONES = (*FROZEN, "cnn")  # values of BACKBONE; `cnn` is small, trained from scratch, and loads no weights
+BACKBONES = (*FROZEN, "cnn")  # values of BACKBONE; `cnn` is a small network that is trained from scratch
 
 
 def is_frozen(backbone: str) -> bool:
-    """Whether the output for an image never changes, so that it can be stored: true for all but `cnn`."""
+    """Return whether the backbone's output for an image is fixed and can be stored: True for all but `cnn`."""
     return backbone in FROZEN
 
 
 def weights_fingerprint(weights: str) -> str:
-    """Return the fingerprint of BACKBONE_WEIGHTS: the word itself, or the SHA-256 of the file, whatever its name."""
+    """Return the fingerprint of BACKBONE_WEIGHTS: `imagenet`, `none`, or the SHA-256 of the file."""
     if weights in ("imagenet", "none"):
         return weights
     with _readable(weights).open("rb") as file:
@@ -105,8 +105,8 @@ def weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
     """Return the file of weights (HDF5) of a backbone, or None for `cnn` and for the weights `none`.
 
     `weights` is `imagenet`, `none` or a file; `keras_home` is the folder of Keras's downloads (`KERAS_HOME`,
-    `~/.keras`). ImageNet weights that are neither there nor in INSTALLED are downloaded.
-    Raises PipelineError where there is no such file or it cannot be downloaded.
+    `~/.keras`). If the ImageNet weights are neither there nor in INSTALLED, they are downloaded.
+    Raises PipelineError if the file does not exist or cannot be downloaded.
     """
     if not is_frozen(name) or weights == "none":
         return None

@@ -1,4 +1,4 @@
-"""The state of a training <-> a checkpoint file."""
+"""Checkpoint files, which hold the state of a training."""
 
 import os
 import secrets
@@ -20,7 +20,7 @@ DAMAGED = (
     ValueError,
     RuntimeError,
     zipfile.BadZipFile,
-)  # what reading a damaged one raises
+)  # errors from reading a damaged checkpoint
 
 
 class UnusableCheckpoint(PipelineError):
@@ -32,13 +32,13 @@ class TrainingState(NamedTuple):
 
     seed: int
     history: list[Epoch]
-    values: list[np.ndarray]  # of the variables that `loop.fit` changes; empty before the first epoch
+    values: list[np.ndarray]  # of the variables that `loop.run` saves; empty before the first epoch
 
 
 def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingState:
-    """Return the state in `checkpoint`, or the initial one where there is no such file; set the seed of Keras.
+    """Return the state in `checkpoint`, or the initial state if there is no such file. Set Keras's random seed.
 
-    Raises UnusableCheckpoint where the file is damaged.
+    Raises UnusableCheckpoint if the file is damaged.
     """
     if checkpoint and checkpoint.exists():
         state = _load(checkpoint)
@@ -49,11 +49,11 @@ def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingSt
 
 
 def completed_epochs(checkpoint: Path) -> int:
-    """Return the number of epochs in a checkpoint, without reading its weights; 0 where it is missing or damaged."""
+    """Return the number of epochs in a checkpoint, without reading its weights; 0 if it is missing or damaged."""
     try:
         with np.load(checkpoint, allow_pickle=False) as file:
             return len(file["history"])
-    except DAMAGED:  # the training says so, and starts again
+    except DAMAGED:  # the training will log it and start again
         return 0
 
 
@@ -68,14 +68,14 @@ def _load(checkpoint: Path) -> TrainingState:
 
 
 def save_state(state: TrainingState, checkpoint: Path) -> None:
-    """Write a checkpoint. The previous one stays until the new one is complete."""
+    """Write a checkpoint. The previous one is kept until the new one is complete."""
     arrays = {"seed": np.array(state.seed), "history": np.array(state.history)}
     arrays |= {f"state{number}": values for number, values in enumerate(state.values)}
     write_atomically(checkpoint, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Create or replace a file with what `write` writes; where `write` fails, the file stays as it was."""
+    """Create or replace a file with what `write` writes. If `write` fails, the file is unchanged."""
     draft = path.with_name(f"{path.name}.part")
     try:
         with draft.open("wb") as file:

@@ -19,7 +19,7 @@ class TrainingConfig(NamedTuple):
     """How to train. The learning rate of epoch e (from 0) is learning_rate / (1 + decay_rate * e)."""
 
     batch_size: int  # maximum; `from_scratch.MIN_STEPS` can lower it for `cnn`
-    epochs: int  # for a head on stored features: maximum
+    epochs: int  # of `cnn`; for a head with hidden layers, the maximum
     learning_rate: float
     decay_rate: float
     patience: int  # epochs without a lower held-out loss before cross-validation stops
@@ -45,10 +45,10 @@ OnEpoch = Callable[[Epoch], None]  # called after each epoch; an exception that 
 
 
 class TrainedModel(NamedTuple):
-    """A trained model with the weights of its last epoch; for `cnn`, with the mean of its epochs' weights."""
+    """A trained model with the weights of its last epoch; for `cnn`, with the moving mean of the weights."""
 
     model: "keras.Model"  # a head for stored features; for `cnn`, the servable model
-    history: list[Epoch]  # every epoch, those before a resume included
+    history: list[Epoch]  # every epoch, including those before a resume
     seed: int  # makes this training repeatable on a CPU
     selection: "Selection | None" = None  # how cross-validation chose the head; None for `cnn`
 
@@ -59,7 +59,7 @@ def learning_rate_of(epoch: int, learning_rate: float, decay_rate: float) -> flo
 
 
 def weights_by_class(classes: int, class_weights: Mapping[int, float]) -> np.ndarray:
-    """Return the weight of each class index (float32 [classes]); it is 1 where `class_weights` has none."""
+    """Return the weight of each class index (float32 [classes]). A weight that `class_weights` lacks is 1."""
     weights = np.ones(classes, np.float32)
     for index, weight in class_weights.items():
         weights[index] = weight

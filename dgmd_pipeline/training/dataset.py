@@ -1,4 +1,4 @@
-"""TFRecord shards -> `tf.data` datasets."""
+"""Opens TFRecord shards as `tf.data` datasets."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +11,19 @@ from dgmd_pipeline.manifest import ShardIndex, read_records, read_shard_index
 if TYPE_CHECKING:
     import tensorflow as tf
 
-SHARDS_AT_ONCE = 16  # read in parallel when shuffling; fixed, so that the order is the same on every machine
+SHARDS_AT_ONCE = 16  # read in parallel when shuffling; a constant, so that the order is the same on every machine
 IMAGES_AT_ONCE = 32  # encoded images that TensorFlow takes from Python in one call
-SHUFFLE_BYTES = 128 * 2**20  # encoded images in the shuffle buffer; the stored order mixes labels already
+SHUFFLE_BYTES = 128 * 2**20  # of encoded images in the shuffle buffer; the stored order already mixes labels
 
 
 def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarray | None = None) -> "tf.data.Dataset":
-    """Open a folder of shards: a dataset of (image uint8 [height, width, 3], label int64 []), every image once.
+    """Open a folder of shards as a dataset of (image uint8 [height, width, 3], label int64 []), each image once.
 
-    Without `seed` the order is that of the files and of `keys`. With it the shards and the records in them are
+    Without `seed`, the order is the order of the files and of `keys`. With `seed`, the shards and their records are
     shuffled. The shuffled order depends only on `seed`, `epoch` and the global seed of TensorFlow, so it is the same
     in every process. Images are decoded in parallel; the caller makes batches. `chosen` (bool [images], in the order
     of the files) selects the images to read; None selects all.
-    Raises PipelineError where there is no readable index. A damaged record raises TensorFlow's DataLossError.
+    Raises PipelineError if there is no readable index. A damaged record raises TensorFlow's DataLossError.
     """
     import tensorflow as tf
 
@@ -41,8 +41,8 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
         decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     options = tf.data.Options()
-    # The autotune thread sleeps for 10 ms, then twice as long each time, and the end of the data waits until it wakes
-    # up: every other pass took up to 10 s longer. Without it the number of threads, which it tunes, is that of cores.
+    # The autotune thread doubles its sleep each time, starting at 10 ms, and the end of the data waits until it wakes:
+    # every other pass took up to 10 s longer. Without autotuning, the number of threads is the number of cores.
     options.autotune.enabled = False
     count = index.images if chosen is None else int(chosen.sum())
     return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
@@ -51,7 +51,7 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
 def read_images(folder: Path, positions: np.ndarray) -> "tf.data.Dataset":
     """Return the images at `positions` (int64, ascending) among all records of a folder: uint8 [height, width, 3].
 
-    Reads only these. Raises PipelineError where there is no readable index.
+    Reads only these. Raises PipelineError if there is no readable index.
     """
     import tensorflow as tf
 
@@ -116,7 +116,7 @@ def _open_records(
         return files.flat_map(open_shard)
     buffer = SHUFFLE_BYTES * index.images // max(index.bytes, 1)
     records = files.interleave(open_shard, SHARDS_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    # Without `reshuffle_each_iteration=False` each iteration over the dataset has another order.
+    # With `reshuffle_each_iteration`, each iteration over the dataset would have another order.
     return records.shuffle(
         max(min(buffer, index.images), 1), seed=int(random.integers(2**63)), reshuffle_each_iteration=False
     )

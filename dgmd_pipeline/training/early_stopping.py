@@ -15,9 +15,9 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch:
 
 
 def after(patience: int, history: list[Epoch]) -> OnEpoch:
-    """Return a callback that appends each epoch to `history` and raises StopEarly when the training is to end.
+    """Return a callback that appends each epoch to `history` and raises StopEarly when the training should end.
 
-    It ends when the held-out loss has not been below its lowest value for `patience` epochs.
+    It should end when the last `patience` epochs have not lowered the held-out loss.
     """
 
     def on_epoch(row: Epoch) -> None:

@@ -1,4 +1,4 @@
-"""Records -> feature vectors in pieces. A piece is a part of a shard; its result is a small folder of features."""
+"""Extracts feature vectors in pieces. A piece is a part of a shard. Its result is a small folder of features."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from dgmd_pipeline.workflow import files
 if TYPE_CHECKING:
     import keras
 
-# Images in a piece: a core computes them in 10 to 30 s, which is what a run that is stopped loses.
+# Images in a piece. A core computes them in 10 to 30 s, which is the work that a stopped run loses.
 PIECE_IMAGES = 1024
 VECTORS = "features.npy"  # in the folder of a piece
 
@@ -35,31 +35,31 @@ class Network(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Images of a shard, whose vectors are written into a folder of their own."""
+    """Images of a shard whose vectors are written into one folder."""
 
     target: Path  # the folder
     records: Path  # folder of shards
-    positions: np.ndarray  # int64, ascending: of the images among all records
+    positions: np.ndarray  # int64, ascending: positions of the images among all records
     origin: Origin  # of the vectors; "weights" is `backbones.weights_fingerprint`
     network: Network
 
 
 def divide(records: Path, reuse: Reuse, folder: Path, origin: Origin, network: Network) -> list[Piece]:
-    """Divide the images that are not reused into pieces of at most PIECE_IMAGES, whose results go below `folder`."""
+    """Divide the images that are not reused into pieces of at most PIECE_IMAGES, with results below `folder`."""
     ends = np.cumsum([shard.records for shard in manifest.read_shard_index(records).shards])
     shard_of = np.searchsorted(ends, reuse.new, side="right")
     of_shards = [reuse.new[shard_of == number] for number in reuse.shards]
     parts = [part for each in of_shards for part in np.split(each, range(PIECE_IMAGES, len(each), PIECE_IMAGES))]
-    run = uuid.uuid4().hex[:8]  # pieces of an earlier run are not replaced
+    run = uuid.uuid4().hex[:8]  # so that no piece of an earlier run is replaced
     targets = (folder / f"{run}-{number:06d}" for number in range(len(parts)))
     return [Piece(target, records, part, origin, network) for target, part in zip(targets, parts, strict=True)]
 
 
 def extract_piece(piece: Piece) -> int:
-    """Write the folder of a piece with the network of this process, and return the number of images.
+    """Write the folder of a piece, and return the number of images.
 
-    The piece may be computed several times at the same time (`files.commit`). The process builds a network once. Raises
-    PipelineError where the weights differ from those of the run.
+    Several processes may compute the same piece at the same time (see `files.commit`). A process builds the network
+    once. Raises PipelineError if its weights differ from the weights of the run.
     """
     return sum(extract_pieces([piece], _network(piece.network, piece.origin["weights"])))
 
@@ -81,24 +81,25 @@ def _network(network: Network, fingerprint: object) -> "keras.Model":
             f"BACKBONE_WEIGHTS={network.weights}: expected the weights of the run, with the fingerprint {fingerprint}, "
             f"found {found}. Provide every worker with the same file at this path."
         )
-    return networks.build_frozen(*network, extracts=True)
+    return networks.build_frozen(*network, extracts=False)
 
 
 def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches: ParallelMap = map) -> Iterator[int]:
-    """Write the folders of pieces of the same records, one after the other; yield the lengths of finished blocks.
+    """Write the folders of pieces of the same records, and yield the number of vectors in each block.
 
-    All pieces are one stream of images through the network: `map_batches` may compute batches in threads.
+    The images of all pieces go through the network as one stream. `map_batches` may compute batches in threads.
     """
     positions = np.concatenate([piece.positions for piece in pieces])
     images = dataset.read_images(pieces[0].records, positions).batch(features.BATCH).prefetch(2)
-    yield from write_pieces(pieces, features.extract(images, network, map_batches), int(network.output_shape[-1]))
+    blocks = features.extract(images, network, map_batches, few=len(positions) <= features.FEW)
+    yield from write_pieces(pieces, blocks, int(network.output_shape[-1]))
 
 
 def write_pieces(pieces: Iterable[Piece], blocks: Iterable[np.ndarray], dimensions: int) -> Iterator[int]:
-    """Write the folders of pieces, whose vectors (float32 [n, dimensions]) come in blocks of any length.
+    """Write the folders of pieces. Their vectors (float32 [n, dimensions]) come in blocks of any length.
 
-    Yields the number of vectors that were written. Only a few blocks are in memory. Raises ValueError where vectors are
-    missing, OSError where a folder cannot be written.
+    Yields the number of vectors in each write. Only a few blocks are in memory. Raises ValueError if vectors are
+    missing, and OSError if a folder cannot be written.
     """
     remaining, block = iter(blocks), np.empty((0, dimensions), np.float32)
     for piece in pieces:

@@ -1,8 +1,8 @@
-"""Folders of stored features <-> vectors; and what a new folder takes over from finished ones.
+"""Folders of stored features: reading, writing, and reusing the vectors of finished folders.
 
-A folder has a file of vectors for each shard of the records, `features-00000-of-00010.npy` (float32 [n, d]), in the
-order of the records; `images.npy` (S32 [n]), the SHA-256 of the image files; `labels.npy` (int64 [n]), the class
-indexes; and `index.json`.
+For each shard of the records, a folder has a file of vectors, `features-00000-of-00010.npy` (float32 [n, d]), in the
+order of the records. `images.npy` (S32 [n]) has the SHA-256 of the image files, and `labels.npy` (int64 [n]) the class
+indexes. `index.json` lists the files.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 IMAGES, LABELS = "images.npy", "labels.npy"
 SCHEMA = 1  # of index.json
 COPY_ROWS = 4096  # vectors that are copied at a time
-IN_MEMORY_BYTES = 32_000_000  # of vectors: `load` reads no more than that into memory
-Origin = Mapping[str, object]  # what the vector of an image depends on, apart from the image: JSON values
+IN_MEMORY_BYTES = 32_000_000  # maximum size of vectors that `load` reads into memory; larger files are mapped
+Origin = Mapping[str, object]  # JSON values that determine the vector of an image, apart from the image
 
 
 class FeatureShard(NamedTuple):
@@ -47,7 +47,7 @@ class _Stored(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """Vectors of a stored file that are copied."""
+    """Vectors to copy from a stored file."""
 
     stored: _Stored
     rows: np.ndarray  # int64 [m], in the stored file
@@ -55,20 +55,20 @@ class _Copy(NamedTuple):
 
 
 class Reuse(NamedTuple):
-    """What a new folder takes over from finished ones, and what is left to compute."""
+    """The vectors that a new folder reuses from finished folders, and the images whose vectors must be computed."""
 
     dimensions: int | None  # of the stored vectors; None if none are reused
-    linked: dict[int, _Stored]  # number of a shard -> a stored file that is equal
-    copied: dict[int, list[_Copy]]  # number of another shard -> what is copied into it
-    new: np.ndarray  # int64, ascending: positions of the images, among all records, whose vectors are to be computed
+    linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
+    copied: dict[int, list[_Copy]]  # number of another shard -> vectors to copy into its file
+    new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
     new_bytes: int  # of their records
-    shards: list[int]  # numbers of the shards that hold them
+    shards: list[int]  # numbers of the shards with these images
 
 
 def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:
-    """Find the vectors of a folder of records in finished folders, whose vectors have the same origin.
+    """Find the vectors of a folder of records in the finished folders of the same origin.
 
-    The SHA-256 of each file that is used is checked. Logs a warning for damaged files and folders, which are not used.
+    The SHA-256 of each used file is checked. Damaged files and folders are not used; each is logged as a warning.
     """
     rows, edges = manifest.read_records(records), _edges(records)
     stored = [each for folder in previous for each in _open(folder, origin)]
@@ -84,7 +84,7 @@ def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Re
 
 
 def _edges(records: Path) -> list[tuple[int, int]]:
-    """Return the positions of the records of each shard: the first one, and the one after the last."""
+    """Return, for each shard, the position of its first record and the position after its last record."""
     counts = [shard.records for shard in manifest.read_shard_index(records).shards]
     return [*pairwise(np.cumsum([0, *counts]).tolist())]
 
@@ -136,9 +136,9 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
 
 
 def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int) -> None:
-    """Write a folder of features for a folder of records, all of which are reused.
+    """Write a folder of features for a folder of records. All vectors must be reused.
 
-    Raises ValueError where vectors are missing, OSError where the folder cannot be written.
+    Raises ValueError if vectors are missing, and OSError if the folder cannot be written.
     """
     if len(reuse.new):
         raise ValueError(f"{folder}: {len(reuse.new)} vectors are missing")
@@ -162,9 +162,9 @@ def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions:
 def write_index(
     folder: Path, images: np.ndarray, vectors: Mapping[str, slice], origin: Origin, dimensions: int
 ) -> None:
-    """Write `images.npy` and `index.json` into a folder that has the files of vectors.
+    """Write `images.npy` and `index.json` into a folder that already has the files of vectors.
 
-    `vectors` are the names of the files, and which of the `images` (S32 [n]) each is about.
+    `vectors` maps the name of each file to its part of `images` (S32 [n]).
     """
     np.save(folder / IMAGES, images, allow_pickle=False)
     entries = [_entry(folder / name, images[each]) for name, each in vectors.items()]
@@ -177,7 +177,7 @@ def _entry(path: Path, images: np.ndarray) -> FeatureShard:
 
 
 def load(folder: Path) -> LabeledFeatures:
-    """Open a folder of features. Raises PipelineError where a file is missing or damaged."""
+    """Open a folder of features. Raises PipelineError if a file is missing or damaged."""
     path = folder / manifest.INDEX
     try:
         entries = [FeatureShard(**entry) for entry in manifest.read_json(path)["files"]]
@@ -197,7 +197,7 @@ def load(folder: Path) -> LabeledFeatures:
 
 
 def _write_runs(file: VectorFile, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """Write vectors at ascending positions, adjacent ones at once."""
+    """Write vectors at ascending positions. Adjacent vectors are written together."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, stop in pairwise(starts):
         if start < stop:

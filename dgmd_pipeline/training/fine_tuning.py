@@ -1,4 +1,4 @@
-"""A frozen backbone and its trained head, trained further together and kept only if better on held-out images.
+"""Fine-tunes a frozen backbone together with its trained head, and keeps the result only if it is better.
 
 The head is trained first, then both at a low learning rate: Kumar et al., "Fine-Tuning can Distort Pretrained Features
 and Underperform Out-of-Distribution", ICLR 2022.
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 KINDS = ("none", "top", "all")
-BATCH_SIZE = 32  # images in a training step, maximum: the gradients of a network take 60 MB and more for each image
-DECAY_RATE = 1.0  # the learning rate of epoch e, from 0, is that of the configuration / (1 + DECAY_RATE * e)
-MIN_HELD_OUT = 10  # images: with fewer, the lowest of several log losses is low by chance
+BATCH_SIZE = 32  # maximum: the gradients of a network take 60 MB and more for each image
+DECAY_RATE = 1.0  # replaces the decay rate of the configuration
+MIN_HELD_OUT = 10  # images; with fewer, the lowest log loss of several epochs is low by chance
 CHECKPOINT = "fine_tuning"  # prefix of the checkpoints
 
 
 class Trial(NamedTuple):
     """Metrics of the head alone and of the fine-tuned model on training images that neither was trained on."""
 
-    held_out: int  # number of these images
+    held_out: int  # number of images
     log_loss_head: float  # nats
     log_loss: float  # after `epochs`
     accuracy_head: float  # 0 to 1
     accuracy: float
-    epochs: int  # with the lowest log loss; the final fit has the same number
+    epochs: int  # number of epochs with the lowest log loss; the final fit has as many
 
     @property
     def better(self) -> bool:
@@ -45,14 +45,14 @@ class Trial(NamedTuple):
 
         The log loss depends on the probability of every image, the accuracy only on images near the boundary between
         two classes. So the log loss distinguishes two models with fewer images. It also rejects a model with a higher
-        accuracy but worse probabilities. For the same reason it chooses the number of epochs: after the best epoch the
-        accuracy stays and the log loss rises, docs/measurements/fine-tuning.md.
+        accuracy but worse probabilities. For the same reasons, it determines the number of epochs: after the best
+        epoch, it rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
         """
         return self.log_loss < self.log_loss_head
 
 
 class FineTunedModel(NamedTuple):
-    """A fine-tuned backbone and head; None where fine-tuning was not better."""
+    """A fine-tuned backbone and head. Both are None if fine-tuning was not better."""
 
     backbone: "keras.Model | None"
     head: "keras.Model | None"
@@ -61,7 +61,7 @@ class FineTunedModel(NamedTuple):
 
 
 class FineTuningJson(TypedDict, total=False):
-    """The outcome of fine-tuning in training.json: `kept`, and the fields of the trial where there was one."""
+    """The outcome of fine-tuning in training.json: `kept`, and the fields of the trial if there was one."""
 
     kept: bool
     held_out: int
@@ -89,18 +89,20 @@ def fine_tune(
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
     A trial comes first. It trains on four fifths of the training split, starting from the head that `fit_head` returns
-    for these rows, and measures the held-out fifth after each of `config.epochs` epochs. `groups` are the
-    near-duplicate groups of the training images; a group is held out as a whole. If the trial is `better`, the whole
-    training split is fine-tuned from `trained_head`, for as many epochs as were best in the trial. `validation` is
-    measured after each of these epochs and does not affect the training. `backbone` and `trained_head` are not changed.
+    for these rows. After each of `config.epochs` epochs, it is measured on the held-out fifth. `groups` are the
+    near-duplicate groups of the training images; a group is held out as a whole.
 
-    `class_weights` are float32 [classes]. `config` has a seed, which makes this repeatable on a CPU. `on_epoch` is also
-    called after the epochs of the trial. `resume_dir` is an existing folder for activations and checkpoints; with the
-    same folder, data and configuration a stopped fine-tuning resumes after its last epoch. `map_batches` is that of
-    `features.extract`.
+    If the trial is `better`, the final fit trains on the whole training split, starting from `trained_head`, with the
+    trial's best number of epochs. `validation` is measured after each of these epochs and does not affect the training.
+    `backbone` and `trained_head` are not changed.
 
-    Raises PipelineError where the disk has no room for the activations or weights are not finite, UnusableCheckpoint
-    where a file in `resume_dir` is damaged.
+    `class_weights` are float32 [classes]. `config` has a seed, which makes the result repeatable on a CPU. `on_epoch`
+    is also called after the epochs of the trial. `resume_dir` is an existing folder for activations and checkpoints.
+    With the same folder, data and configuration, a stopped fine-tuning resumes after its last epoch. `map_batches` is
+    passed to `features.extract`.
+
+    Raises PipelineError if the disk has no room for the activations or weights are not finite, and UnusableCheckpoint
+    if a file in `resume_dir` is damaged.
     """
     config = config._replace(batch_size=min(config.batch_size, BATCH_SIZE), decay_rate=DECAY_RATE)
     read, val_batches = open_batches(kind, backbone, training, validation, config.batch_size, resume_dir, map_batches)
@@ -117,11 +119,11 @@ def fine_tune(
 
 
 class _Fit(NamedTuple):
-    """The fit of the trial or the final one, before its next epoch."""
+    """The trial or the final fit, before its next epoch."""
 
     backbone: "keras.Model"  # copies, whose layers are trainable
     head: "keras.Model"
-    trained: "keras.Model"  # the head on the backbone or on its top; shares their weights
+    trained: "keras.Model"  # the trained part of the backbone, then the head; shares their weights
     config: TrainingConfig
     state: TrainingState
     checkpoint: Path
@@ -139,7 +141,7 @@ class _Fitter(NamedTuple):
     resume_dir: Path
 
     def run_trial(self, head: "keras.Model", fitted_rows: Rows, held_out_rows: Rows) -> Trial:
-        """Fine-tune from a head that was fitted to `fitted_rows` and measure both on `held_out_rows`."""
+        """Fine-tune `head`, which was fitted to `fitted_rows`. Measure it on `held_out_rows` before and after."""
         held_out = self.read(held_out_rows, None)
         fit = self.start("trial", head, self.config.epochs)
         log_loss, accuracy = _measure(fit.trained, held_out)
@@ -148,18 +150,18 @@ class _Fitter(NamedTuple):
         return Trial(len(held_out_rows), log_loss, best.val_loss, accuracy, best.val_accuracy, best.epoch + 1)
 
     def start(self, name: str, head: "keras.Model", epochs: int) -> _Fit:
-        """Copy the backbone and `head`; load the state of a stopped fit of that name."""
+        """Copy the backbone and `head`, and load the state of a stopped fit with this name."""
         import keras
 
         config, checkpoint = self.config._replace(epochs=epochs), self.resume_dir / f"{CHECKPOINT}_{name}.npz"
-        state = load_or_start(config, checkpoint)  # sets the seed that the copies draw the seeds of dropout from
+        state = load_or_start(config, checkpoint)  # sets Keras's seed, which determines the dropout of the copies
         backbone, head = clone_trainable(self.backbone), clone_trainable(head)
         part = cut_backbone(backbone)[1] if self.kind == "top" else backbone
         trained = keras.Model(part.input, head(part.output))
         return _Fit(backbone, head, trained, config, state, checkpoint)
 
     def fit(self, fit: _Fit, rows: Rows, val_batches: "tf.data.Dataset") -> list[Epoch]:
-        """Train on training rows to the last epoch; return all epochs."""
+        """Train on `rows` of the training split until the last epoch, and return all epochs."""
         log_epochs = loop.log_epochs(self.on_epoch, fit.config.epochs)
 
         def shuffled_batches(epoch: int) -> "tf.data.Dataset":
@@ -174,14 +176,14 @@ class _Fitter(NamedTuple):
 def clone_trainable(network: "keras.Model") -> "keras.Model":
     """Return a copy of a network in which every layer except batch normalisation is trainable.
 
-    A frozen batch normalisation layer uses its stored statistics in training too. Those of pretraining are of a million
-    images; those of a few small batches would be worse.
+    A frozen batch normalisation layer also uses its stored statistics in training. They were computed on a million
+    images. The statistics of a few small batches would be worse.
     """
     import keras
 
     copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())
-    for layer in copy.layers:  # setting it for the network would not change layers that were frozen when built
+    for layer in copy.layers:  # setting it on the network would not change layers that were built as frozen
         layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     return copy
 
@@ -217,10 +219,10 @@ def to_json(tuned: FineTunedModel) -> FineTuningJson:
 def describe(outcome: FineTuningJson) -> str:
     """Return the outcome of fine-tuning as a sentence."""
     if "held_out" not in outcome:
-        return "The backbone was not fine-tuned: there were too few training images to hold enough out."
+        return "The backbone was not fine-tuned: there were too few training images to hold out enough of them."
     return (
-        f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}: on {outcome['held_out']:,} held-out training "
-        f"images it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
-        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])} after "
-        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss on these images."
+        f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}. On {outcome['held_out']:,} held-out training "
+        f"images, it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
+        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])}. These figures are after "
+        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss."
     )

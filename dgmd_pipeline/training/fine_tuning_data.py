@@ -1,4 +1,4 @@
-"""Records, or stored activations of a backbone's bottom -> the batches that fine-tuning trains on."""
+"""The batches that fine-tuning trains on: images, or stored activations of a backbone's bottom."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ TRIAL_FOLDS = 5  # one of them is held out
 ACTIVATIONS = "activations"  # prefix of the folders
 VALUES, LABELS = "activations.npy", "labels.npy"  # files in such a folder
 Rows = np.ndarray  # int64, ascending: positions of images in the training split
-Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]  # rows, and seed and epoch where shuffled
+Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]  # rows; seed and epoch if shuffled
 
 
 class LabeledImages(NamedTuple):
@@ -41,12 +41,12 @@ def open_batches(
     resume_dir: Path,
     map_batches: ParallelMap,
 ) -> tuple[Batches, "tf.data.Dataset"]:
-    """Return the batches of chosen training rows and those of the validation split.
+    """Return a function that returns the batches of chosen training rows, and the batches of the validation split.
 
-    For `kind` "all" they hold images; for "top", the activations at the cut of the backbone (see `cut_backbone`), which
-    are computed once and stored in `resume_dir`.
+    For `kind` "all", the batches hold images. For "top", they hold the activations at the cut of the backbone (see
+    `cut_backbone`), which are computed once and stored in `resume_dir`.
 
-    Raises PipelineError where the disk has no room for them, UnusableCheckpoint where stored ones are damaged.
+    Raises PipelineError if the disk has no room for activations, and UnusableCheckpoint if stored ones are damaged.
     """
     if kind == "all":
 
@@ -70,7 +70,7 @@ def open_batches(
 def _load_activations(
     bottom: "keras.Model", splits: dict[str, LabeledImages], resume_dir: Path, map_batches: ParallelMap
 ) -> dict[str, LabeledFeatures]:
-    """Compute the activations of each split, or load them where a stopped fine-tuning has stored them."""
+    """Load the activations of each split if a stopped fine-tuning has stored them; otherwise compute and store them."""
     values = int(np.prod(bottom.output_shape[1:]))
     folders = {name: resume_dir / f"{ACTIVATIONS}_{name}" for name in splits}
     needed = 0
@@ -85,7 +85,7 @@ def _load_activations(
 
 
 def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: Path, map_batches: ParallelMap) -> None:
-    """Write the activations of a split into a new folder, which appears when they are complete."""
+    """Write the activations of a split into a new folder, which gets its name when it is complete."""
     draft = folder.with_name(f"{folder.name}.part")
     draft.mkdir()
     batches = images.read().map(lambda image, _: image).batch(features.BATCH).prefetch(2)
@@ -109,7 +109,7 @@ def _load(folder: Path) -> LabeledFeatures:
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:
-    """Return the rows that the trial trains on and the rows that it holds out, whose labels are among the former.
+    """Return the rows that the trial trains on, and the rows that it holds out. Each held-out label is trained on too.
 
     `labels` are int [n], `groups` the n near-duplicate groups; a group is held out as a whole.
     """

@@ -1,4 +1,4 @@
-"""Labels and near-duplicate groups -> the cross-validation fold of each row."""
+"""Assigns rows to cross-validation folds by label and near-duplicate group."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import numpy as np
 def assign(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Return the fold (int64 [n], 0 to folds - 1) of each row, given its class index (int [n]) and its group (n names).
 
-    A group stays in one fold. Each label is spread over the folds as evenly as the groups allow: each group, the
-    largest first and equal ones in random order, is assigned to the fold with the smallest share of its labels so far,
-    and among equal folds to the one with the fewest rows. A label with fewer groups than folds is missing from some
-    folds. The result depends on the set of rows and `seed`, not on the order of the rows.
+    A group stays in one fold. Each label is spread over the folds as evenly as the groups allow. The largest groups are
+    assigned first, groups of equal size in random order. A group gets the fold with the smallest share of its labels so
+    far, and among equal folds the fold with the fewest rows. A label with fewer groups than folds is missing from some
+    folds. The result depends on the set of rows and on `seed`, not on the order of the rows.
 
-    For 100,000 rows of 10 labels this takes 0.6 CPU seconds, scikit-learn's StratifiedGroupKFold 6.4.
+    For 100,000 rows of 10 labels this takes 0.6 CPU seconds; scikit-learn's StratifiedGroupKFold takes 6.4.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):

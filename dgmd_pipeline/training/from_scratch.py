@@ -1,4 +1,4 @@
-"""Records -> a trained `cnn`."""
+"""Trains `cnn` on records."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from dgmd_pipeline.manifest import Fit
 
-# Steps in an epoch, minimum. With 12 steps the accuracy was 5 points lower on 1,500 photographs of 32 x 32 pixels.
+# Minimum number of steps in an epoch. With 12 steps, the accuracy was 5 points lower on 1,500 photographs of 32 x 32
+# pixels.
 MIN_STEPS = 50
 MIN_BATCH_SIZE = 16  # images; the statistics of batch normalisation need this many
 
@@ -32,11 +33,11 @@ def train_from_scratch(
 ) -> TrainedModel:
     """Train the small network together with its head on images, from random weights.
 
-    `validation` is a dataset of (image uint8 [height, width, 3], label int64 []) that knows its length. `training` is
-    called with a seed and an epoch and returns such a dataset, in an order that depends on these two alone. It is
-    opened anew for each epoch because TensorFlow mixes the global seed, which is set here, into the seed of a dataset.
-    `size` is (height, width); `image_fit` is how the returned model fits images of other sizes to it.
-    The other arguments are those of `head.train_head`. The returned model is the servable one, `networks.assemble`.
+    `validation` is a dataset of (image uint8 [height, width, 3], label int64 []) with a known length. `training` takes
+    a seed and an epoch and returns such a dataset, in an order that depends only on them. It is called for each epoch,
+    because TensorFlow mixes the global seed, which this function sets, into the seed of a dataset. `size` is (height,
+    width). `image_fit` says how the returned model fits images of other sizes to it. The other arguments are as in
+    `head.train_head`. The returned model is servable: see `networks.assemble`.
     """
     import keras
     import tensorflow as tf
@@ -48,8 +49,8 @@ def train_from_scratch(
     val_batches = validation.batch(config.batch_size).prefetch(tf.data.AUTOTUNE)
 
     def shuffled_batches(epoch: int) -> "tf.data.Dataset":
-        # A last batch of a few images would distort the statistics of batch normalisation just before they are used.
-        # So all batches are equal, and the few images that remain, other ones in each epoch, are left out.
+        # A small last batch would distort the statistics of batch normalisation just before they are used. So all
+        # batches have the same size. The few images that remain are left out: other images in each epoch.
         images = training(state.seed, epoch)
         target_size = min(config.batch_size, max(len(images) // MIN_STEPS, MIN_BATCH_SIZE))
         equal_size = len(images) // -(-len(images) // target_size)

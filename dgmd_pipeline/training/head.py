@@ -1,4 +1,4 @@
-"""Stored features -> a trained head whose kind, regularisation and epochs are cross-validated.
+"""Trains a head on stored features. Cross-validation chooses its kind, regularisation and epochs.
 
 Cross-validation uses the training split only. The validation split is measured but does not affect the model.
 """
@@ -40,14 +40,14 @@ def train_head(
 
     Labels are from 0 to `classes` - 1; a class may be missing from the data. `groups` are the near-duplicate groups of
     the training images; a group is held out as a whole. `kind` is one of `head_selection.HEADS`. `class_weights`
-    (class index -> weight, 1 where there is none) weigh the training loss. `on_epoch` is called after each epoch of the
+    (class index -> weight; a missing weight is 1) weigh the training loss. `on_epoch` is called after each epoch of the
     final fit; a linear head has one epoch. `validation` is measured after each epoch.
 
     The selection is written to `selection.json` beside `checkpoint` (.npz), and the state of a hidden head to
-    `checkpoint` after each epoch. Where these files exist, training resumes from them; on a CPU the resulting weights
-    are those of an uninterrupted training. They must come from the same data and settings; the caller deletes them.
+    `checkpoint` after each epoch. If these files exist, the training resumes from them. On a CPU, the resulting weights
+    are the same as without an interruption. The files must be from the same data and settings. The caller deletes them.
 
-    Raises PipelineError where features, loss or weights are not finite, UnusableCheckpoint where a file is damaged.
+    Raises PipelineError if features, a loss or weights are not finite, and UnusableCheckpoint if a file is damaged.
     """
     weights = weights_by_class(classes, class_weights)
     selection_file = checkpoint.with_name(head_selection.FILE) if checkpoint else None
@@ -64,7 +64,9 @@ def train_head(
     chosen = selection.chosen
     if chosen.kind == "hidden" and hidden:
         config = config._replace(epochs=chosen.epochs)
-        log.info("  fitting it to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch"))
+        log.info(
+            "  fitting the head to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch")
+        )
         trained = hidden.fit(data, validation, config, state, loop.log_epochs(on_epoch, config.epochs), checkpoint)
     else:
         trained = fit_linear(data, validation, weights, components, chosen.shrinkage, chosen.strength, state.seed)

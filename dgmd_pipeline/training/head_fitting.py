@@ -1,4 +1,4 @@
-"""Stored features -> a head of a given kind with given settings."""
+"""Fits a head of a given kind with given settings to stored features."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -28,7 +28,7 @@ def fit_linear(
     strength: float,
     seed: int,
 ) -> TrainedModel:
-    """Fit a logistic regression (see `linear`) and measure it on `validation`; its history is one epoch."""
+    """Fit a logistic regression (see `linear`) and measure it on `validation`. The history has one epoch."""
     vectors, labels = data
     penalty = linear.penalties(components, shrinkage) / strength
     kernel, bias = linear.unproject(linear.fit(vectors, labels, class_weights, components, penalty), components)
@@ -62,7 +62,7 @@ class HiddenHead:
         on_epoch: OnEpoch,
         checkpoint: Path | None = None,
     ) -> TrainedModel:
-        """Fit the head until it has had `config.epochs` epochs, starting from `state`: see `loop.fit`.
+        """Fit the head from `state` until it has had `config.epochs` epochs: see `loop.run`.
 
         The next fit changes the weights of the returned model. `held_out` is measured after each epoch.
         """
@@ -83,7 +83,7 @@ class HiddenHead:
 def _chunks(
     data: LabeledFeatures, batches: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the vectors and labels of as many batches as have CHUNK_ROWS rows, at least one, and their edges."""
+    """Yield the vectors, labels and edges of as many batches as fit in CHUNK_ROWS rows, at least one."""
     step = max(1, CHUNK_ROWS // batch_size)
     for first in range(0, len(batches), step):
         group = batches[first : first + step]
@@ -100,9 +100,9 @@ def _build_steps(network: "keras.Model", class_weights: np.ndarray) -> tuple[Cal
     """Return two TensorFlow functions: one trains on the batches between `edges`, the other only measures.
 
     They take vectors (float32 [n, d]), labels (int64 [n]) and edges (int64 [batches + 1]). They return the sum of the
-    losses, the number of correct predictions and n (float32 [3]). `class_weights` apply to the training alone.
+    losses, the number of correct predictions and n (float32 [3]). `class_weights` apply only to training.
 
-    Keras's `fit` needs 7 CPU ms for a batch of 128 vectors of 1,280 values, this loop 1.4.
+    Keras's `fit` needs 7 CPU ms for a batch of 128 vectors of 1,280 values; this loop needs 1.4.
     """
     import keras
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Stored features of the training split -> the kind and settings of a head, chosen by cross-validation."""
+"""Chooses the kind and the settings of a head by cross-validation on the training split."""
 
 import contextlib
 import json
@@ -24,31 +24,31 @@ HEADS = ("auto", "linear", "hidden")
 FILE = "selection.json"  # in the folder of checkpoints
 FOLDS = 3
 SELECTION_ROWS = 8_000  # training images that cross-validation uses, maximum
-HELD_OUT_ROWS = 2_000  # folds are evaluated until this many images were held out
-SHRINKAGES = (1.0, 0.9, 0.5)  # centred, partly whitened, whitened most: docs/measurements/head.md
-MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above, only centred features are evaluated
+HELD_OUT_ROWS = 2_000  # after this many held-out images, no further fold is evaluated
+SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening: docs/measurements/head.md
+MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; for more, only the first shrinkage is evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
 FIRST_STRENGTH = 3  # position of the strength that is evaluated first
-FALLBACK_STRENGTH = 0.03  # where there are too few images to hold any out
+FALLBACK_STRENGTH = 0.03  # used if there are too few images to hold any out
 
 
 class Option(NamedTuple):
-    """A cross-validated head. Both metrics are of held-out images."""
+    """A cross-validated head. Both metrics are measured on held-out images."""
 
     kind: str  # "linear" or "hidden"
-    log_loss: float  # nats; NaN where there were too few images to hold any out
+    log_loss: float  # nats; NaN if there were too few images to hold any out
     accuracy: float  # 0 to 1; NaN like log_loss
-    shrinkage: float = 1  # linear: see `linear.build_basis`
+    shrinkage: float = 1  # linear: see `linear.penalties`
     strength: float = 0  # linear: inverse of the regularisation, scikit-learn's C
     epochs: int = 0  # hidden
 
 
 class Selection(NamedTuple):
-    """The head that cross-validation chose, and the alternatives. If HEAD fixes the kind, it chose the settings."""
+    """The head that cross-validation chose, and the alternatives. HEAD may fix its kind."""
 
     chosen: Option
     options: list[Option]  # the best of each kind
-    held_out: int  # training images that the metrics are of; 0: too few to hold any out
+    held_out: int  # number of held-out training images; 0: too few to hold any out
     seed: int
 
 
@@ -59,7 +59,7 @@ class OptionJson(TypedDict, total=False):
     shrinkage: float  # linear
     strength: float  # linear
     epochs: int  # hidden
-    log_loss: float  # missing where no images were held out
+    log_loss: float  # missing if no images were held out
     accuracy: float
 
 
@@ -93,12 +93,12 @@ def select(
     components: linear.Components,
     hidden: HiddenHead | None,
 ) -> Selection:
-    """Cross-validate heads of `kind` on at most SELECTION_ROWS training images; choose the lowest log loss.
+    """Cross-validate heads of `kind` on at most SELECTION_ROWS training images, and choose the lowest log loss.
 
-    The log loss needs fewer images than the accuracy to distinguish similar heads, and it rewards probabilities that
-    are right, which the served model returns. A logistic regression is always evaluated, as the baseline.
-    `class_weights` are float32 [classes]; `config` has a seed. `components` are those of the training images. `hidden`
-    is evaluated unless `kind` is linear; its weights change.
+    The log loss distinguishes similar heads with fewer images than the accuracy. It also rewards good probabilities,
+    which the served model returns. A logistic regression is always evaluated, as the baseline.
+    `class_weights` are float32 [classes]. `config` has a seed. `components` are the components of the training images.
+    `hidden` is evaluated unless `kind` is linear, and this changes its weights.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)
@@ -133,7 +133,7 @@ def _sample(data: LabeledFeatures, groups: Sequence[str], seed: int) -> tuple[La
 
 
 def _cv_masks(labels: np.ndarray, groups: Sequence[str], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield masks (bool [n]) of the fitted and the held-out rows of folds until HELD_OUT_ROWS rows were held out.
+    """Yield masks (bool [n]) of the fitted and the held-out rows of each fold, until HELD_OUT_ROWS rows were held out.
 
     An image is held out only if its label also occurs among the fitted rows.
     """
@@ -154,7 +154,7 @@ def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.nd
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
     """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates, not features.
 
-    Each shrinkage starts at the best strength of the previous one. The search ends at the first that is not better.
+    The search for a shrinkage starts at the best strength of the previous one. It ends when a shrinkage is not better.
     """
     products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
     best = _Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))
@@ -168,7 +168,7 @@ def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class
 
 
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
-    """Follow the strengths while the loss decreases: it has one minimum. Each fit starts from the last coefficients."""
+    """Search the strengths for the only minimum of the loss. Each fit starts from the last coefficients."""
     best = evaluate(start.strength, start)
     for step in (1, -1):
         before = best
@@ -192,7 +192,7 @@ def _evaluate_linear(
 ) -> "_Fits":
     """Fit a logistic regression to each fold, and measure it on the images that were held out.
 
-    Each fold has a thread: nearly all of the time is spent in BLAS, with one thread, and in NumPy, without the GIL.
+    Each fold has a thread: nearly all of the time is spent in BLAS and NumPy, which release the GIL.
     """
     penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
 
@@ -209,7 +209,7 @@ def _evaluate_linear(
 
 
 def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: TrainingConfig) -> Option:
-    """Return the option with hidden layers, with the number of epochs that has the lowest log loss.
+    """Return the option with hidden layers and the number of epochs with the lowest log loss.
 
     A fold stops when its loss has not decreased for `config.patience` epochs.
     """
@@ -278,7 +278,7 @@ def save(selection: Selection, path: Path) -> None:
 
 
 def load(path: Path) -> Selection:
-    """Read what `save` wrote. Raises UnusableCheckpoint where the file is damaged."""
+    """Read what `save` wrote. Raises UnusableCheckpoint if the file is damaged."""
     try:
         chosen, options, held_out, seed = json.loads(path.read_text("utf-8"))
         return Selection(Option(*chosen), [Option(*option) for option in options], held_out, seed)

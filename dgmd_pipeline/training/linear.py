@@ -1,4 +1,4 @@
-"""Feature vectors and labels -> a multinomial logistic regression; the vectors may be mapped from disk."""
+"""Multinomial logistic regression on feature vectors, which may be mapped from disk."""
 
 from functools import partial
 from typing import NamedTuple
@@ -11,10 +11,11 @@ from dgmd_pipeline.training.vectors import Vectors
 COMPONENT_ROWS = 20_000  # vectors that the components are computed from: about 10 for each of up to 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
-# Of the relative change of the objective. On photographs, 1e-7 changes the held-out loss by at most .0003 and needs
-# twice as many iterations. On features of random weights it needs four times as many, and the loss is not lower.
+# The fit ends when the relative change of the objective is below this. On photographs, 1e-7 changes the held-out loss
+# by at most .0003 and needs twice as many iterations. On features of random weights it needs four times as many, and
+# the loss is not lower.
 TOLERANCE = 1e-5
-MIN_CURVATURE = 1e-4  # of the loss of a row
+MIN_CURVATURE = 1e-4  # minimum of the estimated second derivative of a row's loss
 
 
 class Components(NamedTuple):
@@ -22,7 +23,7 @@ class Components(NamedTuple):
 
     mean: np.ndarray  # float32 [d]
     variances: np.ndarray  # float64 [r], above 0, r <= d
-    directions: np.ndarray | None  # float32 [d, r], orthonormal; None: the vectors are coordinates already
+    directions: np.ndarray | None  # float32 [d, r], orthonormal; None if the vectors already are coordinates
 
     @property
     def deviation(self) -> float:
@@ -58,10 +59,10 @@ def project(features: Vectors, components: Components) -> tuple[np.ndarray, Comp
 def penalties(components: Components, shrinkage: float) -> np.ndarray:
     """Return the penalty (float64 [r]) of the squared coefficient of each component: its shrunk variance.
 
-    `shrinkage`, above 0 and at most 1, moves the variances towards their mean (Ledoit and Wolf 2004). With 1 all
-    coefficients have the same penalty, as if the vectors were centred and scaled as a whole. Lower values act like
-    whitening. Divided by its penalty, the mean variance is 1, so that a strength has about the same effect with every
-    shrinkage.
+    `shrinkage`, above 0 and at most 1, moves the variances towards their mean (Ledoit and Wolf 2004). With 1, all
+    coefficients have the same penalty, which corresponds to centred and uniformly scaled vectors. Lower values
+    correspond to partial whitening. The penalties are scaled so that the mean of variance / penalty is 1. A strength
+    then has about the same effect with every shrinkage.
     """
     variances = components.variances
     if not len(variances):
@@ -80,15 +81,15 @@ def fit(
 ) -> np.ndarray:
     """Return the coefficients (float64 [r + 1, classes], the last row is the bias) of a logistic regression.
 
-    They minimise the cross-entropy of features (float32 [n, d]) and labels (int [n]), each row multiplied by the weight
-    of its class (float [classes]), plus half the sum of their squares, without the bias, multiplied by `penalty` (float
-    [r]). `penalties` divided by a strength (scikit-learn's C) are such. `start` is the solution for similar penalties;
-    it saves iterations.
+    The coefficients minimise the weighted cross-entropy of features (float32 [n, d]) and labels (int [n]), plus half
+    the sum of penalty * coefficient ** 2. Each row has the weight of its class (float [classes]). `penalty` (float [r])
+    is the result of `penalties` divided by a strength (scikit-learn's C). The bias has no penalty. `start` is the
+    solution for similar penalties; it saves iterations.
 
-    L-BFGS (Liu and Nocedal 1989) reads BLOCK_ROWS vectors at a time, so `features` may be mapped from disk; scikit-
-    learn's LogisticRegression needs a copy of all of them in memory. Its variables are the coefficients divided by the
-    inverse root of the diagonal of the Hessian at the start. The components are uncorrelated, so that this is a good
-    preconditioner: it saves four fifths of the iterations of weak penalties.
+    L-BFGS (Liu and Nocedal 1989) reads BLOCK_ROWS vectors at a time, so `features` may be mapped from disk. In
+    contrast, scikit-learn's LogisticRegression needs a copy of all vectors in memory. L-BFGS is preconditioned with the
+    diagonal of the Hessian at the start. This works well because the components are uncorrelated: for weak penalties it
+    saves four fifths of the iterations.
 
     Raises PipelineError for features that are not finite.
     """
@@ -107,7 +108,7 @@ def fit(
 
 
 class _Problem(NamedTuple):
-    """What `fit` minimises."""
+    """The data and the penalties of a `fit`."""
 
     features: Vectors
     labels: np.ndarray
@@ -179,7 +180,7 @@ def log_probabilities(features: Vectors, kernel: np.ndarray, bias: np.ndarray) -
 def evaluate(
     features: Vectors, labels: np.ndarray, kernel: np.ndarray, bias: np.ndarray, class_weights: np.ndarray | None
 ) -> tuple[float, float]:
-    """Return the mean cross-entropy in nats and the accuracy; `class_weights` (float [classes]) weigh the former."""
+    """Return the mean cross-entropy in nats, weighted by `class_weights` (float [classes]), and the accuracy."""
     loss, correct = 0.0, 0
     for first in range(0, len(labels), BLOCK_ROWS):
         truth = labels[first : first + BLOCK_ROWS]

@@ -1,4 +1,4 @@
-"""A network and batches -> a trained model, one epoch at a time."""
+"""Trains a network, one epoch at a time."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -40,9 +40,9 @@ def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
 
 
 def prepare(network: "keras.Model", config: TrainingConfig) -> list["keras.Variable"]:
-    """Compile a network unless it is compiled; return all variables that training changes.
+    """Compile a network unless it is already compiled, and return all variables that training changes.
 
-    TensorFlow traces a compiled network once, which takes longer than training a small head.
+    After compiling, TensorFlow traces the network, which takes longer than training a small head.
     """
     if not network.compiled:
         # Keras's "auto" would choose XLA, which is several times slower on a CPU.
@@ -51,7 +51,7 @@ def prepare(network: "keras.Model", config: TrainingConfig) -> list["keras.Varia
             jit_compile=False,
         )  # fmt: skip
         network.optimizer.build(network.trainable_variables)
-    # The network's variables include the state of dropout's random numbers, which is not a weight.
+    # `variables` includes the state of dropout's random numbers; `weights` does not.
     return [*network.variables, *network.optimizer.variables]
 
 
@@ -78,7 +78,7 @@ def fit(
 
     def run_epoch(epoch: int) -> dict[str, float]:
         weighted = training(epoch).map(lambda inputs, labels: (inputs, labels, tf.gather(weights, labels)))
-        # Keras gets one epoch at a time, so its order depends on nothing before it. The data are shuffled already.
+        # Keras gets one epoch at a time, so the order of an epoch does not depend on earlier epochs.
         logs = network.fit(
             weighted, validation_data=val_batches, shuffle=False, verbose=0, callbacks=[callback] if callback else None
         ).history
@@ -96,14 +96,13 @@ def run(
     checkpoint: Path | None = None,
     more_variables: Sequence["keras.Variable"] = (),
 ) -> TrainedModel:
-    """Call `run_epoch` until the network has had `config.epochs` epochs, starting from `state`.
+    """Train a network from `state` until it has had `config.epochs` epochs.
 
-    `run_epoch` trains one epoch, counted from 0, with the learning rate that the optimizer has then, and returns the
-    losses and accuracies of an Epoch by name. The state after each epoch is saved in `checkpoint` before `on_epoch` is
-    called. It includes `more_variables`.
+    `run_epoch` gets the number of an epoch, counted from 0, trains it with the optimizer's current learning rate, and
+    returns the losses and accuracies of an Epoch by name. After each epoch, the state, which includes `more_variables`,
+    is saved in `checkpoint` before `on_epoch` is called.
 
-    Raises Diverged where the weights or a loss are not finite, UnusableCheckpoint where `state` does not fit the
-    network.
+    Raises Diverged if the weights or a loss are not finite, and UnusableCheckpoint if `state` does not fit the network.
     """
     variables = [*prepare(network, config), *more_variables]
     history = state.history
@@ -126,7 +125,7 @@ def run(
 
 
 def _check_finite(row: Epoch, values: Sequence[np.ndarray], config: TrainingConfig) -> None:
-    # The losses alone do not show it: ReLU turns NaN into 0, and the loss stays finite.
+    # The losses may be finite although weights are not, because ReLU turns NaN into 0.
     if not np.isfinite([row.loss, row.val_loss]).all() or not all(np.isfinite(each).all() for each in values):
         raise Diverged(
             f"The weights or a loss are not finite numbers after epoch {row.epoch + 1} (loss {row.loss:g}, "

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from dgmd_pipeline.manifest import Fit
 
 HEAD_UNITS = (124, 64)
-CNN_MAP_SIZE = 16  # pixels: maximum width and height of the map after the strided convolutions of `cnn`
-CNN_FILTERS = (24, 96, 192)  # of the first convolution, doubled up to the second number; maximum of the last ones
-BN_MOMENTUM = 0.9  # Keras's 0.99 needs more steps to converge than a small data set has
+CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
+CNN_FILTERS = (24, 96, 192)  # of the first convolution; maximum, by doubling; maximum of the last one
+BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
 RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same numbers in every process
 
 
@@ -28,7 +28,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
 
     The network scales the pixels. Batch normalisation uses the statistics of the loaded weights. `weights="none"` sets
     Keras's random seed, so every process builds the same network.
-    Raises PipelineError for weights that are missing or of another network, and for images too small for the network.
+    Raises PipelineError if the weights are missing or belong to another network, or if the images are too small.
     """
     import keras
 
@@ -45,7 +45,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
     build = getattr(keras.applications, known.function)
     vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
-    # The name is set here and not by `build(name=...)`: EfficientNetV2 chooses layers by its name.
+    # Not `build(name=...)`, because EfficientNetV2 chooses layers by the name of the network.
     network = keras.Model(pixels, vector, name="backbone")
     if path is not None:
         _load_weights(network, path, backbone)
@@ -56,7 +56,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
 def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
     import numpy as np
 
-    # Keras only warns about layers that are missing from the file and keeps their weights: NaN shows which these are.
+    # Keras only warns about layers that are missing from the file, and keeps their weights. NaN marks these weights.
     network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
     try:
         with warnings.catch_warnings():
@@ -76,9 +76,9 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
 def build_cnn(height: int, width: int) -> "keras.Model":
     """Build a small trainable network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
-    Strided convolutions reduce the image to a map of at most 16 x 16. A convolution follows on that map, one on half
-    of it and one on a quarter of it. The vector holds the largest value of each channel. Keras's random seed determines
-    the initial weights. docs/measurements/cnn.md compares this network with others.
+    Strided convolutions reduce the image to a map of at most 16 x 16. Three more convolutions follow. Max pooling
+    halves the map before the second and the third. The vector holds the largest value of each channel. Keras's random
+    seed determines the initial weights. docs/measurements/cnn.md compares this network with others.
     """
     import keras
     from keras import layers
@@ -135,12 +135,32 @@ def build_linear_head(kernel: "np.ndarray", bias: "np.ndarray") -> "keras.Model"
 
 
 def load(path: Path) -> "keras.Model":
-    """Load a saved network. Raises PipelineError where the file is missing or was changed."""
+    """Load a saved network. Raises PipelineError if the file is missing or was changed."""
     import keras
 
     try:
         return keras.models.load_model(path, compile=False)
     except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # TypeError: saved by another Keras
+        raise changed_file_error(path, error) from error
+
+
+def are_equal(one: "keras.Model", other: "keras.Model") -> bool:
+    """Return whether two networks have the same layers, apart from their names, with the same weights."""
+    import numpy as np
+
+    kinds, others = (
+        [(type(each), each.get_config() | {"name": ""}) for each in network.layers] for network in (one, other)
+    )
+    return kinds == others and all(map(np.array_equal, one.get_weights(), other.get_weights()))
+
+
+def check_file(path: Path) -> None:
+    """Raise PipelineError if the file of a network is missing or was changed. The network is not loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+    except (OSError, zipfile.BadZipFile) as error:
         raise changed_file_error(path, error) from error
 
 
@@ -152,8 +172,8 @@ def estimate_bytes(network: "keras.Model") -> int:
 def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras.Model":
     """Build the servable model: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 
-    Images of any size are fitted to the backbone's. The weights are shared, not copied. All layers are Keras's own, so
-    `keras.models.load_model` needs nothing from this package.
+    Images of any size are fitted to the backbone's input size. The weights are shared, not copied. All layers are
+    Keras's own, so `keras.models.load_model` needs nothing from this package.
     """
     import keras
 
@@ -165,13 +185,13 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
 def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
     """Resize images (uint8 [batch, any, any, 3]) as the records are resized: float32 [batch, height, width, 3].
 
-    The interpolation is bilinear and antialiased. Values are rounded to whole levels, as in the records: without
-    rounding, one prediction in 150 differed from that for the record, docs/measurements/records.md.
+    The interpolation is bilinear and antialiased. Values are rounded to whole numbers, as in the records. Without
+    rounding, one prediction in 150 differed from the prediction for the record (docs/measurements/records.md).
     """
     import keras
     from keras import layers
 
-    x = layers.Rescaling(1.0, name="float")(images)  # of uint8, Resizing truncates fractions
+    x = layers.Rescaling(1.0, name="float")(images)  # for uint8 input, Resizing truncates fractions
     x = layers.Resizing(
         height,
         width,

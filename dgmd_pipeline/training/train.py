@@ -1,6 +1,6 @@
-"""Stored features or records -> a servable model, and the files of a training.
+"""Trains a servable model on stored features or records, and reads and writes the files of a training.
 
-A frozen backbone gets a trained head and, if FINE_TUNE asks for it, is fine-tuned with it. `cnn` is trained from
+For a frozen backbone, a head is trained. If FINE_TUNE is set, both are then fine-tuned together. `cnn` is trained from
 scratch.
 """
 
@@ -41,8 +41,8 @@ class TrainingData(NamedTuple):
     validation: Path
     groups: Sequence[str]  # near-duplicate group of each training image, in the order of the records
     classes: int
-    class_weights: Mapping[int, float]  # class index -> weight; 1 where there is none
-    records: Sequence[Path]  # folders of training and validation records, for fine-tuning
+    class_weights: Mapping[int, float]  # class index -> weight; a missing weight is 1
+    records: Sequence[Path]  # folders of the training and the validation records, for fine-tuning
 
 
 class TrainingSettings(Protocol):
@@ -102,7 +102,7 @@ class FinishedTraining(NamedTuple):
     history: Sequence[Epoch]
     seed: int
     selection: head_selection.Selection | None  # of the head; None for `cnn`
-    fine_tuning: FineTuningJson | None  # None where FINE_TUNE is none
+    fine_tuning: FineTuningJson | None  # None if FINE_TUNE is none
 
     @property
     def fine_tuned(self) -> bool:
@@ -147,14 +147,13 @@ def train(
     on_epoch: OnEpoch,
     map_batches: ParallelMap = map,
 ) -> FinishedTraining:
-    """Train a head on the stored features of `backbone`, or `cnn` from scratch where `backbone` is None.
+    """Train a head on the stored features of `backbone`, or `cnn` from scratch if `backbone` is None.
 
-    `resume_dir` is an existing folder for checkpoints: a stopped training resumes there after its last epoch. A
-    checkpoint that cannot be used is removed with a warning, and the training starts again. `map_batches` is that of
-    `features.extract`.
+    `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last epoch. If a checkpoint
+    cannot be used, a warning is logged and the training starts again. `map_batches` is passed to `features.extract`.
 
-    Raises Diverged where weights or a loss are not finite, PipelineError where the disk has no room or stored features
-    are damaged.
+    Raises Diverged if weights or a loss are not finite. Raises PipelineError if the disk is full or stored features are
+    damaged.
     """
     if backbone is None:
         trained = _resume(partial(_train_cnn, data, options, on_epoch), resume_dir)
@@ -239,7 +238,7 @@ def _fine_tune(
 
 
 def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedModel:
-    """Train from the checkpoint in `resume_dir`, or from the start where there is none that can be used."""
+    """Resume from the checkpoint in `resume_dir`, or start again if there is no usable checkpoint."""
     checkpoint = resume_dir / CHECKPOINT
     if checkpoint.exists():
         log.info("  Resuming training from the checkpoint")
@@ -248,7 +247,7 @@ def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedM
 
 
 def describe_checkpoints(resume_dir: Path) -> str:
-    """Return where a training with this folder of checkpoints continues; "" if it starts from nothing."""
+    """Return a text that says where a training with these checkpoints continues; "" if it starts anew."""
     if any(resume_dir.glob(f"{fine_tuning.CHECKPOINT}*")):
         return "continues a stopped fine-tuning"
     epochs = completed_epochs(resume_dir / CHECKPOINT)
@@ -258,7 +257,7 @@ def describe_checkpoints(resume_dir: Path) -> str:
 
 
 def _restart_if_unusable(train: Callable[[], T], resume_dir: Path, what: str, files: Sequence[str]) -> T:
-    """Call `train`; where a checkpoint cannot be used, remove `files` (patterns) and call it again."""
+    """Call `train`. If a checkpoint cannot be used, remove `files` (patterns) and call it again."""
     try:
         return train()
     except UnusableCheckpoint as error:
@@ -289,5 +288,5 @@ def write(trained: FinishedTraining, folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[TrainingJson, list[Epoch]]:
-    """Return the content of `training.json` and `history.csv`. Raises PipelineError where one is missing or changed."""
+    """Return the content of `training.json` and `history.csv`. Raises PipelineError if one is missing or changed."""
     return manifest.read_json(folder / TRAINING), list(manifest.read(folder / HISTORY, Epoch))

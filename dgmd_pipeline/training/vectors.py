@@ -1,4 +1,4 @@
-"""Feature vectors in one or several `.npy` files <-> an array that is read from the disk when it is used."""
+"""Feature vectors in `.npy` files, read from the disk when they are used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ class Vectors(Protocol):
 
 
 class ShardedVectors:
-    """The vectors of several arrays, one after another. Only those that are asked for are read into memory."""
+    """The concatenated vectors of several arrays. Only requested vectors are read into memory."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        """Take arrays [n1, d], [n2, d], ... of one type, at least one, which may be mapped from disk."""
+        """Concatenate one or more arrays [n1, d], [n2, d], ... of the same type. They may be mapped from disk."""
         self._parts = parts
         self._edges = np.cumsum([0, *map(len, parts)])
         self.shape: tuple[int, ...] = (int(self._edges[-1]), *parts[0].shape[1:])
@@ -58,17 +58,17 @@ class VectorFile:
     """A new `.npy` file of float32 vectors, which are written at any position."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Create the file for vectors of this shape [n, ...]. What is not written is 0."""
+        """Create the file for vectors of this shape [n, ...]. Vectors that are not written are 0."""
         self._path = path
         self._row_bytes = 4 * int(np.prod(shape[1:]))
         with path.open("wb") as file:
-            # Written in sequence and not through a memory map, whose pages would count as memory of this process.
+            # The file is written without a memory map, because mapped pages would count as memory of this process.
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             self._first = file.tell()
             file.truncate(self._first + self._row_bytes * shape[0])
 
     def write(self, position: int, vectors: np.ndarray) -> None:
-        """Write consecutive vectors, float [m, ...], of which the first has this position."""
+        """Write consecutive vectors, float [m, ...], starting at `position`."""
         with self._path.open("r+b") as file:
             file.seek(self._first + position * self._row_bytes)
             file.write(vectors.astype("<f4", copy=False).tobytes())

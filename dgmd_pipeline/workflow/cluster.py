@@ -1,4 +1,4 @@
-"""Items of work -> their results, computed by the workers of a Dask cluster. Only this module imports Dask."""
+"""An executor that does the work on the workers of a Dask cluster. Only this module imports Dask."""
 
 import asyncio
 import functools
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# The run takes the results in order. While it waits for a slow piece, the other workers go ahead this far.
+# Pieces under way for each worker. The run takes the results in order: while it waits for a slow piece, the other
+# workers continue.
 PIECES_OF_A_WORKER = 4
-POLL = 2.0  # seconds between two looks at the cluster
+POLL = 2.0  # seconds between checks of the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
 NO_WORKERS_TIMEOUT = 120.0  # seconds without any worker; distributed.scheduler.no-workers-timeout, if set, replaces it
-ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has for an answer
-SILENCE = 300.0  # seconds without a result after which the log says so
-MAX_LOSSES = 3  # of the connection or of an answer, without a result or an answer in between
+ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
+SILENCE = 300.0  # seconds without a result until a warning is logged
+MAX_LOSSES = 3  # lost connections or missing answers in a row
 
 
 @dataclass(eq=False)
@@ -51,8 +52,8 @@ class _Piece:
 class ClusterExecutor:
     """Does what `ProcessExecutor` does, on the workers of a Dask scheduler.
 
-    Each Dask worker does its pieces in a `ProcessExecutor` with one process. So an image that ends its process costs
-    this image, as it does on one machine, and not a Dask worker. docs/decisions/0033-dask.md has the reasons.
+    Each Dask worker does its pieces in a `ProcessExecutor` with one process. So an image that crashes its process
+    costs only that image, and not a Dask worker. docs/decisions/0033-dask.md has the reasons.
     """
 
     is_cluster = True
@@ -122,7 +123,7 @@ class ClusterExecutor:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
                 if answer is None:
                     _check_answer(job, worker)
-                elif worker in client.nthreads():  # else it has ended meanwhile
+                elif worker in client.nthreads():  # otherwise, it has ended
                     raise PipelineError(f"The Dask worker {worker} {answer}")
         finally:
             for path in self._data_dir.glob(f"{cluster_worker.ANSWER}*"):
@@ -133,13 +134,12 @@ class ClusterExecutor:
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
     ) -> Iterator[Result | WorkerDied]:
-        """Yield `function(item)` in the order of the items, which workers get in pieces of `chunk` items.
+        """Yield `function(item)` in the order of the items. Workers get pieces of `chunk` items.
 
-        At most PIECES_OF_A_WORKER pieces for each worker are under way. Where the process of an item dies twice, the
-        WorkerDied is the item's result. A piece whose Dask worker is lost is given to another one, as often as the
-        scheduler's `allowed-failures` says (3). If the scheduler is restarted, all pieces under way are given to it
-        again. So a piece may be worked on twice, even at the same time.
-        Raises what `function` raises, and PipelineError if the cluster does not do a piece.
+        If the process of an item dies twice, the item's result is a WorkerDied. If a Dask worker is lost, the scheduler
+        gives its piece to another worker, up to `allowed-failures` times (3 by default). If the scheduler is restarted,
+        the run submits all pieces under way again. So a piece may be worked on twice, even at the same time.
+        Raises what `function` raises, and PipelineError if the cluster cannot do a piece.
         """
         self.connect()
         source = iter(items)
@@ -186,17 +186,17 @@ class ClusterExecutor:
 
         try:
             for worker in reachable.nthreads() if reachable else ():
-                # A task comes after the piece that the worker still works on.
+                # The worker runs this task after its current piece.
                 ended = client.submit(
                     cluster_worker.end, worker, workers=[worker], allow_other_workers=True, pure=False
                 )
                 distributed.fire_and_forget(ended)
         except OSError:  # the scheduler has ended: its workers end with it
-            log.debug("The Dask scheduler is gone before the end of the run")
+            log.debug("The Dask scheduler ended before the run")
         client.close(timeout=5)
 
     def _reachable(self) -> "distributed.Client | None":
-        """Return the client if the scheduler answers. Otherwise, most of its methods would never return."""
+        """Return the client, or None if the scheduler does not answer. Most calls would then never return."""
         is_running = self._client is not None and self._client.status == "running"
         return self._client if is_running and not self._unanswered else None
 
@@ -210,14 +210,14 @@ class ClusterExecutor:
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
-            # Without a timeout, this would never return if the network drops everything and closes nothing.
+            # Without a timeout, this call would never return if the network drops all packets.
             found: Any = self._client.sync(self._client.nthreads, callback_timeout=ANSWER_TIMEOUT)
         except TimeoutError:
             self._unanswered += 1
             if self._unanswered == MAX_LOSSES:
                 raise PipelineError(self._lost()) from None
             return
-        except OSError:  # the connection is lost: `_wait` sees it
+        except OSError:  # the connection is lost: `_wait` handles it
             return
         self._workers, self._unanswered = len(found), 0
         self._most_workers = max(self._workers, self._most_workers)
@@ -235,7 +235,7 @@ class ClusterExecutor:
 
     def _start(self, verb: str, content: bytes) -> "distributed.Future[bytes]":
         assert self._client is not None  # noqa: S101
-        # As bytes: Dask would look for futures in all rows.
+        # As bytes, because Dask would search all rows for futures.
         return self._client.submit(_do_piece, self._job, content, key=f"{verb}-{uuid.uuid4().hex}", pure=False)
 
     def _wait(self, window: Iterable[_Piece]) -> bytes:
@@ -257,9 +257,9 @@ class ClusterExecutor:
                         each.future = self._start(each.verb, each.content)
             except KilledWorker as error:
                 raise PipelineError(
-                    f"The Dask workers that worked on {piece.name} were lost, {error.allowed_failures + 1} of "
-                    f"{error.allowed_failures + 1}; the last one was {error.last_worker.address}. Its log may say why: "
-                    "for example, too little memory. Finished steps are kept: run again."
+                    f"Dask workers were lost {error.allowed_failures + 1} times while they worked on {piece.name}. The "
+                    f"last one was {error.last_worker.address}. Its log may say why, for example too little memory. "
+                    "Finished steps are kept: run again."
                 ) from None
             except Exception as error:
                 raise PipelineError(
@@ -277,14 +277,14 @@ class ClusterExecutor:
             log.warning(text, SILENCE, piece.name, self.describe(), self.dashboard)
 
     def _reconnect(self) -> None:
-        """Wait for Dask's client, which connects again by itself until `distributed.comm.timeouts.connect` is over."""
+        """Wait while Dask's client reconnects. It gives up after `distributed.comm.timeouts.connect`."""
         assert self._client is not None  # noqa: S101
         while self._client.status == "connecting":
             time.sleep(0.1)
         self._losses += 1
         if self._client.status != "running" or self._losses > MAX_LOSSES:
             raise PipelineError(self._lost())
-        log.warning("The Dask scheduler was restarted or out of reach. The pieces under way are started again.")
+        log.warning("The Dask scheduler was restarted or could not be reached. The pieces under way are started again.")
         self._had_workers = time.monotonic()
 
     def _lost(self) -> str:
@@ -311,7 +311,7 @@ def _warn_of_open_network(address: str) -> None:
         return
     try:
         found = {ipaddress.ip_address(entry[4][0]) for entry in socket.getaddrinfo(parts.hostname, None)}
-    except OSError:  # connecting says so
+    except OSError:  # connecting reports it
         return
     if not all(each.is_private or each.is_loopback for each in found):
         log.warning(
@@ -372,7 +372,7 @@ def _check_answer(job: Job, worker: str) -> None:
 
 
 def _do_piece(job: bytes, content: bytes) -> bytes:
-    """Run by a Dask worker."""
+    """Do a piece. Dask calls this function in a worker."""
     import distributed
 
     return cluster_worker.do_piece(job, content, distributed.get_worker())

@@ -1,4 +1,4 @@
-"""What a worker of a Dask cluster does: it checks that it fits a run, and does pieces of its work in a process."""
+"""The code that Dask calls in a worker: a check that the worker fits the run, and the work on pieces."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ ANSWER = ".cluster-"  # start of the name of the file that a worker writes to DA
 OWN_MEMORY = 150_000_000  # bytes of a Dask worker before its first piece
 
 DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
-_pools: dict[str, ProcessExecutor] = {}  # by run: the process of the last run that gave this worker a piece
+_pools: dict[str, ProcessExecutor] = {}  # by run, but only of the last run that gave this worker a piece
 
 
 class Job(NamedTuple):
@@ -59,9 +59,9 @@ def holder(data_dir: Path) -> str:
 
 
 def check(content: bytes, dask_worker: DaskWorker) -> str | None:
-    """Return why a worker cannot do pieces of a job, as the rest of a sentence. Write a file to DATA_DIR.
+    """Return why this worker cannot do pieces of a job, as the end of a sentence, or None.
 
-    `content` is the pickled Job.
+    `content` is the pickled Job. The worker creates the file `job.answer` in DATA_DIR, for which the run looks.
     """
     job: Job = pickle.loads(content)
     here = versions()
@@ -98,14 +98,14 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
     job: Job = pickle.loads(content)
     if job.id not in _pools:
         end()
-        if problem := check(content, dask_worker):  # it may have joined later
+        if problem := check(content, dask_worker):  # it may have joined after the check
             raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
         job.answer(dask_worker.address).unlink(missing_ok=True)
         job.prepare()
-        # Dask starts a worker as a daemon process, and Python forbids these to have children. Ours end with the worker.
+        # Python forbids a daemon process, such as a Dask worker, to have children. Ours ends with the worker.
         multiprocessing.current_process().daemon = False
         limit = dask_worker.memory_manager.memory_limit
-        # An executor leaves half of the memory for TensorFlow in its parent, which is not used there.
+        # An executor uses half of the memory and leaves the rest for TensorFlow, which a Dask worker does not load.
         _pools[job.id] = ProcessExecutor(1, 2 * max(limit - OWN_MEMORY, 0) if limit else None)
     return _pools[job.id]
 

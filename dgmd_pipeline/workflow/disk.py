@@ -21,7 +21,7 @@ BUSY = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process has remo
 REMOVAL_TIMEOUT = 10.0  # seconds that another process may write in a folder that is being removed
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
-SECONDS_KEPT = 24 * 60 * 60  # of temporary files that no run of today can be using
+SECONDS_KEPT = 24 * 60 * 60  # age at which no run can still be using a temporary file
 BLOCK = 4096  # bytes; on most disks, a file occupies a multiple of this
 
 
@@ -61,7 +61,7 @@ def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | N
 
 
 def _place(error: OSError, data_dir: Path) -> Path:
-    """Return where an error without a file name has most likely happened."""
+    """Return the most likely place of an error without a file name."""
     if error.errno in (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
         try:
             multiprocessing.get_context("spawn").Lock()
@@ -103,7 +103,7 @@ def _explain_full(
 
 
 def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | None:
-    """Return what is wrong and what to do, or None if the error is not known to be an operator's to fix."""
+    """Return what is wrong and what to do, or None if the error is not one that an operator can fix."""
     number, named = error.errno or 0, isinstance(error.filename, str)
     it = "DATA_DIR" if place.is_relative_to(data_dir) or data_dir.is_relative_to(place) else "It"
     shown = str(place) if len(str(place)) <= SHOWN else f"{str(place)[:SHOWN]}..."
@@ -140,7 +140,7 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
 
 
 def _explain_missing(place: Path, data_dir: Path, what: str) -> str | None:
-    """Return that a folder was removed from outside, or None if only a file in it is missing."""
+    """Return a sentence if another process has removed a folder, or None if only a file in it is missing."""
     if not place.is_relative_to(data_dir):
         return None
     for folder in (data_dir, data_dir / "/".join(place.relative_to(data_dir).parts[:1])):
@@ -168,7 +168,7 @@ def _free(folder: Path) -> int:
 
 
 def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
-    """Return what `look` returns for `path`, or for the nearest folder above it that exists and is accessible."""
+    """Call `look` for `path`, or for the nearest folder above it that exists and is accessible."""
     for place in (path.absolute(), *path.absolute().parents):
         with contextlib.suppress(OSError):
             return look(place)
@@ -176,7 +176,7 @@ def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
 
 
 def prepare_temporary_folder(folder: Path) -> None:
-    """Make `folder` if temporary files go there, and remove what killed processes left in it more than a day ago."""
+    """Create `folder` if temporary files go there, and remove what killed processes left in it more than a day ago."""
     if folder.absolute() == Path(tempfile.gettempdir()):
         folder.mkdir(exist_ok=True)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -187,8 +187,8 @@ def prepare_temporary_folder(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove the folder or file at this path, if it exists.
 
-    A worker that has outlived its run may write or remove files in it meanwhile, until it misses one. Raises OSError,
-    also if that lasts longer than REMOVAL_TIMEOUT.
+    A worker that has outlived its run may still write to the folder. Raises OSError, for example if the folder still
+    changes after REMOVAL_TIMEOUT.
     """
     deadline = time.monotonic() + REMOVAL_TIMEOUT
     while os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove

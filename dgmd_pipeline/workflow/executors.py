@@ -1,4 +1,4 @@
-"""Items of work -> their results, computed in processes or threads on all cores."""
+"""Executors, which apply a function to items of work in processes or threads on all cores."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ from dgmd_pipeline.workflow import machine, worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNKS_OF_A_WORKER = 2  # one that it works on, and one that waits
+CHUNKS_OF_A_WORKER = 2  # one in progress, and one that waits
 
 
 class Executor(Protocol):
@@ -27,38 +27,37 @@ class Executor(Protocol):
     dashboard: str | None  # address of a page that shows the work
 
     def connect(self) -> None:
-        """Check before the first step what would otherwise fail in a step. Raises PipelineError."""
+        """Before the first step, raise PipelineError for a problem that would otherwise stop a later step."""
 
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
     ) -> Iterator[Result | WorkerDied]:
-        """Yield `function(item)` in the order of the items; a WorkerDied where every process died with an item."""
+        """Yield `function(item)` in the order of the items, or a WorkerDied if the item's process died."""
 
     def describe(self) -> str:
-        """Return who works, for the progress of a step; an empty text for this machine."""
+        """Return the number of workers as text, for the progress of a step; "" on this machine."""
 
     def usage(self) -> str:
-        """Return how much was worked elsewhere, as a line for the end of the run, or an empty text."""
+        """Return a line about the work of a cluster, for the end of the run, or ""."""
 
     def close(self) -> None:
-        """End the work, even in the middle."""
+        """End the work, even if it is unfinished."""
 
 
 class ProcessExecutor:
-    """Worker processes. They start when there is work for them, and exist until the end of the run.
+    """Worker processes. They start when there is work, and end with the run.
 
-    docs/decisions/0009-processes-and-threads.md says why this is no `concurrent.futures.ProcessPoolExecutor`.
+    docs/decisions/0009-processes-and-threads.md says why it does not use `concurrent.futures.ProcessPoolExecutor`.
     """
 
     is_cluster = False
     dashboard: str | None = None
 
     def __init__(self, processes: int | None = None, memory: int | None = None) -> None:
-        """Use so many processes and bytes of memory at most; by default as many as the machine or container has.
+        """Use at most `processes` processes and `memory` bytes; by default, what the machine or container has.
 
-        Half of the memory is for the processes: the other half is for this one, which may load TensorFlow meanwhile.
-        The largest item decides how many processes there are, so that an item fails for lack of memory only where
-        memory is small, and not where there are many cores.
+        The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
+        The number of processes is limited so that their own memory leaves room for the largest item.
         """
         budget = (memory or machine.memory()) // 2
         room = min(worker.LARGEST_ITEM, budget * 3 // 4)
@@ -70,12 +69,12 @@ class ProcessExecutor:
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
     ) -> Iterator[Result | WorkerDied]:
-        """Yield `function(item)` in the order of the items, which a worker gets in chunks and only when it needs them.
+        """Yield `function(item)` in the order of the items. A worker gets a chunk when it needs one.
 
         If a worker dies while it works on an item, all workers are started again. The item is then tried once more,
-        while no other is worked on, because it may have had too little memory next to others. If its worker dies again,
-        or if a timer for processor time ended it, the WorkerDied is the item's result. Other items of the chunk may be
-        worked on twice.
+        alone, because other items may have taken the memory that it needs. If its worker dies again, or if a timer for
+        processor time ended its worker, the item's result is a WorkerDied. Other items of the chunk may be worked on
+        twice.
         Raises what `function` raises, and PipelineError if workers do not start. Close one iterator before the next.
         """
         source = iter(items)
@@ -120,7 +119,7 @@ class ProcessExecutor:
         self._budget = None
 
     def _assign(self, function: Callable[..., object], window: "Iterable[_Chunk]") -> None:
-        """Send the chunks that no worker has; a suspect goes first, and alone."""
+        """Send unassigned chunks to workers. A suspect is sent first, and alone."""
         suspects = [chunk for chunk in window if chunk.is_suspect and chunk.outcomes is None]
         if any(chunk.is_assigned for chunk in suspects):
             return
@@ -138,15 +137,16 @@ class ProcessExecutor:
         return self._workers[-1]
 
     def _receive(self, window: "deque[_Chunk]") -> None:
-        """Wait for the outcomes of chunks. Where a worker has died, end all, and single its item out in `window`."""
+        """Wait for the outcomes of chunks. If a worker has died, handle its death and return."""
         ready = wait([each.connection for each in self._workers])
         for each in [each for each in self._workers if each.connection in ready]:
             if not each.receive():
                 each.process.join()
-                self._mourn(window)
+                self._handle_deaths(window)
                 return
 
-    def _mourn(self, window: "deque[_Chunk]") -> None:
+    def _handle_deaths(self, window: "deque[_Chunk]") -> None:
+        """End all workers. Isolate the items of dead workers in `window`."""
         dead = [each for each in self._workers if not each.process.is_alive()]
         positions = [each.receive_rest() for each in dead]
         self.close()
@@ -158,12 +158,12 @@ class ProcessExecutor:
                     "it again: finished steps are kept."
                 )
             if each.chunks:
-                _single_out(window, each.chunks[0], position, death)
+                _isolate(window, each.chunks[0], position, death)
 
 
 @dataclass(eq=False)
 class _Chunk:
-    """Some items, and when they are done, for each whether it succeeded, and the result or the exception."""
+    """Some items, and their outcomes when they are done: whether each succeeded, and its result or exception."""
 
     items: list[Any]
     outcomes: list[tuple[bool, Any]] | None = None
@@ -171,8 +171,8 @@ class _Chunk:
     is_suspect: bool = False  # one item, whose worker has died
 
 
-def _single_out(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
-    """Replace a chunk by its items before a position, the item there, whose worker has died, and those after it."""
+def _isolate(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
+    """Split a chunk into the items before `position`, the item there, whose worker has died, and the items after it."""
     suspect = _Chunk(chunk.items[position : position + 1], is_suspect=True)
     if chunk.is_suspect or death.by_timer:
         suspect.outcomes = [(True, death)]
@@ -219,7 +219,7 @@ class _Worker:
         return True
 
     def receive_rest(self) -> int:
-        """Receive what a dead process has sent. Return the position of the item that it worked on in its chunk."""
+        """Receive what a dead process has sent. Return the position, in its chunk, of the item that it worked on."""
         while self.receive():
             pass
         finished = len(os.read(self._progress.fileno(), 2**16))

@@ -1,4 +1,4 @@
-"""Files in step folders: checksums that are computed once in a run, hard links, pieces, and what reaches the disk."""
+"""Files in step folders: cached checksums, hard links, atomic creation of folders, and flushing to the disk."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits. Raises OSError.
 
-    A process reads a file once, also if it is hard-linked into another folder, until its content changes.
+    The process caches the result, for all hard links to the file, until the file changes.
     """
     status = path.stat()
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -41,7 +41,7 @@ def is_intact(path: Path, size: int, checksum: str) -> bool:
 
 
 def warn_of_damage(path: Path, consequence: str) -> None:
-    """Log that a file is damaged, once in a process: its folder may have got another name since the last call."""
+    """Log that a file is damaged, once in a process, even if its folder is renamed between two calls."""
     folder = path.parent.stat()
     key = folder.st_dev, folder.st_ino, path.name
     if key not in _damaged:
@@ -50,7 +50,7 @@ def warn_of_damage(path: Path, consequence: str) -> None:
 
 
 def link(source: Path, target: Path, temporary: Path) -> None:
-    """Create `target` as a hard link to a file, or as a copy where that is impossible.
+    """Create `target` as a hard link to a file, or as a copy if that is impossible.
 
     A copy is first written to `temporary`, on the same disk, so that `target` is complete. Raises OSError.
     """
@@ -67,8 +67,8 @@ def link(source: Path, target: Path, temporary: Path) -> None:
 def commit(target: Path) -> Iterator[Path]:
     """Provide a new folder, which is renamed to `target` when the block succeeds, and removed when it fails.
 
-    Any number of attempts may run at the same time, on several machines. The first that ends makes `target`, the
-    folders of the others are removed, and nothing is written into `target` any more. Raises OSError.
+    Several attempts may run at the same time, even on several machines. The first that succeeds becomes `target`. The
+    folders of the others are removed. Raises OSError.
     """
     attempt = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     attempt.mkdir()
@@ -84,7 +84,7 @@ def commit(target: Path) -> Iterator[Path]:
 
 
 def attempts(target: Path) -> list[Path]:
-    """Return the folders of attempts to make `target` that have not ended, the latest last."""
+    """Return the folders of unfinished attempts to create `target`, the latest last."""
     return sorted(target.parent.glob(f".{glob.escape(target.name)}-*"), key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -1,4 +1,4 @@
-"""A draft -> a complete folder; recovery after a kill.
+"""Drafts, which become complete folders, and recovery after a kill.
 
 A step writes into a draft folder in the same parent folder as its target. Its last action renames the draft to the
 target, so a folder that exists is complete. See docs/decisions/0001-a-step-is-a-folder.md.
@@ -21,10 +21,11 @@ def draft(target: Path, fingerprint: str | None = None, keep_replaced: bool = Fa
 
     The content reaches the disk before the folder gets its name, so `target` is complete even after a power cut.
 
-    With a `fingerprint`, the draft can be resumed: it has a folder RESUME. If the block has written a file to RESUME
-    when it fails or the process is killed, the draft is kept, and the next call with the same fingerprint provides it.
+    With a `fingerprint`, the draft has a folder RESUME. If the block fails or the process is killed, a draft with files
+    in RESUME is kept. The next call with the same fingerprint provides that draft.
 
-    With `keep_replaced`, the replaced folder is kept under its other name, for `versions`, until `discard_replaced`.
+    With `keep_replaced`, the replaced folder is kept under another name, where `versions` finds it, until
+    `discard_replaced` removes it.
     """
     folder, old = _beside(target)
     try:
@@ -52,7 +53,7 @@ def draft(target: Path, fingerprint: str | None = None, keep_replaced: bool = Fa
 
 
 def _discard(old: Path, folder: Path) -> None:
-    """Remove a replaced folder. It is first renamed to a draft, so that it is never restored when partly removed."""
+    """Remove a replaced folder. It is first renamed to a draft, so that `recover` never restores a part of it."""
     disk.remove(folder)
     old.rename(folder)
     disk.remove(folder)
@@ -66,7 +67,7 @@ def discard_replaced(target: Path) -> None:
 
 
 def versions(target: Path) -> list[Path]:
-    """Return the folder `target` and the one that it has replaced, as far as they exist."""
+    """Return `target` and the folder that it has replaced, if they exist."""
     return [path for path in (target, _beside(target)[1]) if path.exists()]
 
 
@@ -82,13 +83,13 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _kept(folder: Path) -> list[Path]:
-    """Return what a step has written into RESUME, without unfinished pieces, whose names begin with a dot."""
+    """Return what a step has written to RESUME. Unfinished pieces, whose names begin with a dot, are left out."""
     found = (folder / RESUME).iterdir() if (folder / RESUME).is_dir() else ()
     return sorted(path for path in found if path.name != FINGERPRINT and not path.name.startswith("."))
 
 
 def keep_pieces(folder: Path) -> int:
-    """Remove everything from a draft but its finished pieces, which are in RESUME. Return their number."""
+    """Remove everything except the finished pieces in RESUME from a draft. Return the number of pieces."""
     kept = _kept(folder)
     for path in [*folder.iterdir(), *(folder / RESUME).iterdir()]:
         if path.name not in (RESUME, FINGERPRINT) and path not in kept:
@@ -122,7 +123,7 @@ def recover(data_dir: Path, names: Iterable[str]) -> None:
 
 
 def current_path(target: Path) -> Path:
-    """Return where a folder is: at its path, or where a killed run left it until `recover` restores it."""
+    """Return `target`, or the path of the replaced folder if a killed run has left only that."""
     old = _beside(target)[1]
     return old if old.exists() and not target.exists() else target
 

@@ -14,15 +14,15 @@ from dgmd_pipeline import formatting
 from dgmd_pipeline.errors import Busy, PipelineError
 
 LOCK = ".lock"  # file in DATA_DIR
-SECONDS_BETWEEN_TELLS = 5.0
+SECONDS_BETWEEN_WRITES = 5.0
 
 
 @contextlib.contextmanager
 def hold(data_dir: Path) -> Iterator["Holder"]:
-    """Lock `data_dir` for one run, and provide what tells others how far it is.
+    """Lock `data_dir` for one run, and provide the Holder, which publishes the run's progress.
 
-    The kernel releases the lock when the process ends. Raises Busy, which names the process that holds the lock, if it
-    is locked already, and PipelineError if no file can be created there.
+    The kernel releases the lock when the process ends. Raises Busy, which names the process that holds the lock, and
+    PipelineError if no file can be created there.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -41,17 +41,17 @@ def hold(data_dir: Path) -> Iterator["Holder"]:
 
 
 class Holder:
-    """The run that holds the lock. The lock's file says which process it is, and how far it is."""
+    """The run that holds the lock. It writes its process and its progress to the lock's file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._written, self._step, self._since = path, 0.0, "", ""
         self._process = f"process {os.getpid()} on {socket.gethostname()}, started {formatting.utc_now()}"
 
     def tell(self, step: str, progress: str) -> None:
-        """Write which step runs and how far it is; at most every SECONDS_BETWEEN_TELLS within a step."""
+        """Write the step and its progress; within a step, at most every SECONDS_BETWEEN_WRITES."""
         if step != self._step:
             self._step, self._since = step, formatting.utc_now()
-        elif time.monotonic() - self._written < SECONDS_BETWEEN_TELLS:
+        elif time.monotonic() - self._written < SECONDS_BETWEEN_WRITES:
             return
         self._written = time.monotonic()
         _write(self._path, "\n".join([self._process, step, self._since, progress]))
@@ -64,8 +64,8 @@ class Run(NamedTuple):
     started: str  # ISO 8601, UTC
     step: str  # name of the folder that it writes; "" before the first step
     since: str  # when the step began: ISO 8601, UTC
-    progress: str  # of the step in words; "" where nothing is known
-    silent: float  # seconds since it last said how far it is
+    progress: str  # of the step in words; "" if nothing is known
+    silent: float  # seconds since it last wrote its progress
     killed: bool  # it has ended without releasing its lock
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ def last_run(data_dir: Path) -> Run | None:
 
 
 def _acquire(file: FileIO) -> bool:
-    """Lock the file, and return whether it was free. `last_run` may hold it for a moment."""
+    """Lock the file, and return whether it was free. `last_run` of another process may hold it for a moment."""
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,8 +104,8 @@ def _acquire(file: FileIO) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    # The lock also works without the name of its holder, for example on a full disk. The file is never empty while
-    # another process may read it.
+    # Errors do not matter: the lock also works with an empty file. The text is written before the file is shortened,
+    # so that another process never reads an empty file.
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_WRONLY)
         try:

@@ -1,4 +1,4 @@
-"""Luigi's configuration files -> the address of a scheduler. Everything else in them is discarded."""
+"""Reads the address of a scheduler from Luigi's configuration files, and discards everything else in them."""
 
 import configparser
 from pathlib import Path
@@ -12,7 +12,7 @@ def load(named: Path | None = None) -> str | None:
     """Import Luigi, discard its configuration, and return the address of the scheduler in the file `named`.
 
     Luigi reads its configuration when it is imported. A file that was written for other pipelines could set several
-    worker processes, time limits or task limits, with which a run of this pipeline would fail.
+    worker processes, time limits or task limits. They would make a run of this pipeline fail.
     Raises SettingsError if a file cannot be read, or if the file `named` does not exist.
     """
     if named and not named.is_file():

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use: those of its affinity, and not more than the CPU quota, rounded up.
+    """Return how many cores this process may use: those of its affinity, but at most its CPU quota, rounded up.
 
     `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity then still has all cores of the host.
     """
@@ -17,10 +17,10 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
-    """Return the environment variables that keep libraries to the CPU quota; none where the quota changes nothing.
+    """Return environment variables that limit the threads of libraries to the CPU quota; none without a quota.
 
-    They otherwise start a thread for each core of the affinity: OpenMP and OpenBLAS (which has a variable of its own,
-    and obeys this one), and TensorFlow within an operation and for several operations.
+    By default, OpenMP, OpenBLAS and TensorFlow start a thread for each core of the affinity. OpenBLAS obeys
+    OMP_NUM_THREADS too.
     """
     threads = cores(root)
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -50,7 +50,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Return the memory limit of this process's control groups in bytes; None without a limit.
 
-    `root` is as in `cpu_quota`. Version 1 shows a number above any memory where there is no limit.
+    `root` is as in `cpu_quota`. Without a limit, version 1 of control groups reports a number above any memory.
     """
     texts = [_read(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_FILES]
     return min((int(text) for text in texts if text.isdecimal()), default=None)
@@ -64,9 +64,9 @@ def _affinity() -> int:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folder of this process's group, and those of the groups that contain it: each of them limits it.
+    """Yield the folders of this process's group and of the groups that contain it. Each group limits the process.
 
-    In a container, the path may be that on the host. Then only the last folder exists, which is the container's group.
+    In a container, the path may be the path on the host. Then only the last folder exists: the container's group.
     Sources: man 7 cgroups; Documentation/admin-guide/cgroup-v2.rst and cgroup-v1 of the Linux kernel.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():

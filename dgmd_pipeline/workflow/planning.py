@@ -1,4 +1,4 @@
-"""Records of finished folders -> which steps will run, and why."""
+"""The plan of a run: which steps will run, and why."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ class StepPlan:
     step: str  # name of its folder
     state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
     reasons: Sequence[Reason]
-    fingerprint: str | None  # of the folder now, or after the run if it is known beforehand
-    images: int | None = None  # in the folder, or in its input if the folder is missing and that is known
+    fingerprint: str | None  # of the folder after the run; None if only the run reveals it
+    images: int | None = None  # in the folder; in its input if the folder is missing
     bytes: int | None = None  # total size of its files now
     counts: Json = field(default_factory=dict)
-    waits_for: Sequence[str] = ()  # for "maybe": the steps that certainly run and whose results decide
-    reuse: str = ""  # what the step will take over, as far as it is known, for example "12 new, 1,588 reused"
+    waits_for: Sequence[str] = ()  # for "maybe": steps that will run, and whose results decide about this step
+    reuse: str = ""  # what the step will reuse, for example "12 new, 1,588 reused"; "" if unknown
 
     @property
     def reason(self) -> str:
@@ -33,7 +33,7 @@ class StepPlan:
 
     @property
     def explanation(self) -> str:
-        """The reasons, and what the step will take over, as text."""
+        """The reasons, and what the step will reuse, as text."""
         return "; ".join(filter(None, (self.reason, self.reuse)))
 
     def as_json(self) -> Json:
@@ -67,7 +67,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. Raises SettingsError with a list of all steps if none has."""
+    """Return the steps with this verb or folder name. Raises SettingsError, which lists all steps, if there is none."""
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -80,9 +80,10 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
 
 
 def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
-    """Return the plan of each step up to `last`, in the order in which they run; `with_reuse` takes longer.
+    """Return the plan of each step up to `last`, in the order in which they run.
 
-    The fingerprints of folders that are up to date are added to the run's result; these folders are not examined again.
+    With `with_reuse`, a plan says what the step will reuse. This takes longer.
+    The fingerprints of folders that are up to date are added to the run's result. These folders are not examined again.
     """
     plans: dict[str, StepPlan] = {}
     for step in upstream_steps(*last):
@@ -98,14 +99,15 @@ def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
     return list(plans.values())
 
 
-def _known(plan: StepPlan) -> StepPlan:
-    """Return a plan without the numbers of a folder that will be written again with others."""
-    known = plan.state != "run" or any(reason.kind == "upstream" for reason in plan.reasons)  # `change.images`
-    return plan if known else replace(plan, images=None, counts={})
+def _without_outdated_numbers(plan: StepPlan) -> StepPlan:
+    """Return a plan without the numbers that describe a folder which the run will replace."""
+    # The plan of a step with the reason "upstream" has the number of images in the new folder.
+    is_current = plan.state != "run" or any(reason.kind == "upstream" for reason in plan.reasons)
+    return plan if is_current else replace(plan, images=None, counts={})
 
 
 def _step_plan(step: "Step", upstream: list[StepPlan], planned: Sequence[str]) -> StepPlan:
-    """Return the plan of a step, from the plans of its inputs and the names of all steps before it in their order."""
+    """Return the plan of a step from the plans of its inputs. `planned` has the names of all earlier steps."""
     name, path = step.folder, folders.current_path(step.path)
     record = success_file.read_record(path)
     known = step.context.result.fingerprints.get(name)
@@ -115,7 +117,7 @@ def _step_plan(step: "Step", upstream: list[StepPlan], planned: Sequence[str]) -
     inputs = {each.step: each.fingerprint for each in upstream if each.fingerprint} | step.extra_inputs()
     unknown = [each.step for each in upstream if not each.fingerprint]
     expected = None if unknown else step.expected_fingerprint(inputs)
-    images = step.input_images([_known(each) for each in upstream])
+    images = step.input_images([_without_outdated_numbers(each) for each in upstream])
     if not path.exists():
         return StepPlan(name, "run", [Reason("missing")], expected, images)
     if record is None:

@@ -1,19 +1,19 @@
-"""The circumstances of this process that every command needs: text encoding and open files."""
+"""Checks of this process before every command: the encoding of file names and the limit of open files."""
 
 import resource
 import sys
 
 from dgmd_pipeline.errors import SettingsError
 
-# A run on 2 cores had 36 files open at most. Connections to S3 and further worker processes come on top.
+# A run on 2 cores had at most 36 open files. More S3 connections and more worker processes need more.
 WANTED_FILES, NEEDED_FILES = 1024, 256
 
 
 def check() -> None:
     """Raise the limit of open files if it is low.
 
-    Raises SettingsError if even the highest one is too low, or if the encoding of file names, which comes from the
-    locale, is not UTF-8: labels and keys with other characters than ASCII could not be written.
+    Raises SettingsError if the highest possible limit is too low. Also raises it if the encoding of file names is not
+    UTF-8, because labels and keys with non-ASCII characters could not be written.
     """
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":

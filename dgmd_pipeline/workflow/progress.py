@@ -1,4 +1,4 @@
-"""The progress of a long step -> a progress bar on a terminal, or lines in a log."""
+"""Shows the progress of a long step, as a progress bar on a terminal or as lines in a log."""
 
 import logging
 import sys

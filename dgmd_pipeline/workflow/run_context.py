@@ -36,8 +36,8 @@ class RunResult:
     summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None
     failed_step: str | None = None
-    dashboard: str | None = None  # address of the page of the cluster, if one worked
-    usage: str = ""  # how much a cluster worked
+    dashboard: str | None = None  # address of the cluster's page, if the run used a cluster
+    usage: str = ""  # a line about the work of a cluster
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class RunContext:
 
     @cached_property
     def deployment(self) -> str:
-        """The name, and a hash of the settings."""
+        """The name of the run and a hash of its settings."""
         return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:

@@ -1,4 +1,4 @@
-"""Steps -> completed steps: Luigi runs them one after another in this process."""
+"""Runs steps with Luigi, one after another in this process."""
 
 import logging
 from collections.abc import Sequence
@@ -31,9 +31,8 @@ class _Factory:
 def run_steps(last: Sequence[Step], scheduler_url: str | None = None, verbose: bool = False) -> None:
     """Run the steps that are not complete, up to `last`.
 
-    If there is a `scheduler_url`, the run reports to that Luigi scheduler, which only shows the run and does not decide
-    what runs. The run's result has the exception of a failed step; the return value of `luigi.build` is not used.
-    Raises PipelineError if Luigi ends without an error, but the last step is not complete.
+    With a `scheduler_url`, the run reports to that Luigi scheduler, which only shows the run. The run's result has the
+    exception of a failed step. Raises PipelineError if Luigi ends without an error, but the last step is not complete.
     """
     for name in ("luigi", "luigi-interface", "luigi.scheduler"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)

@@ -1,4 +1,4 @@
-"""The events of a run -> the page of a Luigi scheduler (luigid)."""
+"""Sends the events of a run to a Luigi scheduler (luigid), which shows them on its page."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 REPORTED = ("add_worker", "add_task", "ping", "announce_scheduling_failure", "set_task_status_message",
     "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that report what a run does
 CONNECT_TIMEOUT = 5.0  # seconds
-FLUSH_SECONDS = 5.0  # that the end of a run waits at most for its last reports to be sent
+FLUSH_SECONDS = 5.0  # seconds that the end of a run waits at most for its last reports
 
 
 def _remote(url: str) -> RemoteScheduler:

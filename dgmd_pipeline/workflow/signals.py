@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM -> Stopped in the main thread; if that does not end the run in time, the end of the process.
+"""SIGINT and SIGTERM raise Stopped in the main thread. If the run does not end in time, the process is ended.
 
 Python calls a signal handler between two instructions. A library can suppress the exception that the handler raises:
 TensorFlow does so while it is imported and while it traces a function. A long call of native code delays the handler.
@@ -19,8 +19,8 @@ from dgmd_pipeline.errors import Stopped
 GRACE, ENDING = 3.0, 5.0  # seconds for the block and then for `before_end`; `docker stop` kills after ten
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # since `handle_signals` began
-_deferring: list[None] = []  # one for each block of `deferred` that the main thread is in
-# Called with the signal before a process that did not end in time is ended, for what must not be left out even then.
+_deferring: list[None] = []  # one for each `deferred` block that the main thread is in
+# Functions that are called with the signal before the process is ended.
 before_end: list[Callable[[int], None]] = []
 
 
@@ -53,10 +53,9 @@ def check_stopped() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let the block end before Stopped is raised. For the main thread.
+    """Raise Stopped only after the block. For the main thread.
 
-    An exception in the middle of a transaction leaves a database locked, and its library with a lock that is never
-    released.
+    An exception in the middle of a transaction leaves the database, and a lock of its library, locked for ever.
     """
     _deferring.append(None)
     try:
@@ -86,7 +85,7 @@ def _watch(reader: int, screen: int) -> None:
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
             with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
-            # In a thread: a call waits for ever if the main thread was stopped while it held a lock.
+            # In a thread with a timeout, because a call waits for ever for a lock that the main thread holds.
             ending = threading.Thread(target=_call_before_end, args=(heard[0],), daemon=True)
             ending.start()
             ending.join(ENDING)

@@ -61,7 +61,7 @@ class StepResult:
 class DeploymentParameter(luigi.Parameter):
     """Name of the run and a hash of its settings.
 
-    It lets a scheduler that serves several deployments tell their steps apart, without showing it any setting.
+    A scheduler uses it to distinguish the steps of several deployments. It does not reveal any setting.
     """
 
     def has_task_value(self, task_name: str, param_name: str) -> bool:
@@ -100,8 +100,8 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # In a run of this process, only the step itself can bring its folder up to date after planning. Luigi's own
-        # command may run steps in other processes, so folders are examined again there.
+        # If the run holds the lock, only this process can change a planned folder, and it stores the new fingerprint
+        # when it does. Luigi's own command may run steps in other processes, so it examines folders again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -119,7 +119,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's own and is used as is
+    accepts_external_data: ClassVar[bool] = False  # a folder without a record is the operator's and is used as it is
     resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
     keeps_pieces: ClassVar[bool] = False  # reuses the finished pieces in the draft of a run that was stopped
 
@@ -158,7 +158,7 @@ class Step(luigi.Task):
     @classmethod
     @cache
     def get_params(cls) -> list[tuple[str, luigi.Parameter]]:
-        """Return the parameters of the class. Luigi looks at all its attributes each time a task is created."""
+        """Return the parameters of the class. They are cached, because Luigi calls this method for each new task."""
         return super().get_params()
 
     @cached_property
@@ -166,7 +166,7 @@ class Step(luigi.Task):
         return super().deps()
 
     def deps(self) -> list["Step"]:
-        """Return the steps that this one needs. Luigi makes them again at each call, from all their parameters."""
+        """Return the steps that this one needs. They are cached, because Luigi creates them again at each call."""
         return self._needed
 
     def output(self) -> StepTarget:
@@ -204,16 +204,16 @@ class Step(luigi.Task):
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Return what the step will take over from its folder, for the plan; "" for nothing or if it is unknown."""
+        """Return a text for the plan: what the step will reuse from its folder, or "" if that is nothing or unknown."""
         return ""
 
     def describe_draft(self, kept: Path) -> str:
-        """Return what the step will do with the folder that a stopped run has kept to resume, for the plan."""
+        """Return a text for the plan: how the step will use `kept`, the folder RESUME of a stopped run."""
         del kept
         return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
-        """Return whether the replaced folder stays until another step has taken from it what is unchanged."""
+        """Return whether the replaced folder is kept until another step has reused its unchanged parts."""
         return False
 
     def estimated_bytes(self) -> int | None:
@@ -224,7 +224,7 @@ class Step(luigi.Task):
     # The contract
 
     def stopped_work(self, upstream: Sequence[StepPlan]) -> str:
-        """Return what the step will take over from a run that was stopped, for the plan; "" for nothing."""
+        """Return a text for the plan: what the step will reuse from a stopped run, or "" for nothing."""
         if self._forced():
             return ""
         if self.keeps_pieces:
@@ -245,9 +245,9 @@ class Step(luigi.Task):
         return differences(record, self.declared_settings(), self.format_version, inputs)
 
     def reusable_folders(self) -> list[Path]:
-        """Return the folders from which `work` may take what is unchanged: finished ones of this step; none if forced.
+        """Return the folders whose unchanged parts `work` may reuse; none if the step is forced.
 
-        If the step `keeps_pieces`, those that a stopped run has finished follow.
+        The finished folders of the step come first, then the pieces that a stopped run has finished.
         """
         return [] if self._forced() else [*self._finished_folders(), *folders.pieces(self.path)]
 
@@ -257,7 +257,7 @@ class Step(luigi.Task):
         return [path for path, record in records.items() if record and record.format == self.format_version]
 
     def _forced(self) -> str | None:
-        """Return why the step runs again in any case: it or a step before it is forced. None if it does not."""
+        """Return the reason if this step or a step before it is forced, else None."""
         forced = self.context.forced
         if not forced:
             return None
@@ -265,12 +265,12 @@ class Step(luigi.Task):
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
-        """Do the work, or nothing if the fingerprints of the inputs turn out to be unchanged."""
+        """Do the work, unless the fingerprints of the inputs are unchanged."""
         with self._locked():
             known = self.context.result.fingerprints
             inputs = {task.folder: str(task.output().fingerprint()) for task in self.deps()} | self.extra_inputs()
             record = read_record(self.path)
-            # A step that needs no other step is started only if it is out of date, so it always works.
+            # Luigi starts a step without inputs only if it is out of date.
             if self.deps() and record and not self.outdated(record, inputs) and not self.check_upstream(record):
                 folders.sweep(self.path.parent, [self.folder])
                 known[self.folder] = record.identity
@@ -286,8 +286,8 @@ class Step(luigi.Task):
             log.info("%-20s %s (%.1f s)", self.folder, summary, record.seconds)
 
     def _draft_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
-        """Return what the draft of a stopped run must have been started for; None if it is never used again."""
-        if self.keeps_pieces:  # each piece says what it was made from
+        """Return the fingerprint of a draft that the step may resume; None if it never resumes a draft."""
+        if self.keeps_pieces:  # each piece has its own fingerprint
             return digest([self.folder, self.format_version])
         return self._input_fingerprint(inputs) if self.resumable else None
 
@@ -298,7 +298,7 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # Again, because the draft is removed when the work fails: what the disk lacked would not be visible then.
+            # A second time, because `draft` removes the folder if the work fails, and the disk is no longer full then.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # of a run that was killed just before it renamed the draft
@@ -328,8 +328,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        The executor's processes end with the step: with `--workers 2` Luigi forks a process for each step, which would
-        otherwise never end, because it waits for the executor's processes.
+        The executor's processes end with the step. Otherwise, with `--workers 2`, the process that Luigi forks for each
+        step would wait for them for ever.
         """
         if self.context.holds_lock:
             yield
@@ -341,15 +341,15 @@ class Step(luigi.Task):
     def progress(
         self, items: Iterable[progress.Item], total: int, unit: str, **options: Any
     ) -> Iterator[progress.Item]:
-        """Yield `items` and show how far the step is, in the log and to those that `report` tells."""
+        """Yield `items` and show the step's progress, in the log and with `report`."""
         shown = {"report": self.report, "note": self.context.executor.describe, **options}
         return progress.progress(items, self.label, total, unit, **shown)
 
     def report(self, percent: int, text: str) -> None:
-        """Tell how far the step is: the command `health`, and the page of a Luigi scheduler."""
+        """Give the step's progress to the command `health` and to the page of a Luigi scheduler."""
         self.context.tell(self.folder, text)
         for name, value in (("set_progress_percentage", percent), ("set_status_message", text)):
-            if tell := getattr(self, name, None):  # it exists only while Luigi's worker runs the task
+            if tell := getattr(self, name, None):  # the method exists only while Luigi's worker runs the task
                 tell(value)
 
     def on_failure(self, exception: BaseException) -> str:

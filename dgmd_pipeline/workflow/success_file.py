@@ -1,4 +1,4 @@
-"""`_SUCCESS` <-> StepRecord, which says what a folder was made from; fingerprints; differences between records."""
+"""The file `_SUCCESS`, which records what a folder was made from; fingerprints; differences between records."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Records of the steps that ran -> a table of their times, and metrics of them."""
+"""The times of the steps that ran, as a table and as metrics."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.workflow.success_file import StepRecord
 
 REST = "the rest"  # the time of a run outside its steps: start, planning, waiting
-# Of the names of metrics. MLflow's page shows those that begin with system/ apart from the others.
+# Of metric names. MLflow's page shows metrics that begin with system/ separately.
 PREFIX = "system/"
 SECONDS = f"{PREFIX}step_seconds/"
 
@@ -37,7 +37,7 @@ def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """Return the lines of the table, and a last line that names the slowest step.
 
-    The table is at most 54 columns wide: a time with its zone takes 26 in a log.
+    The table is at most 54 columns wide, because the time takes 26 of the 80 columns of a log line.
     """
     table = [f"  {'step':19} {'seconds':>9} {'img/s':>7} {'MB/s':>8} {'share':>5}"]
     for row in rows:
@@ -69,7 +69,7 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
 
 
 def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
-    """Return images and megabytes per second; None for those that the step did not process, or if it took no time."""
+    """Return images and megabytes per second; None for what the step did not process, or if it took no time."""
 
     def rate(amount: int | None) -> float | None:
         return amount / record.seconds if amount and record.seconds else None

@@ -1,4 +1,4 @@
-"""A worker process: receives chunks of items, and sends the outcomes of a chunk back.
+"""A worker process: it receives chunks of items, and sends their outcomes back.
 
 All workers of an executor share one budget of memory. An item that needs memory takes its part of the budget before it
 starts, and waits while others have it.
@@ -21,32 +21,31 @@ from typing import Any
 
 from dgmd_pipeline.errors import TooLittleMemory
 
-# A worker before its first image: Python, NumPy, Pillow.
-OWN_MEMORY = 90_000_000
-LARGEST_ITEM = 1_300_000_000  # what an item may need: an image at the limit of memory, and its record
-MAX_UNITS = 4096  # an unprivileged user's pipe may hold as few bytes as that
+OWN_MEMORY = 90_000_000  # bytes of a worker before its first image: Python, NumPy, Pillow
+LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: an image at the limit of memory, and its record
+MAX_UNITS = 4096  # bytes that every pipe can hold: Linux may limit an unprivileged user's pipes to one page
 MIN_UNIT = 16_000_000
-# What a reservation may be exceeded by before Linux refuses memory: estimates are of pages in use, the limit counts
-# pages that were asked for.
+# Bytes that Linux grants beyond a reservation. Reservations are estimates of pages in use, and the limit counts all
+# requested pages.
 SLACK = 64_000_000
 
 
 @dataclass
 class Budget:
-    """Memory that the workers share: a pipe with one byte for each unit that is free, as GNU make counts its jobs.
+    """Memory that the workers share. A pipe holds one byte for each free unit, as in the job server of GNU make.
 
-    If a worker is killed, its units are lost: all workers then end, and a new budget is made. A semaphore would do the
-    same, but needs /dev/shm.
+    If a worker is killed, its units are lost. All workers then end, and the executor creates a new budget. A semaphore
+    would need /dev/shm.
     """
 
     units: int
     unit: int  # bytes
     free: tuple[Connection, Connection]
-    turn: tuple[Connection, Connection]  # one byte, held while units are taken: nobody overtakes who needs many units
+    turn: tuple[Connection, Connection]  # one byte, held while units are taken, so that requests are served in order
 
     @classmethod
     def of(cls, memory: int) -> "Budget":
-        """Return a budget of so many bytes, all of them free."""
+        """Return a budget of `memory` bytes, all of them free."""
         unit = max(MIN_UNIT, math.ceil(memory / MAX_UNITS))
         budget = cls(max(memory // unit, 1), unit, *(multiprocessing.Pipe(duplex=False) for _ in range(2)))
         os.write(budget.free[1].fileno(), bytes(budget.units))
@@ -55,7 +54,7 @@ class Budget:
 
     @contextlib.contextmanager
     def take(self, needed: int) -> Iterator[int]:
-        """Wait for so many bytes, and give them back after the block; yield how many bytes were taken.
+        """Wait for `needed` bytes, and release them after the block. Yield how many bytes were taken.
 
         Raises TooLittleMemory if the budget is smaller.
         """
@@ -63,7 +62,7 @@ class Budget:
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory without what they need themselves"
+                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory, less their own use"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
@@ -89,8 +88,8 @@ _statm = 0  # the open file /proc/self/statm
 def reserve_memory(needed: int) -> Iterator[None]:
     """In a worker, wait until the workers may use `needed` more bytes. Elsewhere, do nothing.
 
-    Within the block, `limit_memory` keeps the process from using much more: it alone fails, and nothing is killed.
-    Raises TooLittleMemory if the workers never may use so much.
+    Within the block, `limit_memory` keeps the process from using much more, so that Linux need not kill any process.
+    Raises TooLittleMemory if the budget of all workers is smaller.
     """
     if _budget is None:
         yield
@@ -101,7 +100,7 @@ def reserve_memory(needed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limit_memory(more: int) -> Iterator[None]:
-    """Let Linux refuse this process more than so many additional bytes: allocations fail (MemoryError)."""
+    """Within the block, limit this process to `more` additional bytes. Larger allocations raise MemoryError."""
     global _statm  # noqa: PLW0603 - opening it for each image would take longer than the rest
     try:
         _statm = _statm or os.open("/proc/self/statm", os.O_RDONLY)
@@ -120,10 +119,9 @@ def limit_memory(more: int) -> Iterator[None]:
 
 
 def run(connection: Connection, progress: Connection, budget: Budget) -> None:
-    """Do the chunks of work that come in over a connection, until the process at its other end ends.
+    """Work on the chunks that arrive over a connection, until the parent ends.
 
-    A byte for each finished item goes to `progress`. It says later where the process died, and costs next to nothing:
-    nobody waits for it.
+    After each item, write a byte to `progress`. If this process dies, the parent counts them to find the item.
     """
     _initialize(budget)
     chunks: SimpleQueue[Any] = SimpleQueue()
@@ -158,7 +156,7 @@ def _initialize(budget: Budget) -> None:
 
 
 def _receive(connection: Connection, chunks: "SimpleQueue[Any]") -> None:
-    """Receive at once whatever comes, so that the parent never waits for a worker that waits for the parent."""
+    """Receive chunks while the worker is busy, so that the worker and its parent never wait for each other."""
     while True:
         try:
             chunks.put(connection.recv())

@@ -17,9 +17,9 @@ HEAD = """\
 All settings are environment variables. They can also be in a file `.env` in the working directory,
 or in the file that `--env-file` names. The environment takes precedence over the file. An empty
 variable counts as unset. If values are invalid, the command reports all of them before anything
-starts, and exits with 2. It does the same for lines of the file that cannot be parsed as
-`NAME=value`: it shows their line numbers, but not their content. A name in the file that is almost
-the name of a variable, such as `EPOCS`, is a warning.
+starts, and exits with 2. It also exits with 2 if a line of the file cannot be parsed as
+`NAME=value`. The error has the line number, but not the content of the line. A name in the file
+that is similar to the name of a variable, such as `EPOCS`, causes a warning.
 
 This file is generated from `dgmd_pipeline/settings.py`: run `make docs` after a change there.
 """
@@ -55,8 +55,8 @@ TAIL = """\
 and the other variables of boto3 and MLflow have their usual meaning. If there are no AWS
 credentials, the bucket is read anonymously. The variables that name certificate files
 (`AWS_CA_BUNDLE`, `MLFLOW_TRACKING_SERVER_CERT_PATH`, `MLFLOW_TRACKING_CLIENT_CERT_PATH`,
-`REQUESTS_CA_BUNDLE`, `SSL_CERT_FILE`) are checked before anything starts; if they are empty, they
-count as unset.
+`REQUESTS_CA_BUNDLE`, `SSL_CERT_FILE`) are checked before anything starts. An empty one counts as
+unset.
 
 The pipeline sets these variables of libraries if they are unset:
 

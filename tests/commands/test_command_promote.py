@@ -78,7 +78,7 @@ def test_versions_are_promoted_and_rolled_back(trained, own_model, command, json
         ("promoted", 2, forced["verdict"]),
         ("rolled back", 1, None),
     ]
-    assert told[1]["text"].endswith("version 1 was. `rollback` restores it. Overridden: latency.")
+    assert told[1]["text"].endswith("instead of version 1. `rollback` restores version 1. Overridden: latency.")
     table = command(folder, "history", **own_model).stdout.splitlines()
     assert len(table) == 4 and "promote (forced: latency)" in table[2]
 
@@ -276,7 +276,7 @@ def test_a_version_of_an_older_pipeline_is_replaced_and_restored(trained, comman
     gates = {gate["name"]: gate for gate in json.loads(refused.stdout)["gates"]}
     assert "was not made by this pipeline" in gates["assessment"]["text"] and not gates["assessment"]["passed"]
     forced = command(folder, "promote", "2", "--yes", "--force", "--reason", "the first of ours", **variables)
-    assert "version 2 is production; version 1 was." in forced.stdout
+    assert "version 2 is production instead of version 1." in forced.stdout
     assert "Overridden: labels, assessment." in forced.stdout
     back = command(folder, "rollback", "--yes", **variables)
     assert back.returncode == 0, back.stdout + back.stderr

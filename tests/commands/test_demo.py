@@ -164,8 +164,8 @@ for words in ("promote 2 --yes --force --reason tried", "compare 1 2", "rollback
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "version 2 is production; version 1 was." in done.stdout
-    assert "version 1 is production again; version 2 was." in done.stdout
+    assert "version 2 is production instead of version 1." in done.stdout
+    assert "version 1 is production again, instead of version 2." in done.stdout
     events = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d +(\w+) ", done.stdout, re.MULTILINE)
     assert events == ["promote", "promote", "rollback"]
 

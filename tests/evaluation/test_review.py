@@ -10,7 +10,7 @@ from support.predictions import compare_flags
 from dgmd_pipeline.data import shards
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import review, serving_benchmark
-from dgmd_pipeline.evaluation.review import CandidateModel, Review
+from dgmd_pipeline.evaluation.review import CandidateModel, Review, StoredFeatures
 from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServedPredictions, ServingBenchmark
 from dgmd_pipeline.manifest import Example
 from dgmd_pipeline.training import dataset, networks
@@ -82,9 +82,26 @@ def test_a_label_without_training_images_is_lost_or_emptied_unless_it_was_before
 
 def test_a_comparison_without_images_is_refused(images):
     trained_on = [row.sha256 for row in images.examples]
-    message = "with version 3: of 12 validation images, one of the two models was trained on 12"
+    message = "with version 3: of 12 validation images, at least one of the models was trained on 12"
     with pytest.raises(PipelineError, match=message):
         review.compare(model(images), model(images, trained_on=trained_on, version=3), images)
+
+
+def test_only_the_head_runs_where_the_stored_features_are_those_of_its_network(models, images):
+    network = networks.load(models / "model.keras")
+    backbone, production = (
+        network.get_layer("backbone"),
+        model(images)._replace(path=models / "model.keras", answers=None),
+    )
+    vectors = np.random.default_rng(0).random((12, backbone.output_shape[-1]), np.float32)  # not of these images
+    of_head = network.get_layer("head").predict(vectors, verbose=0)
+    of_images = review.predict(production, images).first
+    assert np.array_equal(
+        review.predict(production, images._replace(features=StoredFeatures(vectors, backbone))).first, of_head
+    )
+    backbone.trainable_weights[0].assign_add(np.ones(backbone.trainable_weights[0].shape))
+    other = images._replace(features=StoredFeatures(vectors, backbone))
+    assert np.array_equal(review.predict(production, other).first, of_images)
 
 
 @pytest.fixture
@@ -92,9 +109,9 @@ def benchmarked(monkeypatch):
     """The arguments of `serving_benchmark.benchmark`, which starts no process."""
     calls = []
 
-    def benchmark(process, path, images, recorded, scratch, production, originals, after_timing):
-        calls.append((path, images, recorded, production, originals))
-        after_timing()
+    def benchmark(process, path, images, recorded, scratch, production, files, meanwhile):
+        calls.append((path, images, recorded, production, files))
+        meanwhile()
         if path.name == "broken.keras":
             raise PipelineError("The model could not be used.")
         return BENCHMARK
@@ -124,15 +141,15 @@ def test_a_candidate_is_compared_and_benchmarked_beside_production(models, image
     production = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS), 4)
     seen = []
     known = images._replace(raw=tmp_path / "raw")
-    found = reviewed(candidate, production, known, tmp_path, after_timing=seen.append)
+    found = reviewed(candidate, production, known, tmp_path, meanwhile=seen.append)
     assert (found.comparison.version, found.comparison_error, found.comparison.accuracy) == (4, "", 1)
     assert seen == [found.comparison]
     assert (found.serving_benchmark, found.benchmark_error) == (BENCHMARK, "")
-    ((path, sample, recorded, other, originals),) = benchmarked
+    ((path, sample, recorded, other, files),) = benchmarked
     assert path == other == models / "model.keras"
     assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
-    assert originals.files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (originals.recorded == candidate.answers.first).all()
+    assert files == [tmp_path / "raw" / row.path for row in images.examples]
+    assert (recorded == candidate.answers.first).all()
 
 
 def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
@@ -141,8 +158,8 @@ def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models
     found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path)
     assert found.comparison is None and "with version 4" in found.comparison_error
     assert found.serving_benchmark == BENCHMARK
-    ((_, _, _, other, originals),) = benchmarked
-    assert other == models / "model.keras" and originals.files == ()
+    ((_, _, _, other, files),) = benchmarked
+    assert other == models / "model.keras" and files == []
 
 
 @pytest.mark.parametrize(

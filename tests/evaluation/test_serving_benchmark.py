@@ -1,11 +1,13 @@
 """Real models, in real processes where the process matters."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from dgmd_pipeline import settings
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.evaluation import serving_benchmark
-from dgmd_pipeline.evaluation.serving_benchmark import Originals, ProductionBenchmark, ServedPredictions
+from dgmd_pipeline.evaluation.serving_benchmark import ProductionBenchmark, ServedPredictions
 from dgmd_pipeline.training import networks as training_networks
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
@@ -40,26 +42,41 @@ def saved(tmp_path_factory):
 def measured(saved, tmp_path_factory):
     """The small model's benchmark beside the large one, started by a process that holds 2 GB, and its scratch folder.
 
-    The last value lists the answers in the scratch folder at each call of `after_timing`.
-    Original file 7 is missing; the recorded probabilities of files 3 and 5 have another label.
+    The last values are the CPU seconds of the process at the begin of `meanwhile` and at its end, when it has loaded
+    the models and waits, and the answers in the scratch folder at that time.
+    Original file 7 is missing.
     """
     small, large, recorded = saved
-    folder, scratch = tmp_path_factory.mktemp("originals"), tmp_path_factory.mktemp("scratch")
-    files = [folder / f"{number}.png" for number in range(len(IMAGES))]
-    for path, pixels in zip(files, IMAGES, strict=True):
-        Image.fromarray(pixels).save(path)
+    files, scratch = original_files(tmp_path_factory.mktemp("originals")), tmp_path_factory.mktemp("scratch")
     files[7].unlink()
-    of_files = recorded.copy()
-    of_files[[3, 5]] = np.roll(of_files[[3, 5]], 1, axis=1)
-    answers = []
+    seen = []
+
+    def wait(process):
+        times = [cpu_seconds(process)]
+        while len(times) < 6 or times[-1] > times[-6]:  # half a second without work
+            time.sleep(0.1)
+            times.append(cpu_seconds(process))
+        seen.append((times[0], times[-1], [path.name for path in scratch.rglob("*.json")]))
+
     held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
     with serving_benchmark.start_process() as process:
         found = serving_benchmark.benchmark(
-            process, small, IMAGES, recorded, scratch, large, Originals(files, of_files),
-            lambda: answers.append([path.name for path in scratch.rglob("*.json")]),
-        )  # fmt: skip
+            process, small, IMAGES, recorded, scratch, large, files, partial(wait, process)
+        )
     del held
-    return found, scratch, answers
+    return found, scratch, seen
+
+
+def original_files(folder):
+    files = [folder / f"{number}.png" for number in range(len(IMAGES))]
+    for path, pixels in zip(files, IMAGES, strict=True):
+        Image.fromarray(pixels).save(path)
+    return files
+
+
+def cpu_seconds(process):
+    user, system = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class InThisProcess:
@@ -67,9 +84,12 @@ class InThisProcess:
 
     returncode = 0
 
-    def communicate(self, request, timeout):
-        task = Path(os.fsdecode(request))
-        serving_benchmark._answer(task, serving_benchmark._measure(task))
+    def __init__(self):
+        self.stdin = io.BytesIO()
+
+    def communicate(self, timeout):
+        task = Path(json.loads(self.stdin.getvalue()))
+        serving_benchmark._answer(task, serving_benchmark._measure(task, lambda: None))
         return b"", b""
 
 
@@ -83,17 +103,22 @@ def test_the_saved_model_is_measured_in_a_clean_process(saved, measured):
     assert list(scratch.iterdir()) == []
 
 
-def test_others_may_work_once_the_times_are_measured(measured):
-    assert measured[2] == [["task.json"]]
+def test_the_process_loads_the_models_while_others_work_and_measures_afterwards(measured):
+    ((before, after, answers),) = measured[2]
+    assert after > before and answers == []
 
 
 def test_the_peak_memory_is_that_of_the_process_itself(measured):
     assert 10**8 < measured[0].peak_memory_bytes < 2 * 10**9  # TensorFlow alone takes hundreds of megabytes
 
 
-def test_predictions_for_original_files_are_compared_with_those_for_their_records(measured):
-    served = measured[0].served
-    assert (served.images, served.other_labels) == (7, 2)
+def test_predictions_for_original_files_are_compared_with_those_for_their_records(saved, measured, tmp_path):
+    assert (measured[0].served.images, measured[0].served.other_labels) == (7, 0)
+    others = saved[2].copy()
+    others[[3, 5]] = np.roll(others[[3, 5]], 1, axis=1)
+    network = training_networks.load(saved[0])
+    served = serving_benchmark._predict_files(network, original_files(tmp_path), others)
+    assert (served.images, served.other_labels) == (8, 2)
     assert 0.01 < served.largest_difference <= 1
 
 
@@ -119,15 +144,15 @@ def test_a_process_that_dies_of_the_original_files_has_answered_before(saved, tm
     class Dying(InThisProcess):
         returncode = -9
 
-        def communicate(self, request, timeout):
+        def communicate(self, timeout):
             with contextlib.suppress(MemoryError):
-                super().communicate(request, timeout)
+                super().communicate(timeout)
             return b"", b""
 
     monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
-    monkeypatch.setattr(serving_benchmark, "_predict_originals", die)
-    originals = Originals([tmp_path / "large.png"], np.zeros((1, 3)))
-    found = serving_benchmark.benchmark(Dying(), saved[0], IMAGES, saved[2], tmp_path, originals=originals)
+    monkeypatch.setattr(serving_benchmark, "_predict_files", die)
+    files = [tmp_path / "large.png"]
+    found = serving_benchmark.benchmark(Dying(), saved[0], IMAGES, saved[2], tmp_path, files=files)
     assert found.predictions_equal and found.served is None
 
 
@@ -150,7 +175,7 @@ def test_images_of_all_numbers_and_sizes_share_one_trace(saved, tmp_path):
     Image.fromarray(IMAGES[0].repeat(2, axis=0)).save(path)
     for count in (8, 1):
         assert np.allclose(serving_benchmark._predict(network, IMAGES[:count]), saved[2][:count], atol=1e-5)
-    served = serving_benchmark._predict_originals(network, Originals([path], saved[2][:1]))
+    served = serving_benchmark._predict_files(network, [path], saved[2][:1])
     assert served.images == 1
     assert network.predict_function.experimental_get_tracing_count() == 1
 

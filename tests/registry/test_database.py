@@ -13,6 +13,7 @@ import mlflow
 import pytest
 from conftest import ROOT, run_in_own_mounts
 from mlflow.models import Model
+from sqlalchemy import create_engine
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.errors import PipelineError
@@ -104,7 +105,7 @@ def test_the_image_of_the_server_says_why_it_cannot_upgrade(tmp_path):
     words = (path.parent, sys.executable, "dgmd_pipeline.registry.database")
     done = run_in_own_mounts(tmp_path, script, *words, PYTHONPATH=ROOT)
     assert done.returncode == 1
-    assert "may not write there: repeat the command once where it can be written" in done.stderr
+    assert "may not write to its folder: run the command once where it is writable" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -196,3 +197,13 @@ def test_a_database_that_is_set_stores_artifacts_beside_it(tmp_path):
     assert registry_store.at(f"sqlite:///{tmp_path}/mlflow.db") == registry_store.embedded(tmp_path)
     assert registry_store.at("sqlite:///jars.db").artifacts == (tmp_path / "artifacts").as_uri()
     assert registry_store.at("http://me@127.0.0.1:9").artifacts is None
+
+
+def test_only_files_that_are_worthless_until_they_are_complete_are_written_without_waiting_for_the_disk(tmp_path):
+    def synchronous(name):
+        with create_engine(database.uri_of(tmp_path / name)).connect() as connection:
+            return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    with database.without_sync():
+        assert synchronous("draft.db") == 0
+    assert synchronous("draft.db") > 0

@@ -98,7 +98,7 @@ def test_a_run_registers_a_training_again_whose_version_was_deleted(data_dir, co
     again = command(folder, **variables)
     assert again.returncode == 0, again.stdout
     assert "registered_model    run" in again.stdout and "dgmd_model version 1 is no longer" in again.stdout
-    new = "dgmd_model version 2, non-production, in place of version 1, which was not in the registry any more"
+    new = "dgmd_model version 2, non-production, in place of version 1, which is no longer in the registry"
     assert new in again.stdout and new in command(folder, "health", **variables).stdout
     assert client.get_model_version_by_alias("dgmd_model", "candidate").version == 2
     assert "Nothing to do: dgmd_model version 2 is registered." in command(folder, **variables).stdout

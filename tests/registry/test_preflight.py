@@ -191,7 +191,7 @@ def test_an_experiment_of_a_database_that_is_not_beside_it(embedded_store, tmp_p
     assert check(embedded_store.uri, "new") is None
     assert check(embedded_store.uri, "in a bucket") is None
     assert "not beside" in check(embedded_store.uri, "in another folder")
-    with pytest.raises(PipelineError, match="stores artifacts in /of/a/container/mlruns/1, which is no folder that"):
+    with pytest.raises(PipelineError, match="artifacts in /of/a/container/mlruns/1, which is not a writable folder"):
         check(embedded_store.uri, "in a lost folder")
     assert check(f"sqlite:///{tmp_path}/new.db") is None
     assert not (tmp_path / "new.db").exists()

@@ -1,8 +1,8 @@
-"""`kill -9` of workers of a Dask cluster and of the run at random moments, by hand.
+"""Kills workers of a Dask cluster and the run at random moments. Run by hand:
 
     PYTHONPATH=.:tests python tests/support/cluster_kills.py [kills [seed]]
 
-Every run that ends well leaves the folders of a local run that nobody killed.
+It checks that a successful run leaves the same folders as a local run that was not killed.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def fill(endpoint):
 
 
 def difference(name, found, expected):
-    """Say how a file differs from that of the local run."""
+    """Return how a file differs from the file of the local run."""
     if found is None or expected is None:
         return f"{name}: {'missing' if found is None else 'not expected'}"
     if isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""A Dask scheduler and workers in processes of their own."""
+"""A Dask scheduler and workers in separate processes."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from conftest import CREDENTIALS, ROOT, environment_with
 MEMORY = 600_000_000  # bytes of a worker
 DASK = [sys.executable, "-m", "dask"]
 OF_ONE_RUN = ("started", "seconds", "worked", "volume")  # keys of a step's record
-QUICK = {  # what takes CPU time and is not used here
+QUICK = {  # turns off unused features that take CPU time
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__GIL__ENABLED": "False",
@@ -24,7 +24,7 @@ QUICK = {  # what takes CPU time and is not used here
 
 
 class Cluster:
-    """`dask scheduler` and `dask worker` at work, with their logs in a folder."""
+    """A running `dask scheduler` and `dask worker` processes, with their logs in a folder."""
 
     def __init__(self, folder: Path, **variables: object) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Cluster:
             return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
 
     def start_scheduler(self) -> None:
-        """Start it, at the port of the one before."""
+        """Start the scheduler, at the port of an earlier one."""
         file = self._folder / "scheduler.json"
         file.unlink(missing_ok=True)
         place = ("--host", "127.0.0.1", "--port", self._port, "--dashboard-address", "127.0.0.1:0")
@@ -58,7 +58,7 @@ class Cluster:
     def start_worker(
         self, *options: object, before: list[str] = (), threads: int = 1, address: str = "", **variables
     ) -> subprocess.Popen:
-        """Start a worker; `before` is a command that runs it, `address` another one of the scheduler."""
+        """Start a worker; `before` is a command that runs it. `address` is another address of the scheduler."""
         common = (
             "--nthreads",
             threads,
@@ -107,7 +107,7 @@ class Cluster:
 
 
 def contents(data_dir: Path) -> dict[str, object]:
-    """The bytes of all files in step folders; of the records, what does not differ between two runs."""
+    """The bytes of all files in step folders; of the records, only the values that are the same in every run."""
     found: dict[str, object] = {}
     for path in sorted(path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir):
         content: object = path.read_bytes()

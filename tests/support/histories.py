@@ -1,4 +1,4 @@
-"""The real tasks up to `features_*` in this process, on images of a few pixels, quickly and without TensorFlow."""
+"""Runs the real tasks up to `features_*` in this process, without TensorFlow, on images of a few pixels."""
 
 import contextlib
 import functools
@@ -176,7 +176,7 @@ def run_from_nothing(settings: Settings, scratch: Path) -> dict[str, object]:
 
 
 class Killed(BaseException):
-    """Ends the run. Until it has left the run, the disk cannot be changed: no `finally` cleans up."""
+    """Ends the run. Until it has left the run, the disk cannot be changed, so that no `finally` cleans up."""
 
 
 class Kill:
@@ -265,9 +265,9 @@ def _etag(content: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def served_bucket():
-    """A bucket, and one client for many runs: to make one takes longer than a run.
+    """A bucket, and a client for 50 runs, because creating a client takes longer than a run.
 
-    Each run leaves something in it, so it is not used for ever. awscrt would start threads for each run.
+    A client is replaced because each run leaves data in it. awscrt is turned off: it would start threads for each run.
     """
     bucket, calls = Bucket(), itertools.count()
     connect = functools.lru_cache(1)(lambda number, real=client.connect: real())
@@ -282,7 +282,7 @@ def served_bucket():
 
 @contextlib.contextmanager
 def folder_in_memory() -> Iterator[Path]:
-    """A temporary folder, in memory where Linux has one: thousands of runs wait for the disk otherwise."""
+    """A temporary folder, in memory if possible: otherwise, thousands of runs would wait for the disk."""
     place = str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place) as folder:
         yield Path(folder)
@@ -327,7 +327,7 @@ class Source:
 
 @pytest.fixture(scope="module")
 def started(served_bucket):
-    """The folder of a first run on images put there by hand, and of one on the same objects in a bucket."""
+    """The folders of two first runs: on images that were put into raw/, and on the same objects in a bucket."""
     with folder_in_memory() as base:
         for folder, bucket in ((base / "by hand", None), (base / "downloaded", served_bucket)):
             folder.mkdir()
@@ -339,7 +339,7 @@ def started(served_bucket):
 
 
 def copy_started(started: Path, data_dir: Path, bucket: Bucket | None) -> Source:
-    """Make a DATA_DIR that is like one of the two folders."""
+    """Make a DATA_DIR from a copy of one of the two folders."""
     shutil.copytree(started / ("downloaded" if bucket else "by hand"), data_dir, copy_function=os.link)
     source = Source(data_dir / names.RAW, bucket)
     source.images, source.time = dict(START), len(START)

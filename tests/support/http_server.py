@@ -36,7 +36,7 @@ def serve(answer: Callable[[Request], None]) -> Iterator[str]:
 
 
 def send(request: Request, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
-    """Answer a request. A `length` larger than the body's breaks the response off."""
+    """Answer a request. A `length` larger than the body's truncates the response."""
     request.send_response(status)
     for name, value in headers.items():
         request.send_header(name.replace("_", "-"), value)

@@ -53,7 +53,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(samples: np.ndarray, bits: int, *chunks: bytes, after: bytes = b"") -> bytes:
-    """A PNG of samples with so many bits and with chunks before and after its pixels. Pillow cannot write all of these.
+    """A PNG of samples with `bits` bits and with chunks before and after its pixels. Pillow cannot write all of these.
 
     `samples` is grey [height, width], RGB [height, width, 3] or RGBA [height, width, 4].
     """

@@ -10,7 +10,8 @@ A moment is "before" or "after" and what happens, as a pattern in which * stands
     after POST */model-versions/create       it has been answered
     after say *epoch 2/3*                    a line of the log has been written
 
-Paths are relative to DATA_DIR. What workers do is not seen. Where the moment never comes, the command ends as ever.
+Paths are relative to DATA_DIR. Actions of worker processes do not count. If the moment never comes, the command ends
+normally.
 """
 
 import builtins
@@ -21,7 +22,7 @@ import io
 import logging
 import os
 import runpy
-import shutil  # noqa: F401 - it looks at import what `os.unlink` can do
+import shutil  # noqa: F401 - on import, shutil checks what `os.unlink` supports
 import signal
 import sys
 from collections.abc import Callable
@@ -31,21 +32,21 @@ from urllib.parse import quote
 ROOT = Path(__file__).parents[2]
 
 
-def strike(now: str) -> None:
+def kill_at(now: str) -> None:
     if fnmatch.fnmatchcase(now, MOMENT):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch(owner: object, name: str, describe: Callable[..., str]) -> None:
-    """Strike before and after each call of a function, if it is the one."""
+    """Call `kill_at` before and after each call of a function."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def watched(*arguments, **options):
         what = describe(*arguments, **options)
-        strike(f"before {what}")
+        kill_at(f"before {what}")
         result = original(*arguments, **options)
-        strike(f"after {what}")
+        kill_at(f"after {what}")
         return result
 
     setattr(owner, name, watched)
@@ -73,19 +74,19 @@ def watch_requests() -> None:
 
     def putrequest(self, method, url, *arguments, **options):
         self.asked = f"{method} {url}"
-        strike(f"before {self.asked}")
+        kill_at(f"before {self.asked}")
         return begin(self, method, url, *arguments, **options)
 
     def getresponse(self):
         response = answer(self)
-        strike(f"after {self.asked}")
+        kill_at(f"after {self.asked}")
         return response
 
     connection.putrequest, connection.getresponse = putrequest, getresponse
 
 
 def watch_transfers() -> None:
-    """Requests that are sent in C; where one does not work, botocore's own follows."""
+    """Watch the requests that awscrt sends. If one fails, botocore sends another."""
     from dgmd_pipeline.s3.crt import CrtTransfer
 
     watch(CrtTransfer, "start", lambda _, source, *__: f"GET {quote(source.key)}")

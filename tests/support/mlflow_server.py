@@ -23,7 +23,7 @@ from support.http_server import send, serve
 
 @contextlib.contextmanager
 def served(folder, **variables):
-    """Serve the MLflow store in a folder over HTTP, SQLite behind it, started as in its image; its address."""
+    """Serve the SQLite store in a folder with an MLflow server, started as in its image, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,9 +47,10 @@ def served(folder, **variables):
 
 @contextlib.contextmanager
 def registered_model_requests():
-    """Collect the requests for a registered model that this process sends to MLflow servers, and send them.
+    """Collect the requests for a registered model that this process sends to MLflow servers.
 
-    Without those of MLflow's client itself, which asks before each change whether the name is that of a prompt.
+    Before each change, MLflow's client itself asks whether the name is the name of a prompt. These requests are left
+    out.
     """
     sent = []
     put_request = http.client.HTTPConnection.putrequest

@@ -38,7 +38,7 @@ def on_a_terminal(folder, *arguments, **variables):
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its)
     os.close(its)
     shown = b""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+    with contextlib.suppress(OSError):  # raised when nobody writes to the terminal any more
         while more := os.read(ours, 4096):
             shown += more
     os.close(ours)
@@ -53,7 +53,7 @@ STEPS = [
 
 
 def folders(data_dir):
-    """What tells whether a step was done again."""
+    """The values that change when a step is done again."""
     return {step: (data_dir / step / "_SUCCESS").stat().st_mtime_ns for step in STEPS}
 
 
@@ -63,7 +63,7 @@ def redone(before, data_dir):
 
 @pytest.fixture(scope="session")
 def finished(s3_endpoint, mlflow_server, tmp_path_factory):
-    """A finished run, not to be changed: its folder, variables and result."""
+    """A finished run: its folder, variables and result. Tests do not change it."""
     import boto3
 
     folder = tmp_path_factory.mktemp("finished")
@@ -95,7 +95,7 @@ def finished(s3_endpoint, mlflow_server, tmp_path_factory):
 
 @pytest.fixture
 def data(finished, tmp_path):
-    """A copy of the finished run's folder, to be changed."""
+    """A copy of the finished run's folder, which a test may change."""
     original, variables, _ = finished
     shutil.copytree(original, tmp_path / "data")
     return tmp_path / "data", {**variables, "DATA_DIR": tmp_path / "data"}
@@ -103,7 +103,7 @@ def data(finished, tmp_path):
 
 @pytest.fixture
 def live(bucket, s3_endpoint, tmp_path, finished, mlflow_server):
-    """A bucket of one's own with 3 x 10 pictures, and the variables for runs on it."""
+    """A bucket for one test with 3 x 10 images, and the variables for runs on it."""
     name, client = bucket
     fill(client, name)
     variables = {

@@ -6,7 +6,6 @@ import pytest
 
 from dgmd_pipeline.registry import logged_run
 from dgmd_pipeline.registry import store as registry_store
-from dgmd_pipeline.training.networks import load
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +48,7 @@ def candidate(folder, model, training_id="one", **changes):
         "training_id": training_id,
         "run_name": "jars 2026-11-26 03:00",
         "describe": lambda version, report: f"Version {version}. {report}",
-        "model": lambda: load(model),
+        "model": lambda: model,
         "labels": ["anise", "mint"],
         "params": {"EPOCHS": 3, "BACKBONE_WEIGHTS": None},
         "history": history,

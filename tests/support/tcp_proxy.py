@@ -1,4 +1,4 @@
-"""A network between two processes that can be cut: nothing arrives any more, and no connection is closed."""
+"""A network between two processes that can be cut. Then nothing arrives, and no connection is closed."""
 
 import contextlib
 import socket
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def proxy(address: str) -> Iterator[tuple[str, threading.Event]]:
-    """Give an address that leads to `address` (tcp://host:port), and an event: while it is not set, nothing arrives."""
+    """Give an address that forwards to `address` (tcp://host:port), and an event. Until it is set, nothing arrives."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     flowing, sockets = threading.Event(), []
     flowing.set()

@@ -32,7 +32,7 @@ class Authority:
 
     @contextlib.contextmanager
     def in_front_of(self, url: str) -> Iterator[str]:
-        """Decrypt what is sent to the address that it gives, and pass it on to an HTTP server."""
+        """Provide an address. What is sent to it is decrypted and forwarded to an HTTP server."""
         server = urlsplit(url)
         context = self._context
 

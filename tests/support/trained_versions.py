@@ -45,7 +45,7 @@ def client_of(variables):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Trained once for all workers; each works on a copy, with a server of its own."""
+    """Trained once for all workers; each works on a copy, with its own server."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with (shared / "trained.lock").open("w") as lock:
@@ -82,7 +82,7 @@ def _train_two_versions(folder):
 
 
 def run_here(variables, *words):
-    """Run a command in this process, which is faster than to start TensorFlow in another; return what it prints."""
+    """Run a command in this process, which is faster than starting TensorFlow in another. Return its output."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, process_restored(), contextlib.redirect_stdout(printed):
         for name, value in variables.items():
@@ -122,7 +122,7 @@ def json_of(command):
 
 @pytest.fixture
 def own_model(trained, request):
-    """The two versions under a name of this test's own, version 2 the candidate, none production: the variables."""
+    """The variables for a copy of both versions. Version 2 is the candidate, and none is production."""
     name = f"jars-{abs(hash(request.node.nodeid))}"
     trained.client.create_registered_model(name)
     for number in ("1", "2"):
@@ -132,7 +132,7 @@ def own_model(trained, request):
 
 
 def register_again(client, name, version, run=None):
-    """Register the model of a version under another name, as that of its own run or of another one."""
+    """Register the model of a version under another name, with its own run or another one."""
     run_id = run.info.run_id if run else version.run_id
     model_id = version.source.removeprefix("models:/")
     tags = {**version.tags, "environment": "non-production"}

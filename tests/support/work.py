@@ -25,7 +25,7 @@ def process_id(_):
 
 
 def wait_for(path):
-    """Say that it has begun, and wait until `path` exists."""
+    """Write to a file that the work has begun, and wait until `path` exists."""
     with path.with_suffix(".begun").open("a") as file:
         file.write("x")
     while not path.exists():
@@ -66,7 +66,7 @@ def burn(forever):
 
 @contextlib.contextmanager
 def keep_writing(folder):
-    """Create one file after the other in a new folder until it is removed. At the end, wait for this."""
+    """Create files in a new folder, one after another, until the folder is removed. At the end, wait for that."""
     folder.mkdir(parents=True)
     script = 'number=0; while : > "$0/$number"; do number=$((number + 1)); /bin/true; done'  # some hundred a second
     process = subprocess.Popen(["sh", "-c", script, folder], stderr=subprocess.DEVNULL)

@@ -22,9 +22,10 @@ def batches(count, size):
     return images, [images[start : start + size] for start in range(0, count, size)]
 
 
-def test_features_are_the_outputs_of_the_backbone_in_order(backbone):
+@pytest.mark.parametrize("few", [False, True])
+def test_features_are_the_outputs_of_the_backbone_in_order(backbone, few):
     images, parts = batches(10, 4)
-    blocks = list(features.extract(parts, backbone))
+    blocks = list(features.extract(parts, backbone, few=few))
     assert [len(block) for block in blocks] == [4, 4, 2]
     vectors = np.concatenate(blocks)
     assert vectors.dtype == np.float32
@@ -47,6 +48,14 @@ def test_the_head_on_features_predicts_what_the_assembled_model_predicts_on_imag
     head = networks.build_head(backbone.output_shape[-1], 7, 0.2)
     on_images = networks.assemble(backbone, head, "stretch").predict(images, verbose=0)
     np.testing.assert_allclose(on_images, head.predict(vectors, verbose=0), atol=1e-5)
+
+
+def test_few_images_have_the_features_that_they_have_among_many_ones_and_nothing_is_traced_for_them(backbone):
+    _, parts = batches(5, 2)
+    features.freeze.cache_clear()
+    few = np.concatenate(list(features.extract(parts, backbone, few=True)))
+    assert features.freeze.cache_info().misses == 0
+    np.testing.assert_allclose(few, np.concatenate(list(features.extract(parts, backbone))), atol=1e-5)
 
 
 def test_threads_compute_the_same_features_in_the_same_order(backbone):

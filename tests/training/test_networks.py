@@ -105,6 +105,18 @@ def test_a_saved_model_has_its_size_and_fit(fit, tmp_path):
     assert (inputs.input_size(loaded), inputs.input_fit(loaded)) == ((32, 32), fit)
 
 
+def test_a_file_that_was_changed_is_noticed_without_loading_it(tmp_path):
+    path, cnn = tmp_path / "model.keras", networks.build_cnn(32, 32)
+    cnn.save(path)
+    networks.check_file(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    for broken in (bytes(content), bytes(content[:99]), None):
+        path.write_bytes(broken) if broken else path.unlink()
+        with pytest.raises(PipelineError, match=f"{path}: .*It was changed after it was written: delete the folder"):
+            networks.check_file(path)
+
+
 def test_the_saved_model_loads_and_predicts_without_this_package(classifier, tmp_path):
     batch = random_images(2, 40, 60, 3)
     classifier.save(tmp_path / "model.keras")

@@ -132,7 +132,7 @@ def test_a_worker_that_is_killed_costs_nothing(executor, running, tmp_path):
 def test_a_piece_whose_workers_are_lost_again_and_again_is_named(executor):
     addresses = "|".join(executor._client.nthreads())
     with pytest.raises(
-        PipelineError, match=rf"worked on items 9 to 12 of kill_worker_at were lost, 2 of 2.*{addresses}"
+        PipelineError, match=rf"lost 2 times while they worked on items 9 to 12 of kill_worker_at.*{addresses}"
     ):
         list(executor.map(partial(work.kill_worker_at, bad=9), range(12), 4))
 
@@ -358,7 +358,7 @@ def test_a_scheduler_that_is_restarted_costs_nothing(executor, running, tmp_path
         go.touch()
         running.start_again()
         assert results.result() == 4 * ["go"]
-    assert "The Dask scheduler was restarted or out of reach." in caplog.text
+    assert "The Dask scheduler was restarted or could not be reached" in caplog.text
 
 
 def test_a_scheduler_that_stays_away_stops_the_run(executor, running, tmp_path):
