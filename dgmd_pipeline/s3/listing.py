@@ -3,11 +3,14 @@
 import logging
 import re
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import islice
+from operator import lt
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
@@ -28,13 +31,56 @@ _PLAIN_NAME = re.compile(r"[0-9A-Za-z_][ -.0-\[\]-~]{,254}")  # of a file; alway
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of Windows
 
 
+class Objects(Collection[SourceObject]):
+    """Objects below one prefix, in columns, which need half the memory of tuples. A tuple is made when it is asked for.
+
+    Keys are not stored: a key is `root` (the prefix with its slash; "" for the whole bucket) and the path.
+    """
+
+    def __init__(self, root: str, rows: Iterable[tuple[str, int, str]] = ()) -> None:
+        self.root = root
+        self.paths: list[str] = []
+        self.sizes = array("q")
+        self.etags: list[str] = []
+        for row in rows:
+            self.append(*row)
+
+    def append(self, path: str, size: int, etag: str) -> None:
+        """Add an object; the arguments are fields of a SourceObject."""
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.etags.append(etag)
+
+    def rows(self) -> Iterator[tuple[str, int, str]]:
+        """Yield path, size and ETag of each object."""
+        return zip(self.paths, self.sizes, self.etags, strict=True)
+
+    def by_path(self) -> "Objects":
+        """Return the objects sorted by path. S3 lists them so, except those of directory buckets."""
+        is_sorted = all(map(lt, self.paths, islice(self.paths, 1, None)))
+        return self if is_sorted else Objects(self.root, sorted(self.rows()))
+
+    def without(self, keys: Collection[str]) -> "Objects":
+        """Return the objects whose keys are not among `keys`."""
+        return Objects(self.root, (row for row in self.rows() if self.root + row[0] not in keys)) if keys else self
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[SourceObject]:
+        return map(SourceObject, map(self.root.__add__, self.paths), self.sizes, self.etags, self.paths)
+
+    def __contains__(self, source: object) -> bool:
+        return any(source == each for each in self)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The objects below one prefix."""
 
     bucket: str
     prefix: str  # without outer slashes; "" for the whole bucket
-    objects: list[SourceObject]
+    objects: Objects
     rejected: list[Rejected]
 
 
@@ -77,7 +123,7 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
         raise explain(error, client, bucket) from error
     if ignored:
         log.info("  s3://%s/%s: %s", bucket, root, manifest.describe_system_files(ignored, "objects"))
-    _warn_of_lost_labels(objects, rejected)
+    _warn_of_lost_labels(objects.paths, rejected)
     return Listing(bucket, prefix, objects, rejected)
 
 
@@ -140,12 +186,12 @@ def ignores_case(folder: Path) -> bool:
     return False
 
 
-def _warn_of_lost_labels(objects: Sequence[SourceObject], rejected: Sequence[Rejected]) -> None:
+def _warn_of_lost_labels(paths: Iterable[str], rejected: Sequence[Rejected]) -> None:
     """Warn of labels that lose objects to another label, which the disk does not distinguish from them."""
     lost = Counter(row.label for row in rejected if row.reason in ("same name", "clash"))
     if not lost:
         return
-    kept = Counter(source.path.partition("/")[0] for source in objects)
+    kept = Counter(path.partition("/")[0] for path in paths)
     first = {_fold(label, True): label for label in reversed(kept)}
     for label, count in lost.items():
         other = first.get(_fold(label, True), label)
@@ -157,12 +203,10 @@ def _warn_of_lost_labels(objects: Sequence[SourceObject], rejected: Sequence[Rej
             )  # fmt: skip
 
 
-def _assign_paths(
-    items: Iterable[_ListedObject], root: str, ignore_case: bool
-) -> tuple[list[SourceObject], list[Rejected], int]:
+def _assign_paths(items: Iterable[_ListedObject], root: str, ignore_case: bool) -> tuple[Objects, list[Rejected], int]:
     """Return every object with its path below `root`, or the reason why it has none; and the number of system files."""
     ignored = 0
-    objects: list[SourceObject] = []
+    objects = Objects(root)
     rejected: list[Rejected] = []
     files: dict[str, str] = {}  # folded path -> path
     folders: set[str] = set()  # folded; contains all parents of each folder
@@ -178,7 +222,7 @@ def _assign_paths(
             folded = path if folded_last == last and not ignore_case else f"{folded_last}/{_fold(name, ignore_case)}"
             if folded not in files and folded not in folders:
                 files[folded] = path
-                objects.append(SourceObject(key, size, etag.strip('"'), path))
+                objects.append(path, size, etag.strip('"'))
                 continue
         if manifest.is_system_file(path):
             ignored += 1
@@ -203,7 +247,7 @@ def _assign_paths(
             safe_label = label if slash and _path_problem(label) is None else ""
             rejected.append(Rejected(formatting.printable(key), safe_label, *problem))
         else:
-            objects.append(SourceObject(key, size, etag.strip('"'), path))
+            objects.append(path, size, etag.strip('"'))
     return objects, rejected, ignored
 
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,7 +18,7 @@ from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
 from dgmd_pipeline.s3 import errors
 from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.download import download
-from dgmd_pipeline.s3.listing import Listing, ignores_case
+from dgmd_pipeline.s3.listing import Listing, Objects, ignores_case
 from dgmd_pipeline.workflow import disk, files
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableI
 
 
 def reuse(
-    objects: Sequence[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
+    objects: Iterable[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Keep in `folder`, or link into it, the objects that need not be fetched; return them and the missing objects.
 
@@ -153,13 +152,13 @@ def reuse(
         elif _is_complete(folder, source.path, source.size):
             complete.add(source.path)
     temporary = resume_listing.with_suffix(".part")
-    manifest.write(temporary, SourceObject, objects)
+    manifest.write(temporary, SourceObject, listed.values())
     temporary.replace(resume_listing)
     if previous is not None:
         _link_unchanged(previous, listed, folder, complete, temporary)
     available: list[SourceObject] = []
     missing: list[SourceObject] = []
-    for source in objects:
+    for source in listed.values():
         (available if source.path in complete else missing).append(source)
     return available, missing
 
@@ -169,7 +168,7 @@ def _link_unchanged(
 ) -> None:
     """Link the unchanged objects of a finished download into `folder`, and add their paths to `complete`."""
     made: set[Path] = set()
-    for path, size, etag in _listed(previous):
+    for path, size, etag in stored_rows(previous):
         now = listed.get(path)
         unchanged = now is not None and (now.size, now.etag) == (size, etag) and _is_complete(previous, path, size)
         if unchanged and path not in complete:
@@ -215,11 +214,11 @@ def _remove(folder: Path, path: str) -> None:
             break
 
 
-def fingerprint(objects: Iterable[SourceObject]) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of the objects' paths, sizes and ETags, in any order."""
+def fingerprint(rows: Iterable[tuple[str, int, str]]) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of objects' paths, sizes and ETags, which are sorted by path."""
     digest = hashlib.sha256()
-    for line in sorted((source.path, source.size, source.etag) for source in objects):
-        digest.update("\0".join(map(str, line)).encode() + b"\n")
+    for row in rows:
+        digest.update("\0".join(map(str, row)).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -232,23 +231,23 @@ class FolderChanges(NamedTuple):
     bytes: int
 
 
-def compare_folder(folder: Path, objects: Sequence[SourceObject]) -> FolderChanges | None:
+def compare_folder(folder: Path, objects: Objects) -> FolderChanges | None:
     """Compare a downloaded folder with a new listing; None if it is up to date."""
-    left_out = {row.path for row in manifest.read(folder / REJECTED, Rejected)}
-    usable = [source for source in objects if source.key not in left_out] if left_out else objects
+    usable = objects.without({row.path for row in manifest.read(folder / REJECTED, Rejected)}).by_path()
     # Both listings are sorted by path. A dictionary of a million objects would take 80 MB.
-    known = iter(sorted(usable, key=attrgetter("path")))
+    known = usable.rows()
     now = next(known, None)
     new = changed = gone = missing = 0
-    for path, size, etag in _listed(folder):
+    for stored in stored_rows(folder):
+        path, size, _ = stored
         missing += not _is_complete(folder, path, size)
-        while now is not None and now.path < path:
+        while now is not None and now[0] < path:
             new += 1
             now = next(known, None)
-        if now is None or now.path != path:
+        if now is None or now[0] != path:
             gone += 1
         else:
-            changed += (now.size, now.etag) != (size, etag)
+            changed += now != stored
             now = next(known, None)
     new += (now is not None) + sum(1 for _ in known)
     changes = {"new": new, "changed": changed, "gone": gone}
@@ -260,12 +259,12 @@ def compare_folder(folder: Path, objects: Sequence[SourceObject]) -> FolderChang
     if not reason:
         return None
     return FolderChanges(
-        reason, fingerprint(usable) if any(changes.values()) else None, len(objects), total_bytes(objects)
+        reason, fingerprint(usable.rows()) if any(changes.values()) else None, len(objects), sum(objects.sizes)
     )
 
 
-def _listed(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """Yield path, size and ETag of each object in the listing of a downloaded folder."""
+def stored_rows(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield path, size and ETag of each object in the listing of a downloaded folder, sorted by path."""
     for batch in manifest.read_columns(folder / LISTING, SourceObject, "path", "size", "etag"):
         paths, sizes, etags = (column.to_pylist() for column in batch.columns)
         yield from zip(map(manifest.decode, paths), sizes, map(manifest.decode, etags), strict=True)

@@ -93,7 +93,7 @@ class DownloadImages(Step):
         """Return the fingerprint of the listing."""
         from dgmd_pipeline.s3 import sync
 
-        return sync.fingerprint(manifest.read(folder / manifest.LISTING, manifest.SourceObject))
+        return sync.fingerprint(sync.stored_rows(folder))
 
 
 def _warn_of_rejected(reasons: Mapping[str, int], what: str, folder: Path) -> None:

@@ -66,6 +66,14 @@ def test_only_the_prefix_s_own_folder_is_listed_without_folder_markers(s3_client
     ]
 
 
+def test_listed_objects_are_a_collection_of_tuples(list_keys):
+    objects = list_keys("train/b/2", "train/a/1").objects
+    assert [(source.key, source.path) for source in objects] == [("train/b/2", "b/2"), ("train/a/1", "a/1")]
+    first, second = objects
+    assert ([*objects.by_path()], [*objects.without({first.key})]) == ([second, first], [second])
+    assert second in objects and second not in objects.without({second.key})
+
+
 def test_all_pages_of_a_listing_are_read(s3_client, bucket, monkeypatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # of a page
     name = upload(bucket, {f"train/label {i % 3}/{i}.png": b"" for i in range(7)})
@@ -147,7 +155,7 @@ def test_the_path_of_an_object_does_not_depend_on_the_folder_of_the_one_before(k
 def test_a_key_that_is_not_unicode_is_rejected():
     items = [listing._ListedObject("train/cat/\ud800.png", 1, "")]
     objects, rejected, _ = listing._assign_paths(items, "train/", False)
-    assert (objects, [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
+    assert ([*objects], [row.path for row in rejected]) == ([], ["train/cat/\\ud800.png"])
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,17 @@ from dgmd_pipeline.errors import NoUsableInput, PipelineError
 from dgmd_pipeline.manifest import LISTING, REJECTED, Rejected, SourceObject
 from dgmd_pipeline.s3 import sync
 from dgmd_pipeline.s3.client import connect
-from dgmd_pipeline.s3.listing import Listing
+from dgmd_pipeline.s3.listing import Listing, Objects
 
 
 def objects_of(*contents, etag="e"):
     """Objects of `(path, content)`, as a listing contains them."""
     return [SourceObject(f"p/{path}", len(content), etag, path) for path, content in contents]
+
+
+def listed(objects):
+    """The objects as `list_objects` returns them."""
+    return Objects("p/", [(source.path, source.size, source.etag) for source in objects])
 
 
 def write_files(folder, *contents):
@@ -42,12 +47,10 @@ def paths(objects):
     return [source.path for source in objects]
 
 
-def test_the_fingerprint_does_not_depend_on_order_or_prefix():
-    objects = objects_of(("cat/1.png", "abc"), ("cat/2.png", "abc"))
-    moved = [source._replace(key=f"elsewhere/{source.path}") for source in reversed(objects)]
-    assert sync.fingerprint(objects) == sync.fingerprint(iter(moved))
-    others = [objects[:1], [objects[0], objects[1]._replace(etag="f")], [objects[0], objects[1]._replace(size=5)], []]
-    assert len({sync.fingerprint(rows) for rows in [objects, *others]}) == 5
+def test_the_fingerprint_depends_on_path_size_and_etag_of_each_object():
+    rows = [("cat/1.png", 3, "e"), ("cat/2.png", 3, "e")]
+    others = [rows[:1], [rows[0], ("cat/2.png", 3, "f")], [rows[0], ("cat/2.png", 5, "e")], []]
+    assert len({sync.fingerprint(each) for each in [rows, *others]}) == 5
 
 
 def test_listings_are_compared_by_path_size_and_etag(tmp_path):
@@ -61,8 +64,8 @@ def test_listings_are_compared_by_path_size_and_etag(tmp_path):
         earlier[2]._replace(etag="f"),
         *objects_of(("b/1", ""), ("b/2", ""), ("b/3", "")),
     ]
-    assert sync.compare_folder(tmp_path, current).reason == "3 new, 2 changed, 1 gone"
-    assert sync.compare_folder(tmp_path, earlier[::-1]) is None
+    assert sync.compare_folder(tmp_path, listed(current)).reason == "3 new, 2 changed, 1 gone"
+    assert sync.compare_folder(tmp_path, listed(earlier[::-1])) is None
 
 
 def test_a_first_download_fetches_everything_and_stores_its_listing(draft):
@@ -152,18 +155,20 @@ def test_a_folder_is_up_to_date_if_nothing_changed_and_no_file_is_missing(tmp_pa
     objects = objects_of(("a/1", "one"), ("a/2", "two"))
     write_lists(tmp_path, objects)
     write_files(tmp_path, ("a/1", "one"), ("a/2", "two"))
-    assert sync.compare_folder(tmp_path, objects) is None
+    assert sync.compare_folder(tmp_path, listed(objects)) is None
     current = [objects[0]._replace(etag="f"), *objects_of(("b/3", "1234"))]
-    changes = sync.compare_folder(tmp_path, current)
-    assert changes == ("1 new, 1 changed, 1 gone", sync.fingerprint(current), 2, 7)
+    changes = sync.compare_folder(tmp_path, listed(reversed(current)))
+    write_lists(tmp_path / "next", current)
+    fingerprint = sync.fingerprint(sync.stored_rows(tmp_path / "next"))
+    assert changes == ("1 new, 1 changed, 1 gone", fingerprint, 2, 7)
     (tmp_path / "a/2").unlink()
-    assert sync.compare_folder(tmp_path, objects) == ("1 missing from the folder", None, 2, 6)
+    assert sync.compare_folder(tmp_path, listed(objects)) == ("1 missing from the folder", None, 2, 6)
 
 
 def test_an_object_that_was_left_out_is_tried_again_without_a_new_fingerprint(tmp_path):
     write_lists(tmp_path, objects_of(("a/1", "one")), [Rejected("p/a/2", "a", "archived", "")])
     write_files(tmp_path, ("a/1", "one"))
-    changes = sync.compare_folder(tmp_path, objects_of(("a/1", "one"), ("a/2", "two")))
+    changes = sync.compare_folder(tmp_path, listed(objects_of(("a/1", "one"), ("a/2", "two"))))
     assert (changes.reason, changes.fingerprint) == ("1 left out before", None)
 
 
@@ -197,7 +202,7 @@ def downloads(monkeypatch):
 
 def download_folder(draft, objects, rejected=(), previous=None, client=None):
     folder, resume_listing = draft
-    listing = Listing("bucket", "p", objects, list(rejected))
+    listing = Listing("bucket", "p", listed(objects), list(rejected))
     return sync.download_folder(client, listing, folder, resume_listing.parent, previous, "raw", 0.5, show)
 
 
@@ -246,7 +251,7 @@ def test_an_object_that_is_refused_is_left_out_and_tried_again_by_the_next_refre
     rows = [Rejected(f"p/a/{number}", "a", "refused", text) for number in (1, 2)]
     assert list(manifest.read(folder / REJECTED, Rejected)) == rows
     assert sorted(caplog.messages) == [f"  left out: s3://bucket/p/a/{n}: refused, {text}" for n in (1, 2)]
-    assert sync.compare_folder(folder, objects).reason == "2 left out before"
+    assert sync.compare_folder(folder, listed(objects)).reason == "2 left out before"
 
 
 @pytest.mark.parametrize(

@@ -438,7 +438,7 @@ def test_the_same_chunk_may_be_downloaded_twice_at_the_same_time(digits, monkeyp
     client = s3_client.connect()
     download._client.cache_clear()
     (tmp_path / ".part").mkdir()
-    listed = listing.list_objects(client, "digits", "p", False).objects[:100]
+    listed = [*listing.list_objects(client, "digits", "p", False).objects][:100]
     chunk = download.Chunk(s3_client.place(client), "digits", listed, tmp_path, tmp_path / ".part")
     with ThreadPoolExecutor(2) as threads:
         one, two = threads.map(download.download_chunk, [chunk, chunk])
