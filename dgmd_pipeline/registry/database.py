@@ -145,8 +145,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
 def without_sync() -> Iterator[None]:
     """Within the block, SQLite does not wait for the disk. Use it only for files that are discarded if incomplete.
 
-    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, waiting for
-    them took 2.0 of 2.8 s.
+    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, waiting for them took 2.0 of
+    2.8 s.
     """
     from sqlalchemy import Engine, event
 

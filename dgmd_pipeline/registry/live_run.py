@@ -1,7 +1,7 @@
-"""Logs the epochs of a training to an MLflow run while it is in progress. The registration completes this run.
+"""Logs the epochs of a training in progress to an MLflow run. The registration completes this run.
 
-A tag with the id of the attempt identifies the run after an answer was lost or the process was killed. The
-training does not depend on MLflow: after the first failure, nothing more is logged.
+A tag with the id of the attempt identifies the run after an answer was lost or the process was killed. The training
+does not depend on MLflow: after the first failure, nothing more is logged.
 """
 
 import contextlib

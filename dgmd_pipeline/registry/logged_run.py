@@ -100,7 +100,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     from mlflow.tracking.context import registry
 
     model_file = _ModelFile(candidate.model())
-    tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # and user, program, commit
+    tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # plus user, program, commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = (
         _continue_live_run(client, experiment_id, candidate, tags)
@@ -212,7 +212,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow warns that a folder can be interpreted in two ways, which are equal
+        warnings.simplefilter("ignore")  # MLflow warns about a source with several interpretations, such as a folder
         source = resolve_dataset_source(candidate.source)
     name = candidate.source if len(candidate.source) <= MAX_NAME else candidate.source[: MAX_NAME - 1] + "…"
     described = MetaDataset(source, name=name, digest=candidate.source_digest[:16]).to_dict()  # type: ignore[abstract]
@@ -301,7 +301,7 @@ def _signature(classes: int) -> "ModelSignature":
 
 
 def _requirements() -> list[str]:
-    """Return what a consumer installs. This is not `tensorflow-cpu`, because it has wheels for x86-64 only."""
+    """Return what a consumer installs: `tensorflow`, not `tensorflow-cpu`, which has wheels for x86-64 only."""
     import tensorflow as tf
 
     return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy", "pillow"))]

@@ -39,7 +39,7 @@ def create(request: Callable[[], Created], find: Callable[[], Created | None]) -
 
 
 def delete(request: Callable[[], object]) -> None:
-    """Send a request that deletes something. It may already be deleted, if the request is repeated."""
+    """Send a request that deletes something. If it no longer exists, this is not an error."""
     from mlflow.exceptions import MlflowException
 
     try:

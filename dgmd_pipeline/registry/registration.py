@@ -36,7 +36,7 @@ NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
     "An image classifier, trained by dgmd_pipeline. The alias `production` names the version in use, `candidate` the "
-    "newest one. The tags `verdict` and `accuracy` and the description of a version are from its evaluation."
+    "newest one. The tags `verdict` and `accuracy` and the description of a version come from its evaluation."
 )
 
 

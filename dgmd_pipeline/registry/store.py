@@ -37,7 +37,7 @@ class NotAllowed(PipelineError):
 class Store(NamedTuple):
     """An MLflow tracking server and model registry, or a database that is both."""
 
-    uri: str  # of the server, its registry or the database
+    uri: str  # of the server or the database
     artifacts: str | None  # URI of the folder for a new experiment's files; None: the server chooses
 
     def place(self, recorded: str) -> str:
@@ -65,7 +65,7 @@ def embedded(folder: Path) -> Store:
 
 
 def create(folder: Path) -> None:
-    """Create an embedded store in an empty folder. The caller syncs the folder, and may move it before its use."""
+    """Create an embedded store in an empty folder. The caller syncs the folder, and may move it before first use."""
     from mlflow import MlflowClient
 
     (folder / "artifacts").mkdir()
@@ -90,8 +90,8 @@ def move_artifacts(store: Store) -> None:
 def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterator[None]:
     """Turn an exception of MLflow into a PipelineError, and silence MLflow's log.
 
-    `message` has a `{}` for the reason. Raises NotAllowed if MLflow does not know the account, or
-    does not permit the request.
+    `message` has a `{}` for the reason. Raises NotAllowed if MLflow does not know the account, or does not
+    permit the request.
     """
     import mlflow  # noqa: F401 - its first import sets the level of its log
 
