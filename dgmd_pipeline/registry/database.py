@@ -32,8 +32,8 @@ PLACES = (  # columns with the URI of a folder of artifacts
 def uri_of(path: Path) -> str:
     """Return MLflow's URI for a database file at an absolute path, which may contain any characters."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
-    # SQLAlchemy decodes the name. MLflow does not: for a URI with sqlite:///, it creates the folder of the encoded
-    # name.
+    # SQLAlchemy decodes the path in a URI. MLflow does not: if a URI begins with sqlite:///, it creates a folder at the
+    # encoded path.
     return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
@@ -42,7 +42,7 @@ def path_of(uri: str) -> Path | None:
     if not uri.startswith("sqlite"):
         return None
     plain = uri.removeprefix("sqlite:///")
-    if plain.startswith("/") and not set(plain) & set("?%#"):  # importing SQLAlchemy takes 0.2 s
+    if plain.startswith("/") and not set(plain) & set("?%#"):  # saves the import of SQLAlchemy, 0.2 s
         return Path(plain).resolve()
     from sqlalchemy import make_url
 
@@ -70,12 +70,12 @@ def check_driver(uri: str) -> None:
 
 
 def local_path(uri: str) -> Path:
-    """Return the path of a local folder of artifacts: MLflow records a path or a URI that begins with file:."""
+    """Return the path of a local folder of artifacts. MLflow records it as a path or as a file: URI."""
     return Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
 
 
 def upgrade(path: Path) -> None:
-    """Upgrade the schema of a database to the schema of the installed MLflow. Keep a copy of the database from before.
+    """Upgrade the schema of a database to the schema of the installed MLflow. Keep a copy of the old database.
 
     A database that does not exist yet or has no schema is left to MLflow, which creates its tables. MLflow's
     migrations are not transactional and cannot be repeated after an interruption. So they change a second copy, which
@@ -115,8 +115,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
         ) from None
     if not os.access(path.parent, os.W_OK) or not os.access(path, os.W_OK):
         raise PipelineError(
-            f"MLflow's database {path} has the schema {found} of an older MLflow, and {installed} cannot upgrade it, "
-            f"because user {os.getuid()} may not write to its folder: run the command once where it is writable."
+            f"MLflow's database {path} has the schema {found} of an older MLflow. MLflow {installed} cannot upgrade "
+            f"it: user {os.getuid()} may not write to its folder. Run the command once where this folder is writable."
         )
     copy, draft = path.with_name(f"{path.name}.{found}.backup"), path.with_name(f"{path.name}.upgrading")
     _copy(path, copy)
@@ -130,8 +130,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
         reason = str(error).strip().split("\n")[0]
         raise PipelineError(
             f"The upgrade of MLflow's database {path} from schema {found} to {head} of MLflow {installed} failed: "
-            f"{reason}. The database is unchanged, and {copy.name} is a copy of it. Use the version that it was made "
-            "with until this is corrected."
+            f"{reason}. The database is unchanged, and {copy.name} is a copy of it. Use the version of MLflow that "
+            "made the database until this is corrected."
         ) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -143,9 +143,10 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
 
 @contextlib.contextmanager
 def without_sync() -> Iterator[None]:
-    """Within the block, SQLite does not wait for the disk. For files that are discarded unless they are complete.
+    """Within the block, SQLite does not wait for the disk. Use it only for files that are discarded if incomplete.
 
-    MLflow creates and upgrades its tables in about 60 transactions. Waiting for each took 2.0 of 2.8 s on a busy disk.
+    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, waiting for them took 2.0 of
+    2.8 s.
     """
     from sqlalchemy import Engine, event
 
@@ -162,8 +163,8 @@ def without_sync() -> Iterator[None]:
 def move_artifacts(path: Path, artifacts: str) -> None:
     """Update the places of artifacts in a database after their folder was moved to `artifacts`, a URI.
 
-    A recorded place is updated if its last two names are those of `artifacts`, and if it has no runs or one of its
-    runs is in `artifacts`. All columns are changed in one transaction.
+    A recorded place is updated if it ends with the same two names as `artifacts`, and if one of its runs is in
+    `artifacts` or it has no runs. All columns are changed in one transaction.
 
     Raises PipelineError if the database cannot be read or written.
     """
@@ -186,7 +187,7 @@ def move_artifacts(path: Path, artifacts: str) -> None:
                         f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                         (artifacts, len(old) + 1, old, len(old) + 1, f"{old}/"),
                     )
-                log.info("  %s: the artifacts of %s are now at %s", path, old, artifacts)
+                log.info("  %s: the artifacts that were at %s are now at %s", path, old, artifacts)
     except sqlite3.Error as error:
         raise PipelineError(f"MLflow's database {path} cannot be read or written: {error}.") from error
 
@@ -221,7 +222,7 @@ def _schema(path: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Make `target` a copy of a database, in one transaction, even while others use either of them."""
+    """Make `target` a copy of a database, in one transaction. Other processes may use both databases meanwhile."""
     with contextlib.closing(sqlite3.connect(source)) as origin, contextlib.closing(sqlite3.connect(target)) as copy:
         origin.backup(copy)
 
@@ -233,7 +234,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        os.fsync(descriptor)  # the name of the copy
+        os.fsync(descriptor)  # makes the name of the copy durable
     finally:
         os.close(descriptor)
 

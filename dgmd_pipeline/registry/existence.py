@@ -1,4 +1,7 @@
-"""Asks whether the registry still has a version, without MLflow: its import takes longer than a run with no work."""
+"""Asks the registry whether it still has a version.
+
+This does not use MLflow, because importing MLflow takes longer than a run without work.
+"""
 
 import contextlib
 import itertools
@@ -16,7 +19,7 @@ from dgmd_pipeline.registry.store import TRAINING_ID
 log = logging.getLogger(__name__)
 TIMEOUT = 2  # seconds to connect, and seconds between two packets
 PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes of an answer
-# MLflow keeps the row of a deleted version, with this stage.
+# MLflow keeps the row of a deleted version and sets its stage to Deleted_Internal.
 QUERY = """
 SELECT tags.value FROM model_versions AS versions
 LEFT JOIN model_version_tags AS tags
@@ -36,7 +39,7 @@ class Registered(NamedTuple):
 def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
     """Return whether the registry at a URI still has a version: one request, or one query of an SQLite database.
 
-    A version with the same number from another training does not count. None if the registry does not answer as
+    A version with the same number from another training does not count. Returns None if the registry does not answer as
     expected, or is a database other than SQLite. `options` are arguments for `requests`, such as a login.
     """
     if uri.startswith(("http://", "https://")):
@@ -65,7 +68,7 @@ def _on_server(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool
             return False
         reason = content["error_code"]
     except (ValueError, LookupError, TypeError, AttributeError):
-        reason = "not as MLflow does"
+        reason = "not an answer of MLflow"
     _warn(redact(uri), wanted, f"{answer.status_code} {answer.reason}, {reason}")
     return None
 

@@ -1,7 +1,7 @@
-"""Shows the epochs of a training in progress in an MLflow run, which the registration completes.
+"""Logs the epochs of a training in progress to an MLflow run. The registration completes this run.
 
-A tag with the id of the attempt identifies the run after a lost answer or a kill of the process. The training does not
-depend on MLflow: after the first failure, nothing more is logged.
+A tag with the id of the attempt identifies the run after an answer was lost or the process was killed. The training
+does not depend on MLflow: after the first failure, nothing more is logged.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TIMEOUT = "10"  # seconds for a request: the training waits for it
-END_TIMEOUT = "5"  # a container that is stopped has ten seconds in all
+END_TIMEOUT = "5"  # seconds; a container that is stopped has ten seconds for everything
 ANSWER = "did not answer as expected: {}."
 
 
@@ -44,9 +44,10 @@ class LiveRun:
             self._system = SystemMetrics(place.store.uri)
 
     def log_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an epoch, counted from 1. A number that is not above the last one ends the log.
+        """Log the metrics of an epoch, counted from 1.
 
-        Fine-tuning counts its epochs from 1 again. The registration logs those that are part of the model.
+        After the first number that is not above the previous one, nothing more is logged: fine-tuning counts its epochs
+        from 1 again. The registration logs the epochs of fine-tuning that are part of the model.
         """
         if number <= self._last:
             self._run_id = ""
@@ -109,7 +110,7 @@ def _client(place: Place) -> "MlflowClient":
 
 @contextlib.contextmanager
 def _timeout(seconds: str) -> Iterator[None]:
-    """Within the block, let requests fail after this time and do not repeat them."""
+    """Within the block, requests fail after this time and are not repeated."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
     before = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()

@@ -42,12 +42,12 @@ class Candidate(NamedTuple):
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # fingerprint of the data
-    attempt: str  # id of the attempt that has shown the training in a run; "" if none has
+    attempt: str  # id of the attempt whose run has shown the training (see `live_run`); "" if none
     files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
 
 
 class _ModelFile(NamedTuple):
-    """The file of a Keras model, which MLflow's `save_model` copies through `save` and does not save again."""
+    """A substitute for a Keras model in MLflow's `save_model`: `save` copies a file in which the model is saved."""
 
     path: Path
 
@@ -63,10 +63,10 @@ class LoggedRun(NamedTuple):
 
 
 def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, keep: str = "") -> LoggedRun | None:
-    """Return a complete run of a training, or None. Delete all its other runs and their models.
+    """Return a complete run of a training, or None. Delete the training's other runs and their models.
 
-    If `keep` is given, only this run is kept. Failed and repeated attempts leave other runs and models. A run of a
-    registered version is never deleted.
+    Failed and repeated attempts leave such runs and models. `keep` is the id of the run to keep; the default is any
+    complete run. A run of a registered version is never deleted.
     """
     found = {run.info.run_id: run for run in client.search_runs([experiment_id], _of_training(training_id))}
     models = {run_id: _models(client, experiment_id, run_id) for run_id in found}
@@ -94,13 +94,13 @@ def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, k
 def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> LoggedRun:
     """Log a training as one run with a model.
 
-    MLflow's client is used instead of its functions for the active run: these continue a run that the environment
-    names (MLFLOW_RUN_ID), and repeat requests that create something.
+    MLflow's functions for the active run are not used: they continue the run in the variable MLFLOW_RUN_ID, and repeat
+    requests that create something.
     """
     from mlflow.tracking.context import registry
 
     model_file = _ModelFile(candidate.model())
-    tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # user, program and commit
+    tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # plus user, program, commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = (
         _continue_live_run(client, experiment_id, candidate, tags)
@@ -143,9 +143,9 @@ def log_epoch(client: "MlflowClient", run_id: str, number: int, metrics: Mapping
 def _continue_live_run(
     client: "MlflowClient", experiment_id: str, candidate: Candidate, tags: Mapping[str, str]
 ) -> str | None:
-    """Reuse the run that has shown the training for the candidate, and return its id; None if there is none.
+    """Reuse the run that has shown the training, and return its id; None if there is no such run.
 
-    If the training has started again, the run shows other epochs than the candidate has. It is then deleted.
+    If the training has started again, the run shows epochs that the candidate does not have. It is then deleted.
     """
     from mlflow.entities import RunTag
 
@@ -212,7 +212,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow warns that a folder may be a folder
+        warnings.simplefilter("ignore")  # MLflow warns about a source with several interpretations, such as a folder
         source = resolve_dataset_source(candidate.source)
     name = candidate.source if len(candidate.source) <= MAX_NAME else candidate.source[: MAX_NAME - 1] + "…"
     described = MetaDataset(source, name=name, digest=candidate.source_digest[:16]).to_dict()  # type: ignore[abstract]
@@ -222,7 +222,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
 def _log_model(
     client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, model_file: _ModelFile
 ) -> str:
-    """Log the model as an output of the run, with its labels; return its id."""
+    """Log the model as an output of the run, with its labels; return the model's id."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.tracking.context import registry
 
@@ -269,7 +269,7 @@ def _log_metrics(
     model_id: str | None = None,
     but: Container[int] = (),
 ) -> None:
-    """Log metrics as MLflow's steps 0, 1, ... in as few requests as possible. The client sends 1,000 in each.
+    """Log metrics as MLflow's steps 0, 1, ... in as few requests as possible: 1,000 metrics in each.
 
     The metrics of step 0 also belong to the model `model_id`. The steps in `but` are left out.
     """
@@ -301,7 +301,7 @@ def _signature(classes: int) -> "ModelSignature":
 
 
 def _requirements() -> list[str]:
-    """Return what a consumer installs: `tensorflow`, because `tensorflow-cpu` has wheels for x86-64 only."""
+    """Return what a consumer installs: `tensorflow`, not `tensorflow-cpu`, which has wheels for x86-64 only."""
     import tensorflow as tf
 
     return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy", "pillow"))]

@@ -1,4 +1,4 @@
-"""Starts a command. If passwords are set, an MLflow server requires a login.
+"""Starts a command. If it starts an MLflow server and passwords are set, the server requires a login.
 
 The image of the MLflow server runs every command with this module: `python -m dgmd_pipeline.registry.login COMMAND`.
 """
@@ -17,8 +17,8 @@ OPERATOR, PIPELINE = "operator", "pipeline"  # accounts
 PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PASSWORD"}  # variables
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
-# One process answers all requests, so a changed password applies at once. Without a cache, MLflow hashes the password
-# several times for each request.
+# Time for which MLflow remembers a login. Without this cache, it hashes the password several times for each request. A
+# changed password applies at once nevertheless, because one process answers all requests.
 CACHE_SECONDS = 600
 
 
@@ -28,8 +28,8 @@ def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[s
     Creates the accounts, or gives them the passwords of the environment. The accounts and the settings of the login are
     files beside the SQLite database of the server.
 
-    Raises SettingsError if a password is missing, too short or used twice, or if there are accounts and no password: a
-    server that had a login never starts without one.
+    Raises SettingsError if a password is missing, too short or used twice. Also raises it if there are accounts but no
+    passwords, so a server that had a login never starts without one.
     """
     passwords = {account: environment.get(name, "") for account, name in PASSWORDS.items()}
     store = environment.get("MLFLOW_BACKEND_STORE_URI", "")
@@ -51,7 +51,7 @@ def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[s
         "MLFLOW_AUTH_CONFIG_PATH": str(_write_settings(accounts.with_name(SETTINGS), uri)),
         "MLFLOW_AUTH_ADMIN_USERNAME": OPERATOR,
         "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),  # of the form that creates accounts
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),  # for the form that creates accounts
     }
     kept = {name: value for name, value in environment.items() if name not in PASSWORDS.values()}
     return [*command, "--app-name", "basic-auth"], kept | settings
@@ -65,7 +65,10 @@ def _check(passwords: Mapping[str, str]) -> None:
                 f"requires the passwords of both accounts, {OPERATOR} and {PIPELINE}."
             )
     if passwords[OPERATOR] == passwords[PIPELINE]:
-        raise SettingsError(f"{' and '.join(PASSWORDS.values())} are equal: the pipeline could promote versions.")
+        raise SettingsError(
+            f"{' and '.join(PASSWORDS.values())} are equal. The pipeline could promote versions with the operator's "
+            "password."
+        )
 
 
 def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
@@ -79,7 +82,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
             store.update_user(account, password, is_admin=account == OPERATOR)
         else:
             store.create_user(account, password, is_admin=account == OPERATOR)
-    for resource in ("experiment", "registered_model"):  # including those that it did not create
+    for resource in ("experiment", "registered_model"):  # including those that this account did not create
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 

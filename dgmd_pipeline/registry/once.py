@@ -1,7 +1,7 @@
-"""Requests to MLflow that create or delete something, which take effect once even if answers are lost.
+"""Requests to MLflow that create or delete something. Each takes effect once, even if answers are lost.
 
 MLflow's client repeats every request whose answer is lost or is a server error. If the server had already created
-something, the repetition creates it twice.
+something, the repetition creates it again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ Created = TypeVar("Created")
 
 
 def create(request: Callable[[], Created], find: Callable[[], Created | None]) -> Created:
-    """Send a request that creates something, and return its result or, after a failure, what `find` returns.
+    """Send a request that creates something, and return its result. After a failure, return what `find` finds.
 
     The request is repeated as often as MLflow's client would repeat it, but only while `find` returns None. Raises
     MlflowException if nothing is created.
@@ -39,7 +39,7 @@ def create(request: Callable[[], Created], find: Callable[[], Created | None]) -
 
 
 def delete(request: Callable[[], object]) -> None:
-    """Send a request that deletes something. A repetition may find it deleted already."""
+    """Send a request that deletes something. If it no longer exists, this is not an error."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -25,7 +25,7 @@ def authenticate() -> "Authorization | Response":
     if login.username in administrators:
         return login
     message = (
-        f"the account {login.username} may not change which version is production, only an administrator may: "
+        f"the account {login.username} may not change which version is production; only these administrators may: "
         f"{', '.join(administrators)}"
     )
     answer = jsonify(error_code="PERMISSION_DENIED", message=message)

@@ -87,7 +87,7 @@ def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
         parser.read(file)
         stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     except (configparser.Error, OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # its text may be a secret
+        raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # its text may hold a secret
     user, password = (variables.get(name) or stored.get(name.lower()) for name in (USER, PASSWORD))
     return user, password
 
@@ -131,7 +131,7 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
 def _explain_status(shown: str, answer: "requests.Response") -> str:
     hint = {
         401: f"It requires valid credentials: set {USER} and {PASSWORD}, or {TOKEN}. ",
-        403: "It may not accept the host name of the request: set MLFLOW_SERVER_ALLOWED_HOSTS on the server. ",
+        403: "If it does not accept the host name of the request, set MLFLOW_SERVER_ALLOWED_HOSTS on the server. ",
     }.get(answer.status_code, "")
     return f"The MLflow server at {shown} answers {answer.status_code} {answer.reason}. {hint}{LATER}"
 
@@ -154,7 +154,7 @@ def _location_on_server(
 ) -> str | None:
     """Return where a server stores the artifacts of an experiment, or of the latest one if there is no such experiment.
 
-    None if the server does not say.
+    Returns None if the server does not say.
     """
     api = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments"
     answer = session.get(f"{api}/get-by-name", params={"experiment_name": experiment}, timeout=TIMEOUT, **options)
@@ -164,7 +164,7 @@ def _location_on_server(
     answer = session.post(f"{api}/search", json=latest, timeout=TIMEOUT, **options)
     for found in _content(answer).get("experiments", []):
         location = found.get("artifact_location", "")
-        if location.endswith(f"/{found.get('experiment_id')}"):  # the server chose it
+        if location.endswith(f"/{found.get('experiment_id')}"):  # the server chose the location
             return location
     return None
 
@@ -203,8 +203,8 @@ def _check_database(store: Store, experiment: str) -> None:
         place = "is not created yet" if found is None else f"stores its artifacts at {found.artifact_location}"
         raise PipelineError(
             f"The experiment {experiment} in {redact(store.uri)} {place}, and MLflow would write the model into a "
-            "folder of this machine or container. Create an experiment with a place for artifacts, "
-            "`mlflow experiments create --experiment-name NAME --artifact-location s3://...`, and set "
+            "folder of this machine or container. Create an experiment with a place for artifacts "
+            "(`mlflow experiments create --experiment-name NAME --artifact-location s3://...`) and set "
             "MLFLOW_EXPERIMENT_NAME to its name; or use an MLflow server."
         )
 
@@ -214,7 +214,7 @@ def _is_local(location: str) -> bool:
 
 
 def _can_hold_artifacts(location: str) -> bool:
-    """Return whether a local folder or the folder that it is to be created in exists here and can be written."""
+    """Return whether a local folder, or the parent folder to create it in, exists here and is writable."""
     path = database.local_path(location)
     return path.is_absolute() and any(
         folder.is_dir() and os.access(folder, os.W_OK) for folder in (path, path.parent) if folder != Path("/")

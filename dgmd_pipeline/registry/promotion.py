@@ -68,11 +68,11 @@ def history(state: ModelState) -> list[Event]:
 
 
 def previous_versions(events: Sequence[Event], current: int | None) -> list[int]:
-    """Return the versions that successive rollbacks restore, the next one last.
+    """Return the versions that successive rollbacks restore. The next rollback restores the last of them.
 
-    A rollback drops the versions that were promoted after the one that it restores: after promotions of 1, 2 and 3, the
-    first rollback restores 2, and the second one 1. A version that became production without this module has no event;
-    it is known from `previous` of the next event.
+    A rollback drops the versions that were promoted after the restored version: after promotions of 1, 2 and 3, the
+    first rollback restores 2, and the second rollback restores 1. A version that became production without this module
+    has no event; it is known from `previous` of the next event.
     """
     stack: list[int] = []
     for event in events:
@@ -93,8 +93,8 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
 def best_former(state: ModelState, candidate: ModelVersion | None = None) -> ModelVersion | None:
     """Return the most accurate former production version other than `candidate`, if it is better than production.
 
-    The accuracies were measured on the images of each version's own run, so they only choose what to compare. None if
-    production is the best, or if the versions are no longer registered.
+    Each accuracy was measured on the images of the version's own run. So the accuracies only determine which version is
+    worth a comparison. Returns None if production is the best, or if the versions are no longer registered.
     """
     production = state.production
     events = [event for event in history(state) if event.done]
@@ -228,7 +228,7 @@ def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState
     """Make tags, stages and the alias `candidate` match the alias `production`; return the new state and changes."""
     name, changes = state.name, []
     followed = [_as_alias_says(version, state.production) for version in state.versions]
-    # The production version first, so that a consumer that asks for the stage always finds a version.
+    # The production version is changed first, so that a consumer that asks for the stage always finds a version.
     for old, new in sorted(zip(state.versions, followed, strict=True), key=lambda pair: pair[0] != state.production):
         number = str(new.version)
         if new.tags != old.tags:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address; newer pages ignore the experiment's kind
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address: newer pages of MLflow ignore KIND
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
     "An image classifier, trained by dgmd_pipeline. The alias `production` names the version in use, `candidate` the "
-    "newest one. The tags `verdict` and `accuracy` of a version, and its description, are those of its evaluation."
+    "newest one. The tags `verdict` and `accuracy` and the description of a version come from its evaluation."
 )
 
 
@@ -59,18 +59,18 @@ def git_revision(path: Path) -> str | None:
 def register(store: Store, experiment: str, name: str, candidate: Candidate) -> RegisteredVersion:
     """Log a run and create a non-production version with the alias `candidate`, or return this training's version.
 
-    Afterwards, the training has one version, one run and one logged model. Runs and versions have its id as a tag. A
-    complete run of an earlier attempt is reused. Other runs and versions of the training are deleted, except versions
-    that somebody has promoted or given an alias.
+    Afterwards, the training has one version, one run and one logged model. Runs and versions have the training's id
+    as a tag. A complete run of an earlier attempt is reused. Other runs and versions of the training are deleted,
+    except versions that somebody has promoted or given an alias.
 
-    Raises PipelineError if MLflow cannot be reached, after the client's retries, or refuses.
+    Raises PipelineError if MLflow refuses, or cannot be reached after the client's retries.
     """
     import mlflow
     from mlflow import MlflowClient
 
     with errors_explained(store):
         mlflow.set_tracking_uri(store.uri)
-        mlflow.clear_active_model()  # metrics would also be logged to the model that MLFLOW_ACTIVE_MODEL_ID names
+        mlflow.clear_active_model()  # otherwise metrics are also logged to the model in MLFLOW_ACTIVE_MODEL_ID
         client = MlflowClient()
         state = versions.read(store, name, REGISTRATION_FAILED)
         new = not _of_training(state, candidate.training_id)
@@ -116,7 +116,7 @@ def add_metrics(store: Store, version: RegisteredVersion, metrics: Mapping[str, 
 
 
 def _of_training(state: ModelState, training_id: str) -> list[ModelVersion]:
-    """Return the versions of a training, first the one to keep: one in use if there is one, else the oldest."""
+    """Return the versions of a training, the one to keep first: the oldest in use, or else the oldest."""
     found = [version for version in state.versions if version.tags.get(TRAINING_ID) == training_id]
     return sorted(found, key=lambda version: (not _in_use(version), version.version))
 
@@ -180,7 +180,7 @@ def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: st
 def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run | None":
     """Delete all runs and models of a training except the run of its version, and return that run.
 
-    None if somebody has deleted that run permanently.
+    Returns None if somebody has deleted that run permanently.
     """
     from mlflow.exceptions import MlflowException
 

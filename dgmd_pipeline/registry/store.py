@@ -12,7 +12,7 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
-MEASURED = "dgmd.measured"  # tag of a version: its figures, a JSON object; older versions have a tag for each
+MEASURED = "dgmd.measured"  # tag of a version: its figures, a JSON object; older versions have a tag for each figure
 ACCURACY = "dgmd.validation_accuracy"  # one of the figures, as `versions.read` names them
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
@@ -23,11 +23,11 @@ REGISTRATION_FAILED = (
 )
 REQUEST_FAILED = "did not answer as expected: {}. Correct this and repeat the command."
 NOT_ALLOWED = (
-    "refuses this: {}. Repeat the command with an account that may do it, in MLFLOW_TRACKING_USERNAME and "
-    "MLFLOW_TRACKING_PASSWORD."
+    "refuses this: {}. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do it, and "
+    "repeat the command."
 )
 REASON_LENGTH = 400
-EMBEDDED_BYTES = 2_000_000  # an embedded store without its models: the database has 0.96 MB after the first version
+EMBEDDED_BYTES = 2_000_000  # size of an embedded store without models; its database has 0.96 MB after the first version
 
 
 class NotAllowed(PipelineError):
@@ -37,14 +37,14 @@ class NotAllowed(PipelineError):
 class Store(NamedTuple):
     """An MLflow tracking server and model registry, or a database that is both."""
 
-    uri: str  # of both
+    uri: str  # of the server or the database
     artifacts: str | None  # URI of the folder for a new experiment's files; None: the server chooses
 
     def place(self, recorded: str) -> str:
         """Return the present URI of artifacts that the database recorded at `recorded`.
 
-        It differs if the folder of the database was moved, or has another path on this machine or in this container. If
-        there is nothing at the new place, return `recorded`.
+        The URI differs from `recorded` if the folder of the database was moved, or has another path on this machine or
+        in this container. If there is nothing at the new place, return `recorded`.
         """
         if self.artifacts is None or not recorded.startswith("file:"):
             return recorded
@@ -65,7 +65,7 @@ def embedded(folder: Path) -> Store:
 
 
 def create(folder: Path) -> None:
-    """Create an embedded store in an empty folder, which the caller syncs. It may be moved before its first use."""
+    """Create an embedded store in an empty folder. The caller syncs the folder, and may move it before first use."""
     from mlflow import MlflowClient
 
     (folder / "artifacts").mkdir()
@@ -81,7 +81,7 @@ def upgrade(store: Store) -> None:
 
 
 def move_artifacts(store: Store) -> None:
-    """Let an SQLite database that was moved with its folder find its artifacts: see `database.move_artifacts`."""
+    """Update the places of artifacts in an SQLite database whose folder was moved: see `database.move_artifacts`."""
     if (path := database.path_of(store.uri)) and store.artifacts:
         database.move_artifacts(path, store.artifacts)
 
@@ -90,7 +90,8 @@ def move_artifacts(store: Store) -> None:
 def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterator[None]:
     """Turn an exception of MLflow into a PipelineError, and silence MLflow's log.
 
-    `message` has a `{}` for the reason. Raises NotAllowed if there is no such account, or it may not do this.
+    `message` has a `{}` for the reason. Raises NotAllowed if MLflow does not know the account, or does not
+    permit the request.
     """
     import mlflow  # noqa: F401 - its first import sets the level of its log
 
@@ -113,7 +114,7 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
 
 
 def reason(error: Exception) -> str:
-    """Return what an exception says: the first line, or all of them if the first one announces the others."""
+    """Return what an exception says: its first line, or all lines if the first line ends with a colon."""
     text = str(error).strip().removeprefix("PERMISSION_DENIED: ")
     first = text.partition("\n")[0]
     text = " ".join(text.split()) if first.endswith(":") else first

@@ -1,7 +1,7 @@
 """MLflow's system metrics: the load of this machine, measured when an epoch ends.
 
-MLflow itself measures them in a thread. When a training ends, it waits for this thread, which repeats requests to an
-unreachable server for minutes. Here, the metrics of an epoch and of the machine are logged in one request.
+MLflow itself measures them in a thread, and waits for this thread at the end of a training. The thread repeats requests
+to an unreachable server for minutes. Here, the metrics of an epoch and of the machine are logged in one request.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ INTERVAL = 10.0  # seconds between two samples, as in MLflow; MLFLOW_SYSTEM_METR
 
 
 class SystemMetrics:
-    """CPU, memory, disk, network and GPUs, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true."""
+    """Measures CPU, memory, disk, network and GPUs, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true."""
 
     def __init__(self, uri: str) -> None:
         """Begin to measure. `uri` is the URI of the MLflow store."""
@@ -31,7 +31,7 @@ class SystemMetrics:
     def sample(self) -> dict[str, float]:
         """Return the metrics by name: the CPU load since the last sample, and the present values of the others.
 
-        Returns nothing within an interval after the last sample.
+        Returns an empty dict if the sampling interval has not passed since the last sample.
         """
         if self._monitor is None or time.monotonic() - self._sampled < self._monitor.sampling_interval:
             return {}
@@ -50,7 +50,7 @@ class SystemMetrics:
 
 
 def _monitor(uri: str) -> "SystemMetricsMonitor | None":
-    """Return MLflow's monitor, without its thread; None if it is turned off."""
+    """Return MLflow's monitor, without its thread; None if system metrics are turned off."""
     from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

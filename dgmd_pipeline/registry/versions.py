@@ -31,7 +31,7 @@ class ModelVersion(NamedTuple):
     version: int
     run_id: str
     created: float  # seconds since 1970
-    tags: Mapping[str, str]  # with one for each of its figures, such as `dgmd.latency_ratio`
+    tags: Mapping[str, str]  # including a tag for each figure, such as `dgmd.latency_ratio`
     aliases: Sequence[str]
     stage: str  # "None", "Staging", "Production" or "Archived"
     description: str = ""
@@ -77,7 +77,7 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
         found = []
         for version in search(client, name):
             number = int(version.version)
-            # From the model: MLflow's search for versions does not return aliases.
+            # Aliases are read from the model, because MLflow's search for versions does not return them.
             aliases = [alias for alias, target in sorted(model.aliases.items()) if int(target) == number]
             stage, created = version.current_stage or "None", version.creation_timestamp / 1000
             found.append(
@@ -91,7 +91,7 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
 def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) -> dict[str, Mapping[str, float]]:
     """Return the last metrics of an experiment's newest runs, by the id of the run, in two requests.
 
-    There are at most RUNS runs, and none if there is no such experiment. Raises PipelineError like `read`.
+    At most RUNS runs are read, and none if there is no such experiment. Raises PipelineError like `read`.
     """
     from mlflow import MlflowClient
 
@@ -105,7 +105,7 @@ def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) ->
 def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> DownloadedVersion:
     """Download the model of a version and the list of its training images into `folder`.
 
-    Raises PipelineError if MLflow cannot be reached or refuses, ForeignVersion if this pipeline did not make the
+    Raises PipelineError if MLflow cannot be reached or refuses. Raises ForeignVersion if this pipeline did not make the
     version.
     """
     import mlflow
@@ -132,7 +132,9 @@ def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> Downl
 
 
 def trained_labels(store: Store, version: ModelVersion, folder: Path) -> frozenset[str] | None:
-    """Return the labels of a version's training images, whose list is downloaded into `folder`; None if it has none.
+    """Return the labels of a version's training images; None if the version has no list of these images.
+
+    The list is downloaded into `folder`.
 
     Raises PipelineError if MLflow cannot be reached or refuses.
     """
@@ -154,7 +156,7 @@ def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Pa
             return None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Some artifact stores create the parent folders below the target, others do not: move the file to its place.
+        # Only some artifact stores create the parent folders below the target. So the file is moved to its place.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             Path(files.download_artifacts(name, scratch)).replace(path)
         return path
@@ -184,7 +186,7 @@ def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelV
 
 
 def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
-    """Return the tags of a version, and its figures as tags. A figure's own tag takes precedence."""
+    """Return the tags of a version, and its figures as tags. If a figure also has its own tag, this tag is used."""
     try:
         figures = dict(json.loads(version.tags.get(MEASURED, "{}")))
     except (ValueError, TypeError) as error:

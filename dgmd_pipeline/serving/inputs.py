@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXPECTED = "image files (bytes, or base64 in JSON), or unscaled pixels (uint8 [images, height, width, 3], 0 to 255)"
 _FILES = (bytes, bytearray, memoryview, str)
-# `decoding.guard` changes settings of the process. Decoding one image at a time also limits the memory.
+# One image is decoded at a time, because `decoding.guard` changes settings of the process. This also limits the memory.
 _decoding = threading.Lock()
 
 
@@ -84,8 +84,8 @@ def _list(values: Any) -> list[Any]:
     """Return the images of a request one by one: files, or nested lists of numbers."""
     if isinstance(values, np.ndarray):
         found = values.reshape(-1 if values.ndim == 0 else values.shape).tolist()
-        # NumPy removes zeros at the end of bytes as padding. They are restored; more zeros are no problem in any
-        # format.
+        # NumPy removes zero bytes at the end of a file as padding. They are restored here. Surplus zeros do no harm in
+        # any image format.
         return [item.ljust(values.itemsize, b"\0") for item in found] if values.dtype.kind == "S" else found
     return [values] if isinstance(values, _FILES) or not isinstance(values, Sequence) else list(values)
 

@@ -24,13 +24,13 @@ class InvalidInput(MlflowException):
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
     def serialize_as_json(self) -> str:
-        """Return the answer of MLflow's server, without the whole input, which the server puts before the message."""
+        """Return the answer of MLflow's server, without the input: the server puts all of it before the message."""
         self.message = str(self)
         return super().serialize_as_json()
 
 
 class ServedModel:
-    """A Keras model that accepts image files too, and returns labels if asked."""
+    """A Keras model that also accepts image files, and can return labels."""
 
     def __init__(self, network: keras.Model, labels: Sequence[str]) -> None:
         """Take a servable model, and the labels of its outputs in their order."""

@@ -6,21 +6,21 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
-MAX_DECAY = 0.7  # maximum weight of the previous mean; the new weights have 1 - decay
+MAX_DECAY = 0.7  # maximum share of the previous mean in the new mean; the rest is the share of the current weights
 WARM_UP = 5  # epochs after which the decay is 0.5; it starts at 0, because the first weights are soon outdated
 
 
 class AveragingCallback(Protocol):
     """A Keras callback that averages weights."""
 
-    variables: list["keras.Variable"]  # of the mean; a checkpoint contains these too
+    variables: list["keras.Variable"]  # the state of the mean; checkpoints contain it
 
     def use_mean(self) -> None:
         """Set the network's weights to the mean."""
 
 
 def build_averaging_callback(network: "keras.Model") -> AveragingCallback:
-    """Return a Keras callback that validates a network in training with the moving mean of its weights.
+    """Return a Keras callback that makes each validation use the moving mean of the network's weights.
 
     Before each validation, the mean is updated with the weights and the statistics of batch normalisation. This is
     stochastic weight averaging (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",

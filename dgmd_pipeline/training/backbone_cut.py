@@ -13,9 +13,10 @@ TOP_SHARE = (0.25, 0.75)  # minimum and maximum share of the backbone's paramete
 def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
     """Return the bottom and the top of a backbone, two networks that share its layers: top(bottom(x)) == network(x).
 
-    The cut is at a tensor that every path from the input to the output passes through. Of the cuts that leave a
-    TOP_SHARE of the parameters to the top, it is the first with the fewest values, because these values are stored.
-    This is between two blocks, because networks are narrow there and wide within blocks.
+    The cut is at a tensor that every path from the input to the output passes through. The share of the
+    parameters in the top is within TOP_SHARE. Of the tensors that meet both conditions, the one with the fewest values
+    is chosen, because its values are stored; among equal ones, the first. This cut lies between two blocks, because
+    networks are narrow there and wide within blocks.
     """
     import keras
 
@@ -24,7 +25,7 @@ def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
     candidates = []
     for operation in network.operations:
         above -= sum(int(np.prod(weight.shape)) for weight in getattr(operation, "weights", ()))
-        is_convolution = "Conv" in type(operation).__name__  # its batch normalisation belongs to the same block
+        is_convolution = "Conv" in type(operation).__name__  # a cut here would separate it from its batch normalisation
         if id(operation) in cut_points and not is_convolution and TOP_SHARE[0] <= above / total <= TOP_SHARE[1]:
             candidates.append(operation.output)
     cut = min(candidates, key=lambda tensor: np.prod(tensor.shape[1:]))

@@ -37,8 +37,8 @@ class Backbone(NamedTuple):
 
 WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _KERNELS = "weights_tf_dim_ordering_tf_kernels"
-# Files and checksums are from the sources of Keras 3 (keras/src/applications). Keras itself does not download them,
-# because its MobileNetV2 would choose another file for each image size.
+# Files and checksums are from the sources of Keras 3 (keras/src/applications). This module downloads the files, because
+# Keras would download a different file of MobileNetV2 for each image size.
 FROZEN = {
     "EfficientNetV2-B0": Backbone(
         "EfficientNetV2B0", "efficientnet_v2/efficientnetv2-b0_notop.h5", "893217f2bb855e2983157299931e43ff"
@@ -122,8 +122,8 @@ def _readable(weights: str) -> Path:
         )
     if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Set it to the path of one, "
-            "to imagenet, or to none."
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Set it to the path of a "
+            "readable file, to imagenet, or to none."
         )
     return path
 
@@ -141,13 +141,13 @@ def _imagenet_file(name: str, backbone: Backbone, keras_home: Path) -> Path:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, draft.open("wb") as file:  # noqa: S310
             shutil.copyfileobj(response, file)
         if backbone.md5 not in (None, _md5(draft)):
-            raise OSError("the download has another checksum than Keras states")
+            raise OSError("the checksum of the download differs from the checksum in Keras")
         draft.replace(path)
     except (OSError, http.client.HTTPException) as error:
         raise PipelineError(
             f"The ImageNet weights of {name} are not in {path} and cannot be downloaded from {url} ({error}). "
             "Download that file on a machine with internet access and copy it to that path; "
-            "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs none."
+            "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs no weights."
         ) from error
     finally:
         draft.unlink(missing_ok=True)

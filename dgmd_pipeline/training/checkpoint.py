@@ -53,7 +53,7 @@ def completed_epochs(checkpoint: Path) -> int:
     try:
         with np.load(checkpoint, allow_pickle=False) as file:
             return len(file["history"])
-    except DAMAGED:  # the training will log it and start again
+    except DAMAGED:  # the training logs the damage and starts again
         return 0
 
 

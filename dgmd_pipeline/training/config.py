@@ -59,7 +59,7 @@ def learning_rate_of(epoch: int, learning_rate: float, decay_rate: float) -> flo
 
 
 def weights_by_class(classes: int, class_weights: Mapping[int, float]) -> np.ndarray:
-    """Return the weight of each class index (float32 [classes]). A weight that `class_weights` lacks is 1."""
+    """Return the weight of each class index (float32 [classes]). A class without a given weight has the weight 1."""
     weights = np.ones(classes, np.float32)
     for index, weight in class_weights.items():
         weights[index] = weight

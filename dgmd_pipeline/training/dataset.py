@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 SHARDS_AT_ONCE = 16  # read in parallel when shuffling; a constant, so that the order is the same on every machine
 IMAGES_AT_ONCE = 32  # encoded images that TensorFlow takes from Python in one call
-SHUFFLE_BYTES = 128 * 2**20  # of encoded images in the shuffle buffer; the stored order already mixes labels
+# Size of the encoded images in the shuffle buffer. A small buffer suffices, because the stored order already mixes
+# labels.
+SHUFFLE_BYTES = 128 * 2**20
 
 
 def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarray | None = None) -> "tf.data.Dataset":
     """Open a folder of shards as a dataset of (image uint8 [height, width, 3], label int64 []), each image once.
 
-    Without `seed`, the order is the order of the files and of `keys`. With `seed`, the shards and their records are
-    shuffled. The shuffled order depends only on `seed`, `epoch` and the global seed of TensorFlow, so it is the same
-    in every process. Images are decoded in parallel; the caller makes batches. `chosen` (bool [images], in the order
-    of the files) selects the images to read; None selects all.
+    Without `seed`, the images are in the order of the files, like the result of `keys`. With `seed`, the shards and
+    their records are shuffled. The shuffled order depends only on `seed`, `epoch` and the global seed of TensorFlow, so
+    it is the same in every process. Images are decoded in parallel; the caller makes batches. `chosen` (bool [images],
+    in the order of the files) selects the images to read; None selects all.
     Raises PipelineError if there is no readable index. A damaged record raises TensorFlow's DataLossError.
     """
     import tensorflow as tf
@@ -41,8 +43,9 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
         decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     options = tf.data.Options()
-    # The autotune thread doubles its sleep each time, starting at 10 ms, and the end of the data waits until it wakes:
-    # every other pass took up to 10 s longer. Without autotuning, the number of threads is the number of cores.
+    # TensorFlow's autotune thread sleeps for 10 ms, and then each time twice as long. A pass over the data ends only
+    # when this thread wakes, so every other pass took up to 10 s longer. Without autotuning, the number of threads is
+    # the number of cores.
     options.autotune.enabled = False
     count = index.images if chosen is None else int(chosen.sum())
     return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
@@ -51,7 +54,7 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
 def read_images(folder: Path, positions: np.ndarray) -> "tf.data.Dataset":
     """Return the images at `positions` (int64, ascending) among all records of a folder: uint8 [height, width, 3].
 
-    Reads only these. Raises PipelineError if there is no readable index.
+    Other images are not read. Raises PipelineError if there is no readable index.
     """
     import tensorflow as tf
 

@@ -19,9 +19,9 @@ from dgmd_pipeline.workflow import files
 if TYPE_CHECKING:
     import keras
 
-# Images in a piece. A core computes them in 10 to 30 s, which is the work that a stopped run loses.
+# Images in a piece. A core computes them in 10 to 30 s. A stopped run loses this work.
 PIECE_IMAGES = 1024
-VECTORS = "features.npy"  # in the folder of a piece
+VECTORS = "features.npy"  # file in the folder of a piece
 
 
 class Network(NamedTuple):
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     target: Path  # the folder
     records: Path  # folder of shards
     positions: np.ndarray  # int64, ascending: positions of the images among all records
-    origin: Origin  # of the vectors; "weights" is `backbones.weights_fingerprint`
+    origin: Origin  # of the vectors; its "weights" are a result of `backbones.weights_fingerprint`
     network: Network
 
 
@@ -59,7 +59,7 @@ def extract_piece(piece: Piece) -> int:
     """Write the folder of a piece, and return the number of images.
 
     Several processes may compute the same piece at the same time (see `files.commit`). A process builds the network
-    once. Raises PipelineError if its weights differ from the weights of the run.
+    once. Raises PipelineError if the file of weights is not the same as at the start of the run.
     """
     return sum(extract_pieces([piece], _network(piece.network, piece.origin["weights"])))
 
@@ -85,9 +85,10 @@ def _network(network: Network, fingerprint: object) -> "keras.Model":
 
 
 def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches: ParallelMap = map) -> Iterator[int]:
-    """Write the folders of pieces of the same records, and yield the number of vectors in each block.
+    """Write the folders of pieces, and yield the number of vectors in each write.
 
-    The images of all pieces go through the network as one stream. `map_batches` may compute batches in threads.
+    All pieces have the same folder of records. The images of all pieces go through the network as one stream.
+    `map_batches` may compute batches in threads.
     """
     positions = np.concatenate([piece.positions for piece in pieces])
     images = dataset.read_images(pieces[0].records, positions).batch(features.BATCH).prefetch(2)

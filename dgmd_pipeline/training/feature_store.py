@@ -35,7 +35,7 @@ class FeatureShard(NamedTuple):
     images: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
-    images_sha256: str  # SHA-256 of the shard's part of images.npy: equal images have equal vectors
+    images_sha256: str  # SHA-256 of the shard's part of images.npy; shards with the same images have the same vectors
 
 
 class _Stored(NamedTuple):
@@ -59,16 +59,17 @@ class Reuse(NamedTuple):
 
     dimensions: int | None  # of the stored vectors; None if none are reused
     linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
-    copied: dict[int, list[_Copy]]  # number of another shard -> vectors to copy into its file
+    copied: dict[int, list[_Copy]]  # number of each other shard -> vectors to copy into its file
     new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
-    new_bytes: int  # of their records
+    new_bytes: int  # size of the records of these images
     shards: list[int]  # numbers of the shards with these images
 
 
 def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:
-    """Find the vectors of a folder of records in the finished folders of the same origin.
+    """Find the vectors of a folder of records in the finished folders `previous`.
 
-    The SHA-256 of each used file is checked. Damaged files and folders are not used; each is logged as a warning.
+    Only folders of the same origin are used. The SHA-256 of each used file is checked. Damaged files and folders are
+    not used; each is logged as a warning.
     """
     rows, edges = manifest.read_records(records), _edges(records)
     stored = [each for folder in previous for each in _open(folder, origin)]
@@ -136,7 +137,7 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
 
 
 def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int) -> None:
-    """Write a folder of features for a folder of records. All vectors must be reused.
+    """Write a folder of features for a folder of records. `reuse` must hold the vectors of all images.
 
     Raises ValueError if vectors are missing, and OSError if the folder cannot be written.
     """

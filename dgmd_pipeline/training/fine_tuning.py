@@ -1,7 +1,7 @@
 """Fine-tunes a frozen backbone together with its trained head, and keeps the result only if it is better.
 
-The head is trained first, then both at a low learning rate: Kumar et al., "Fine-Tuning can Distort Pretrained Features
-and Underperform Out-of-Distribution", ICLR 2022.
+The head is trained first. Then the backbone and the head are trained together at a low learning rate. Source: Kumar et
+al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,23 +30,23 @@ CHECKPOINT = "fine_tuning"  # prefix of the checkpoints
 
 
 class Trial(NamedTuple):
-    """Metrics of the head alone and of the fine-tuned model on training images that neither was trained on."""
+    """Metrics of the head alone and of the fine-tuned model on held-out training images."""
 
-    held_out: int  # number of images
+    held_out: int  # number of images, which neither model was trained on
     log_loss_head: float  # nats
     log_loss: float  # after `epochs`
     accuracy_head: float  # 0 to 1
     accuracy: float
-    epochs: int  # number of epochs with the lowest log loss; the final fit has as many
+    epochs: int  # number of epochs after which the log loss is lowest; the final fit has the same number
 
     @property
     def better(self) -> bool:
-        """Whether fine-tuning has the lower log loss.
+        """Whether the fine-tuned model has a lower log loss than the head alone.
 
-        The log loss depends on the probability of every image, the accuracy only on images near the boundary between
-        two classes. So the log loss distinguishes two models with fewer images. It also rejects a model with a higher
-        accuracy but worse probabilities. For the same reasons, it determines the number of epochs: after the best
-        epoch, it rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
+        The log loss depends on the probability of every image. The accuracy depends only on images near the boundary
+        between two classes. So the log loss needs fewer images to distinguish two models. It also rejects a model with
+        a higher accuracy but worse probabilities. For the same reasons, the log loss determines the number of epochs.
+        After the best epoch, it rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
         """
         return self.log_loss < self.log_loss_head
 
@@ -89,7 +89,7 @@ def fine_tune(
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
     A trial comes first. It trains on four fifths of the training split, starting from the head that `fit_head` returns
-    for these rows. After each of `config.epochs` epochs, it is measured on the held-out fifth. `groups` are the
+    for these rows. After each of `config.epochs` epochs, the model is measured on the held-out fifth. `groups` are the
     near-duplicate groups of the training images; a group is held out as a whole.
 
     If the trial is `better`, the final fit trains on the whole training split, starting from `trained_head`, with the
@@ -101,8 +101,8 @@ def fine_tune(
     With the same folder, data and configuration, a stopped fine-tuning resumes after its last epoch. `map_batches` is
     passed to `features.extract`.
 
-    Raises PipelineError if the disk has no room for the activations or weights are not finite, and UnusableCheckpoint
-    if a file in `resume_dir` is damaged.
+    Raises PipelineError if the disk has no room for the activations, or if weights are not finite. Raises
+    UnusableCheckpoint if a file in `resume_dir` is damaged.
     """
     config = config._replace(batch_size=min(config.batch_size, BATCH_SIZE), decay_rate=DECAY_RATE)
     read, val_batches = open_batches(kind, backbone, training, validation, config.batch_size, resume_dir, map_batches)
@@ -121,9 +121,9 @@ def fine_tune(
 class _Fit(NamedTuple):
     """The trial or the final fit, before its next epoch."""
 
-    backbone: "keras.Model"  # copies, whose layers are trainable
-    head: "keras.Model"
-    trained: "keras.Model"  # the trained part of the backbone, then the head; shares their weights
+    backbone: "keras.Model"  # a trainable copy: see `clone_trainable`
+    head: "keras.Model"  # a trainable copy
+    trained: "keras.Model"  # the trained part of the backbone, then the head; shares the weights of both copies
     config: TrainingConfig
     state: TrainingState
     checkpoint: Path
@@ -176,7 +176,7 @@ class _Fitter(NamedTuple):
 def clone_trainable(network: "keras.Model") -> "keras.Model":
     """Return a copy of a network in which every layer except batch normalisation is trainable.
 
-    A frozen batch normalisation layer also uses its stored statistics in training. They were computed on a million
+    A frozen batch normalisation layer keeps using its stored statistics in training. These were computed on a million
     images. The statistics of a few small batches would be worse.
     """
     import keras

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-TRIAL_ROWS = 10_000  # training images that take part in the trial, maximum
+TRIAL_ROWS = 10_000  # maximum number of training images in the trial
 TRIAL_FOLDS = 5  # one of them is held out
 ACTIVATIONS = "activations"  # prefix of the folders
 VALUES, LABELS = "activations.npy", "labels.npy"  # files in such a folder
@@ -41,12 +41,13 @@ def open_batches(
     resume_dir: Path,
     map_batches: ParallelMap,
 ) -> tuple[Batches, "tf.data.Dataset"]:
-    """Return a function that returns the batches of chosen training rows, and the batches of the validation split.
+    """Return two values: a function that returns the batches of chosen training rows, and the validation batches.
 
     For `kind` "all", the batches hold images. For "top", they hold the activations at the cut of the backbone (see
     `cut_backbone`), which are computed once and stored in `resume_dir`.
 
-    Raises PipelineError if the disk has no room for activations, and UnusableCheckpoint if stored ones are damaged.
+    Raises PipelineError if the disk has no room for activations, and UnusableCheckpoint if stored activations are
+    damaged.
     """
     if kind == "all":
 
@@ -109,9 +110,10 @@ def _load(folder: Path) -> LabeledFeatures:
 
 
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:
-    """Return the rows that the trial trains on, and the rows that it holds out. Each held-out label is trained on too.
+    """Return the rows that the trial trains on, and the rows that it holds out.
 
-    `labels` are int [n], `groups` the n near-duplicate groups; a group is held out as a whole.
+    Each label of the held-out rows also occurs in the other rows. `labels` are int [n], `groups` the n near-duplicate
+    groups; a group is held out as a whole.
     """
     rows = np.arange(len(labels))
     if len(rows) > TRIAL_ROWS:

@@ -34,9 +34,9 @@ def train_from_scratch(
     """Train the small network together with its head on images, from random weights.
 
     `validation` is a dataset of (image uint8 [height, width, 3], label int64 []) with a known length. `training` takes
-    a seed and an epoch and returns such a dataset, in an order that depends only on them. It is called for each epoch,
-    because TensorFlow mixes the global seed, which this function sets, into the seed of a dataset. `size` is (height,
-    width). `image_fit` says how the returned model fits images of other sizes to it. The other arguments are as in
+    a seed and an epoch and returns such a dataset, in an order that depends only on them and on TensorFlow's global
+    seed. This function sets the global seed, and then calls `training` for each epoch. `size` is (height, width).
+    `image_fit` says how the returned model fits images of other sizes to `size`. The other arguments are as in
     `head.train_head`. The returned model is servable: see `networks.assemble`.
     """
     import keras
@@ -45,12 +45,12 @@ def train_from_scratch(
     state = load_or_start(config, checkpoint)
     network = networks.build_cnn(*size)
     head = networks.build_head(network.output_shape[-1], classes, config.dropout)
-    classifier = keras.Sequential([network, head])  # without resizing: the images in the records have this size
+    classifier = keras.Sequential([network, head])  # no resizing layer: images in the records have the right size
     val_batches = validation.batch(config.batch_size).prefetch(tf.data.AUTOTUNE)
 
     def shuffled_batches(epoch: int) -> "tf.data.Dataset":
         # A small last batch would distort the statistics of batch normalisation just before they are used. So all
-        # batches have the same size. The few images that remain are left out: other images in each epoch.
+        # batches have the same size. The few remaining images are left out; they differ from epoch to epoch.
         images = training(state.seed, epoch)
         target_size = min(config.batch_size, max(len(images) // MIN_STEPS, MIN_BATCH_SIZE))
         equal_size = len(images) // -(-len(images) // target_size)

@@ -83,7 +83,10 @@ class HiddenHead:
 def _chunks(
     data: LabeledFeatures, batches: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the vectors, labels and edges of as many batches as fit in CHUNK_ROWS rows, at least one."""
+    """Yield the vectors, labels and edges of several batches at a time.
+
+    A chunk has one batch, or several batches that have at most CHUNK_ROWS rows together.
+    """
     step = max(1, CHUNK_ROWS // batch_size)
     for first in range(0, len(batches), step):
         group = batches[first : first + step]

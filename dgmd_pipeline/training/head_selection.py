@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 HEADS = ("auto", "linear", "hidden")
 FILE = "selection.json"  # in the folder of checkpoints
 FOLDS = 3
-SELECTION_ROWS = 8_000  # training images that cross-validation uses, maximum
+SELECTION_ROWS = 8_000  # maximum number of training images that cross-validation uses
 HELD_OUT_ROWS = 2_000  # after this many held-out images, no further fold is evaluated
 SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening: docs/measurements/head.md
 MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; for more, only the first shrinkage is evaluated
@@ -44,7 +44,7 @@ class Option(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The head that cross-validation chose, and the alternatives. HEAD may fix its kind."""
+    """The head that cross-validation chose, and the alternatives. The setting HEAD may fix the kind of head."""
 
     chosen: Option
     options: list[Option]  # the best of each kind
@@ -93,12 +93,12 @@ def select(
     components: linear.Components,
     hidden: HiddenHead | None,
 ) -> Selection:
-    """Cross-validate heads of `kind` on at most SELECTION_ROWS training images, and choose the lowest log loss.
+    """Cross-validate heads of `kind` on at most SELECTION_ROWS training images, and choose by the log loss.
 
-    The log loss distinguishes similar heads with fewer images than the accuracy. It also rewards good probabilities,
+    The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
     `class_weights` are float32 [classes]. `config` has a seed. `components` are the components of the training images.
-    `hidden` is evaluated unless `kind` is linear, and this changes its weights.
+    Unless `kind` is linear, `hidden` is evaluated, which changes its weights.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)
@@ -152,9 +152,10 @@ def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.nd
 
 
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
-    """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates, not features.
+    """Return the best logistic regression over shrinkages and strengths. `cv_folds` hold coordinates, not features.
 
-    The search for a shrinkage starts at the best strength of the previous one. It ends when a shrinkage is not better.
+    For each shrinkage, the search for a strength starts at the best strength of the previous shrinkage. After a
+    shrinkage that is not better than the previous one, no further shrinkage is evaluated.
     """
     products = math.prod(cv_folds[0].fitted.vectors.shape) * len(class_weights)
     best = _Fits(Option("linear", math.inf, 0), FIRST_STRENGTH, [None] * len(cv_folds))
@@ -168,7 +169,10 @@ def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class
 
 
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
-    """Search the strengths for the only minimum of the loss. Each fit starts from the last coefficients."""
+    """Search for the strength with the lowest loss, and return its fits. Each fit starts from the best fit so far.
+
+    The search assumes that the loss has no other local minimum.
+    """
     best = evaluate(start.strength, start)
     for step in (1, -1):
         before = best
@@ -192,7 +196,7 @@ def _evaluate_linear(
 ) -> "_Fits":
     """Fit a logistic regression to each fold, and measure it on the images that were held out.
 
-    Each fold has a thread: nearly all of the time is spent in BLAS and NumPy, which release the GIL.
+    Each fold is fitted in its own thread: BLAS and NumPy release the GIL, and take nearly all of the time.
     """
     penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
 

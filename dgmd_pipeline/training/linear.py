@@ -8,18 +8,18 @@ import numpy as np
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.training.vectors import Vectors
 
-COMPONENT_ROWS = 20_000  # vectors that the components are computed from: about 10 for each of up to 2,048 dimensions
+COMPONENT_ROWS = 20_000  # maximum number of vectors for the components: about 10 for each of up to 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
-# The fit ends when the relative change of the objective is below this. On photographs, 1e-7 changes the held-out loss
-# by at most .0003 and needs twice as many iterations. On features of random weights it needs four times as many, and
-# the loss is not lower.
+# The fit ends when the relative change of the objective is below this. On photographs, 1e-7 needs twice as many
+# iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it needs four times as
+# many iterations, and the loss is not lower.
 TOLERANCE = 1e-5
 MIN_CURVATURE = 1e-4  # minimum of the estimated second derivative of a row's loss
 
 
 class Components(NamedTuple):
-    """The principal components of feature vectors: coordinates (features - mean) @ directions."""
+    """The principal components of feature vectors, whose coordinates are (features - mean) @ directions."""
 
     mean: np.ndarray  # float32 [d]
     variances: np.ndarray  # float64 [r], above 0, r <= d
@@ -57,7 +57,7 @@ def project(features: Vectors, components: Components) -> tuple[np.ndarray, Comp
 
 
 def penalties(components: Components, shrinkage: float) -> np.ndarray:
-    """Return the penalty (float64 [r]) of the squared coefficient of each component: its shrunk variance.
+    """Return the penalty (float64 [r]) of each component's squared coefficients: the component's shrunk variance.
 
     `shrinkage`, above 0 and at most 1, moves the variances towards their mean (Ledoit and Wolf 2004). With 1, all
     coefficients have the same penalty, which corresponds to centred and uniformly scaled vectors. Lower values
@@ -88,8 +88,8 @@ def fit(
 
     L-BFGS (Liu and Nocedal 1989) reads BLOCK_ROWS vectors at a time, so `features` may be mapped from disk. In
     contrast, scikit-learn's LogisticRegression needs a copy of all vectors in memory. L-BFGS is preconditioned with the
-    diagonal of the Hessian at the start. This works well because the components are uncorrelated: for weak penalties it
-    saves four fifths of the iterations.
+    diagonal of the Hessian at the start. This works well because the components are uncorrelated: for weak penalties,
+    preconditioning saves four fifths of the iterations.
 
     Raises PipelineError for features that are not finite.
     """

@@ -43,7 +43,7 @@ def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
 def prepare(network: "keras.Model", config: TrainingConfig) -> list["keras.Variable"]:
     """Compile a network unless it is already compiled, and return all variables that training changes.
 
-    After compiling, TensorFlow traces the network, which takes longer than training a small head.
+    After each compilation, TensorFlow traces the network again, which takes longer than training a small head.
     """
     if not network.compiled:
         # Keras's "auto" would choose XLA, which is several times slower on a CPU.
@@ -67,7 +67,7 @@ def fit(
     checkpoint: Path | None = None,
     callback: "AveragingCallback | None" = None,
 ) -> TrainedModel:
-    """Train a network that returns probabilities with Keras's `fit`: see `run`.
+    """Train a network, which returns probabilities, with Keras's `fit`: see `run`.
 
     `training` returns the batches (inputs, labels int64) of an epoch, in that epoch's order. `val_batches` are measured
     after each epoch and do not affect the training. `class_weights` (float32 [classes]) weigh the training loss.
@@ -99,15 +99,15 @@ def run(
 ) -> TrainedModel:
     """Train a network from `state` until it has had `config.epochs` epochs.
 
-    `run_epoch` gets the number of an epoch, counted from 0, trains it with the optimizer's current learning rate, and
-    returns the losses and accuracies of an Epoch by name. After each epoch, the state, which includes `more_variables`,
-    is saved in `checkpoint` before `on_epoch` is called.
+    `run_epoch` gets the number of an epoch, counted from 0. It trains one epoch with the optimizer's current learning
+    rate, and returns the losses and accuracies of an Epoch by name. After each epoch, the state, which includes
+    `more_variables`, is saved in `checkpoint` before `on_epoch` is called.
 
     Raises Diverged if the weights or a loss are not finite, and UnusableCheckpoint if `state` does not fit the network.
     """
     variables = [*prepare(network, config), *more_variables]
     history = state.history
-    if checkpoint:  # the next checkpoint is written beside the previous one
+    if checkpoint:  # the previous checkpoint is kept until the next one is complete
         size = sum(variable.numpy().nbytes for variable in variables)
         disk.check_space(checkpoint.parent, "the training", size if history else 2 * size)
     if state.values:

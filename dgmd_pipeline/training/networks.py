@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
-CNN_FILTERS = (24, 96, 192)  # of the first convolution; maximum, by doubling; maximum of the last one
+CNN_FILTERS = (24, 96, 192)  # of the first convolution, maximum after doubling, maximum of the last convolution
 BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
 RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same numbers in every process
 
@@ -35,8 +35,8 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     known = backbones.FROZEN[backbone]
     if min(height, width) < known.min_size:
         raise PipelineError(
-            f"{backbone} needs images of at least {known.min_size} x {known.min_size} pixels, "
-            f"IMAGE_WIDTH={width} and IMAGE_HEIGHT={height} are smaller; raise them or choose BACKBONE=cnn."
+            f"{backbone} needs images of at least {known.min_size} x {known.min_size} pixels; "
+            f"found IMAGE_WIDTH={width} and IMAGE_HEIGHT={height}. Raise them or choose BACKBONE=cnn."
         )
     path = backbones.weights_file(backbone, weights, keras_home)
     if path is None:
@@ -45,7 +45,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
     scaled = pixels if known.scaling is None else keras.layers.Rescaling(*known.scaling, name="scaling")(pixels)
     build = getattr(keras.applications, known.function)
     vector = build(include_top=False, weights=None, input_tensor=scaled, pooling="avg").output
-    # Not `build(name=...)`, because EfficientNetV2 chooses layers by the name of the network.
+    # The name is not passed to `build`, because EfficientNetV2 chooses layers by the name of the network.
     network = keras.Model(pixels, vector, name="backbone")
     if path is not None:
         _load_weights(network, path, backbone)
@@ -56,7 +56,7 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
 def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
     import numpy as np
 
-    # Keras only warns about layers that are missing from the file, and keeps their weights. NaN marks these weights.
+    # If the file lacks a layer, Keras only warns and keeps the layer's weights. NaN marks weights that are kept.
     network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
     try:
         with warnings.catch_warnings():

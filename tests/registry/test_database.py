@@ -105,7 +105,7 @@ def test_the_image_of_the_server_says_why_it_cannot_upgrade(tmp_path):
     words = (path.parent, sys.executable, "dgmd_pipeline.registry.database")
     done = run_in_own_mounts(tmp_path, script, *words, PYTHONPATH=ROOT)
     assert done.returncode == 1
-    assert "may not write to its folder: run the command once where it is writable" in done.stderr
+    assert "may not write to its folder. Run the command once where this folder is writable" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -50,7 +50,7 @@ def test_a_version_of_another_training_does_not_count_and_one_without_a_training
     ("uri", "reason"),
     [
         ("http://127.0.0.1:9", "ConnectionError"),
-        ("{server}/another/path", "404 Not Found, not as MLflow does"),
+        ("{server}/another/path", "404 Not Found, not an answer of MLflow"),
         ("sqlite:////no/such/mlflow.db", "unable to open database file"),
     ],
 )

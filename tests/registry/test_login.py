@@ -59,9 +59,9 @@ def test_only_the_operator_s_account_changes_production(registered, use):
     with pytest.raises(NotAllowed) as refused:
         promote(registered, 1)
     assert str(refused.value) == (
-        f"MLflow at {registered.uri} refuses this: the account pipeline may not change which version is production, "
-        "only an administrator may: operator. Repeat the command with an account that may do it, in "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+        f"MLflow at {registered.uri} refuses this: the account pipeline may not change which version is production; "
+        "only these administrators may: operator. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an "
+        "account that may do it, and repeat the command."
     )
     state = versions.read(registered, "jars")
     assert (state.production, promotion.history(state)) == (None, [])
