@@ -45,7 +45,7 @@ def provide(defaults: Mapping[str, str], unset: Sequence[str] = ()) -> None:
 
 
 def wants_colours() -> bool:
-    """Return whether a terminal may show colours: if NO_COLOR has no value (https://no-color.org)."""
+    """Return whether NO_COLOR has no value, so that a terminal may show colours (https://no-color.org)."""
     return not os.environ.get("NO_COLOR")
 
 

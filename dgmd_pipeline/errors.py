@@ -42,7 +42,7 @@ class Declined(Refused):
 
 
 class TooLittleMemory(PipelineError):
-    """An operation needs more memory than the run may use for it. The message lacks the subject."""
+    """An operation needs more memory than the run may use for it. The message lacks a subject: "needs ..."."""
 
 
 class WorkerDied(PipelineError):

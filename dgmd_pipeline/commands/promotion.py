@@ -267,8 +267,8 @@ def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion 
     if now:
         earlier = f"version {recorded.comparison.version}" if recorded.comparison else "no version"
         error = (
-            f"Version {entry.version} was compared with {earlier}, but production is now version {now.version}. They "
-            f"cannot be compared, because there are no validation records in {values.data_dir}."
+            f"Version {entry.version} was compared with {earlier}, but production is version {now.version}. It cannot "
+            f"be compared with production, because there are no validation records in {values.data_dir}."
         )
     benchmark = recorded.serving_benchmark and replace(recorded.serving_benchmark, production=None)
     return review.Review(None, error, benchmark, recorded.benchmark_error)

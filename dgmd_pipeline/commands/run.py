@@ -260,7 +260,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
         log.info("%s", row.rstrip(), extra={"table": 48})
     unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
     if unused and plans[-1].step == names.REGISTERED_MODEL:
-        log.info("  These settings do not use the folders %s. You may delete them.", ", ".join(unused))
+        log.info("  Folders that these settings do not use: %s. You may delete them.", ", ".join(unused))
 
 
 def _show_end(ending: _Ending, result: RunResult, seconds: float) -> None:

@@ -75,7 +75,7 @@ def last_status(values: "Settings") -> status.Status | None:
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run. Publish a status for a run that was killed, or could not start, and `published` none itself."""
+    """Log a failed run. If it was killed or could not start, and has not `published` a status, publish one."""
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""

@@ -64,7 +64,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # the old status is wrong now, and a full disk needs the room for the new one
+        path.unlink(missing_ok=True)  # the old status is outdated, and without it a full disk has room for the new one
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -80,7 +80,8 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has not written a status. This function returns one for it, with its start as `ended` and with `model`.
+    A killed run has not written a status. This function returns one with the start of the run as `ended`, and with
+    `model`.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):

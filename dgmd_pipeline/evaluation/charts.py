@@ -20,7 +20,7 @@ FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncert
 WIDTH, HEIGHT = 420, 230  # of the view box of curves
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
 COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in their own view box
-MARKED = 30  # points of a curve, maximum; the points of a longer curve have no marks
+MARKED = 30  # points; a curve with more points has no marks
 
 
 class Tick(NamedTuple):
@@ -246,7 +246,7 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 
 
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
-    """Choose the labels that have a bar: all, or, of more than ALL_BARS, the lowest recalls between 0 and 1."""
+    """Choose the labels that have a bar. Of more than ALL_BARS labels, choose the lowest recalls between 0 and 1."""
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:
         return Recalls([], ordered, 0, 0)

@@ -5,9 +5,9 @@ discordant if only one of the two models gets it right. If the models are equall
 with probability 1/2.
 
 A class with few discordant images has few possible p-values. For example, with two such images the lowest is 1/4. The
-correction uses this. The adjusted p-value of p is the probability that two equally good models have a p-value of at
-most p in at least one class, given the number of discordant images of each class. The test is step-down: the correction
-of a p-value does not count the classes with lower p-values.
+correction uses this. For a p-value p, the adjusted p-value is the probability that two equally good models have a
+p-value of at most p in at least one class, given the number of discordant images of each class. The test is step-down:
+the correction of a p-value does not count the classes with lower p-values.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,

@@ -22,7 +22,7 @@ from dgmd_pipeline.training.vectors import Vectors
 TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
-MIN_FITTED_OF_LABEL = 20  # rows of each label, or all if it has fewer; the total may then exceed MAX_FITTED
+MIN_FITTED_OF_LABEL = 20  # rows of each label, minimum (all rows if it has fewer); the total may exceed MAX_FITTED
 COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table

@@ -50,7 +50,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Return the class index with the highest probability, int64 [n]; of several, the first."""
+        """Return the class index with the highest probability, int64 [n]; the first one if several are equal."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
