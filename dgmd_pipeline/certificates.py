@@ -19,8 +19,8 @@ FOLDERS_ALLOWED = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CU
 def mistakes(environment: Mapping[str, str]) -> list[str]:
     """Return a sentence for each variable that does not name a readable file with certificates in PEM format."""
     return [
-        f"{name}={value}: expected the path of a readable file of certificates (PEM); {problem}. In a container, this "
-        "is the path in the container: mount the file, or correct the path."
+        f"{name}={value}: expected the path of a readable file of certificates (PEM); {problem}. For a "
+        "container, give the path inside the container: mount the file, or correct the path."
         for name in VARIABLES
         if (value := environment.get(name)) and (problem := _problem(Path(value), name in FOLDERS_ALLOWED))
     ]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 log = logging.getLogger("dgmd_pipeline")
-# Rows are tuples without reference cycles. With Python's default, a collection after 700 new objects, the garbage
-# collector takes a tenth of the time of the steps that process rows, and more if there are more rows.
+# Rows are tuples without reference cycles. By default, Python collects garbage after 700 new objects. In the steps that
+# process rows, this takes a tenth of the time, and a larger share if there are more rows.
 ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
@@ -62,7 +62,7 @@ def command() -> NoReturn:
     logs.protect_streams()
     code = main()
     if lost := logs.lost_output():
-        print(f"error: {lost}. Lines are missing there.", file=sys.stderr)  # noqa: T201 - the log may be what is lost
+        print(f"error: {lost}. Lines are missing there.", file=sys.stderr)  # noqa: T201 - the log may be lost, too
     # A normal exit waits for threads of libraries (up to 9 s were measured) and for TensorFlow's clean-up (1 s).
     os._exit(code)
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            # The predictions are often redirected to a file.
+            # If stdout has data, the log goes to stderr. The output of `predict` is often redirected to a file.
             printed = options.json or options.csv or vars(options).get("name") == "predict"
             stream, times = sys.stderr if printed else sys.stdout, options.command in (_run, _run_or_schedule, _demo)
             logs.start(stream, options.verbose, environment.wants_colours(), times)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Defaults are suppressed: those of a command would overwrite the options before the command.
+    # Options have no defaults here: a command's defaults would overwrite the options that precede the command.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env-file", metavar="FILE", help="read variables from FILE (default: .env, if it exists)")
     common.add_argument("--verbose", action="store_true", help="show Luigi's log, too")
@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a bucket of labelled images into a registered image classifier.\nWithout a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[_step_options(common, "force_before")],  # a command's list would replace a list of the same name
+        # With one attribute for both, --force after the command would replace --force before the command.
+        parents=[_step_options(common, "force_before")],
     )
     _add_only_if_better(parser)
     text = "repeat the run, waiting SECONDS between runs; 0 runs once"
@@ -143,7 +144,7 @@ def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], 
     return read
 
 
-# Python cannot represent the dates of later times.
+# The upper limits keep times within the dates that Python can represent.
 _seconds = _number("seconds, 0 to 1e9", lambda number: 0 <= number <= 1e9)
 _hours = _number("hours, more than 0 and at most 1e6", lambda number: 0 < number <= 1e6)
 

@@ -19,7 +19,7 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # except ta
 
 
 def read(path: Path, known: Collection[str]) -> str:
-    """Return the text of a file without mistakes; `known` are the names of the pipeline's variables.
+    """Check a file and return its text. `known` are the names of the pipeline's variables.
 
     A warning names each variable that is not in `known`, but is similar to one of these names. Raises FileNotFoundError
     if there is no file. Raises SettingsError, with one line for each mistake, if the file cannot be read or parsed.

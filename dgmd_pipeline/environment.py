@@ -8,7 +8,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 LIBRARY_DEFAULTS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # of TensorFlow's start-up messages, only warnings and errors
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow shows only warnings and errors when it starts
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -16,13 +16,14 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow reuses two blocks of up to 16 MB for the next image. New blocks take a third of the time to write a record.
+    # Pillow keeps two blocks of up to 16 MB for the next image. Allocating new blocks would take a third of the time to
+    # write a record.
     "PILLOW_BLOCKS_MAX": "2",
     # mimalloc, pyarrow's own allocator, keeps freed memory: 407 MiB instead of 336 for the rows of a million images.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-# A frozen backbone processes several batches in parallel, one thread each: up to 1.5 times as fast as all threads on
-# one batch; see docs/measurements/speed.md.
+# A frozen backbone processes several batches in parallel, each with one thread. This is up to 1.5 times as fast as
+# one batch with all threads: docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
 # Dask's nanny sets this variable, so that memory returns to the system sooner. Each large buffer then causes page
 # faults again, and the conversion of an image takes twice the CPU time. A worker's processes end with the run anyway.
@@ -38,7 +39,7 @@ def remove_carriage_returns() -> None:
 
 
 def provide(defaults: Mapping[str, str], unset: Sequence[str] = ()) -> None:
-    """Set variables unless they are set, and remove the variables `unset`."""
+    """Set the variables in `defaults` that are not set yet, and remove the variables in `unset`."""
     for name in unset:
         os.environ.pop(name, None)
     for name, value in defaults.items():
@@ -46,7 +47,7 @@ def provide(defaults: Mapping[str, str], unset: Sequence[str] = ()) -> None:
 
 
 def wants_colours() -> bool:
-    """Return whether a terminal may show colours: NO_COLOR has no value (https://no-color.org)."""
+    """Return whether NO_COLOR has no value, so that a terminal may show colours (https://no-color.org)."""
     return not os.environ.get("NO_COLOR")
 
 

@@ -42,7 +42,7 @@ class Declined(Refused):
 
 
 class TooLittleMemory(PipelineError):
-    """An operation needs more memory than the run may use for it. The message says what it needs, without a subject."""
+    """An operation needs more memory than the run may use for it. The message lacks a subject: "needs ..."."""
 
 
 class WorkerDied(PipelineError):
@@ -63,4 +63,4 @@ class WorkerDied(PipelineError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received. It is a KeyboardInterrupt: Luigi reports other exceptions as failed tasks."""
+    """SIGINT or SIGTERM was received. The base is KeyboardInterrupt: Luigi reports other exceptions as failed tasks."""

@@ -33,7 +33,8 @@ def points(difference: float) -> str:
 
 def redact(text: str) -> str:
     """Remove user, password and query from every URI in a text: they may be secrets."""
-    # Up to the last @: a password may contain / and quotes. An S3 URI has no user, but its key may contain @.
+    # User and password end at the last @, because a password may contain / and quotes. S3 URIs are not changed: they
+    # have no user, but their keys may contain @.
     text = re.sub(r"\b(?!s3:)([a-zA-Z][\w+.-]*://)\S*@", r"\1", text)
     return re.sub(r"(\b[a-zA-Z][\w+.-]*://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
 
@@ -56,7 +57,7 @@ def printable(key: str) -> str:
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    """Return a text from a file or a library as one line of printable characters, `limit` at most.
+    """Return a text from a file or a library as one line of at most `limit` printable characters.
 
     If the text is longer, "..." replaces its middle: errors begin with the cause, and paths end with the file's name.
     """

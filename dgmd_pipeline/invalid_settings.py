@@ -18,14 +18,14 @@ from dgmd_pipeline.errors import SettingsError
 
 MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
-# Training `cnn` on 64 images of 256 x 192 pixels instead of 32 took 180 bytes more for each pixel. A float32 image
-# alone has 12. Images that do not fit in memory with this many bytes certainly do not fit.
+# A lower bound of the memory for each pixel of the images. A float32 image alone has 12 bytes. Training `cnn` took 180,
+# computed from the difference between batches of 64 and of 32 images of 256 x 192 pixels.
 PIXEL_BYTES = 40
 FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
 
 
 def describe(name: str, field: FieldInfo, value: object, message: str) -> str:
-    """Return the line for the variable `name`, whose `value` has the fault that pydantic describes in `message`."""
+    """Return the line about an invalid `value` of the variable `name`. `message` is pydantic's error message."""
     allowed = message.removeprefix("Value error, ") if message.startswith("Value error") else expected_values(field)
     shown = "***" if field.annotation == SecretStr | None else formatting.redact(str(value))
     if name.endswith("_URI"):
@@ -71,7 +71,7 @@ def expected_values(field: FieldInfo) -> str:
 def check_cron_expression(value: str) -> None:
     """Raise ValueError, which says what is expected, if `value` is not a cron expression that matches a future time."""
     try:
-        if len(value.split()) != 5:  # cronsim takes a sixth field for seconds
+        if len(value.split()) != 5:  # cronsim also accepts a sixth field, for seconds
             raise CronSimError
         next(CronSim(value, datetime.now()))
     except CronSimError:
@@ -154,6 +154,6 @@ def check_memory(width: int, height: int, batch_size: int | None, memory: int) -
         batch = "" if batch_size is None else f", BATCH_SIZE={batch_size}"
         raise SettingsError(
             f"IMAGE_WIDTH={width}, IMAGE_HEIGHT={height}{batch}: expected values with which {images:,} images fit in "
-            f"memory at once. They need at least {formatting.format_bytes(needed)}, and there are "
-            f"{formatting.format_bytes(memory)}."
+            f"memory at once. They need at least {formatting.format_bytes(needed)} of memory, and "
+            f"{formatting.format_bytes(memory)} are available."
         )

@@ -69,7 +69,7 @@ class Rejected(_RejectedFields):
     __slots__ = ()
 
     def __new__(cls, path: str, label: str, reason: str, detail: str) -> Self:
-        """Bound `detail`: libraries quote the file in it. A TIFF of 35 kB with damaged tags made 133 kB."""
+        """Shorten `detail`, in which libraries quote the file: a damaged TIFF file of 35 kB had a detail of 133 kB."""
         return super().__new__(cls, path, label, reason, one_line(detail))
 
 
@@ -119,8 +119,8 @@ class ShardIndex(NamedTuple):
     shards: list[Shard]  # in the order of their records
 
 
-# A spreadsheet reads a text as a formula if one of these characters is at the start of a cell, or after a character at
-# which another program or locale begins a new cell. Source: owasp.org/www-community/attacks/CSV_Injection.
+# A spreadsheet reads a cell as a formula if it begins with one of these characters. Some programs and locales begin a
+# new cell at a semicolon, a tab or a line break. Source: owasp.org/www-community/attacks/CSV_Injection.
 _FORMULA = "=+\\-@\uff1d\uff0b\uff0d\uff20"
 _BEFORE_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)(?=[{_FORMULA}])")
 _ESCAPED_FORMULA = re.compile(rf"((?:^|[;\t\r\n])\s*'*)'(?=[{_FORMULA}])")
@@ -147,7 +147,7 @@ Row = TypeVar("Row", bound=NamedTuple)
 
 def to_cell(value: object) -> object:
     """Put an apostrophe before each part of a text that a spreadsheet would run as a formula."""
-    # The tests exclude almost every text, and take a tenth of the time of the substitution.
+    # These conditions are false for almost every text, and take a tenth of the time of the substitution.
     if isinstance(value, str) and (value[:1] in _SUSPICIOUS or ";" in value or not value.isprintable()):
         return _BEFORE_FORMULA.sub(r"\1'", value)
     return value
@@ -159,7 +159,7 @@ def from_cell(text: str) -> str:
 
 
 def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
-    """Write a CSV file with a header and return the number of rows. `to_cell` describes what spreadsheets see."""
+    """Write a CSV file with a header, and return the number of rows. `to_cell` prevents formulas in spreadsheets."""
     count = 0
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -170,8 +170,8 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     return count
 
 
-# `read` keeps one object for each of this many different texts. Neighbouring rows have the same label, and most rows
-# have `group` equal to `sha256`: a million Examples take 0.3 GB instead of 0.5.
+# `read` uses one object for equal texts, and remembers this many texts. Neighbouring rows have the same label, and most
+# rows have `group` equal to `sha256`. So a million Examples take 0.3 GB instead of 0.5.
 _SHARED = 1000
 
 

@@ -34,7 +34,7 @@ UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
-    """The settings of a run. A field is named like its variable, in lower case. They generate docs/configuration.md."""
+    """The settings of a run. A field is named like its variable, in lower case. docs/configuration.md lists them."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -69,8 +69,8 @@ class Settings(BaseSettings):
         ge=1,
         le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
-        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. Unset was "
-        "more accurate on every measured data set.",
+        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. On every "
+        "measured data set, models were more accurate without a limit.",
     )
     validation_pcnt: float = Field(
         0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
@@ -113,8 +113,8 @@ class Settings(BaseSettings):
         15,
         ge=1,
         le=10**6,
-        description="Number of epochs of `cnn`. Maximum number of epochs of a hidden head; cross-validation chooses "
-        "the number.",
+        description="For `cnn`, the number of epochs. For a hidden head, the maximum number of epochs; "
+        "cross-validation chooses the number.",
     )
     learning_rate: float = Field(0.01, gt=0, le=1000, description="Learning rate of the first epoch.")
     decay_rate: float = Field(
@@ -221,7 +221,7 @@ class Settings(BaseSettings):
         None,
         description="Address of a Dask scheduler, for example `tcp://dask-scheduler:8786` or `tls://host:8786`. Its "
         "workers then run the steps `download`, `inspect`, `convert` and `extract`. Unset: processes on this machine "
-        "run them. Dask itself reads all its other variables (`DASK_...`) and its files.",
+        "run them. Dask itself reads its other variables (`DASK_...`) and its configuration files.",
     )
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."

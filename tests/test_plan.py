@@ -40,7 +40,7 @@ def test_a_plan_fits_a_terminal(data, tmp_path):
     rows = "\n".join(lines)
     assert re.search(r"^  inspected +done +31 +\d+\.\d kB$", rows, re.MULTILINE), rows
     assert re.search(r"^  registered_model +maybe +\d+ B  only if split changes$", rows, re.MULTILINE), rows
-    assert "Not used with these settings, and kept: features_training." in " ".join(rows.split())
+    assert "Folders that these settings do not use: features_training." in " ".join(rows.split())
 
 
 def test_a_plan_does_not_guess_how_many_images_a_missing_folder_will_have(data, tmp_path):

@@ -273,7 +273,7 @@ def test_images_that_cannot_be_in_memory_at_once_are_refused(monkeypatch, variab
     if not sentence:
         load()
         return
-    with pytest.raises(SettingsError, match=rf"\AIMAGE_WIDTH=4096, IMAGE_HEIGHT=4096, {sentence}, and there are "):
+    with pytest.raises(SettingsError, match=rf"\AIMAGE_WIDTH=4096, IMAGE_HEIGHT=4096, {sentence} of memory, and "):
         load()
 
 

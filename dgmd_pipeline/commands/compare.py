@@ -49,7 +49,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 
 
 def _as_json(reviewed: "Review") -> dict[str, object]:
-    """Return both parts of a review as JSON values. The second version need not be production: it is called `other`."""
+    """Return both parts of a review as JSON values. Their keys contain `other` for the second version."""
     from dgmd_pipeline.evaluation import comparison, serving_benchmark
 
     compared, benchmark = reviewed.comparison, reviewed.serving_benchmark
@@ -60,7 +60,7 @@ def _as_json(reviewed: "Review") -> dict[str, object]:
 
 
 def _neutral(value: object) -> object:
-    """Rename the keys that begin with `production_`: `production_accuracy` becomes `other_accuracy`."""
+    """Rename keys, because the second version may not be production: `production_accuracy` becomes `other_accuracy`."""
     if isinstance(value, dict):
         return {
             f"other_{name.removeprefix('production_')}" if name.startswith("production_") else name: _neutral(item)

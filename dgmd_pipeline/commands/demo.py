@@ -44,7 +44,7 @@ HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect t
 KEPT = "DASK_SCHEDULER_ADDRESS"  # the only setting of the caller that the demo keeps: it does not change the result
 # File name extension and content; scraped files often have a wrong extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
-SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images, put into the bucket
+SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images that the bucket gets
 
 
 def run(pipeline: Callable[[list[str]], int]) -> int:
@@ -116,7 +116,7 @@ def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
 
 
 def _changes_in_env_file(variables: dict[str, str]) -> dict[str, str]:
-    """Return the variables that the operator has changed or added in an existing file; not those of the endpoint."""
+    """Return the variables that the operator has changed or added in an existing file, except those of the endpoint."""
     if not ENV_FILE.exists():
         return {}
     own = {"DATA_DIR", "AWS_ENDPOINT_URL", "NO_PROXY", *CREDENTIALS}

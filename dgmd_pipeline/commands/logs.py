@@ -80,8 +80,8 @@ def start(stream: TextIO, verbose: bool, colours: bool = False, times: bool = Tr
     lines = _Lines("%(asctime)s %(message)s" if times else "%(message)s")
     handler.setFormatter(_TerminalLines(colours, times) if stream.isatty() else lines)
     logging.raiseExceptions = False  # no traceback about a log line that cannot be written
-    # TensorFlow warns about functions that it traces again, Keras through absl about an old format: neither helps an
-    # operator.
+    # TensorFlow warns about functions that it traces again. Keras uses absl to warn about an old file format. These
+    # warnings do not help an operator.
     for name in ("urllib3", *(() if verbose else ("tensorflow", "absl"))):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -107,8 +107,10 @@ class _Lines(logging.Formatter):
 class _TerminalLines(_Lines):
     """Begins a message with the time of day if `times` is set, and wraps it between words.
 
-    A record may have one of these attributes: `table`, the column of a table's last cell; `verbatim`, for lines to
-    copy; `result`, for the result of a run. Lines with `table` or `verbatim` have no time.
+    A record may have one of these attributes:
+    `table`: the line is a row of a table whose last cell begins at this column; it gets no time.
+    `verbatim`: the lines are for copying; they get no time and are not wrapped.
+    `result`: the line is the result of a run; it is bold.
     """
 
     STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow
@@ -133,7 +135,7 @@ class _TerminalLines(_Lines):
 
 
 def _wrap(line: str, width: int, column: int | None) -> str:
-    """Break a line between words. Indent the rest to `column` or, without one, by two more than the line."""
+    """Break a line between words. Indent the rest to `column`; if it is None, by two more than the line."""
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
     wrapper = textwrap.TextWrapper(
         width, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False

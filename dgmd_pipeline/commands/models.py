@@ -30,7 +30,7 @@ class ModelRow:
     compared_with: int | None
     verdict: str | None  # "better", "no difference", "worse", "first", "not compared"; None in older versions
     failed: list[str]  # conditions for a promotion that failed when the version was made
-    latency_p50_ms: float | None  # not comparable between versions: another time, perhaps another machine
+    latency_p50_ms: float | None  # not comparable: each version is measured at another time, perhaps on another machine
     latency_ratio: float | None  # latency / latency of the version `compared_with`, measured alternately
     bytes: int | None
     run: str  # MLflow's id
@@ -55,7 +55,7 @@ def models(values: "Settings", as_json: bool) -> None:
         for more in _more_lines(row):  # on lines of their own: one line would be wider than a terminal
             print(f"{'':9}{more}")
     if any(row.latency_ratio for row in rows):
-        print("latency: for one image, as a multiple of that of the version compared with")
+        print("latency: for one image, as a multiple of the compared version's latency")
     if any(CANDIDATE in row.aliases for row in rows):
         print("* candidate: the version that `promote` selects by default")
     if missing := lookup.missing_registration(values):

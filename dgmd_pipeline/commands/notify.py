@@ -21,7 +21,7 @@ TIMEOUT = 5.0  # seconds, for the whole request
 
 
 def tell(values: "Settings", what: status.Status) -> None:
-    """Send a status to NOTIFY_URL if it is set, and NOTIFY_ON names the outcome."""
+    """Send a status to NOTIFY_URL if the URL is set and NOTIFY_ON includes the outcome."""
     if values.notify_url and what.outcome in status.TOLD[values.notify_on]:
         text = f"{values.model_name}: {what.outcome}. {what.message}"
         post(values.notify_url.get_secret_value(), {"text": text, **asdict(what)})
@@ -29,7 +29,7 @@ def tell(values: "Settings", what: status.Status) -> None:
 
 def post(url: str, body: Mapping[str, object]) -> None:
     """Send `body` as JSON by POST. A failure is logged as a warning, without the URL's path, which may be a secret."""
-    # In a thread, because a socket's timeout does not cover the name server.
+    # In a thread, because a socket's timeout does not cover the look-up of the host's name.
     thread = threading.Thread(target=_post, args=(url, body), daemon=True)
     thread.start()
     thread.join(TIMEOUT)

@@ -79,14 +79,14 @@ def _print_labels(classes: "Sequence[ClassComparison]", versions: str) -> None:
     """Print how the recall of each label changed, the worst first."""
     changed = sorted((row for row in classes if row.gained or row.lost), key=lambda row: (row.change, -row.lost))
     if changed:
-        print(f"Labels with other predictions, recall of {versions}:")
+        print(f"Labels whose predictions differ, recall of {versions}:")
     for row in changed[:SHOWN_LABELS]:
         print(
             f"  {row.label}: {percent(row.production_recall)} -> {percent(row.recall)} of {row.images:,} "
             f"({row.gained:,} gained, {row.lost:,} lost)"
         )
     if (more := len(changed) - SHOWN_LABELS) > 0:
-        print(f"  {more:,} more labels with other predictions")
+        print(f"  {more:,} more labels whose predictions differ")
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -103,7 +103,7 @@ def confirm(question: str, yes: bool) -> None:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Provide a folder that is removed when the block ends."""
-    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # the folder in DATA_DIR may not exist yet
+    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # it may be the one in DATA_DIR, which a run creates
     with TemporaryDirectory(prefix="dgmd-") as folder:
         yield Path(folder)
 

@@ -37,8 +37,8 @@ class Prediction(TypedDict):
 def predict(values: "Settings", files: Sequence[Path], version: str, form: Format) -> None:
     """Classify image files, and the files in folders, with a registered version. Print labels and probabilities.
 
-    A warning names each file or folder that cannot be read, with the reason. If there is one, raises NoUsableInput
-    after printing.
+    A warning names each file or folder that cannot be read, with the reason. If there was a warning, raises
+    NoUsableInput after printing the predictions.
     """
     paths, unreadable = _find(files)
     if not paths and not unreadable:
@@ -61,7 +61,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
 def _predict_files(
     paths: Sequence[Path], fetched: "DownloadedVersion", selected: "ModelVersion", name: str
 ) -> tuple[list[Prediction], list[Path]]:
-    """Return the predictions for the files that can be read, and the other files, after a warning for each of them."""
+    """Return the predictions for the files that can be read, and the other files. Warn about each of these."""
     import numpy as np
 
     from dgmd_pipeline.data import limits
@@ -109,7 +109,7 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files in `paths` and in its folders, and the paths that cannot be opened, after a warning for each."""
+    """Return the files in `paths` and in its folders, and the paths that cannot be opened. Warn about each of these."""
     files: list[Path] = []
     unreadable: list[Path] = []
     for path in paths:
@@ -118,10 +118,10 @@ def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         except (OSError, ValueError) as error:
             _warn(unreadable, path, error)
             continue
-        if not stat.S_ISDIR(mode):  # not a pipe or a device, which can be endless
+        if not stat.S_ISDIR(mode):
             if stat.S_ISREG(mode):
                 files.append(path)
-            else:
+            else:  # for example a pipe or a device, which can be endless
                 _warn(unreadable, path, ValueError("neither a file nor a folder"))
             continue
         walked = os.walk(path, onerror=lambda error: _warn(unreadable, Path(os.fsdecode(error.filename)), error))

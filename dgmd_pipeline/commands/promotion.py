@@ -49,7 +49,8 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
         if known.best is None and (best := promotion.best_former(state, candidate)):
             print(
                 f"Version {best.version}, which was production before, had an accuracy of "
-                f"{percent(promotion.accuracy(best) or 0)} on the images of its own run. The two were not compared."
+                f"{percent(promotion.accuracy(best) or 0)} on the images of its own run. It was not compared with "
+                f"version {candidate.version}."
             )
     failed = ", ".join(decision.failed)
     if failed and not force:
@@ -81,7 +82,8 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
 def promote_if_better(values: "Settings", version: int) -> str:
     """Make a version production if it is better than production and meets all conditions; return a sentence.
 
-    The first version is never promoted, nor one that was production before: an operator may have rolled it back.
+    It never promotes the first version. It never promotes a version that was production before, because an operator may
+    have rolled it back.
     """
     store, state = versions.read_registry(values)
     candidate = versions.select_version(state, str(version))
@@ -113,7 +115,7 @@ def _decide(
 
 
 def _with_labels(known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path) -> "Review":
-    """Return a review with the changes of the labels, which its run does not record."""
+    """Add the label changes to a review. The run of the version does not record them."""
     from dgmd_pipeline.evaluation import review
 
     try:
@@ -187,8 +189,8 @@ def _warn_of_ignored_stages(state: ModelState) -> None:
     for version in state.versions:
         if version.stage == promotion.STAGE:
             log.warning(
-                "version %d has the stage %s but not the alias. So no version is compared with it, and a promotion "
-                "archives it. docs/moving.md shows how to set the alias.",
+                "version %d has the stage %s but not the alias of production. No version is compared with it, and a "
+                "promotion archives it. docs/moving.md shows how to set the alias.",
                 version.version, version.stage,
             )  # fmt: skip
 
@@ -220,7 +222,7 @@ def _reviewed(
     state: ModelState,
     folder: Path,
 ) -> "Review":
-    """Return a version's review: that of its run, or a new one if production has changed or a part is missing."""
+    """Return the review that a version's run recorded, or a new one if production has changed or a part is missing."""
     from dgmd_pipeline.evaluation import review, serving_benchmark
 
     name, now = names.EVALUATION, state.production
@@ -240,9 +242,10 @@ def _reviewed(
         rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
         with serving_benchmark.start_process(settings.serving_environment()) as process:
             found = review.review(candidate, rivals, images, folder, process)
-    except PipelineError as error:  # for example, an older pipeline made production; --force replaces it
+    except PipelineError as error:  # for example about a version of an older pipeline; --force promotes anyway
         return recorded._replace(comparison_error=str(error))
-    if found.serving_benchmark and recorded.serving_benchmark:  # its run compared it with the trained network itself
+    if found.serving_benchmark and recorded.serving_benchmark:
+        # Keep the recorded result: only the run could compare the saved model with the trained network in memory.
         benchmark = replace(
             found.serving_benchmark,
             predictions_equal=recorded.serving_benchmark.predictions_equal,
@@ -253,7 +256,7 @@ def _reviewed(
 
 
 def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion | None, folder: Path) -> "Review":
-    """Return the review in `folder`, without the comparison if it is not with the current production version."""
+    """Return the review in `folder`. Leave out a comparison with another version than the production version `now`."""
     from dgmd_pipeline.evaluation import review
 
     recorded = review.read(folder)
@@ -264,8 +267,8 @@ def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion 
     if now:
         earlier = f"version {recorded.comparison.version}" if recorded.comparison else "no version"
         error = (
-            f"Version {entry.version} was compared with {earlier}, production is version {now.version}, and there are "
-            f"no validation records in {values.data_dir} to compare them on."
+            f"Version {entry.version} was compared with {earlier}, but production is version {now.version}. It cannot "
+            f"be compared with production, because there are no validation records in {values.data_dir}."
         )
     benchmark = recorded.serving_benchmark and replace(recorded.serving_benchmark, production=None)
     return review.Review(None, error, benchmark, recorded.benchmark_error)

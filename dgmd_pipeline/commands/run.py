@@ -52,7 +52,7 @@ def run(
     ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
-            # Without a message to NOTIFY_URL, which could take longer than the system waits for the end of a process.
+            # Before the process is ended after a signal, there is too little time for a message to NOTIFY_URL.
             quiet = values.model_copy(update={"notify_url": None})
             signals.before_end.append(
                 lambda number: publish_status(
@@ -74,7 +74,7 @@ def run(
         ending = _Ending(128 + signals.received[0], signals.stop_message(signals.received[0]), [])
         raise
     finally:
-        if ending.code != Busy.exit_code:  # status.json is that of the run that holds DATA_DIR
+        if ending.code != Busy.exit_code:  # status.json belongs to the run that holds DATA_DIR
             publish_status(values, result, ending.code, ending.message, time.monotonic() - start, until)
             _end_attempt(values, result, ending.code, ending.message)
     _show_end(ending, result, time.monotonic() - start)
@@ -159,7 +159,7 @@ def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]
     except PipelineError as error:
         failure = (
             f"Version {counts['version']} is registered, but PROMOTE_IF_BETTER failed: {error} `models` shows which "
-            f"version is production. No later run repeats this: use `promote {counts['version']}`."
+            f"version is production. Later runs do not try again: use `promote {counts['version']}`."
         )
         return _Ending(PipelineError.exit_code, " ".join([*lines[:-1], failure, lines[-1]]), lines, failure)
     return _Ending(0, " ".join(lines), lines)
@@ -209,7 +209,7 @@ def publish_status(
         if not until or before is None or before.until:
             status.write(published, values.data_dir)
     except OSError as error:
-        log.debug("%s is not written: %s", status.NAME, error)  # the same error fails the run itself
+        log.debug("%s is not written: %s", status.NAME, error)  # the run itself fails with the same error
     notify.tell(values, published)
 
 
@@ -231,12 +231,12 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # Without a command: the version may have been promoted meanwhile.
+    # No command is suggested (None), because the version may have been promoted meanwhile.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 
 def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:
-    """Check before the first step what would otherwise fail hours later: weights and the registry."""
+    """Check the weights and the registry before the first step: otherwise, the run could fail hours later."""
     from dgmd_pipeline.registry import preflight
     from dgmd_pipeline.training import backbones
 
@@ -260,7 +260,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
         log.info("%s", row.rstrip(), extra={"table": 48})
     unused = [name for name in names.STEPS if name not in {each.step for each in plans} and (data_dir / name).exists()]
     if unused and plans[-1].step == names.REGISTERED_MODEL:
-        log.info("  Not used with these settings, and kept: %s. You may delete them.", ", ".join(unused))
+        log.info("  Folders that these settings do not use: %s. You may delete them.", ", ".join(unused))
 
 
 def _show_end(ending: _Ending, result: RunResult, seconds: float) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
-NEXT = ".next-run"  # file in DATA_DIR: when the schedule starts its next run
+NEXT = ".next-run"  # file in DATA_DIR that contains the time of the next run
 POLL_INTERVAL = 30.0  # seconds: the longest delay after a clock change, or after the machine slept
 
 
@@ -75,7 +75,7 @@ def last_status(values: "Settings") -> status.Status | None:
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run, and publish its status if the run was killed or ended before it could `publish` its own."""
+    """Log a failed run. If it was killed or could not start, and has not `published` a status, publish one."""
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""
@@ -107,7 +107,7 @@ def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> I
 
 
 def every(seconds: float) -> Iterator[datetime]:
-    """Yield the current time. Then, for each request, yield the time `seconds` later."""
+    """Yield the current time first. At each later request, yield the time `seconds` after the request."""
     yield _now()
     while True:
         yield _now() + timedelta(seconds=seconds)
@@ -143,7 +143,7 @@ def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Ca
 
 
 def _run(command: Sequence[str]) -> int:
-    # In its own process group, so that Ctrl-C on a terminal reaches the run once, through this process.
+    # The run has its own process group: Ctrl-C on a terminal reaches only this process, which stops the run.
     child = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own command
     try:
         return child.wait()

@@ -22,7 +22,7 @@ TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
 class Status:
     """The outcome of a run. The fields about a version are None if the run did not register or keep one."""
 
-    outcome: str  # SUCCEEDED, WORSE (it registered such a version), UNCHANGED (nothing to do), STOPPED or FAILED
+    outcome: str  # SUCCEEDED, WORSE (than production), UNCHANGED (nothing to do), STOPPED or FAILED
     exit_code: int
     message: str  # sentences
     ended: str  # ISO 8601, UTC
@@ -64,7 +64,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # it is outdated, and on a full disk this makes room for the new file
+        path.unlink(missing_ok=True)  # the old status is outdated, and without it a full disk has room for the new one
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -80,11 +80,12 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has not written a status. Its status is created here: `ended` is its start, and `model` its model.
+    A killed run has not written a status. This function returns one with the start of the run as `ended`, and with
+    `model`.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):
-        message = f"The run that started then ({run.process}) was killed, {KILLED}."
+        message = f"The run that started at this time ({run.process}) was killed, {KILLED}."
         success = known.last_success if known else None
         return Status(FAILED, 128 + signal.SIGKILL, message, run.started, 0.0, model, last_success=success)
     return known

@@ -12,15 +12,15 @@ from dgmd_pipeline.training.config import Epoch
 if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison
 
-ALL_BARS = 30  # labels; of more labels, a chart shows a selection
-BARS = 10  # labels at each end of such a chart
+ALL_BARS = 30  # labels in a chart; if there are more, the chart shows a selection
+BARS = 10  # labels at each end of a selection
 PAIRS = 15  # confused pairs
 MATRIX_LABELS = 10  # more do not fit on the screen of a phone
 FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
 WIDTH, HEIGHT = 420, 230  # of the view box of curves
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
 COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in their own view box
-MARKED = 30  # points of a curve that have a mark
+MARKED = 30  # points; a curve with more points has no marks
 
 
 class Tick(NamedTuple):
@@ -65,7 +65,7 @@ class Bin(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """A reliability diagram over the number of images."""
+    """A reliability diagram, and the numbers of images that are drawn below it."""
 
     bins: list[Bin]
     x_ticks: list[Tick]
@@ -174,7 +174,7 @@ def percent(share: float) -> str:
 
 
 def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
-    """Return the bars of the accuracy and of the number of images by confidence, each in its own view box."""
+    """Return the bars of a reliability diagram. Accuracies and numbers of images have separate view boxes."""
     most = max(row.images for row in bins)
 
     def across(share: float) -> float:
@@ -203,9 +203,10 @@ def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
 
 
 def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Matrix | None:
-    """Return the confusion matrix of all measured labels if they are few, otherwise of those that are confused most.
+    """Return the confusion matrix; None if there are no pairs.
 
-    It is computed from the pairs (most images first), which exist for any number of labels. None if there are no pairs.
+    It has all labels if there are at most MATRIX_LABELS, otherwise the labels that are confused most often. `pairs` has
+    the pair with the most images first. Pairs are known for any number of labels, unlike the complete matrix.
     """
     if not pairs:
         return None
@@ -229,7 +230,7 @@ def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Ma
 
 
 def _cell(images: int, total: int, right: bool) -> Cell:
-    # The square root makes a few images in a wrong column visible. With more colour, text has too little contrast.
+    # The square root makes a few images in a wrong column visible. Above 45 %, text would have too little contrast.
     shade = round(45 * (images / max(total, 1)) ** 0.5)
     return Cell(images, shade, "right" if right else "wrong")
 
@@ -245,7 +246,7 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 
 
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
-    """Choose the labels whose recall is shown as a bar: all if they are few, otherwise the lowest between 0 and 1."""
+    """Choose the labels that have a bar. Of more than ALL_BARS labels, choose the lowest recalls between 0 and 1."""
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:
         return Recalls([], ordered, 0, 0)

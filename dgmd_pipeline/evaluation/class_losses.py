@@ -5,13 +5,14 @@ discordant if only one of the two models gets it right. If the models are equall
 with probability 1/2.
 
 A class with few discordant images has few possible p-values. For example, with two such images the lowest is 1/4. The
-correction uses this: an adjusted p-value is the probability that equally good models have such a low p-value in any
-class, given the number of discordant images of each class. The test is step-down: the class with the lowest p-value
-does not count for the others.
+correction uses this. For a p-value p, the adjusted p-value is the probability that two equally good models have a
+p-value of at most p in at least one class, given the number of discordant images of each class. The test is step-down:
+the correction of a p-value does not count the classes with lower p-values.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,
-1990 (why classes with few discordant images do not count). It finds all that Holm's correction finds, and more.
+1990 (why classes with few discordant images do not count). The test finds every loss that Holm's correction finds, and
+more.
 """
 
 from collections import Counter
@@ -21,15 +22,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-LEVEL = 0.025  # with 0.025 for the test of the accuracy, at most 5 % of equally good versions are called worse
+# Level of significance. The test of the accuracy has the same level for a loss. So at most 5 % of equally good versions
+# are called worse by one of the two tests.
+LEVEL = 0.025
 POWER = 0.8  # probability of detection
 
 
 def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
     """Return for each class the p-value (0 to 1) of its losses, corrected for the number of classes.
 
-    Values up to LEVEL are exact. Of the larger values, the lowest is exact and the others are 1. `gained` and `lost`
-    are the numbers of images that only the candidate or only production gets right.
+    Values up to LEVEL are exact. Of the larger values, the lowest is exact and the others are 1.
+
+    `gained` has, for each class, the number of images that only the candidate gets right, and `lost` the number that
+    only production gets right.
     """
     import numpy as np
     from scipy.stats import binom
@@ -41,7 +46,7 @@ def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
         last = max(last, _lowest_of_all(float(p[index]), counts))
         adjusted[index] = last
         counts[int(discordant[index])] -= 1
-        if last > LEVEL:  # the others are not lower: they need no exact value
+        if last > LEVEL:  # the values of the other classes are not lower, so none is significant
             break
     return adjusted.tolist()
 
@@ -49,7 +54,7 @@ def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
 def _lowest_of_all(p: float, counts: Counter[int]) -> float:
     """Return the probability that at least one of the classes has a p-value of at most `p` by chance.
 
-    `counts` is the number of classes by their number of discordant images.
+    `counts` maps a number of discordant images to the number of classes that have it.
     """
     none = 1.0
     for discordant, classes in counts.items():
@@ -58,7 +63,7 @@ def _lowest_of_all(p: float, counts: Counter[int]) -> float:
 
 
 def _attained(p: float, discordant: int) -> float:
-    """Return the probability that a class's p-value is at most `p`. It is the largest possible p-value up to `p`."""
+    """Return the probability that a class's p-value is at most `p`: its largest possible p-value up to `p`."""
     tails = _tails(discordant)
     return float(tails[tails <= p * (1 + 1e-9)].max(initial=0.0))
 
@@ -72,7 +77,7 @@ def _tails(discordant: int) -> "np.ndarray":
 
 
 def detectable_loss(images: int, others: Sequence[int], disagreement: float, max_drop: float) -> float | None:
-    """Return the true loss of a class's recall (0 to 1) that is found with probability POWER; None if there is none.
+    """Return the smallest true loss of a class's recall (0 to 1) that is found with probability POWER, or None.
 
     The class has `images` images. `others` are the numbers of discordant images of the other classes. `disagreement`
     is the share of discordant images of two equally good models. A loss is found if it is significant and the observed
@@ -91,7 +96,7 @@ def detectable_loss(images: int, others: Sequence[int], disagreement: float, max
 def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
     """Return how many lost images are needed to find a loss, int [images + 1], by the number of discordant images.
 
-    If not even the loss of all discordant images is found, the number is one more."""
+    If a loss is not found even when all discordant images are lost, the number is one more than these images."""
     import numpy as np
     from scipy.stats import binom
 

@@ -142,13 +142,14 @@ def mid_p(gained: int, lost: int) -> float:
     """Return the p-value (0 to 1) of McNemar's mid-p test of whether gains and losses are equally likely.
 
     Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
-    Methodology 13:91, 2013. The exact test rejects much less often than its level allows, so it misses real losses.
+    Methodology 13:91, 2013. McNemar's exact test is not used: it rejects much less often than its level allows, so it
+    misses real losses.
     """
     from scipy.stats import binom
 
     images, larger = gained + lost, max(gained, lost)
     if gained == lost:
-        return 1.0  # the source has 1 - P(gained) / 2; neither is significant
+        return 1.0  # the source has 1 - P(gained) / 2; neither value is significant
     return float(2 * binom.sf(larger, images, 0.5) + binom.pmf(larger, images, 0.5))
 
 
@@ -175,10 +176,10 @@ def detection(images: int, discordant: int | None = None) -> Detection:
 def power(images: int, loss: float, disagreement: float) -> float:
     """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
-    The value is exact: the number of images that only one version gets right is binomial (`images`, `disagreement`),
-    and so is the number of losses among them. If `loss` exceeds `disagreement`, every disagreement is a loss.
-    `Comparison.is_worse` also needs the bootstrap interval, which lowers the probability by at most 3 points:
-    docs/measurements/leaks.md.
+    The value is exact: the number of images that only one version gets right is binomial (`images`, `disagreement`).
+    The number of losses among them is binomial, too. If `loss` exceeds `disagreement`, every disagreement is a loss.
+    `Comparison.is_worse` also requires a bootstrap interval below 0. This lowers the probability by at most 3 points
+    (docs/measurements/leaks.md).
     """
     from scipy.stats import binom
 

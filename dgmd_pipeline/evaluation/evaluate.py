@@ -64,7 +64,7 @@ class EvaluationData(NamedTuple):
     source: str  # URI of the images
     settings: Mapping[str, object]  # of the steps, by variable
     seconds: Sequence[tuple[str, float]]  # of each step before the evaluation
-    versions: Sequence[VersionSummary]  # the registered ones, the oldest first
+    versions: Sequence[VersionSummary]  # registered versions, the oldest first
 
 
 class _Splits(NamedTuple):
@@ -91,7 +91,7 @@ def evaluate(
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
     comparison. The model is benchmarked in `process`. Work that only the report needs is done while `process` loads the
-    models. This process is idle while times are measured.
+    models. While `process` measures times, the calling process is idle.
 
     Returns the counts for the step's record.
     """
@@ -204,7 +204,7 @@ def _find_leaks(splits: _Splits, folder: Path) -> Leaks | None:
 def _content(
     data: EvaluationData, splits: _Splits, measured: Measurements, leaked: Leaks | None, folder: Path
 ) -> report.Content:
-    """Collect the content of the report, which includes the search for wrong labels."""
+    """Collect the content of the report. This includes the search for wrong labels."""
     suspects = _find_label_suspects(data.labels, splits, folder)
     about, history = train.read(data.trained_model)
     shown = suspects.suspects[: label_suspects.SHOWN] if suspects else []
@@ -235,7 +235,7 @@ def _thumbnails(raw: Path, rows: Iterable[metrics.Misclassification]) -> dict[in
 
 
 def _class_counts(balanced: Mapping[str, Mapping[str, int]], splits: _Splits) -> list[plots.ClassCounts]:
-    """Return how many images each label has: found, kept by balancing, in each split."""
+    """Return how many images each label has before balancing, after balancing, and in each split."""
     before, after = balanced["before"], balanced["after"]
     training, validation = (Counter(row.label for row in rows) for rows in splits.both)
     return [
@@ -268,7 +268,8 @@ def _review(
 def metrics_of(folder: Path) -> dict[str, float]:
     """Return the metrics of a finished evaluation, by their name in MLflow.
 
-    They include the differences between predictions for original files and for their records, if these were measured.
+    They include the differences between the predictions for original files and for their records, if the evaluation
+    measured these differences.
     """
     found = manifest.read_json(folder / metrics.METRICS)
     if benchmark := review.read(folder).serving_benchmark:

@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
     max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
     max_latency_ratio: float  # candidate's median latency for one image, divided by production's
-    allow_lost_labels: bool = False  # whether a label of production may have no training images
+    allow_lost_labels: bool = False  # whether a label that production was trained on may have no training images
 
 
 class Decision(NamedTuple):
@@ -108,7 +108,7 @@ def _interval(comparison: "Comparison") -> str:
 
 
 def check_gates(review: "Review", limits: Limits) -> list[Gate]:
-    """Return the result of every gate. Gates that need production do not apply if there is none."""
+    """Return the result of every gate. Gates that need a production version do not apply without one."""
     return [
         _labels(review, limits.allow_lost_labels),
         _assessment(review),
@@ -152,8 +152,8 @@ def _assessment(review: "Review") -> Gate:
         return Gate(
             "assessment",
             False,
-            "In a clean process the saved model's predictions differ from those in training: probabilities differ by "
-            f"up to {benchmark.largest_difference:.2g}.",
+            "The saved model's predictions in a clean process differ from its predictions in training: probabilities "
+            f"differ by up to {benchmark.largest_difference:.2g}.",
         )
     return Gate("assessment", True, "The saved model loads in a clean process and makes the same predictions there.")
 
@@ -210,7 +210,7 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
     test, power = f"For a label with {counted(images, 'image')}, this test would find", percent(class_losses.POWER)
     if loss is None:
-        return f"{test} even a recall of 0 % with a probability below {power}."
+        return f"{test} even a drop to a recall of 0 % only with a probability below {power}."
     return f"{test} a loss of {100 * loss:.0f} points with a probability of {power}."
 
 

@@ -22,7 +22,7 @@ from dgmd_pipeline.training.vectors import Vectors
 TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
-MIN_FITTED_OF_LABEL = 20  # rows of each label, or all that it has, even if there are then more than MAX_FITTED
+MIN_FITTED_OF_LABEL = 20  # rows of each label, minimum (all rows if it has fewer); the total may exceed MAX_FITTED
 COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
@@ -50,15 +50,16 @@ def find(
     labels: Sequence[str],
     seed: int = 0,
 ) -> LabelSuspects:
-    """Find suspects among n images, by their features: `parts` (float32 [n1, d], [n2, d], ...; may be memory-mapped).
+    """Find suspects among n images.
 
-    Each of the first three has n elements: `given` are the class indexes, `groups` the near-duplicate groups, and
-    `keys` the paths below raw/. `labels` are the names of the classes. If all images of a label are in one fold, for
-    example in one near-duplicate group, they cannot be judged and are left out.
+    `parts` are the features of the images: float32 [n1, d], [n2, d], ...; they may be memory-mapped. `given`, `groups`
+    and `keys` have n elements each: the class indexes, the near-duplicate groups, and the paths below raw/. `labels`
+    are the names of the classes.
 
-    Memory grows with n by only a few numbers for each image: the heads are fitted on a stratified sample of about
-    MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the log loss of the given
-    labels on the held-out folds.
+    If all images of a label are in one fold, for example in one near-duplicate group, they cannot be judged and are
+    left out. Each image adds only a few numbers to the memory, because the heads are fitted on a stratified sample of
+    about MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the log loss of the
+    given labels on the held-out folds.
 
     Raises ValueError if the numbers of features and labels differ.
     """
@@ -101,7 +102,10 @@ def write(found: LabelSuspects, folder: Path) -> None:
 
 
 def _sample(given: np.ndarray, seed: int) -> np.ndarray:
-    """Return the sorted rows to fit on: all, or each label's share of MAX_FITTED, at least MIN_FITTED_OF_LABEL."""
+    """Return the sorted rows to fit on: all rows, or a sample if there are more than MAX_FITTED.
+
+    In a sample, each label has its share of MAX_FITTED, but at least MIN_FITTED_OF_LABEL rows or all that it has.
+    """
     if len(given) <= MAX_FITTED:
         return np.arange(len(given))
     order = np.random.default_rng(seed).permutation(len(given))
@@ -134,8 +138,8 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
     """Return the projection on the first COMPONENTS principal components, and the projected features.
 
     Features are centred and divided by one number, the standard deviation of all values, so the ratios between
-    directions stay the same. A head with L2 regularisation is invariant to the rotation, and gives the dropped
-    components the least influence.
+    directions stay the same. The rotation does not change the predictions of a head with L2 regularisation. The dropped
+    components would have the least influence on them.
     """
     from scipy import linalg
 
@@ -154,8 +158,9 @@ def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[
     `columns` (int [n]) is the position of each row's given label among the outputs of the heads. Each position occurs
     in at least two folds.
 
-    Regularisation goes from strong to weak until the log loss rises. Each fit starts from the weights of the last one.
-    Each fold has a thread: nearly all of the time is spent in BLAS and NumPy, which release the GIL.
+    The heads are fitted with ever weaker regularisation until the log loss no longer falls. Each fit starts from the
+    weights of the previous one. Each fold has a thread, because nearly all of the time is spent in BLAS and NumPy,
+    which release the GIL.
     """
     variances = vectors.var(axis=0, dtype=np.float64)
     components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
@@ -198,7 +203,7 @@ def _judge(
         for fold in np.unique(block_folds):
             at = np.flatnonzero(block_folds == fold)
             probabilities, rows = np.exp(linear.log_probabilities(projected[at], *heads[fold])), start + at
-            # For a label without a column, the result is meaningless. The caller drops it.
+            # If the heads have no output for a given label, its probability is meaningless. The caller drops such rows.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]
             likely[rows], best[rows] = classes[probabilities.argmax(axis=1)], probabilities.max(axis=1)

@@ -15,7 +15,7 @@ from dgmd_pipeline.evaluation import metrics
 from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "leaks.csv"
-NEIGHBOURS = 5  # number of nearest training images that are compared; an image with as many copies is not found
+NEIGHBOURS = 5  # number of nearest training images that are compared; an image with 5 or more copies is not found
 SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements/leaks.md
 ROUNDING = 1e-6  # maximum distance of identical features, because of rounding in float32
 BLOCK = 2048  # images of each split that are compared at a time: 16 MB
@@ -52,10 +52,13 @@ def find(
     `training` and `validation` are features (float32 [n, d] and [m, d]) and may be memory-mapped. `keys` and `labels`
     each have two parts: first of the training images, then of the validation images.
 
-    A pair is reported if its cosine distance is below SHARE of the distance to the fifth nearest training image (the
-    ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1), and below SHARE
-    of the lower quartile of these distances over all validation images. No fixed threshold works: a similarity of 0.9
-    is rare among photographs of clothing, and usual among solar cells or features of a random network.
+    A pair is reported if its cosine distance meets two conditions:
+    1. It is below SHARE of the distance between the validation image and its fifth nearest training image. This is the
+       ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1.
+    2. It is below SHARE of the lower quartile of the fifth nearest distances of all validation images.
+
+    No fixed threshold works: a similarity of 0.9 is rare among photographs of clothing, and usual among solar cells or
+    features of a random network.
 
     The time grows with n times m: 0.1 CPU seconds for 2,400 images, 2 for 20,000, about 50 for 100,000 (1,280
     dimensions). Beyond MAX_PAIRS, an evenly spread sample of the validation images is compared.
@@ -92,9 +95,10 @@ def write(leaks: Leaks, folder: Path) -> None:
 
 
 def _neighbours(training: Vectors, validation: Vectors, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities of each chosen validation image's nearest training images, and the nearest's position.
+    """Return the similarities of the nearest training images, and the positions of the nearest one.
 
-    The similarities are float32 [len(chosen), NEIGHBOURS], highest first. The positions are int64 [len(chosen)].
+    `chosen` are positions of validation images. The similarities are float32 [len(chosen), NEIGHBOURS], highest first.
+    The positions are int64 [len(chosen)].
     """
     best = np.full((len(chosen), NEIGHBOURS), -np.inf, np.float32)
     nearest = np.zeros(len(chosen), np.int64)

@@ -74,9 +74,9 @@ class Measurements(NamedTuple):
 def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | None = None) -> Measurements:
     """Measure predictions and write metrics.json, the tables (CSV, for people) and predictions.npz into `folder`.
 
-    `leaked` holds the positions of the images that have a near-duplicate in training; None if nothing looked for them.
-    With it, `overall` also has `leaks`, their number, and `accuracy_without_leaks`, the accuracy on the other images,
-    if there are any.
+    `leaked` holds the positions of the images that have a near-duplicate in training; None if they were not searched.
+    If it is not None, `overall` also has `leaks`, the number of these images. If there are other images, `overall` also
+    has `accuracy_without_leaks`, the accuracy on them.
     """
     measured = measure(predictions)
     if leaked is not None:
@@ -91,10 +91,16 @@ def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | Non
 def measure(predictions: Predictions) -> Measurements:
     """Compute all metrics of predictions for at least one image.
 
-    `overall` has: accuracy; the unweighted means of precision, recall and F1 over the labels that have images (the mean
-    recall is the balanced accuracy); the share of images whose label is among the three most probable; log loss (nats);
-    expected calibration error; images. A label without images has no row. Predictions of it still count as
-    wrong.
+    `overall` has:
+    - the accuracy
+    - the unweighted means of precision, recall and F1 over the labels that have images; the mean recall is also the
+      balanced accuracy
+    - the share of images whose label is among the three most probable
+    - the log loss in nats
+    - the expected calibration error
+    - the number of images
+
+    A label without images has no row. Predictions of this label still count as wrong.
     """
     if np.isnan(predictions.confidence).any():
         raise ValueError("the probabilities contain NaN")

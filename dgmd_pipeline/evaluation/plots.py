@@ -296,7 +296,7 @@ def contact_sheet(
     thumbnails: Mapping[int, np.ndarray],
     title: str = f"Misclassified images: true {ARROW} predicted label and its probability",
 ) -> Plot:
-    """Plot the thumbnails (uint8 [height, width, 3], by position) of the `worst` rows (at least one)."""
+    """Plot the thumbnails (uint8 [height, width, 3], by position) of the rows that `worst` selects, at least one."""
     shown = worst([row for row in rows if row.position in thumbnails])
     columns = min(4, len(shown)) or 1
     lines = -(-len(shown) // columns) or 1

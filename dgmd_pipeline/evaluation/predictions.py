@@ -50,7 +50,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Return the class index with the highest probability, int64 [n]; the first of equal ones."""
+        """Return the class index with the highest probability, int64 [n]; the first one if several are equal."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -69,7 +69,7 @@ class Predictions:
         return _at(self.probabilities, self.truth)
 
     def true_ranks(self) -> np.ndarray:
-        """Return the rank of the true label by probability, int64 [n], from 0. Equal ones are in class order."""
+        """Return the rank of the true label by probability, int64 [n], from 0. Ties are in class order."""
         found, classes = np.empty(len(self), np.int64), np.arange(len(self.labels))
         for block in _blocks(len(self)):
             probabilities, own = self.probabilities[block], self.of_truth[block, None]
@@ -87,8 +87,9 @@ class Predictions:
         classes, probabilities = np.empty(shape, np.int32), np.empty(shape, np.float32)
         from_last = np.arange(self.probabilities.shape[1], dtype=np.int64)[::-1]
         for block in _blocks(len(self)):
-            # The bits of floats of 0 and above, as integers, have the order of the floats. A number with these bits
-            # above the class is sorted by both. `partition` of these numbers is twice as fast as `argpartition`.
+            # The bits of a float that is not negative, read as an integer, sort like the float. Each number has these
+            # bits in its upper half, and the class, counted from the last, in its lower half. So the numbers sort by
+            # probability, then by class. `partition` of them is twice as fast as `argpartition` of the probabilities.
             bits = np.asarray(self.probabilities[block], np.float32).view(np.int32).astype(np.int64)
             numbers = np.partition(bits << 32 | from_last, len(from_last) - count, axis=1)[:, -count:]
             numbers = -np.sort(-numbers, axis=1)
@@ -124,7 +125,7 @@ def predict_head(network: "keras.Model", features: Vectors, batch: int = 1024) -
 def gather(blocks: Iterable[np.ndarray], images: int, classes: int) -> np.ndarray:
     """Return blocks (float32 [m, classes]) as one array [images, classes]. Only one block at a time is in memory.
 
-    Raises ValueError if the blocks have another number of rows.
+    Raises ValueError if the blocks do not have `images` rows in total.
     """
     found, done = np.empty((images, classes), np.float32), 0
     for block in blocks:

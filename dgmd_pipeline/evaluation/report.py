@@ -57,7 +57,7 @@ class Content(NamedTuple):
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # of each step, in order
-    versions: Sequence[VersionSummary] = ()  # the registered ones, the oldest first
+    versions: Sequence[VersionSummary] = ()  # registered versions, the oldest first
     fine_tuning: str = ""  # its result as a sentence; "" without fine-tuning
 
 
@@ -163,7 +163,7 @@ def _derived(content: Content, comparison: Comparison | None) -> dict[str, objec
 
 
 def leak_keys(leaks: Leaks | None) -> dict[int, str]:
-    """Number the images of the pairs to show: 2 i is the validation image of pair i, 2 i + 1 the training image."""
+    """Return the keys of the images to show, by number. In pair i, 2 i is for validation and 2 i + 1 for training."""
     shown = leaks.pairs[:MAX_LEAKS] if leaks else []
     return dict(enumerate(key for leak in shown for key in (leak.key, leak.training_key)))
 

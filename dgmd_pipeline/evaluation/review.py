@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key of the comparison with `Rivals.best` in comparison.json; the other keys are for production
+BEST = "best"  # key in comparison.json: the comparison with `Rivals.best`; the other keys compare with production
 Part = TypeVar("Part")
 
 
@@ -44,7 +44,7 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
-    features: StoredFeatures | None = None  # None: no features are stored, or no model has their network
+    features: StoredFeatures | None = None  # None: there are none, or fine-tuning has changed the backbone
 
 
 class Answers(NamedTuple):
@@ -70,7 +70,7 @@ class Rivals(NamedTuple):
     """The versions to compare a candidate with."""
 
     production: CandidateModel | None = None
-    best: CandidateModel | None = None  # was production before, with a higher accuracy; None: production is the best
+    best: CandidateModel | None = None  # a former production version with a higher accuracy, if there is one
 
 
 class LabelChanges(NamedTuple):
@@ -90,7 +90,7 @@ class Review(NamedTuple):
     benchmark_error: str  # why there is no serving benchmark
     label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
     label_changes_error: str = ""  # why production's labels are unknown
-    best: Comparison | None = None  # with `Rivals.best`, if there is one that can be compared
+    best: Comparison | None = None  # the comparison with `Rivals.best`, if it can be compared
 
 
 def validation_images(folder: Path, rows: Iterable[Example]) -> ValidationImages:
@@ -119,8 +119,9 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
     chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"The model cannot be compared with version {production.version}: of {len(seen):,} validation images, at "
-            f"least one of the models was trained on {seen.sum():,}. The labels of the others are not known to both."
+            f"The model cannot be compared with version {production.version}: at least one of the two was trained on "
+            f"{seen.sum():,} of {len(seen):,} validation images. At least one of the two does not know the labels of "
+            "the other images."
         )
     labels, others = (
         _select(predict(model, images).predicted, model.labels, images.examples, chosen)
@@ -132,7 +133,7 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]). True class indexes are the model's."""
+    """Return the predicted labels of the chosen images (bool [n]). True labels get the model's class indexes."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
@@ -154,8 +155,8 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
 
     If the features of the model's frozen network are stored, only its head runs.
 
-    Raises PipelineError if the model cannot be loaded. Also raises it if the model would resize the records to other
-    pixels than the original files, because its measured accuracy would be too low.
+    Raises PipelineError if the model cannot be loaded, or if its accuracy on the records would be too low because of
+    their size or fit (see `_check_comparable`).
     """
     if model.answers is not None:
         return model.answers
@@ -170,18 +171,19 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    The model resizes the records. If they are at least as large as its input and have the same fit, the result is about
-    the same as for the original file. With another aspect ratio, an image would be padded or cropped twice.
+    The model resizes the records. The result is about the same as for the original files if the records have the same
+    fit and are at least as large as the model's input. Unless the fit is "stretch", the aspect ratio must also be the
+    same: otherwise an image would be padded or cropped twice.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
     too_small = size[0] > index.height or size[1] > index.width
     if too_small or fit != index.fit or (fit != "stretch" and not same_shape):
         raise PipelineError(
-            f"The model reads images of {size[1]} x {size[0]} pixels with IMAGE_FIT={fit}, and the validation records "
-            f"hold {index.width} x {index.height} with IMAGE_FIT={index.fit}: its accuracy on them would be too low. "
-            f"To make records for it, set IMAGE_WIDTH={size[1]} IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit} and run "
-            "`--until convert`."
+            f"The model expects images of {size[1]} x {size[0]} pixels with IMAGE_FIT={fit}. The images in the "
+            f"validation records have {index.width} x {index.height} pixels with IMAGE_FIT={index.fit}. The model's "
+            f"accuracy on them would be too low. To make suitable records, set IMAGE_WIDTH={size[1]} "
+            f"IMAGE_HEIGHT={size[0]} IMAGE_FIT={fit} and run `--until convert`."
         )
 
 
@@ -261,7 +263,7 @@ def _benchmark(
 
 
 def write(found: Review, folder: Path) -> None:
-    """Write `comparison.json` and `assessment.json` into `folder`. The labels are not written."""
+    """Write `comparison.json` and `assessment.json` into `folder`. The label changes are not written."""
     compared, benchmark = found.comparison, found.serving_benchmark
     best: dict[str, object] = {BEST: comparison.to_json(found.best)} if found.best else {}
     values: dict[str, dict[str, object]] = {
@@ -273,7 +275,7 @@ def write(found: Review, folder: Path) -> None:
 
 
 def read(folder: Path) -> Review:
-    """Return what `write` wrote, without the labels. Raises PipelineError if a file is missing or was edited."""
+    """Return the review that `write` wrote. Raises PipelineError if a file is missing or was edited."""
     compared, comparison_error = _read_part(folder / COMPARISON, comparison.from_json)
     best, _ = _read_part(folder / COMPARISON, _best_from_json)
     benchmark, benchmark_error = _read_part(folder / SERVING_BENCHMARK, serving_benchmark.from_json)

@@ -1,7 +1,7 @@
 """Benchmarks a saved model in a clean process: its predictions, load time, latency, throughput and memory.
 
 The process gets only the path of the model, images, and the paths of original files. Times from different machines
-are not comparable, so production is timed in the same process, alternately.
+are not comparable, so the same process also times production: the two models predict alternately.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 IMAGES = 32  # given to the model one by one, as one batch, and as one batch of their original files
 MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
 SECONDS = 1.0  # for these predictions, unless MIN_SINGLES take longer
-TOLERANCE = 1e-3  # of probabilities; stored features come from another TensorFlow graph than the whole model
+# Predictions are equal if no probability differs by more than this. Small differences occur because the recorded
+# predictions may come from stored features, and so from another TensorFlow graph than the whole model.
+TOLERANCE = 1e-3
 TIMEOUT_MINUTES = 10
 UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them if they are installed: 1.3 CPU seconds and 150 MB
 
@@ -103,13 +105,17 @@ def benchmark(
     files: Sequence[Path] = (),
     meanwhile: Callable[[], None] = lambda: None,
 ) -> ServingBenchmark:
-    """Benchmark the model in the file `path` (.keras) in a process of `start_process`, which serves only one call.
+    """Benchmark a model in a clean process.
 
-    `images` is uint8 [n, height, width, 3]. `recorded` holds the probabilities that are expected for them, float
-    [n, classes]. `scratch` is an existing folder for temporary files. `production` is the file of another model, timed
-    beside this one. `files` are the original files of the images, which the model predicts, too; it predicts none if
-    there are none. `meanwhile` is called while the process loads the models; the
-    process measures latency and throughput when it has returned, so that it does not disturb them.
+    `process`: from `start_process`; each call needs a new one.
+    `path`: the file of the model (.keras).
+    `images`: uint8 [n, height, width, 3].
+    `recorded`: the probabilities that are expected for the images, float [n, classes].
+    `scratch`: an existing folder for temporary files.
+    `production`: the file of another model. Both models are timed alternately.
+    `files`: the original files of the images. If there are any, the model predicts them, too.
+    `meanwhile`: is called while the process loads the models. The process measures latency and throughput after
+    `meanwhile` has returned, so that the call does not disturb the measurement.
 
     Raises PipelineError if the model cannot be used in the process, or not within TIMEOUT_MINUTES.
     """
@@ -293,7 +299,7 @@ def _answer(task: Path, found: ServingBenchmark) -> None:
 
 
 if __name__ == "__main__":
-    # If memory runs out while the process waits, Linux kills it and not the training.
+    # If memory runs out while this process waits, Linux kills this process and not the training.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     for _name in UNUSED:

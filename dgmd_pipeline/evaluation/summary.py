@@ -36,7 +36,7 @@ def from_counts(counts: Mapping[str, Any]) -> Summary:
 def sentences(found: Summary, report: str, version: int | None = None) -> list[str]:
     """Return sentences about the accuracy, the verdict, the next command and the report.
 
-    `report` says where the report is. The next command is for `version`; None for no command.
+    `report` says where the report is. The next command promotes `version`; None: there is no next command.
     """
     lines = [f"Accuracy {percent(found.accuracy)} on {found.images:,} validation images."]
     if found.verdict:
@@ -47,7 +47,7 @@ def sentences(found: Summary, report: str, version: int | None = None) -> list[s
         if found.failed:
             lines[-1] += f" Failed conditions: {', '.join(found.failed)}."
     if version is not None:
-        undecided = "shows each condition and refuses it" if found.failed else "shows each condition and asks"
+        undecided = "shows each condition and refuses the version" if found.failed else "shows each condition and asks"
         purpose = "makes it production" if found.recommended else undecided
         lines.append(f"Next command: `promote {version}` {purpose}.")
     return [*lines, f"Report: {report}"]

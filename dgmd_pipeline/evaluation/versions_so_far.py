@@ -6,11 +6,11 @@ from typing import NamedTuple
 from dgmd_pipeline.evaluation import charts
 from dgmd_pipeline.evaluation.charts import Panel
 
-SHOWN = 29  # registered versions, maximum; each point has a mark only if there are few
+SHOWN = 29  # registered versions, maximum; with the new one, there are at most `charts.MARKED` points
 
 
 class VersionSummary(NamedTuple):
-    """The figures of a version. None: it was not recorded."""
+    """The figures of a version. A figure is None if it was not recorded."""
 
     version: int
     created: float  # seconds since 1970

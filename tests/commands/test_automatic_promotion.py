@@ -61,7 +61,7 @@ def test_a_night_whose_promotion_fails_says_so_and_what_is_registered(better, co
         assert status["message"].startswith("jars version 2, already registered. Accuracy ")
         *_, last = result.stdout.splitlines()  # it is nowhere else
         assert result.stdout.count("PROMOTE_IF_BETTER") == status["message"].count("PROMOTE_IF_BETTER") == 1
-        assert last.endswith("No later run repeats this: use `promote 2`.")
+        assert last.endswith("Later runs do not try again: use `promote 2`.")
         assert "error: Version 2 is registered, but PROMOTE_IF_BETTER failed: " in last
         assert "Report: " in result.stdout and "Where the time went" in result.stdout
         health = command(tmp_path, "health", **variables)

@@ -340,7 +340,7 @@ def test_the_report_says_what_is_missing(page):
     text = page(history=HISTORY[:1], head=None, rejected=[], counts=[], seconds=[]).text
     for words in (
         "There is no production version to compare with.", "The benchmark was switched off.", "took one epoch",
-        "because there are no validation images: gone.", "No file was rejected",
+        "have no validation images and were not measured: gone.", "No file was rejected",
         "numbers of images of each label were not recorded", "times of the steps were not recorded",
         "image not readable",
     ):  # fmt: skip

@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models
     ("name", "message"),
     [
         ("broken", "Version 5 cannot be used: .*broken.keras"),
-        ("wide", "Version 5 cannot be used: The model reads images of 17 x 16"),
+        ("wide", "Version 5 cannot be used: The model expects images of 17 x 16"),
     ],
 )
 def test_an_unusable_production_is_neither_compared_nor_timed(name, message, models, images, benchmarked, tmp_path):

@@ -20,7 +20,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         (
             {"verdict": "better"} | COMPARED | {"failed": ["labels", "latency"]},
             "Better than version 6: +3.1 points, 95 % interval +1.2 to +5.0. Failed conditions: labels, latency.",
-            "Next command: `promote 7` shows each condition and refuses it.",
+            "Next command: `promote 7` shows each condition and refuses the version.",
         ),
         (
             {"verdict": "no difference"} | COMPARED | {"difference": -0.001, "low": -0.01},
@@ -35,7 +35,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         (
             {"verdict": "not compared", "failed": ["assessment"]},
             "Not compared. Failed conditions: assessment.",
-            "Next command: `promote 7` shows each condition and refuses it.",
+            "Next command: `promote 7` shows each condition and refuses the version.",
         ),
     ],
 )
