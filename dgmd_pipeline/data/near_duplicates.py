@@ -14,13 +14,14 @@ from dgmd_pipeline.manifest import Image
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
 _ROTATIONS = range(0, 64, 4)  # bits
-_NEIGHBOURS = 8  # number of following hashes that a hash is paired with, in each sorted order
+_NEIGHBOURS = 8  # two hashes are neighbours if they are at most this many places apart in one of the sorted orders
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
 # Rounded to integers, whose sums are exact in float64. So the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # in place of a position
-_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2  # twice the coefficient that noise of one level (of 255) causes
+# Twice the DCT coefficient that noise of one level (of 255) causes. _COSINES has the factor 1,024 and _LUMA 1,000.
+_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
 HASH = np.dtype(
@@ -111,10 +112,10 @@ def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.
 def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
 
-    A bit is set if one of the 8 x 8 lowest DCT coefficients of the luminance exceeds the noise. Zauner 2010,
-    "Implementation and benchmarking of perceptual image hash functions", compares with the median instead. Then
-    noise alone decides the bits of a flat image. The hashes of resized and re-encoded copies differ by at most 3 bits
-    in 95 % of the pairs, and by at most 5 in 99 %.
+    Each bit is that of one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
+    the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares with the
+    median instead. Then noise alone decides the bits of a flat image. The hashes of resized and re-encoded copies
+    differ by at most 3 bits in 95 % of the pairs, and by at most 5 in 99 %.
     """
     hashes = np.empty(len(positions), np.uint64)
     brightness = np.empty(len(positions), np.int64)
@@ -139,8 +140,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are sorted by
     brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
 
-    The earlier call has compared the old images that were neighbours then. So two old neighbours are compared only if
-    an image that was sorted between them has been removed.
+    The earlier call has compared all images that were neighbours then. Two old images can become neighbours only if an
+    image that was sorted between them is removed. Other pairs of old images are not compared again.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # of an old image among the present ones
     position_of[old] = np.arange(len(old))
@@ -194,8 +195,8 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     The sizes are the widths and heights of the images [n, 2], in pixels.
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255), without the part that blur
-    explains: a copy that was made smaller differs from its original by a multiple of the Laplacian. Two different
-    handwritten digits do not.
+    explains: a copy that was made smaller differs from its original by a multiple of the Laplacian. The
+    difference between two handwritten digits is no such multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller one: rounding to whole
     pixels and JPEG blocks change an image of 32 pixels a lot, and one of 300 pixels hardly at all. Photographs of the

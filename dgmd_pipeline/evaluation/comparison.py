@@ -54,7 +54,7 @@ class Comparison:
     """A candidate compared with production on the same images. Shares are 0 to 1."""
 
     version: int | None  # of production
-    run: str  # the run that made production
+    run: str  # the run that trained the production model
     left_out: int  # images that at least one of the two models was trained on
     images: int
     accuracy: float
@@ -188,7 +188,7 @@ def power(images: int, loss: float, disagreement: float) -> float:
         return 0.0
     first, last = binom.interval(1 - 1e-9, images, disagreement)
     discordant = np.arange(max(first, 1), last + 1)
-    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses, or one more or less
+    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses, which may be off by one
     needed = np.select(
         [_is_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1]
     )
@@ -220,7 +220,7 @@ def to_json(comparison: Comparison) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> Comparison:
-    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError if they hold none.
+    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError for others.
 
     A version in the registry may come from an older pipeline, which recorded neither `run` nor `detection`.
     """

@@ -138,7 +138,7 @@ def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableI
 def reuse(
     objects: Iterable[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
 ) -> tuple[list[SourceObject], list[SourceObject]]:
-    """Keep in `folder`, or link into it, the objects that need not be fetched; return them and the missing objects.
+    """Put the objects that need not be fetched into `folder`. Return these objects, and the missing ones.
 
     Unchanged files that an interrupted download left in `folder` are kept. Files that are no longer listed are
     removed. `resume_listing` is the file that stores the listing for the next call. Unchanged objects in `previous`,
@@ -204,7 +204,7 @@ def _is_complete(folder: Path, path: str, size: int) -> bool:
 
 
 def _remove(folder: Path, path: str) -> None:
-    """Remove a file, and then its empty parent folders: an object may need a file in a folder's place."""
+    """Remove a file, and then its empty parent folders: an object `a` cannot be stored while there is a folder `a`."""
     with suppress(FileNotFoundError, NotADirectoryError):
         (folder / path).unlink()
     for parent in list((folder / path).parents)[: path.count("/")]:

@@ -97,7 +97,7 @@ def select(
 
     The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
-    `class_weights` are float32 [classes]. `config` has a seed. `components` are the components of the training images.
+    `class_weights` are float32 [classes]. `components` are the components of the training images.
     Unless `kind` is linear, `hidden` is evaluated, which changes its weights.
     """
     seed = int(config.seed or 0)
@@ -213,7 +213,7 @@ def _evaluate_linear(
 
 
 def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: TrainingConfig) -> Option:
-    """Return the option with hidden layers and the number of epochs with the lowest log loss.
+    """Return the option of kind "hidden". Its number of epochs is the one with the lowest log loss.
 
     A fold stops when its loss has not decreased for `config.patience` epochs.
     """

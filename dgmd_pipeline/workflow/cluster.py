@@ -114,10 +114,11 @@ class ClusterExecutor:
         self._job = pickle.dumps(job)
         found: Any = client.get_versions()
         here, there = job.versions, found["scheduler"]["packages"]
-        if different := [f"{name} {there[name]}" for name in ("dask", "distributed") if there[name] != here[name]]:
+        if different := [name for name in ("dask", "distributed") if there[name] != here[name]]:
+            theirs, ours = (" and ".join(f"{name} {each[name]}" for name in different) for each in (there, here))
             raise PipelineError(
-                f"The Dask scheduler at {self._address} has {' and '.join(different)}, and this run has "
-                f"{here['dask']} and {here['distributed']}. Start the scheduler with the image of the run."
+                f"The Dask scheduler at {self._address} has {theirs}, but this run has {ours}. Start the scheduler "
+                "with the image of the run."
             )
         try:
             for worker, answer in client.sync(_ask_all, client, self._job).items():
@@ -136,9 +137,10 @@ class ClusterExecutor:
     ) -> Iterator[Result | WorkerDied]:
         """Yield `function(item)` in the order of the items. Workers get pieces of `chunk` items.
 
-        If the process of an item dies twice, the item's result is a WorkerDied. If a Dask worker is lost, the scheduler
-        gives its piece to another worker, up to `allowed-failures` times (3 by default). If the scheduler is restarted,
-        the run submits all pieces under way again. So a piece may be worked on twice, even at the same time.
+        If the process of an item dies, another process tries the item again. If that dies, too, the item's result is a
+        WorkerDied. If a Dask worker is lost, the scheduler gives its piece to another worker, up to `allowed-failures`
+        times (3 by default). If the scheduler is restarted, the run submits all pieces under way again. So a piece may
+        be worked on twice, even at the same time.
         Raises what `function` raises, and PipelineError if the cluster cannot do a piece.
         """
         self.connect()
@@ -198,7 +200,7 @@ class ClusterExecutor:
     def _reachable(self) -> "distributed.Client | None":
         """Return the client, or None if the scheduler does not answer.
 
-        Most calls to a scheduler that does not answer never return.
+        If the scheduler does not answer, most calls to it never return.
         """
         is_running = self._client is not None and self._client.status == "running"
         return self._client if is_running and not self._unanswered else None
