@@ -9,8 +9,8 @@ from typing import NamedTuple
 class _Sums(NamedTuple):
     """The sums of all subsets of some sizes with a known total.
 
-    The number s is a sum if and only if total - s is a sum. Between `start` and total - `start`, s is a sum if and only
-    if s + period is a sum. So a few bits describe the sums of any number of sizes.
+    The number s is a sum if and only if total - s is a sum. If s >= `start` and s + period <= total - `start`, then s
+    is a sum if and only if s + period is a sum. So a few bits describe the sums of any number of sizes.
     """
 
     start: int
@@ -18,7 +18,9 @@ class _Sums(NamedTuple):
 
 
 def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
-    """Return positions of `sizes` (each >= 1) whose sum is nearest to `target`, from 1 to `limit`.
+    """Choose some of `sizes` (each >= 1) whose sum is as near as possible to `target`, and return their positions.
+
+    The sum is at least 1 and at most `limit`.
 
     If two sums are equally near, the smaller sum is used. If several subsets have this sum, the result is the subset
     with the earliest positions. Returns no positions if no sum is possible.
@@ -47,12 +49,12 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, up to len(sizes). Equal elements are the same object."""
+    """Return the sums of sizes[i:] for each i, up to len(sizes). Repeated results share one object, which saves memory."""
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
         last = found[-1]
-        if total < 2 * last.start + size + period:  # too few sizes for a period: all bits count
+        if total < 2 * last.start + size + period:  # the sums may have no period yet, so all their bits are needed
             found.append(_add(last, total, size, period))
             continue
         if (last, size) not in known:
@@ -63,7 +65,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
     """Add one `size` to the sizes with the sums `sums` and the total `total`, and return the new sums."""
-    # From this s up to the middle of all sums, the new sums are known to have the period.
+    # For each s from `regular` to half of the new total, s and s + period are both sums, or both are not.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:
         regular = min(regular, sums.start + size)

@@ -23,12 +23,12 @@ TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
 MIN_FITTED_OF_LABEL = 20  # rows of each label, minimum (all rows if it has fewer); the total may exceed MAX_FITTED
-COMPONENTS = 256  # 512 change precision and recall by at most 1 point and take two thirds longer
+COMPONENTS = 256  # with 512, precision and recall differ by at most 1 point, and the search takes two thirds longer
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
-STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression times the number of rows
+STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression, multiplied by the number of rows; larger is less regularised
 MIN_PROBABILITY = 1e-6  # for the log loss
 Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 
@@ -36,7 +36,7 @@ Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 class LabelSuspects(NamedTuple):
     """The images whose label is probably wrong."""
 
-    suspects: list[Misclassification]  # of the kind SUSPECT, least probable given label first, at most MAX_LISTED
+    suspects: list[Misclassification]  # of the kind SUSPECT, sorted by the probability of the given label, at most MAX_LISTED
     total: int  # number of suspects, including those beyond MAX_LISTED
     judged: int  # number of images that were judged
 

@@ -30,7 +30,7 @@ class Gate:
     """Sets the interval between the requests of all threads. It is 0 until the server answers "slow down"."""
 
     def __init__(self, host: str, stop: Event) -> None:
-        """Name the server `host` in the log. Setting `stop` ends all waits."""
+        """Log lines show `host` as the name of the server. Setting `stop` ends all waits."""
         self._host, self._stop = host, stop
         self._lock = Lock()
         self._interval = 0.0  # seconds
