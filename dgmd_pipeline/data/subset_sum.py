@@ -49,7 +49,7 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, up to len(sizes). Repeated results share one object, which saves memory."""
+    """Return the sums of sizes[i:] for each i, up to len(sizes). To save memory, equal results share one object."""
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):

@@ -28,7 +28,7 @@ BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
-STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression, multiplied by the number of rows; larger is less regularised
+STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression, multiplied by the number of rows
 MIN_PROBABILITY = 1e-6  # for the log loss
 Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 
@@ -36,7 +36,7 @@ Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 class LabelSuspects(NamedTuple):
     """The images whose label is probably wrong."""
 
-    suspects: list[Misclassification]  # of the kind SUSPECT, sorted by the probability of the given label, at most MAX_LISTED
+    suspects: list[Misclassification]  # at most MAX_LISTED of kind SUSPECT, by probability of the given label
     total: int  # number of suspects, including those beyond MAX_LISTED
     judged: int  # number of images that were judged
 
