@@ -131,7 +131,7 @@ SHM = "/dev/shm"  # noqa: S108 - the shared memory that worker processes need
         ),
         (
             "mount -t tmpfs -o nr_inodes=14 tmpfs other && cp -r data/raw other && mount --move other data",
-            "free, but cannot hold more than its 14 files (inodes): ",
+            "free, but its limit of 14 files (inodes) is reached: ",
         ),
         ("mount --bind data/raw data/raw && mount -o remount,bind,ro data/raw", None),
     ],

@@ -28,15 +28,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Pieces under way for each worker. The run takes the results in the order of the pieces. While it waits for a slow
-# piece, the other workers still have pieces to do.
+# The run submits up to this many unfinished pieces for each worker. It takes the results in the order of the pieces.
+# While it waits for the result of a slow piece, the other workers still have pieces to do.
 PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between checks of the cluster
 CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
-NO_WORKERS_TIMEOUT = 120.0  # seconds without any worker; distributed.scheduler.no-workers-timeout, if set, replaces it
+# Seconds without any worker, after which a run fails. Dask's option distributed.scheduler.no-workers-timeout, if it is
+# set, is used instead.
+NO_WORKERS_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
 SILENCE = 300.0  # seconds without a result, after which a warning is logged
-MAX_LOSSES = 3  # limit of consecutive lost connections, and of consecutive requests without an answer
+# A run fails if it loses the connection more often than this between two results, or if this many requests in a row get
+# no answer.
+MAX_LOSSES = 3
 
 
 @dataclass(eq=False)
@@ -53,7 +57,7 @@ class ClusterExecutor:
     """Does what `ProcessExecutor` does, on the workers of a Dask scheduler.
 
     Each Dask worker does its pieces in a `ProcessExecutor` with one process. If an image crashes this process, only the
-    image is lost, and the Dask worker continues. docs/decisions/0033-dask.md has the reasons.
+    image is lost, and the Dask worker continues. docs/decisions/0033-dask.md explains this design.
     """
 
     is_cluster = True
@@ -66,11 +70,11 @@ class ClusterExecutor:
         self._address, self._data_dir, self._prepare = address, data_dir, prepare
         self._client: distributed.Client | None = None
         self._job = b""
-        self._counted = self._had_workers = self._had_result = 0.0  # on the clock of `time.monotonic`
+        self._counted = self._had_workers = self._had_result = 0.0  # when each last happened, by `time.monotonic`
         self._losses = self._unanswered = 0
         self._workers = 0
         self._most_workers = 0
-        self._seconds = 0.0  # that workers spent on pieces
+        self._seconds = 0.0  # total time that workers have spent on pieces
         self.dashboard: str | None = None
 
     def connect(self) -> None:
@@ -88,7 +92,7 @@ class ClusterExecutor:
         _warn_of_open_network(self._address)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about versions, which are compared below
+                warnings.simplefilter("ignore")  # Dask warns of different versions, which are compared below
                 self._client = distributed.Client(self._address, name="dgmd_pipeline", set_as_default=False)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise PipelineError(
@@ -135,12 +139,13 @@ class ClusterExecutor:
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
     ) -> Iterator[Result | WorkerDied]:
-        """Yield `function(item)` in the order of the items. Workers get pieces of `chunk` items.
+        """Yield `function(item)` in the order of the items. A piece has `chunk` items.
 
-        If the process of an item dies, another process tries the item again. If that dies, too, the item's result is a
-        WorkerDied. If a Dask worker is lost, the scheduler gives its piece to another worker, up to `allowed-failures`
-        times (3 by default). If the scheduler is restarted, the run submits all pieces under way again. So a piece may
-        be worked on twice, even at the same time.
+        If a process dies while it works on an item, another process tries the item again. If that process dies, too,
+        the item's result is a WorkerDied.
+        If a Dask worker is lost, the scheduler gives its piece to another worker, up to `allowed-failures`
+        times (3 by default). If the scheduler is restarted, the run submits all unfinished pieces again. So two
+        workers may do the same piece, even at the same time.
         Raises what `function` raises, and PipelineError if the cluster cannot do a piece.
         """
         self.connect()
@@ -193,7 +198,7 @@ class ClusterExecutor:
                     cluster_worker.end, worker, workers=[worker], allow_other_workers=True, pure=False
                 )
                 distributed.fire_and_forget(ended)
-        except OSError:  # the scheduler has ended: its workers end with it
+        except OSError:  # the scheduler has ended, and its workers end with it
             log.debug("The Dask scheduler ended before the run")
         client.close(timeout=5)
 
@@ -211,7 +216,11 @@ class ClusterExecutor:
         return PIECES_OF_A_WORKER * max(self._workers, 1)
 
     def _count_workers(self) -> None:
-        """Count the workers. Raises PipelineError if there has been none for too long, or if answers are missing."""
+        """Count the workers.
+
+        Raises PipelineError if there has been no worker for too long, or if the scheduler does not answer MAX_LOSSES
+        requests in a row.
+        """
         assert self._client is not None  # noqa: S101
         self._counted = now = time.monotonic()
         try:
@@ -240,11 +249,11 @@ class ClusterExecutor:
 
     def _start(self, verb: str, content: bytes) -> "distributed.Future[bytes]":
         assert self._client is not None  # noqa: S101
-        # The content is pickled, because Dask would search all rows of a list for futures.
+        # The content is pickled here. Dask would search each item of a list for futures.
         return self._client.submit(_do_piece, self._job, content, key=f"{verb}-{uuid.uuid4().hex}", pure=False)
 
     def _wait(self, window: Iterable[_Piece]) -> bytes:
-        """Return the outcome of the first piece."""
+        """Wait for the first piece in `window`, and return its pickled outcome."""
         from distributed import KilledWorker
         from distributed.client import FutureCancelledError
 
@@ -282,7 +291,7 @@ class ClusterExecutor:
             log.warning(text, SILENCE, piece.name, self.describe(), self.dashboard)
 
     def _reconnect(self) -> None:
-        """Wait while Dask's client reconnects. It gives up after `distributed.comm.timeouts.connect`."""
+        """Wait while Dask's client reconnects. The client gives up after `distributed.comm.timeouts.connect`."""
         assert self._client is not None  # noqa: S101
         while self._client.status == "connecting":
             time.sleep(0.1)
@@ -300,7 +309,7 @@ class ClusterExecutor:
 
 
 def _configure_logging() -> None:
-    """Send the log of Dask's client to the log of the run; without --verbose, drop it."""
+    """With --verbose, write the messages of Dask's client to the log of the run. Without it, drop them."""
     verbose = log.isEnabledFor(logging.DEBUG)
     for name in ("distributed", "distributed.client", "distributed.gc", "bokeh", "tornado", "tornado.application"):
         logger = logging.getLogger(name)
@@ -316,7 +325,7 @@ def _warn_of_open_network(address: str) -> None:
         return
     try:
         found = {ipaddress.ip_address(entry[4][0]) for entry in socket.getaddrinfo(parts.hostname, None)}
-    except OSError:  # connecting reports it
+    except OSError:  # the later attempt to connect reports the error
         return
     if not all(each.is_private or each.is_loopback for each in found):
         log.warning(
@@ -346,7 +355,10 @@ def _first_line(error: BaseException) -> str:
 
 
 async def _ask_all(client: "distributed.Client", job: bytes) -> dict[str, str | None]:
-    """Return a dictionary that says for each worker why it cannot be used; None for a worker that can be used."""
+    """Ask each worker to check itself. Return a dictionary: address of a worker -> why it cannot be used.
+
+    The value is None for a worker that can be used.
+    """
 
     async def ask(worker: str) -> str | None:
         try:
@@ -371,8 +383,8 @@ def _check_answer(job: Job, worker: str) -> None:
             return
         time.sleep(0.1)
     raise PipelineError(
-        f"The Dask worker {worker} wrote {path}, and this process does not see it. Give the run and all workers the "
-        "same disk at this path."
+        f"The Dask worker {worker} wrote {path}, but this process does not see that file. Give the run and all "
+        "workers the same disk at this path."
     )
 
 

@@ -17,11 +17,12 @@ from dgmd_pipeline.workflow.executors import ProcessExecutor
 
 PACKAGE = Path(__file__).parent.parent
 COMPARED = ("dask", "distributed", "tensorflow", "tensorflow-cpu", "numpy", "pillow", "dgmd_pipeline")
-ANSWER = ".cluster-"  # start of the name of the file that a worker writes to DATA_DIR
-OWN_MEMORY = 150_000_000  # bytes of a Dask worker before its first piece
+ANSWER = ".cluster-"  # prefix of the name of the file that a worker creates in DATA_DIR when it checks itself
+OWN_MEMORY = 150_000_000  # bytes that a Dask worker uses before its first piece
 
 DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
-_pools: dict[str, ProcessExecutor] = {}  # by Job.id; only for the last run that gave this worker a piece
+# Job.id -> its executor. There is at most one entry: for the last run that gave this worker a piece.
+_pools: dict[str, ProcessExecutor] = {}
 
 
 class Job(NamedTuple):
@@ -34,7 +35,7 @@ class Job(NamedTuple):
     prepare: Callable[[], None]  # called before the first piece
 
     def answer(self, worker: str) -> Path:
-        """Return the file that a worker writes to DATA_DIR when it is checked."""
+        """Return the path of the file that `worker` creates in DATA_DIR when it checks itself."""
         return self.data_dir / f"{ANSWER}{self.id}-{hashlib.sha256(worker.encode()).hexdigest()[:16]}"
 
 
@@ -59,9 +60,10 @@ def holder(data_dir: Path) -> str:
 
 
 def check(content: bytes, dask_worker: DaskWorker) -> str | None:
-    """Return why this worker cannot do pieces of a job, or None if it can. The text is the end of a sentence.
+    """Return why this worker cannot do pieces of a job, or None if it can.
 
-    `content` is the pickled Job. The worker creates the file `job.answer` in DATA_DIR. The run looks for this file.
+    The text continues a sentence that begins with the name of the worker. `content` is the pickled Job. The worker
+    creates the file `job.answer` in DATA_DIR, and the run then looks for this file.
     """
     job: Job = pickle.loads(content)
     here = versions()
@@ -81,8 +83,9 @@ def check(content: bytes, dask_worker: DaskWorker) -> str | None:
 
 
 def do_piece(job: bytes, content: bytes, dask_worker: DaskWorker) -> bytes:
-    """Return the pickled outcome of a piece: whether it succeeded, the results or the exception, and the seconds.
+    """Do a piece, and return its pickled outcome.
 
+    The outcome is a tuple: whether the piece succeeded, its results or the exception, and the seconds that it took.
     `job` is the pickled Job, `content` the pickled function and items.
     """
     start = time.monotonic()
@@ -113,7 +116,7 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
 
 
 def end(_: str = "") -> None:
-    """End the process of the last run."""
+    """End the process that does the pieces of the last run."""
     for pool in _pools.values():
         pool.close()
     _pools.clear()

@@ -17,7 +17,8 @@ from dgmd_pipeline.formatting import as_user, format_bytes
 
 Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BUSY = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process has removed a file, or created one
+# Errors while a folder is removed, if another process removes or creates files in it at the same time.
+BUSY = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 REMOVAL_TIMEOUT = 10.0  # seconds that another process may write in a folder that is being removed
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
@@ -86,9 +87,9 @@ def _explain_full(
         )
     if status.f_files and not status.f_favail and status.f_bavail:
         return PipelineError(
-            f"{place}: the disk has {format_bytes(status.f_bavail * status.f_frsize)} free, but cannot hold more than "
-            f"its {status.f_files:,} files (inodes): {what} writes more. Remove files, or use another disk, and run "
-            "again: finished steps are kept."
+            f"{place}: the disk has {format_bytes(status.f_bavail * status.f_frsize)} free, but its limit of "
+            f"{status.f_files:,} files (inodes) is reached: {what} needs more files. Remove files, or use another "
+            "disk, and run again: finished steps are kept."
         )
     if place != data_dir and isinstance(error.filename, str):
         return _full(place, f"{what} needs more")
@@ -131,7 +132,7 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
         remedy = f"{what} writes a file that is larger than {allowed}. Raise the limit, or use another disk."
     elif number in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"{error.strerror}: {what} may have {limit:,} open at once. Raise the limit (`ulimit -n`)."
+        return f"{error.strerror}: {what} may have {limit:,} files open at once. Raise the limit (`ulimit -n`)."
     elif number in (errno.EIO, errno.ESTALE) or (named and number in (errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV)):
         remedy = "The disk or the network file system failed: check it, and run again: finished steps are kept."
     else:
@@ -140,7 +141,7 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
 
 
 def _explain_missing(place: Path, data_dir: Path, what: str) -> str | None:
-    """Return a sentence if another process has removed a folder, or None if only a file in it is missing."""
+    """Return the error text if DATA_DIR or the folder of a step was removed, or None if only a file is missing."""
     if not place.is_relative_to(data_dir):
         return None
     for folder in (data_dir, data_dir / "/".join(place.relative_to(data_dir).parts[:1])):
@@ -176,7 +177,10 @@ def _nearest(path: Path, look: Callable[[Path], Found]) -> Found:
 
 
 def prepare_temporary_folder(folder: Path) -> None:
-    """Create `folder` if temporary files go there, and remove what killed processes left in it more than a day ago."""
+    """Create `folder` if it is the folder for temporary files. Remove everything in it that is older than a day.
+
+    Killed processes have left these files there.
+    """
     if folder.absolute() == Path(tempfile.gettempdir()):
         folder.mkdir(exist_ok=True)
     for path in folder.iterdir() if folder.is_dir() else ():

@@ -35,10 +35,10 @@ class Executor(Protocol):
         """Yield `function(item)` in the order of the items, or a WorkerDied if the item's process died."""
 
     def describe(self) -> str:
-        """Return the number of workers as text, for the progress of a step; "" on this machine."""
+        """Return the number of workers as text, for the progress of a step; "" without a cluster."""
 
     def usage(self) -> str:
-        """Return a line about the work of a cluster, for the end of the run, or ""."""
+        """Return a line about the work of the cluster, shown when the run ends; "" if no cluster did any work."""
 
     def close(self) -> None:
         """End the work, even if it is unfinished."""
@@ -70,12 +70,12 @@ class ProcessExecutor:
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], chunk: int = 1
     ) -> Iterator[Result | WorkerDied]:
-        """Yield `function(item)` in the order of the items. A worker gets a chunk when it needs one.
+        """Yield `function(item)` in the order of the items. A worker gets `chunk` items at a time.
 
-        If a worker dies while it works on an item, all workers are started again. The item is then tried once more,
-        alone, because other items may have taken the memory that it needs. If its worker dies again, or if a timer for
-        processor time ended its worker, the item's result is a WorkerDied. Other items of the chunk may be worked on
-        twice.
+        If a worker dies while it works on an item, all workers are started again. The item is then tried once more.
+        Meanwhile, no other item is worked on, because other items may have taken the memory that it needs. If its
+        worker dies in this attempt, too, the item's result is a WorkerDied. If a timer for processor time ended the
+        first worker, the item is not tried again, and its result is a WorkerDied. Other items may be worked on twice.
         Raises what `function` raises, and PipelineError if workers do not start. An executor can have only one open
         iterator at a time.
         """
@@ -173,7 +173,7 @@ class _Chunk:
     items: list[Any]
     outcomes: list[tuple[bool, Any]] | None = None  # for each item: whether it succeeded, and its result or exception
     is_assigned: bool = False
-    is_suspect: bool = False  # one item, whose worker has died
+    is_suspect: bool = False  # the chunk has one item, and the worker that worked on this item died
 
 
 def _isolate(window: deque[_Chunk], chunk: _Chunk, position: int, death: WorkerDied) -> None:
@@ -227,7 +227,10 @@ class _Worker:
         return True
 
     def receive_rest(self) -> int:
-        """Receive what a dead process has sent. Return the position in its chunk of the item that it was working on."""
+        """Receive what a dead process has sent. Return the position of the item that it was working on.
+
+        The position counts from 0 in the process's current chunk.
+        """
         while self.receive():
             pass
         finished = len(os.read(self._progress.fileno(), 2**16))
@@ -259,7 +262,10 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
 
 def submit_in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Start `function` in a thread; return a function that waits for the result and returns (or raises) it."""
+    """Start `function` in a thread, and return another function.
+
+    The returned function waits for the end of `function`, and returns its result or raises its exception.
+    """
     future: Future[Result] = Future()
 
     def work() -> None:

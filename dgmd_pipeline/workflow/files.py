@@ -15,14 +15,14 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_damaged: set[tuple[int, int, str]] = set()  # device and inode of the folder, name
+_damaged: set[tuple[int, int, str]] = set()  # logged files: device and inode of the folder, name of the file
 _checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits. Raises OSError.
 
-    The process caches the result, for all hard links to the file, until the file changes.
+    The result is cached until the file changes. Hard links to the same file share the cached result.
     """
     status = path.stat()
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -81,7 +81,8 @@ def commit(target: Path) -> Iterator[Path]:
             if error.errno not in EXISTS:
                 raise
     finally:
-        shutil.rmtree(attempt, ignore_errors=True)  # what remains is removed with the draft of the step
+        # Files that cannot be removed now are removed later, with the draft of the step.
+        shutil.rmtree(attempt, ignore_errors=True)
 
 
 def attempts(target: Path) -> list[Path]:
@@ -93,7 +94,8 @@ def sync(folder: Path) -> None:
     """Write the files of a folder to the disk, so that a power cut does not leave them empty.
 
     Calls `syncfs`, which writes everything that is unwritten on the folder's file system, or `sync` on systems without
-    it. docs/decisions/0026-folders-survive-a-power-cut.md compares it with one `fsync` for each file. Raises OSError.
+    it. docs/decisions/0026-folders-survive-a-power-cut.md compares `syncfs` with one `fsync` for each file.
+    Raises OSError.
     """
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
@@ -105,7 +107,11 @@ def sync(folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Write the names in a folder to the disk: files and folders that were created, renamed or removed in it."""
+    """Write the list of the names in a folder to the disk.
+
+    Then a power cut does not undo the creation, renaming or removal of files and folders in it.
+    Raises OSError.
+    """
     with _opened(folder) as descriptor:
         try:
             os.fsync(descriptor)

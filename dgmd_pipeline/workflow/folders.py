@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dgmd_pipeline.workflow import disk, files
 
-RESUME = ".resume"  # folder in a draft with the files needed to resume it; never in a finished folder
+RESUME = ".resume"  # folder in a draft, for the files that are needed to resume the draft; never in a finished folder
 FINGERPRINT = "purpose"  # file in RESUME with the fingerprint that the draft was started for
 
 
@@ -21,8 +21,9 @@ def draft(target: Path, fingerprint: str | None = None, keep_replaced: bool = Fa
 
     The content reaches the disk before the folder gets its name, so `target` is complete even after a power cut.
 
-    With a `fingerprint`, the draft has a folder RESUME. If the block fails or the process is killed, a draft with files
-    in RESUME is kept. The next call with the same fingerprint provides that draft.
+    A `fingerprint` is a hash that the caller computes. With a fingerprint, the draft has a folder RESUME. If the block
+    fails or the process is killed, a draft with files in RESUME is kept. The next call with the same fingerprint
+    provides that draft.
 
     With `keep_replaced`, the replaced folder is kept under another name, where `versions` finds it, until
     `discard_replaced` removes it.
@@ -83,13 +84,16 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _kept(folder: Path) -> list[Path]:
-    """Return what a step has written to RESUME. Unfinished pieces, whose names begin with a dot, are left out."""
+    """Return the finished pieces of a draft: files and folders that the step has written to RESUME.
+
+    The name of an unfinished piece begins with a dot.
+    """
     found = (folder / RESUME).iterdir() if (folder / RESUME).is_dir() else ()
     return sorted(path for path in found if path.name != FINGERPRINT and not path.name.startswith("."))
 
 
 def keep_pieces(folder: Path) -> int:
-    """Remove everything except the finished pieces in RESUME from a draft. Return the number of pieces."""
+    """Remove everything from a draft, except the finished pieces in RESUME. Return the number of these pieces."""
     kept = _kept(folder)
     for path in [*folder.iterdir(), *(folder / RESUME).iterdir()]:
         if path.name not in (RESUME, FINGERPRINT) and path not in kept:
@@ -103,15 +107,18 @@ def pieces(target: Path) -> list[Path]:
 
 
 def resumable(target: Path, fingerprint: str | None) -> Path | None:
-    """Return RESUME in the draft of a folder, if `draft` will provide this draft for this fingerprint, else None."""
+    """Return the path of RESUME in the draft of `target`, or None if the draft cannot be resumed.
+
+    The draft can be resumed if RESUME contains finished pieces, and if the draft was started for this fingerprint.
+    """
     folder = _beside(target)[0]
     return folder / RESUME if fingerprint and _fingerprint(folder) == fingerprint and _can_resume(folder) else None
 
 
 def recover(data_dir: Path, names: Iterable[str]) -> None:
-    """Clean up the folders `names` after a killed run: restore replaced folders and remove drafts.
+    """Clean up the folders `names` after a killed run.
 
-    Drafts that can be resumed are kept.
+    Restore a replaced folder if its target is missing; otherwise, remove it. Remove the drafts that cannot be resumed.
     """
     for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
         discard_replaced(target)

@@ -1,4 +1,4 @@
-"""The lock of DATA_DIR, and what its file says about the run that holds it."""
+"""The lock of DATA_DIR. The file of the lock says which run holds the lock, and how far this run is."""
 
 import contextlib
 import fcntl
@@ -21,8 +21,8 @@ SECONDS_BETWEEN_WRITES = 5.0
 def hold(data_dir: Path) -> Iterator["Holder"]:
     """Lock `data_dir` for one run, and provide the Holder, which publishes the run's progress.
 
-    The kernel releases the lock when the process ends. Raises Busy, which names the process that holds the lock, and
-    PipelineError if no file can be created there.
+    The kernel releases the lock when the process ends. Raises Busy if another process holds the lock; its text names
+    that process. Raises PipelineError if no file can be created in `data_dir`.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,10 @@ class Holder:
         self._process = f"process {os.getpid()} on {socket.gethostname()}, started {formatting.utc_now()}"
 
     def tell(self, step: str, progress: str) -> None:
-        """Write the step and its progress; within a step, at most every SECONDS_BETWEEN_WRITES."""
+        """Write the name of the step and its progress to the file.
+
+        Within a step, a call does nothing if the last write was less than SECONDS_BETWEEN_WRITES ago.
+        """
         if step != self._step:
             self._step, self._since = step, formatting.utc_now()
         elif time.monotonic() - self._written < SECONDS_BETWEEN_WRITES:
@@ -64,9 +67,9 @@ class Run(NamedTuple):
     started: str  # ISO 8601, UTC
     step: str  # name of the folder that it writes; "" before the first step
     since: str  # when the step began: ISO 8601, UTC
-    progress: str  # of the step in words; "" if nothing is known
+    progress: str  # progress of the step in words; "" if nothing is known
     silent: float  # seconds since it last wrote its progress
-    killed: bool  # it has ended without releasing its lock
+    killed: bool  # whether the run has ended without releasing its lock
 
     def __str__(self) -> str:
         step = f", {self.step} since {self.since}" if self.step else ""
@@ -94,7 +97,10 @@ def last_run(data_dir: Path) -> Run | None:
 
 
 def _acquire(file: FileIO) -> bool:
-    """Lock the file, and return whether this succeeded. `last_run` in another process may lock it for a moment."""
+    """Lock the file, and return whether this succeeded.
+
+    Several attempts are made, because `last_run` in another process may hold the lock for a moment.
+    """
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +122,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_holder(data_dir: Path) -> str:
-    """Return which run holds the lock. If the run has only just taken it, wait until the run has written its name."""
+    """Return which run holds the lock. If the file does not name a run yet, wait for a moment."""
     for _ in range(20):
         if run := last_run(data_dir):
             return str(run)

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use: those of its affinity, but at most its CPU quota, rounded up.
+    """Return how many cores this process may use: those in its CPU affinity or, if smaller, its rounded-up CPU quota.
 
-    `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity then still has all cores of the host.
+    `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity still contains all cores of the host.
     """
     usable = _affinity()
     quota = cpu_quota(root)
@@ -17,10 +17,10 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
-    """Return environment variables that limit the threads of libraries to the CPU quota; none without a quota.
+    """Return environment variables that limit the threads of libraries to the CPU quota.
 
     By default, OpenMP, OpenBLAS and TensorFlow start a thread for each core of the affinity. OpenBLAS obeys
-    OMP_NUM_THREADS too.
+    OMP_NUM_THREADS too. No variables are returned if the quota allows all cores of the affinity, or without a quota.
     """
     threads = cores(root)
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -28,7 +28,7 @@ def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Return how many bytes of memory this process may use: the machine's, or the limit of its container."""
+    """Return how many bytes of memory this process may use: those of the machine or, if smaller, of its container."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(physical, memory_limit(root) or physical)
 
@@ -48,9 +48,10 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the memory limit of this process's control groups in bytes; None without a limit.
+    """Return the memory limit of this process's control groups in bytes; None if no limit is found.
 
-    `root` is as in `cpu_quota`. Without a limit, version 1 of control groups reports a number above any memory.
+    `root` is as in `cpu_quota`. Version 1 of control groups always reports a number. If there is no limit, this number
+    is larger than the memory of any machine.
     """
     texts = [_read(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_FILES]
     return min((int(text) for text in texts if text.isdecimal()), default=None)
@@ -66,8 +67,8 @@ def _affinity() -> int:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's group and of the groups that contain it. Each group limits the process.
 
-    In a container, /proc/self/cgroup may contain the path on the host. In this case, only the last folder exists. It is
-    the container's group.
+    In a container, /proc/self/cgroup may contain the path of the group on the host. In this case, only the last folder
+    that is yielded exists. It is the folder of the container's group.
     Sources: man 7 cgroups; Documentation/admin-guide/cgroup-v2.rst and cgroup-v1 of the Linux kernel.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():

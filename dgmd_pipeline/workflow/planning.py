@@ -17,13 +17,14 @@ class StepPlan:
     """What a run will do with a step, and why."""
 
     step: str  # name of its folder
-    state: Literal["done", "run", "maybe"]  # "maybe": only if an upstream step changes
+    state: Literal["done", "run", "maybe"]  # "maybe": the step runs only if an upstream step changes
     reasons: Sequence[Reason]
-    fingerprint: str | None  # of the folder after the run; None if only the run reveals it
-    images: int | None = None  # in the folder, or in the step's input if the folder is missing
-    bytes: int | None = None  # total size of its files now
+    fingerprint: str | None  # fingerprint of the folder after the run; None if only the run reveals it
+    images: int | None = None  # number of images in the folder, or in the step's input if the folder is missing
+    # Total size of the folder's files now. For the reason "upstream", `images` and `bytes` describe the new folder.
+    bytes: int | None = None
     counts: Json = field(default_factory=dict)
-    waits_for: Sequence[str] = ()  # for "maybe": steps that will run, and whose results decide about this step
+    waits_for: Sequence[str] = ()  # for "maybe": steps that will run, and whose results decide whether this step runs
     reuse: str = ""  # what the step will reuse, for example "12 new, 1,588 reused"; "" if unknown
 
     @property
@@ -67,7 +68,10 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 
 
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
-    """Return the steps with this verb or folder name. If there is none, raises a SettingsError that lists all steps."""
+    """Return the steps with this verb or folder name.
+
+    Raises a SettingsError that lists all steps if no step has that verb or name.
+    """
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
     if not found:
@@ -100,7 +104,7 @@ def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
 
 
 def _without_outdated_numbers(plan: StepPlan) -> StepPlan:
-    """Return a plan without the numbers that describe a folder which the run will replace."""
+    """Return the plan. If the run will replace the folder, leave out the numbers that describe the old folder."""
     # The plan of a step with the reason "upstream" has the number of images in the new folder.
     is_current = plan.state != "run" or any(reason.kind == "upstream" for reason in plan.reasons)
     return plan if is_current else replace(plan, images=None, counts={})

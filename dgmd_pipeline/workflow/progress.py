@@ -24,8 +24,10 @@ def progress(
     report: Callable[[int, str], None] | None = None,
     note: Callable[[], str] = str,
 ) -> Iterator[Item]:
-    """Yield `items`, and show how many `unit`s of `total` are done and how fast; with `size` (bytes), also MB/s.
+    """Yield `items`, and show how many of `total` units are done, and how many are done per second.
 
+    `what` names the work, and `unit` names the units. `count` returns how many units an item has (by default, 1).
+    `size` returns the bytes of an item. With `size`, the speed in MB/s is also shown.
     `report` is called about once a second with the percentage that is done and a text with the same information.
     `note` returns a text that is also shown. The text may be empty.
     """

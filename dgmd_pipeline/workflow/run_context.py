@@ -30,14 +30,16 @@ class Values(Protocol):
 class RunResult:
     """What has happened in a run so far."""
 
-    fingerprints: dict[str, str] = field(default_factory=dict)  # of the step folders that are known to be up to date
+    # Step folder -> its fingerprint, for each folder that is known to be up to date.
+    fingerprints: dict[str, str] = field(default_factory=dict)
     planned: set[str] = field(default_factory=set)  # step folders that have been examined
-    records: list[StepRecord] = field(default_factory=list)  # of the steps that did work in this run, in this order
+    # Records of the steps that did work in this run, in the order in which the steps ran.
+    records: list[StepRecord] = field(default_factory=list)
     summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
     failure: BaseException | None = None
     failed_step: str | None = None
     dashboard: str | None = None  # address of the cluster's page, if the run used a cluster
-    usage: str = ""  # a line about the work of a cluster
+    usage: str = ""  # a line about the work of a cluster; "" if no cluster did any work
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +51,9 @@ class RunContext:
     check_stopped: Callable[[], None] = lambda: None  # raises when the run has been asked to stop
     tell: Callable[[str, str], None] = lambda _step, _progress: None  # says which step runs, and how far it is
     forced: Mapping[str, str] = field(default_factory=dict)  # step folder -> why the step runs even if it is up to date
-    name: str = "run"  # on the page of a Luigi scheduler
-    holds_lock: bool = True  # the creator of the context has locked DATA_DIR; if not, each step locks it while it works
+    name: str = "run"  # name of the run on the page of a Luigi scheduler
+    # Whether the creator of this context has locked DATA_DIR. Otherwise, each step locks DATA_DIR while the step works.
+    holds_lock: bool = True
     result: RunResult = field(default_factory=RunResult)
     _shared: dict[type, Any] = field(default_factory=dict)
 
@@ -60,7 +63,7 @@ class RunContext:
         return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:
-        """Return this run's only object of a class. The first call creates it."""
+        """Return the object of this class that all steps of the run share. The first call creates the object."""
         return self._shared.setdefault(kind, kind())
 
 
@@ -73,7 +76,10 @@ _default: Callable[[], RunContext] = _no_context
 
 
 def current() -> RunContext:
-    """Return the active run's context. If Luigi's own command started the run, create it from the environment."""
+    """Return the context of the active run.
+
+    If Luigi's own command started the run, the first call creates the context from the environment.
+    """
     global _active  # noqa: PLW0603 - Luigi creates tasks from their parameters alone; a process has one run
     if _active is None:
         _active = _default()

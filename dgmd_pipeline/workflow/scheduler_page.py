@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 REPORTED = ("add_worker", "add_task", "ping", "announce_scheduling_failure", "set_task_status_message",
     "set_task_progress_percentage", "report_task_statistics")  # fmt: skip  # calls that report what a run does
 CONNECT_TIMEOUT = 5.0  # seconds
-FLUSH_SECONDS = 5.0  # maximum seconds that a run waits at its end until its last reports are sent
+FLUSH_SECONDS = 5.0  # maximum time that a run waits, at its end, for its last reports to be sent
 
 
 def _remote(url: str) -> RemoteScheduler:

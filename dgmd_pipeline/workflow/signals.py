@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterator
 
 from dgmd_pipeline.errors import Stopped
 
-GRACE, ENDING = 3.0, 5.0  # seconds that the block, and then `before_end`, may take; `docker stop` kills after ten
+# Maximum seconds after a signal until the block of `handle_signals` ends, and maximum seconds for the calls of
+# `before_end` after that. `docker stop` kills the process after ten seconds.
+GRACE, ENDING = 3.0, 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-received: list[int] = []  # since `handle_signals` began
-_deferring: list[None] = []  # one for each `deferred` block that the main thread is in
+received: list[int] = []  # numbers of the signals that have arrived since `handle_signals` began
+_deferring: list[None] = []  # one entry for each `deferred` block that the main thread is in
 # Functions that are called with the signal before the process is ended.
 before_end: list[Callable[[int], None]] = []
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Raise Stopped in the block when a signal arrives; end the process if the block does not end in time."""
+    """When a signal arrives, raise Stopped in the block. If the block then does not end in time, end the process."""
     received.clear()
     before_end.clear()
     reader, writer = os.pipe()
@@ -55,7 +57,8 @@ def check_stopped() -> None:
 def deferred() -> Iterator[None]:
     """If a signal arrives in the block, raise Stopped only after the block. Only for the main thread.
 
-    An exception in the middle of a transaction leaves the database, and a lock of its library, locked for ever.
+    An exception in the middle of a transaction would leave the database locked for ever. A lock in the library that
+    uses the database would never be released.
     """
     _deferring.append(None)
     try:
@@ -85,8 +88,8 @@ def _watch(reader: int, screen: int) -> None:
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
             with contextlib.suppress(OSError):  # the reader of the pipe has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
-            # A call could wait for ever for a lock that the main thread holds. So the calls run in another thread, and
-            # this thread waits for it at most ENDING seconds.
+            # A function in `before_end` could wait for ever for a lock that the main thread holds. So these functions
+            # run in another thread, and this thread waits for that thread at most ENDING seconds.
             ending = threading.Thread(target=_call_before_end, args=(heard[0],), daemon=True)
             ending.start()
             ending.join(ENDING)

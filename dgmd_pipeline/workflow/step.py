@@ -1,4 +1,4 @@
-"""The Luigi task of this pipeline: a step writes one folder below DATA_DIR and records what it was made from.
+"""The Luigi task of this pipeline: a step writes one folder below DATA_DIR and records what the folder was made from.
 
 docs/architecture.md has the rules for steps.
 """
@@ -100,9 +100,9 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # If the run holds the lock, only this process can change a planned folder. It stores the fingerprint when it
-        # does, so it need not examine the folder again. Luigi's own command does not hold the lock, and may run steps
-        # in other processes. It examines each folder again.
+        # If the run holds the lock, only this process can change a planned folder. After each change, this process
+        # stores the fingerprint of the folder. So a planned folder need not be examined again. Luigi's own command does
+        # not hold the lock, and other processes may run steps. So a folder without a fingerprint is examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -115,14 +115,16 @@ class Step(luigi.Task):
     """A Luigi task that writes one folder. A subclass declares what the content depends on, and does the work."""
 
     deployment: str = DeploymentParameter()
-    name: ClassVar[str]  # of the folder below DATA_DIR
+    name: ClassVar[str]  # name of the folder below DATA_DIR
     verb: ClassVar[str] = ""  # name of the step on the command line
     format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    accepts_external_data: ClassVar[bool] = False  # a folder without a record is from the operator and is used as it is
-    resumable: ClassVar[bool] = False  # continues the draft of a run that was stopped
-    keeps_pieces: ClassVar[bool] = False  # reuses the finished pieces in the draft of a run that was stopped
+    # Whether a folder without a record is accepted. The operator has provided such a folder, and it is used as it is.
+    accepts_external_data: ClassVar[bool] = False
+    resumable: ClassVar[bool] = False  # whether the step continues the draft of a stopped run
+    # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
+    keeps_pieces: ClassVar[bool] = False
 
     # Of the tasks that need the same resource, Luigi's scheduler runs only one at a time.
     resources = {"data_dir": 1}
@@ -266,12 +268,15 @@ class Step(luigi.Task):
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
-        """Do the work, unless the fingerprints of the inputs are unchanged."""
+        """Do the work, unless the folder turns out to be up to date.
+
+        For example, an earlier step may have run and produced the same result as before.
+        """
         with self._locked():
             known = self.context.result.fingerprints
             inputs = {task.folder: str(task.output().fingerprint()) for task in self.deps()} | self.extra_inputs()
             record = read_record(self.path)
-            # Luigi starts a step without inputs only if it is out of date.
+            # Luigi starts a step without inputs only if its folder is out of date.
             if self.deps() and record and not self.outdated(record, inputs) and not self.check_upstream(record):
                 folders.sweep(self.path.parent, [self.folder])
                 known[self.folder] = record.identity
@@ -330,8 +335,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        The executor's processes end with the step. Otherwise, with `--workers 2`, the process that Luigi forks for each
-        step would wait for them for ever.
+        If the step locks DATA_DIR, the executor's processes end with the step. If they did not end, the process that
+        Luigi forks for each step with `--workers 2` would wait for them for ever.
         """
         if self.context.holds_lock:
             yield
@@ -355,6 +360,6 @@ class Step(luigi.Task):
                 tell(value)
 
     def on_failure(self, exception: BaseException) -> str:
-        """Keep the exception for the command; Luigi would only log it."""
+        """Store the exception in the run's result, because Luigi would only log it."""
         self.context.result.failure, self.context.result.failed_step = exception, self.folder
         return super().on_failure(exception)

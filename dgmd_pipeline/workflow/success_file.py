@@ -1,4 +1,7 @@
-"""The file `_SUCCESS`, which records what a folder was made from; fingerprints; differences between records."""
+"""The file `_SUCCESS` in a step folder, which records what the folder was made from.
+
+This module writes and reads the record, compares it with the current settings and inputs, and computes fingerprints.
+"""
 
 import hashlib
 import json
@@ -19,20 +22,20 @@ class StepRecord:
     step: str  # name of the folder
     format: int  # `Step.format_version` of the code that wrote the folder
     identity: str  # fingerprint of the folder
-    settings: Json  # those that the content depends on
+    settings: Json  # settings that the content depends on
     inputs: dict[str, str]  # name of an input -> its fingerprint
     counts: Json  # used by people and by later steps
     started: str  # ISO 8601, UTC
     seconds: float
     version: str  # of this package
-    images: int | None = None  # that the folder contains or describes
-    bytes: int | None = None  # total size of its files
+    images: int | None = None  # number of images that the folder contains or describes
+    bytes: int | None = None  # total size of the folder's files
     worked: int | None = None  # images that were processed in `seconds`
     volume: int | None = None  # bytes of images that were read or written in `seconds`
 
 
 def read_record(folder: Path) -> StepRecord | None:
-    """Return the record of a finished folder, or None if it is missing or cannot be read."""
+    """Return the record of a finished folder, or None if the record is missing or cannot be read."""
     try:
         values = json.loads((folder / SUCCESS).read_text(encoding="utf-8"))
         # Another version may have written additional fields.
@@ -78,7 +81,7 @@ class Reason(NamedTuple):
     """Why a step has its state in the plan; `str` returns it as text."""
 
     kind: Literal["missing", "unreadable", "external", "forced", "setting", "format", "input", "upstream", "waiting"]
-    name: str = ""  # of the setting or input; for "forced", "upstream" and "waiting", a text
+    name: str = ""  # name of the setting or input; for "forced", "upstream" and "waiting", a text instead
     before: str = ""
     now: str = ""
 

@@ -17,11 +17,11 @@ SECONDS = f"{PREFIX}step_seconds/"
 class Row(NamedTuple):
     """The time of a step."""
 
-    name: str  # of the step folder, or REST
+    name: str  # name of the step folder, or REST
     seconds: float
-    images: float | None  # per second; None if the step processes no images
-    megabytes: float | None  # per second
-    share: int  # of the run's time, percent
+    images: float | None  # images per second; None if the step processes no images
+    megabytes: float | None  # megabytes per second; None if the step counts no bytes
+    share: int  # percentage of the run's time
 
 
 def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
@@ -37,7 +37,7 @@ def table_rows(records: Sequence["StepRecord"], total: float) -> list[Row]:
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """Return the lines of the table, and a last line that names the slowest step.
 
-    The table is at most 54 columns wide, because the time takes 26 of the 80 columns of a log line.
+    The table is at most 54 columns wide, because the time stamp takes 26 of the 80 columns of a log line.
     """
     table = [f"  {'step':19} {'seconds':>9} {'img/s':>7} {'MB/s':>8} {'share':>5}"]
     for row in rows:
@@ -52,7 +52,10 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
-    """Return the seconds, speed and share (0 to 1) of each step, by metric name."""
+    """Return a dictionary: name of a metric -> its value.
+
+    The metrics of a step are its seconds, its speeds, and its share (0 to 1) of the time of all steps.
+    """
     records = list(records)
     total = sum(record.seconds for record in records)
     found: dict[str, float] = {}
@@ -69,7 +72,10 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
 
 
 def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
-    """Return images and megabytes per second; None for what the step did not process, or if it took no time."""
+    """Return images per second and megabytes per second.
+
+    A rate is None if its amount is unknown or 0, or if the step took no time.
+    """
 
     def rate(amount: int | None) -> float | None:
         return amount / record.seconds if amount and record.seconds else None

@@ -23,8 +23,10 @@ from dgmd_pipeline.errors import TooLittleMemory
 
 OWN_MEMORY = 90_000_000  # bytes of a worker before its first image: Python, NumPy, Pillow
 LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: the largest accepted image, and its record
-MAX_UNITS = 4096  # bytes that every pipe can hold: Linux may limit an unprivileged user's pipes to one page
-MIN_UNIT = 16_000_000
+# Maximum number of units in a budget. A pipe holds one byte for each free unit, and Linux may limit the pipes of an
+# unprivileged user to one page.
+MAX_UNITS = 4096
+MIN_UNIT = 16_000_000  # minimum bytes of memory in a unit
 # Bytes that a worker may request beyond its reservation. A reservation estimates the pages that are used, but Linux
 # limits the pages that are requested.
 SLACK = 64_000_000
@@ -38,10 +40,11 @@ class Budget:
     is not a semaphore, because a semaphore would need /dev/shm.
     """
 
-    units: int
-    unit: int  # bytes
-    free: tuple[Connection, Connection]
-    turn: tuple[Connection, Connection]  # one byte; a worker holds it while it takes units, which keeps the order
+    units: int  # number of units, free or taken
+    unit: int  # bytes of memory in a unit
+    free: tuple[Connection, Connection]  # a pipe with one byte for each free unit
+    # A pipe with one byte. A worker keeps the byte while it takes units, so that no other worker can overtake it.
+    turn: tuple[Connection, Connection]
 
     @classmethod
     def of(cls, memory: int) -> "Budget":
@@ -56,13 +59,13 @@ class Budget:
     def take(self, needed: int) -> Iterator[int]:
         """Wait for `needed` bytes, and release them after the block. Yield how many bytes were taken.
 
-        Raises TooLittleMemory if the budget is smaller.
+        Raises TooLittleMemory if the whole budget is smaller.
         """
         units = max(math.ceil(needed / self.unit), 1)
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB, which is half of the memory minus what they use when idle"
+                f"{self.units * self.unit / 1e6:,.0f} MB together: half of the memory, less what the idle processes use"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
@@ -80,13 +83,13 @@ class Budget:
             connection.close()
 
 
-_budget: Budget | None = None  # of this process, if it is a worker
-_statm = 0  # the open file /proc/self/statm
+_budget: Budget | None = None  # the budget that all workers share; None if this process is not a worker
+_statm = 0  # file descriptor of /proc/self/statm; 0 before the file is opened
 
 
 @contextlib.contextmanager
 def reserve_memory(needed: int) -> Iterator[None]:
-    """In a worker, wait until the workers may use `needed` more bytes. Elsewhere, do nothing.
+    """In a worker, wait for `needed` bytes of the budget, and hold them for the block. Elsewhere, do nothing.
 
     Within the block, `limit_memory` keeps the process from using much more, so that Linux need not kill any process.
     Raises TooLittleMemory if the budget of all workers is smaller.
@@ -104,7 +107,7 @@ def limit_memory(more: int) -> Iterator[None]:
     global _statm  # noqa: PLW0603 - opening the file for each image would take longer than the rest of this function
     try:
         _statm = _statm or os.open("/proc/self/statm", os.O_RDONLY)
-        pages = int(os.pread(_statm, 200, 0).split()[5])  # private and writable ones. Source: man 5 proc
+        pages = int(os.pread(_statm, 200, 0).split()[5])  # private, writable pages. Source: man 5 proc
     except OSError:  # not Linux
         yield
         return
@@ -148,7 +151,8 @@ def _initialize(budget: Budget) -> None:
     global _budget  # noqa: PLW0603 - a worker has one budget
     # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):  # a parent that ignores a signal passes this on
+    # A new process ignores the signals that its parent ignores. Workers must not ignore these.
+    for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     # If memory runs out, Linux kills a worker and not the parent. The parent continues without the item.
     with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ def error(number, place=None):
         (error(errno.EDQUOT), r"^{}: the disk quota of user \d+ is used up: step needs more"),
         (error(errno.ENOSPC, "/srv/weights.h5"), r"^/srv/weights.h5: the disk is full: step needs more. Free space"),
         (error(errno.EFBIG), r"^{}: File too large. step writes a file that is larger than its disk allows"),
-        (error(errno.EMFILE), r"^Too many open files: step may have [\d,]+ open at once. Raise the limit"),
+        (error(errno.EMFILE), r"^Too many open files: step may have [\d,]+ files open at once. Raise the limit"),
         (error(errno.EIO), r"^{}: Input/output error. The disk or the network file system failed"),
         (error(errno.ESTALE, "{}/raw/a"), r"^{}/raw/a: Stale file handle. The disk or the network file system failed"),
         (error(errno.ENOTCONN, "{}/raw"), r"^{}/raw: Transport endpoint is not connected. The disk or the network"),
