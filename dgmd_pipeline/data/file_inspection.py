@@ -95,7 +95,7 @@ def _announced_size(data: bytes) -> int:
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8
-    if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which is usually the file's end
+    if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which is usually at the end
         return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
     end = 0
     if data[4:8] == b"ftyp":  # the file is a series of boxes, each with its size; 0 means "to the end of the file"

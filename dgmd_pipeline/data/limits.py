@@ -12,7 +12,7 @@ import PIL.Image
 from dgmd_pipeline.errors import WorkerDied
 
 MAX_PIXELS = 100_000_000  # a usual photograph has 12 megapixels; phones take up to 200
-# The size of a file, because all of it is read into memory. An uncompressed 16-bit TIFF of 100 megapixels has 600 MB.
+# Largest size of a file. The whole file is read into memory. 100 megapixels as an uncompressed 16-bit TIFF are 600 MB.
 MAX_BYTES = 500_000_000
 # Bytes that a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
 MAX_MEMORY = 1_250_000_000

@@ -78,8 +78,8 @@ def write(
     - `map` works like the builtin. It may call its function for the pieces in other processes or on other machines. It
       yields the results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
     - `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
-    - `previous` are finished folders of shards. If a shard in them has the same rows as a new shard, the stored shard is
-      linked. For other new shards, the images that are stored in `previous` are copied.
+    - `previous` are finished folders of shards. A stored shard with the same rows as a new shard is linked into
+      `folder`. For the other new shards, images that are stored in `previous` are copied, and not encoded again.
     - `pieces` is the folder for the finished pieces, which are folders themselves. The pieces remain there, so that
       after a stop, the next run can have them in `previous`. Without `pieces`, the finished pieces are removed.
 
