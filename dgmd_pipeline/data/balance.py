@@ -1,4 +1,7 @@
-"""Balances classes: removes images of large classes and computes class weights. No image is repeated."""
+"""Balances classes: removes images of large classes and computes class weights.
+
+Images of small classes are not repeated.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +22,7 @@ BalanceCounts = TypedDict("BalanceCounts", {"before": dict[str, int], "after": d
 def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None, folder: Path) -> BalanceCounts:
     """Write the rows that `balance` keeps and their class weights into `folder`, and return the counts of each label.
 
-    `images` is a file of Images; their order is kept.
+    `images` is a CSV file of `Image` rows. The written rows are in the same order.
     """
     numbers = columns.LabelNumbers()
     found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
@@ -63,9 +66,10 @@ def summary(counts: BalanceCounts) -> str:
 def balance(classes: np.ndarray, limit: float | None, hashes: Iterable[pa.RecordBatch]) -> np.ndarray:
     """Return which images to keep (bool [images]), so that large classes are reduced.
 
-    `classes` are the class indexes of the images, -1 for an unused label. A class has at most `limit` (>= 1) times the
-    mean class size; None keeps all images. `hashes` are batches with the column `sha256`, read only if a class is too
-    large. They decide which images are kept. So the same images give the same rows, and new images change few rows.
+    `classes` are the class indexes of the images. Images with the index -1, of unused labels, are never kept. A class
+    keeps at most `limit` (>= 1) times the mean class size; if `limit` is None, it keeps all images. `hashes` are
+    batches with the column `sha256`, read only if a class is too large. Of such a class, the images whose hashes have
+    the lowest ranks (`columns.ranks`) are kept. So the same images give the same rows, and new images change few rows.
     """
     kept = classes >= 0
     counts = np.bincount(classes[kept])
@@ -95,9 +99,9 @@ def class_weights(counts: Mapping[int, int]) -> dict[int, float]:
 
     `counts` are the numbers of images by class index.
 
-    Inverse frequencies, which give every class the same total weight, cost up to 0.8 points of accuracy if the
-    imbalance is mild: docs/measurements/head.md. The square root is from Mahajan et al., "Exploring the Limits of
-    Weakly Supervised Pretraining", 2018, section 2.2.
+    The inverse of the class size itself would give every class the same total weight. If the imbalance is mild, such
+    weights lower the accuracy by up to 0.8 points, compared with no weights (docs/measurements/head.md). The square
+    root is from Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", 2018, section 2.2.
     """
     mean = sum(count**0.5 for count in counts.values()) / sum(counts.values())
     return {index: 1 / (mean * count**0.5) for index, count in sorted(counts.items())}

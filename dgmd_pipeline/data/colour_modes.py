@@ -1,8 +1,8 @@
 """Converts an image in any of Pillow's modes to an 8-bit mode, with the brightness that viewers show.
 
 Pillow converts most modes. This module handles the modes that Pillow does not convert, or converts wrongly: grey of 12,
-16 and 32 bits, signed and floating-point values, WhiteIsZero, transparent colours of PNG, and alpha channels that were
-never filled in.
+16 and 32 bits, signed and floating-point values, TIFFs in which 0 is white (WhiteIsZero), transparent colours of PNG,
+and alpha channels that were never filled in.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _BITS, _SIGN, _PHOTOMETRIC, _EXTRA = (
     _TAGS[name] for name in ("BitsPerSample", "SampleFormat", "PhotometricInterpretation", "ExtraSamples")
 )
 _SIGNED, _WHITE_IS_ZERO = (2,), 0  # values of two tags
-_PNG_GREY = {"L;2": 85, "L;4": 17}  # Pillow's name of the file's samples -> its factor from samples to pixels
+_PNG_GREY = {"L;2": 85, "L;4": 17}  # raw mode (see `load`) -> Pillow's factor from samples to pixels
 # libtiff returns values in the byte order of the machine, but Pillow 13.0 takes them for big-endian in these cases.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
@@ -24,9 +24,10 @@ class UnknownRange(ValueError):
 
 
 def load(image: PIL.Image.Image) -> str:
-    """Decode the current frame, and return Pillow's name of the samples in the file; "" if it has none.
+    """Decode the current frame, and return its raw mode: Pillow's name for the type of the samples in the file.
 
-    Pillow forgets the name when it decodes an image. Raises one of `decoding.DAMAGED`.
+    Examples are "L;2" and "RGB;16B"; "" means that Pillow gives none. Pillow forgets the raw mode when it decodes an
+    image. Raises one of `decoding.DAMAGED`.
     """
     tile = next(iter(getattr(image, "tile", ())), None)
     samples = ""
@@ -49,8 +50,9 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
       files often hold 8-bit or 12-bit values
     - floating-point numbers: 0 to 1, or 0 to 255; values outside by at most a quarter of the range are clipped
 
-    An alpha channel of zeros in a BMP, or in a TIFF that does not call it alpha, is removed. `samples` is what `load`
-    returned. Raises UnknownRange if almost all pixels would be black, white or grey by these rules.
+    An alpha channel of zeros is removed from a BMP, and from a TIFF whose tags do not declare an alpha channel.
+    `samples` is what `load` returned. Raises UnknownRange if the values are in none of these ranges, or if the result
+    would be almost uniformly black, white or grey.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(image)
@@ -80,7 +82,7 @@ def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
     """Scale integer or floating-point grey to 8 bits. Pillow's own conversion clips at 255."""
     values = np.asarray(image)
     grey = _scale_floats(values) if image.mode == "F" else _scale_integers(values, image)
-    if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts up to 8 bits only
+    if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only samples of up to 8 bits
         grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -1,4 +1,4 @@
-"""Operations on the columns of a manifest: numbers of labels, ranks of contents, selection of rows."""
+"""Operations on the columns of a manifest: numbering of labels, ranking by hashes, selection of rows."""
 
 import hashlib
 from collections import Counter
@@ -25,7 +25,7 @@ _TYPES = pa.schema({
 
 
 class Examples(Sequence[Example]):
-    """Rows in columns, which need a quarter of the memory of tuples. A tuple is created when it is read."""
+    """Rows that are stored in columns, in a quarter of the memory of tuples. Reading a row creates its tuple."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -83,7 +83,7 @@ def _to_batch(rows: Sequence[Example]) -> pa.RecordBatch:
 
 
 class LabelNumbers(dict[bytes, int]):
-    """Numbers labels in the order of their first row."""
+    """Label -> number. Each new label gets the next number, from 0."""
 
     def of(self, labels: pa.BinaryArray) -> np.ndarray:
         """Return the number of each row's label: int32 [rows]."""
@@ -119,7 +119,7 @@ def ranks(purpose: str, names: Iterable[bytes]) -> np.ndarray:
 
 
 def order(ranks: np.ndarray) -> np.ndarray:
-    """Return the positions of ranks (uint64 [n, 2]) in ascending order: int64 [n]. Equal ones keep their order."""
+    """Return the positions of ranks (uint64 [n, 2]) in ascending order: int64 [n]. Equal ranks keep their order."""
     return np.lexsort((ranks[:, 1], ranks[:, 0]))
 
 

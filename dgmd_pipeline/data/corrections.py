@@ -31,7 +31,7 @@ class Corrected(NamedTuple):
 
     files: list[RawFile]  # to inspect, with their corrected labels
     excluded: list[Rejected]
-    relabelled: int  # files with another label than before
+    relabelled: int  # number of files whose label a correction changed
     unknown_keys: list[str]  # keys without a file, sorted
     new_labels: list[str]  # labels without a folder under raw/, sorted
 
@@ -39,8 +39,9 @@ class Corrected(NamedTuple):
 def read(path: Path) -> dict[str, str]:
     """Return the label, or EXCLUDE, of each key in the file; {} if there is no file.
 
-    The file is UTF-8, with or without a byte order mark. The pipeline's own tables put an apostrophe before text that
-    looks like a formula. This function removes the apostrophe. Raises NoUsableInput with the line of the first mistake.
+    The file is UTF-8, with or without a byte order mark. In the tables that the pipeline writes, an apostrophe precedes
+    text that looks like a formula. This function removes the apostrophe from keys and labels that were copied from such
+    tables. Raises NoUsableInput with the line of the first mistake.
     """
     text = _read_text(path)
     if text is None:
@@ -94,13 +95,15 @@ def warn_of_mismatches(corrected: Corrected) -> None:
 def exclude_copies(
     images: Iterable[Image], excluded: Iterable[Rejected], raw: Path
 ) -> tuple[list[Image], list[Rejected]]:
-    """Separate the images that have the same bytes and the same label as an excluded file; return the others first.
+    """Exclude the images that have the same bytes and the same label as an excluded file.
 
-    Copies under another label remain: excluding one of two copies resolves the conflict between their labels.
+    Returns the remaining images, and the rejections of the images that this call excludes. Copies with another label
+    remain, so an operator can resolve a conflict between the labels of two copies by excluding one copy.
     """
     originals: dict[tuple[str, str], str] = {}
     for row in excluded:
-        with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:  # a missing file has no copies
+        # The copies of an unreadable file are unknown.
+        with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:
             originals[hashlib.file_digest(file, "sha256").hexdigest(), row.label] = row.path
     others, copies = [], []
     for image in images:

@@ -41,11 +41,12 @@ DAMAGED = (
     zlib.error,
     ArithmeticError,  # OverflowError, ZeroDivisionError
     AssertionError,
-    RuntimeError,  # by the reader of AVIF, for most kinds of damage
+    RuntimeError,  # the AVIF reader raises it for most kinds of damage
     MemoryError,  # the header asks for more memory than the machine has
 )
-# ImageOps.exif_transpose does the same, but it also rewrites the EXIF data. Therefore it takes 0.2 ms longer, and fails
-# if another tag is damaged (16 of 3,000 files whose EXIF data had up to ten bytes changed).
+# EXIF orientation -> the operation that makes the image upright. ImageOps.exif_transpose applies the same operations,
+# but it also rewrites the EXIF data. Therefore it takes 0.2 ms longer, and fails if another tag is damaged (16 of 3,000
+# files whose EXIF data had up to ten bytes changed).
 _TRANSPOSE = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -67,8 +68,8 @@ def read_rgb(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Imag
     """Return the image in the content of a file as RGB (see `to_rgb`).
 
     Call it from one thread at a time: `guard` changes settings of the process.
-    Raises PIL.Image.DecompressionBombError before it decodes more than `max_pixels` or exceeds another of `limits`, and
-    one of `DAMAGED`.
+    Raises PIL.Image.DecompressionBombError, before decoding, if the image has more than `max_pixels` or exceeds a limit
+    of `limits.check`. Raises one of `DAMAGED` if the content is damaged.
     """
     with guard(data, max_pixels):
         header = open_header(data)
@@ -133,14 +134,17 @@ def _why_unidentified(data: bytes) -> str:
         reader, _ = PIL.Image.OPEN[file_type]
         try:
             reader(io.BytesIO(data), "")
-        except DAMAGED as error:  # PIL.Image.open drops it
+        except DAMAGED as error:  # PIL.Image.open drops this error
             return f"{file_type} that cannot be read: {error}"
         return f"{file_type} with a damaged header"
     return f"{file_type}; expected an image in the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
 def describe(error: Exception) -> str:
-    """Return the message of an error in `DAMAGED` as a bounded line, after the error's type if a library wrote it."""
+    """Return the message of an error in `DAMAGED` as one line of limited length.
+
+    If a library wrote the message, the line begins with the type of the error.
+    """
     own = isinstance(error, PIL.UnidentifiedImageError | colour_modes.UnknownRange)
     return one_line(str(error) if own else f"{type(error).__name__}: {error}")
 
@@ -148,10 +152,10 @@ def describe(error: Exception) -> str:
 def read_orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation, or 1 (upright) if the EXIF data is missing or damaged.
 
-    For AVIF, it is the orientation of the file's own properties, which Pillow puts into the EXIF data.
+    The orientation of an AVIF is among the file's own properties. Pillow copies it from there into the EXIF data.
     """
     if image.format == "AVIF":
-        image.info.pop("xmp", None)  # Pillow would take the orientation from it if the properties say "upright"
+        image.info.pop("xmp", None)  # Pillow would use the orientation in XMP if the properties say "upright"
     try:
         return image.getexif().get(ExifTag.Orientation, 1)
     except DAMAGED:
@@ -170,7 +174,7 @@ def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
-    """Make Pillow refuse more than `max_pixels` while `data` is decoded, and keep stderr free of its messages.
+    """While `data` is decoded, make Pillow refuse more than `max_pixels`, and keep libraries' messages off stderr.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
     number, so MAX_IMAGE_PIXELS is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff

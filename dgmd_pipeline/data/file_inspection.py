@@ -14,7 +14,7 @@ from dgmd_pipeline.errors import TooLittleMemory
 from dgmd_pipeline.manifest import Image, RawFile, Rejected
 
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
-_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a larger JPEG is decoded at a reduced size, not below this one
+_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a larger JPEG is decoded at a reduced size of at least this
 
 
 class TemporaryRejection(NamedTuple):
@@ -29,7 +29,7 @@ Result = Outcome | TemporaryRejection
 def inspect_file(
     file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
 ) -> Result:
-    """Read, hash and decode a file of `raw`. See `inspection.inspect` for the arguments and reasons."""
+    """Read, hash and decode a file of `raw`. See `inspection.inspect` for the arguments and reasons for rejection."""
     path = raw / file.path
     try:
         if not path.is_file():  # reading a named pipe would block forever
@@ -62,7 +62,8 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
     kind = str(images[0].format)
     with reserve_memory(limits.check(images[0], data)):
         if kind not in ("JPEG", "MPO"):
-            rgb = decoding.to_rgb(images.pop())  # popped, so that the pixels before the conversion are not kept
+            # `pop` leaves no reference to the unconverted image, so its memory is freed after the conversion.
+            rgb = decoding.to_rgb(images.pop())
             return kind, rgb.size, rgb.resize(square, bilinear)
         image = images[0]
         orientation = decoding.read_orientation(image)
@@ -76,7 +77,7 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
 
 
 def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage]) -> tuple[str, str]:
-    """Return the reason and the detail for an error of a reader and the warnings before it."""
+    """Return the reason and the detail of a rejection, given the error and the warnings while the file was decoded."""
     if isinstance(error, limits.TooManyScans):
         return "too many scans", str(error)
     if isinstance(error, PIL.Image.DecompressionBombError):
@@ -94,11 +95,11 @@ def _announced_size(data: bytes) -> int:
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8
-    if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which most writers put at the end
+    if data[:4] in (b"II*\0", b"MM\0*"):  # the offset of the directory, which is usually at the end
         return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2
     end = 0
-    if data[4:8] == b"ftyp":  # boxes, each with its size; 0 means "to the end of the file"
-        for _ in range(100):  # an image has fewer
+    if data[4:8] == b"ftyp":  # the file is a series of boxes, each with its size; 0 means "to the end of the file"
+        for _ in range(100):  # an image has fewer boxes
             if end < len(data):
                 end += max(int.from_bytes(data[end : end + 4]) or len(data) - end, 8)
     return end

@@ -3,8 +3,8 @@
 import codecs
 import re
 
-# At byte 0. A library such as filetype knows more types, but no text (HTML, S3's errors, pointers of Git LFS), and it
-# does not use the names of the formats in `decoding`.
+# Signatures at byte 0. A library such as filetype knows more types, but no types of text (HTML, S3's errors, pointers
+# of Git LFS), and its names of formats differ from those in `decoding`.
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -51,7 +51,7 @@ _LATER_SIGNATURES = (
     (8, b"WAVE", "WAVE audio"),
     (128, b"DICM", "DICOM"),
 )
-_BRANDS = (  # in the brands of an ISO base media file
+_BRANDS = (  # patterns in the list of brands at the start of an ISO base media file
     (rb"avif|avis", "AVIF"),
     (rb"hei[cxms]|hev[cxms]", "HEIC"),
     (rb"mif1|msf1", "HEIF"),
@@ -70,7 +70,7 @@ _MARKUP = (  # the first match counts
 
 
 def identify(data: bytes) -> str:
-    """Return the type of a file by its first bytes: a name in `decoding.FORMATS`, or words for a message."""
+    """Return the type of a file by its first bytes: a name in `decoding.FORMATS`, or a phrase for error messages."""
     for signature, name in _SIGNATURES:
         if data.startswith(signature):
             return name
@@ -91,7 +91,7 @@ def _identify_text(data: bytes) -> str:
     """Return the type of a text; "" if the data is not text."""
     decoder = codecs.getincrementaldecoder("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")()
     try:
-        text = decoder.decode(data[:4096])  # may end within a character
+        text = decoder.decode(data[:4096])  # the bytes may end within a character
     except UnicodeDecodeError:
         return ""
     text = text.strip()

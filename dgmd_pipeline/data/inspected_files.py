@@ -3,7 +3,7 @@
 The folder of an inspection has these files:
 
 - `files.csv`: a row for each file whose result can be reused
-- `thumbnails`: the thumbnails of the usable files (uint8 [n, 16, 16, 3]), in the same order
+- `thumbnails`: the thumbnails of the usable files (uint8 [n, 16, 16, 3]), in the order of `files.csv`
 - `hashes.npy` and `copies.npy`: the arrays of `near_duplicates.Known`
 - `checksums.json`: the SHA-256 of these files
 """
@@ -29,16 +29,16 @@ Outcome = Rejected | tuple[Image, bytes]  # a usable image and its thumbnail
 
 
 class InspectedFile(NamedTuple):
-    """A file and the result of its inspection, apart from its label."""
+    """A file, without its label, and the result of its inspection."""
 
     path: str  # below raw/
     version: str  # see `version`
-    sha256: str  # this and the next three as in Image; empty or 0 if the file is rejected
-    format: str
-    width: int
-    height: int
-    reason: str  # this and the next as in Rejected; empty if the file is usable
-    detail: str
+    sha256: str  # as in Image; "" if the file is rejected
+    format: str  # as in Image; "" if the file is rejected
+    width: int  # as in Image; 0 if the file is rejected
+    height: int  # as in Image; 0 if the file is rejected
+    reason: str  # as in Rejected; "" if the file is usable
+    detail: str  # as in Rejected; "" if the file is usable
 
     @classmethod
     def of(cls, file: RawFile, version: str, outcome: Outcome) -> "InspectedFile":
@@ -49,19 +49,24 @@ class InspectedFile(NamedTuple):
         return cls(file.path, version, image.sha256, image.format, image.width, image.height, "", "")
 
     def outcome(self, label: str, thumbnail: bytes) -> Outcome:
-        """Return the outcome of an earlier inspection for the file's present label."""
+        """Return the stored result with `label`, which is the file's present label, and `thumbnail`."""
         if self.reason:
             return Rejected(self.path, label, self.reason, self.detail)
         return Image(self.path, label, self.sha256, self.format, self.width, self.height, self.sha256), thumbnail
 
 
 class PreviousInspection:
-    """The results in the intact folders of earlier inspections. For a path in two folders, the later folder counts."""
+    """The results in the intact folders of earlier inspections.
+
+    If several folders have a result for a path, the last of these folders in `folders` counts.
+    """
 
     def __init__(self, folders: Iterable[Path] = ()) -> None:
-        # path -> the row, the thumbnails of its folder, the position of its thumbnail
+        # path -> the row, all thumbnails of its folder, and the position of its own thumbnail among them
         self._rows: dict[str, tuple[InspectedFile, np.ndarray, int]] = {}
-        self.known: Known | None = None  # of the first folder; the others are pieces, whose images are not compared
+        # The hashes and near-duplicates of the first folder. The other folders are pieces (see `inspection.inspect`),
+        # whose images have not been compared.
+        self.known: Known | None = None
         for folder in filter(_is_intact, folders):
             usable, thumbnails = 0, open_thumbnails(folder)
             for row in manifest.read(folder / FILES, InspectedFile):
@@ -99,7 +104,7 @@ def describe(size: int, changed: object) -> str:
 
 
 def count_unchanged(folder: Path, versions: Mapping[str, str | None]) -> int:
-    """Return how many files (path -> version) have a result in `folder`; 0 if its results are unreadable."""
+    """Return how many files of `versions` (path -> version) have a result in `folder`; 0 if it cannot be read."""
     try:
         return sum(versions.get(row.path) == row.version for row in manifest.read(folder / FILES, InspectedFile))
     except PipelineError:

@@ -93,7 +93,10 @@ def inspect_folder(
 
 
 def summary(counts: InspectionCounts) -> str:
-    """Return the log line for the counts of `inspect_folder`, without rejected files: a warning lists them."""
+    """Return the log line for the counts of `inspect_folder`.
+
+    Of the rejected files, the line counts only the excluded files. A warning lists the others.
+    """
     grouped = f", {counts['near-duplicates']:,} of them near-duplicates" if counts["near-duplicates"] else ""
     by_operator = [(counts["relabelled"], "relabelled"), (counts["rejected"].get(EXCLUDED, 0), "excluded")]
     listed = ", ".join(f"{count:,} {word}" for count, word in by_operator if count)
@@ -120,10 +123,11 @@ def inspect(
     - `map` works like the builtin. It may call its function in other processes. It yields the results in order, and a
       WorkerDied for a file whose process died.
     - `reserve_memory` is entered with the bytes that an image needs while it is decoded. It may raise TooLittleMemory.
+    - `etags` maps the path of each downloaded file to its ETag.
     - `previous` are folders of earlier inspections of this `raw`. The result for a file is reused if the file's version
-      (`inspected_files.version`, by `etags`) is the same.
-    - `folder` stores all results. In addition, `pieces` gets a folder for each PIECE_FILES new results, as soon as they
-      exist.
+      (see `inspected_files.version`) is the same.
+    - `folder` gets all results at the end. During the inspection, `pieces` gets a folder with each PIECE_FILES new
+      results.
 
     The rows depend only on the files, unless there is too little memory for one of them.
 
@@ -136,8 +140,8 @@ def inspect(
     - "too many pixels": more than `max_pixels`, or they need more than MAX_MEMORY; checked before decoding
     - "too little memory": for this image, on this machine
     - "too small": the shortest side is below `min_side` pixels
-    - "duplicate": the same bytes under the same label; the first path is used
-    - "conflict": the same bytes under several labels; none is used
+    - "duplicate": files with the same bytes have the same label; only the first of them, by path, is used
+    - "conflict": files with the same bytes have several labels; none of these files is used
 
     A corrected label of one copy applies to all copies.
     """
@@ -168,8 +172,8 @@ def find(raw: Path) -> Iterator[RawFile]:
 
     The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
     files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
-    because they can form a cycle and changes behind them go unnoticed. They are yielded like files, and `inspect`
-    rejects them like broken links, pipes and devices. Raises NoUsableInput if a folder cannot be listed.
+    because they can form a cycle and changes behind them go unnoticed. A link to a folder is yielded like a file, and
+    `inspect` rejects it because it is not a regular file. Raises NoUsableInput if a folder cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -286,7 +290,7 @@ def _keep(
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
     """Yield the results. Store the results of each PIECE_FILES files, with the files' versions, in `pieces`."""
-    remaining, run = iter(results), uuid.uuid4().hex[:8]  # so that pieces of an earlier run are not replaced
+    remaining, run = iter(results), uuid.uuid4().hex[:8]  # `run` keeps pieces of earlier runs from being replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
         found = list(islice(remaining, len(files[each])))
@@ -299,7 +303,10 @@ def _keep(
 
 
 def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejected]]:
-    """Return one image for each content, by its position in `decoded`, and the duplicates and conflicts."""
+    """Return one image of each content (position in `decoded` -> image), and the rejected duplicates and conflicts.
+
+    A content whose copies have conflicting labels has no image in the result.
+    """
     positions_by_hash = defaultdict(list)
     for position, image in enumerate(decoded):
         positions_by_hash[image.sha256].append(position)

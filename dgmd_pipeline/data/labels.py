@@ -19,13 +19,13 @@ class LabelRow(NamedTuple):
     """A label of the images or of an earlier label map."""
 
     label: str
-    class_index: int  # -1: no output, because the label never had enough images
-    images: int  # usable ones
+    class_index: int  # -1: models have no output for the label, because it never had enough images
+    images: int  # number of usable images
     state: str  # "used", "too few" or "gone"
 
 
 def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:
-    """Write the label map for the usable images of each label (see `assign`) into `folder`, and return the counts.
+    """Write the label map (see `assign`) into `folder`, and return the numbers of used labels and of model outputs.
 
     `mapping.json` is for users of the model; `labels.csv` also contains the number of images of each label. Warns of
     unused and of confusable labels.
@@ -46,11 +46,14 @@ def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: in
 
 
 def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> list[LabelRow]:
-    """Assign class indexes to labels. Labels in `known` keep theirs, and new labels follow in alphabetical order.
+    """Assign class indexes to labels.
 
-    `counts` are the numbers of usable images. A label with fewer than `minimum` is not used. It keeps its index if it
-    is in `known`, and gets none otherwise. The rows are in the order of their indexes. Rows without an index come last.
-    Raises NoUsableInput if fewer than two labels can be used.
+    `known` are the labels of the earlier label map, by class index. They keep their indexes. New labels get the next
+    indexes, in alphabetical order.
+
+    `counts` are the numbers of usable images by label. A label with fewer than `minimum` images is not used: it keeps
+    its index if it is in `known`, and gets no index otherwise. The rows are in the order of their indexes. Rows without
+    an index come last. Raises NoUsableInput if fewer than two labels can be used.
     """
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:

@@ -11,12 +11,13 @@ import PIL.Image
 
 from dgmd_pipeline.errors import WorkerDied
 
-MAX_PIXELS = 100_000_000  # a photograph has 12 megapixels, the largest mode of a phone 200
-MAX_BYTES = 500_000_000  # a file is read into memory whole; 100 megapixels as an uncompressed 16-bit TIFF are 600 MB
+MAX_PIXELS = 100_000_000  # a usual photograph has 12 megapixels; phones take up to 200
+# Largest size of a file. The whole file is read into memory. 100 megapixels as an uncompressed 16-bit TIFF are 600 MB.
+MAX_BYTES = 500_000_000
 # Bytes that a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
 MAX_MEMORY = 1_250_000_000
-# libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK, mozjpeg up to 12, Photoshop 5. Each
-# scan of 100 megapixels takes 0.04 s or more, even an empty one.
+# Scans of a JPEG. libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK. mozjpeg writes at
+# most 12, and Photoshop 5. Decoding a scan of 100 megapixels takes at least 0.04 s, even if the scan is empty.
 MAX_SCANS = 100
 # Seconds of processor time. The slowest files within the other limits, such as a JPEG of 100 megapixels in 100 scans,
 # take 5 s.
@@ -31,7 +32,8 @@ _BY_MODE = {"F": 19, "I": 17, "I;16": 13, "I;16B": 13}
 _OTHERS = 9
 _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 
-# Waits until this number of bytes may be used, and releases them after the block.
+# Called with a number of bytes. The returned context manager waits until this number of bytes may be used, and releases
+# them after its block.
 ReserveMemory = Callable[[int], AbstractContextManager[object]]
 
 # A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. Source: ITU-T T.81,
@@ -57,14 +59,15 @@ def max_pixels(data: bytes) -> int:
 def check(image: PIL.Image.Image, data: bytes) -> int:
     """Return how many bytes of memory an image and its file need at most. Only the image's header needs to be read.
 
-    Raises PIL.Image.DecompressionBombError if that is more than `MAX_MEMORY`, and TooManyScans.
+    Raises PIL.Image.DecompressionBombError for more than `MAX_MEMORY` bytes, and TooManyScans for more than `MAX_SCANS`
+    scans.
     """
     by_pixel = max(_BY_FORMAT.get(str(image.format), _OTHERS), _BY_MODE.get(image.mode, _OTHERS))
     if image.format in ("JPEG", "MPO"):
         scans = count_scans(data)
         if scans > MAX_SCANS:
             raise TooManyScans(f"more than {MAX_SCANS} scans, which no known encoder writes")
-        if scans > 1:  # libjpeg keeps all coefficients, of 16 bits
+        if scans > 1:  # libjpeg keeps all coefficients in memory, with 16 bits each
             by_pixel = max(by_pixel, 5 + 2 * len(image.getbands()))
     files = 2 if image.format in _READ_TWICE else 1
     needed = files * len(data) + image.width * image.height * by_pixel
@@ -85,11 +88,11 @@ def count_scans(data: bytes) -> int:
         match code := data[at - 1]:
             case 0xD9:  # end of the image
                 break
-            case 0x01 | 0xD8:  # without a length
+            case 0x01 | 0xD8:  # markers without a length
                 continue
             case 0xDA:  # start of a scan
                 scans += 1
-                # Unless the image is progressive, a first scan of all components is the only scan.
+                # Unless the image is progressive, a scan of all components is its only scan.
                 if not is_progressive and data[at + 2 : at + 3] >= bytes([components]):
                     break
             case _ if code in _FRAMES:
@@ -102,8 +105,8 @@ def count_scans(data: bytes) -> int:
 def limit_time() -> Iterator[None]:
     """In a worker process, end the process if the block takes more than `MAX_SECONDS` or `MAX_WAIT`.
 
-    In other processes, do nothing. Only signals interrupt a decoder in C. These signals have no handler in Python,
-    so the system itself ends the process.
+    In other processes, do nothing. Only signals interrupt a decoder in C. The timers send SIGPROF and SIGALRM, which
+    have no handler in Python, so the system itself ends the process.
     """
     if multiprocessing.parent_process() is None:
         yield

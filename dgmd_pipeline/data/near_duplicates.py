@@ -13,14 +13,15 @@ from dgmd_pipeline.manifest import Image
 
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
-_ROTATIONS = range(0, 64, 4)  # bits
+_ROTATIONS = range(0, 64, 4)  # numbers of bits by which the hashes are rotated, one for each sorted order
 _NEIGHBOURS = 8  # two hashes are neighbours if they are at most this many places apart in one of the sorted orders
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
-# Rounded to integers, whose sums are exact in float64. So the hash does not depend on the order of additions.
+# The 8 lowest rows of the DCT matrix, rounded to integers. Sums of integers are exact in float64, so the hash does not
+# depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
-_NEW = manifest.MISSING  # in place of a position
-# Twice the DCT coefficient that noise of one level (of 255) causes. _COSINES has the factor 1,024 and _LUMA 1,000.
+_NEW = manifest.MISSING  # in place of a position: the image is not in `known`
+# Twice the DCT coefficient that noise of one level (of 255) causes. 1024**2 is the scale of _COSINES, 1000 of _LUMA.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -38,7 +39,7 @@ class Known(NamedTuple):
     """Hashes and pairs of near-duplicates that an earlier call of `group` has found."""
 
     hashes: np.ndarray  # HASH [n], in the order of the images
-    copies: np.ndarray  # int64 [m, 2], ascending: positions of near-duplicates whose hashes are neighbours
+    copies: np.ndarray  # int64 [m, 2], sorted: pairs of positions of near-duplicates whose hashes are neighbours
 
 
 NOTHING_KNOWN = Known(np.empty(0, HASH), np.empty((0, 2), np.int64))
@@ -71,7 +72,7 @@ def group(
 
 
 def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
-    """Return for each position the smallest name of the positions that `copies` connects with it."""
+    """Return for each position the smallest name in its group. The pairs in `copies` connect positions to groups."""
     parents = list(range(len(names)))  # a disjoint-set forest (union-find)
 
     def find_root(index: int) -> int:
@@ -112,10 +113,10 @@ def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.
 def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
 
-    Each bit is that of one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
-    the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares with the
-    median instead. Then noise alone decides the bits of a flat image. The hashes of resized and re-encoded copies
-    differ by at most 3 bits in 95 % of the pairs, and by at most 5 in 99 %.
+    Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
+    the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares each
+    coefficient with the median instead. With that rule, noise alone decides the bits of a flat image. The hashes of
+    resized and re-encoded copies differ by at most 3 bits in 95 % of the pairs, and by at most 5 in 99 %.
     """
     hashes = np.empty(len(positions), np.uint64)
     brightness = np.empty(len(positions), np.int64)
@@ -123,7 +124,7 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
         chunk = slice(start, start + _CHUNK)
         luma = thumbnails[positions[chunk]] @ _LUMA
         bits = (_COSINES @ luma @ _COSINES.T).reshape(-1, 64) > _NOISE
-        bits[:, 0] = False  # the mean
+        bits[:, 0] = False  # its coefficient is the mean luminance
         hashes[chunk] = np.packbits(bits, axis=1).view(">u8")[:, 0]
         brightness[chunk] = luma.sum((1, 2))
     return hashes, brightness
@@ -135,15 +136,16 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     Both are int64 [pairs, 2]; the first index is the smaller one. Neighbours are compared if their hashes differ by at
     most `_MAX_DISTANCE` bits.
 
-    The hashes are sorted sixteen times, each time rotated by four more bits (Charikar 2002 sorts random permutations).
-    Two hashes become neighbours in the rotation that moves their longest common run of bits to the front. Each hash is
-    paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are sorted by
-    brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 % at 6.
+    The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
+    instead.) Two hashes become neighbours in the rotation that moves their longest common run of bits to the front.
+    Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are
+    sorted by brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 %
+    at 6.
 
     The earlier call has compared all images that were neighbours then. Two old images can become neighbours only if an
     image that was sorted between them is removed. Other pairs of old images are not compared again.
     """
-    position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # of an old image among the present ones
+    position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
     position_of[_NEW] = manifest.MISSING
     copies = position_of[known.copies]
@@ -174,15 +176,14 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 
 
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the HASH records of present and removed images in one order, and their positions, MISSING if removed.
+    """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
     A removed image follows the image that it followed in the earlier call. So a stable sort leaves images with equal
     hashes and brightness in the order of the earlier call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
-    after = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[
-        removed
-    ]  # the nearest present image before it
+    # For each removed image, the present position of the nearest image before it that is not removed.
+    after = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[removed]
     places = np.concatenate([np.arange(len(hashes)), after])
     order = np.argsort(places, kind="stable")
     position = np.concatenate([np.arange(len(hashes)), np.full(len(removed), manifest.MISSING)])
@@ -194,16 +195,16 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
 
     The sizes are the widths and heights of the images [n, 2], in pixels.
 
-    Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255), without the part that blur
-    explains: a copy that was made smaller differs from its original by a multiple of the Laplacian. The
-    difference between two handwritten digits is no such multiple.
+    Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). The part that blur explains is
+    subtracted first, because a copy that was made smaller is blurred: it differs from its original by a multiple of the
+    Laplacian. The difference between two handwritten digits is not a multiple of it.
 
-    The tolerance depends on the contrast of the images and on the shortest side of the smaller one: rounding to whole
-    pixels and JPEG blocks change an image of 32 pixels a lot, and one of 300 pixels hardly at all. Photographs of the
-    same industrial product differ only a little more than copies do: two solar cells of 300 pixels differ by at least
-    0.78 levels, and the tolerance for them is 0.5 to 0.6. See docs/measurements/leaks.md. Images that differ by a tint
-    of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as copies. For flat images the
-    tolerance is 0.5, so that images of two different colours never count as copies.
+    The tolerance depends on the contrast of the images and on the shortest side of the smaller image. Rounding to whole
+    pixels and JPEG blocks change an image of 32 pixels a lot, and an image of 300 pixels hardly at all. Photographs of
+    two items of an industrial product differ only a little more than copies do: two solar cells of 300 pixels differ by
+    at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md). Images that differ by a
+    tint of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as copies. For flat images
+    the tolerance is 0.5, so that images of two different colours never count as copies.
     """
     shortest = np.minimum(left_size.min(1), right_size.min(1))
     stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))
@@ -222,7 +223,7 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     square = (difference**2).mean((0, 1, 2))
     explained = (difference * blur).mean((0, 1, 2)) ** 2 / np.maximum((blur**2).mean((0, 1, 2)), 1e-6)
     return (
-        (stretch < 0.02 + 1.5 / shortest)  # a little more than rounding to whole pixels causes
+        (stretch < 0.02 + 1.5 / shortest)  # allows a little more than rounding to whole pixels causes
         & (square - explained < tolerance**2)
         & (square < (4 * tolerance) ** 2)  # blur alone would explain the difference between stripes and plain grey
     )

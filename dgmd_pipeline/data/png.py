@@ -40,6 +40,6 @@ def _is_needed(kind: bytes, chunk: memoryview) -> bool:
         return False
     try:
         PngStream(io.BytesIO(content)).call(kind, 0, len(content))
-    except (ValueError, SyntaxError):  # Pillow would refuse it in the image, too
+    except (ValueError, SyntaxError):  # because of this chunk, Pillow would refuse the image
         return False
     return True

@@ -14,7 +14,7 @@ from dgmd_pipeline.manifest import Fit, Shard
 from dgmd_pipeline.workflow import files
 
 log = logging.getLogger(__name__)
-NEW = manifest.MISSING  # in place of a position: no record is stored
+NEW = manifest.MISSING  # in place of a position: no stored record is reused
 
 
 class StoredShard(NamedTuple):
@@ -26,7 +26,7 @@ class StoredShard(NamedTuple):
 
 
 class StoredRecords:
-    """The records in finished folders whose images have this size and fit."""
+    """The records in those finished folders whose images have the given size and fit."""
 
     def __init__(self, folders: Iterable[Path], width: int, height: int, fit: Fit) -> None:
         self.shards: list[StoredShard] = []
@@ -59,16 +59,17 @@ class StoredRecords:
 class Reuse(NamedTuple):
     """The shards and records that a new folder reuses."""
 
-    shards: dict[int, StoredShard]  # number of a new shard -> a stored shard that is equal
-    positions: np.ndarray  # int64 [images]: the stored record of each image's file, or NEW
+    shards: dict[int, StoredShard]  # number of a new shard -> the stored shard that is equal to it
+    # int64 [images]: the position of the reused record of each image, or NEW. Images of reused shards have NEW, too.
+    positions: np.ndarray
 
 
 def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray, shard_of: np.ndarray) -> Reuse:
     """Find the shards and records that a new folder can reuse, and check the SHA-256 of each stored shard that is used.
 
-    `rows` are the `Shard.rows` of the new shards; `sha256` (S32 [images]) and `shard_of` (int64 [images]) are the
-    hashes of the image files and the numbers of their new shards. Logs a warning for each damaged shard, which is not
-    used.
+    `rows` are the `Shard.rows` of the new shards. `sha256` (S32 [images]) are the hashes of the image files. `shard_of`
+    (int64 [images]) are the numbers of the new shards of the images. Does not use damaged shards, and logs a warning
+    for each.
     """
     if not len(stored.records):
         return Reuse({}, np.full(len(sha256), NEW))

@@ -18,7 +18,7 @@ from dgmd_pipeline.manifest import INDEX, INDEX_SCHEMA, Example, Fit, Shard
 from dgmd_pipeline.workflow import files
 
 SHARD = "records.tfrecord"  # the only shard in the folder of a piece
-COPY_BYTES = 1 << 20  # read at a time
+COPY_BYTES = 1 << 20  # bytes read at a time
 _EXCLUDE = (
     "Raise the memory limit of the pipeline, or exclude the image with a row in corrections.csv (docs/operating.md). "
     "Then run again."
@@ -29,11 +29,11 @@ class Piece(NamedTuple):
     """A part of a shard that a worker writes into one folder."""
 
     target: Path  # the folder
-    shard: int  # number
+    shard: int  # number of the shard
     rows: Sequence[Example]
-    records: np.ndarray  # manifest.RECORD [rows]: hashes and label
-    stored: np.ndarray  # manifest.RECORD [rows]: the stored record of the image; undefined if there is none
-    sources: Sequence[Path | None]  # the shard with the stored record of each row; None: there is none
+    records: np.ndarray  # manifest.RECORD [rows]; only the hashes and the label are known yet
+    stored: np.ndarray  # manifest.RECORD [rows]: the stored record of the image; undefined if no record is stored
+    sources: Sequence[Path | None]  # file of the shard with the stored record of each row; None: no record is stored
     raw: Path
     width: int
     height: int
@@ -64,7 +64,8 @@ def _write_records(piece: Piece, path: Path) -> np.ndarray:
                 output.copy(source, int(stored["start"]), int(stored["length"]))
                 lengths.append((stored["length"], stored["image"], stored["image_length"]))
             else:
-                output.close()  # so that `check` finds the image at which the process died
+                # Complete the file up to here. `check` counts its records to find the image at which a process died.
+                output.close()
                 image = _encode(piece, row) if source is None else _read_image(source, stored)
                 frame = tfrecord.frame(tfrecord.serialize_example(_features(piece, row, image)))
                 output.write(frame)
@@ -141,11 +142,11 @@ class _Output:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._source: Path | None = None  # of the records that are still to be copied
+        self._source: Path | None = None  # file of the records that are still to be copied
         self._start = self._stop = 0
 
     def copy(self, source: Path, start: int, length: int) -> None:
-        """Append a part of another file."""
+        """Append a part of another file. A later call of a method writes it, at the latest `close`."""
         if source != self._source or start != self._stop:
             self.close()
             self._source, self._start = source, start
@@ -158,7 +159,7 @@ class _Output:
         self._file.flush()
 
     def close(self) -> None:
-        """Copy what is still to be copied."""
+        """Copy the parts that `copy` has collected."""
         if self._source is None:
             return
         with self._source.open("rb") as source:

@@ -5,7 +5,7 @@ A record is a `tf.train.Example` with five features:
     image          bytes   the image, width x height pixels, as a lossless WebP (see `encoding`)
     label          int64   class index
     width, height  int64   pixels, of the stored image
-    key            bytes   path of the source below raw/: the object's key below the bucket's prefix
+    key            bytes   path of the image file below raw/ (the object's key without the bucket's prefix)
 
 TensorFlow reads the records without this package: `tf.data.TFRecordDataset`, `tf.io.parse_single_example`,
 `tf.io.decode_webp(image, channels=3)[0]`. `index.json` in the same folder names the encoding and the fit.
@@ -33,8 +33,8 @@ from dgmd_pipeline.errors import PipelineError, WorkerDied
 from dgmd_pipeline.manifest import INDEX, Example, Fit, Shard, ShardIndex, read_shard_index
 from dgmd_pipeline.workflow import files
 
-# Images that a worker encodes in one call. A piece is smaller than a shard, so that ten shards occupy more than ten
-# cores, the last pieces end at about the same time, and a run that is stopped loses little.
+# Images that a worker encodes in one call, as a piece of a shard. Pieces are smaller than shards, so that ten shards
+# occupy more than ten cores, the last pieces end at about the same time, and a run that is stopped loses little.
 PIECE_IMAGES = 256
 LARGE_SHARD = 1_000_000_000  # bytes
 # TensorFlow recommends "at least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
@@ -46,7 +46,7 @@ class Written(NamedTuple):
 
     counts: dict[str, int]  # images, shards, bytes
     new: int  # images that were decoded and encoded; the records of the others were reused
-    new_bytes: int  # of their records
+    new_bytes: int  # size of the records of the new images
 
     @property
     def summary(self) -> str:
@@ -78,10 +78,10 @@ def write(
     - `map` works like the builtin. It may call its function for the pieces in other processes or on other machines. It
       yields the results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
     - `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
-    - `previous` are finished folders of shards. A shard with equal rows is linked from them, and the record of an equal
-      image file is copied.
-    - `pieces` is the folder for the finished pieces, which are folders themselves. They are kept, so that they can be
-      in `previous` after a stop. Without `pieces`, they are removed at the end.
+    - `previous` are finished folders of shards. A stored shard with the same rows as a new shard is linked into
+      `folder`. For the other new shards, images that are stored in `previous` are copied, and not encoded again.
+    - `pieces` is the folder for the finished pieces, which are folders themselves. The pieces remain there, so that
+      after a stop, the next run can have them in `previous`. Without `pieces`, the finished pieces are removed.
 
     Raises PipelineError if an image is missing or no longer readable, or needs too much memory or time. Raises OSError
     if `folder` cannot be written.
@@ -157,7 +157,8 @@ def _pieces(
 def record_order(rows: Iterable[Example]) -> Examples:
     """Return the rows in the order of their records, which is also the order of stored features.
 
-    A hash of the content determines the order, so the labels are mixed. It is independent of the hash for the split.
+    A hash of the content determines the order, so the labels are mixed. This hash is independent of the hash that
+    determines the split.
     """
     return _ordered(rows)[1]
 
@@ -184,7 +185,8 @@ def suggest_shards(sizes: Sequence[int]) -> int | None:
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
     """Compare the SHA-256 of `records.npy` and of shards with the index; raise PipelineError for the first difference.
 
-    `numbers` are the positions of the shards in the index; None checks all. A file is read once in a run.
+    `numbers` are the positions of the shards in the index; None checks all shards. A process reads an unchanged file
+    only once.
     """
 
     def find_problem(shard: Shard) -> str | None:

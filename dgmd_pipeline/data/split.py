@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """Which rows are in the validation split, and the effects of near-duplicate groups."""
+    """Which rows are in the validation split, and how many groups of near-duplicates have several labels."""
 
     validation: np.ndarray  # bool [rows]
     groups_across_labels: int  # groups with images of several labels; they are all in the training split
@@ -27,8 +27,8 @@ class Split(NamedTuple):
 def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:
     """Write `training.csv` and `validation.csv` into `folder` (see `split`), and return the counts.
 
-    `rows` is a file of Examples; their order is kept. Warns of labels without validation images. Raises NoUsableInput
-    if no label has any.
+    `rows` is a CSV file of `Example` rows. Both splits keep their order. Warns of labels without validation images.
+    Raises NoUsableInput if no label has validation images.
     """
     numbers = columns.LabelNumbers()
     labels, ranks = [], []
@@ -69,8 +69,8 @@ def split(labels: np.ndarray, groups: np.ndarray, fraction: float) -> Split:
 
     `labels` (integers >= 0 [rows]) and `groups` (uint64 [rows, 2], `columns.ranks` of the near-duplicate groups)
     describe the rows. A group is never divided, so the number is the nearest one that the groups of the label allow.
-    Groups of lower rank are chosen first. A label that is a single group goes into the training split, and so does a
-    group with images of several labels.
+    If several sets of groups give this number, groups of lower rank are preferred. A label that is a single group goes
+    into the training split, and so does a group with images of several labels.
     """
     order = columns.order(groups)
     is_first = np.append(True, (groups[order[1:]] != groups[order[:-1]]).any(axis=1))

@@ -1,4 +1,4 @@
-"""Finds groups whose sizes add up to a target, or as nearly as possible, in linear time."""
+"""Finds groups whose sizes have a sum as near as possible to a target, in linear time."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 
 class _Sums(NamedTuple):
-    """The sums of all subsets of some sizes with a known total.
+    """The sums of all subsets of a list of sizes.
 
-    The number s is a sum if and only if total - s is a sum. If s >= `start` and s + period <= total - `start`, then s
-    is a sum if and only if s + period is a sum. So a few bits describe the sums of any number of sizes.
+    The functions below also take `total`, the sum of all sizes in the list, and `period`, which is the same for all
+    lists. The number s is a sum if and only if total - s is a sum. If s >= `start` and s + period <= total - `start`,
+    then s is a sum if and only if s + period is a sum. So a few bits describe the sums of any number of sizes.
     """
 
     start: int
@@ -25,8 +26,8 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
     If two sums are equally near, the smaller sum is used. If several subsets have this sum, the result is the subset
     with the earliest positions. Returns no positions if no sum is possible.
     """
-    period = Counter(sizes).most_common(1)[0][0]
-    totals = [*accumulate(reversed(sizes), initial=0)][::-1]  # totals[i]: of sizes[i:]
+    period = Counter(sizes).most_common(1)[0][0]  # the most frequent size
+    totals = [*accumulate(reversed(sizes), initial=0)][::-1]  # totals[i] is the sum of sizes[i:]
     sums = _sums_of_ends(sizes, totals, period)
     bound = min(limit, target + max(sizes))
     remaining = next((s for s in _nearest(target, bound) if _is_sum(s, totals[0], sums[0], period)), 0)
@@ -41,7 +42,7 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
 
 
 def _nearest(target: int, bound: int) -> Iterator[int]:
-    """Yield the integers from 1 to `bound` by their distance to `target`, the smaller of two first."""
+    """Yield the integers from 1 to `bound` by their distance to `target`. Of two equally near, the smaller is first."""
     for distance in range(max(target, bound - target) + 1):
         for each in dict.fromkeys((target - distance, target + distance)):
             if 1 <= each <= bound:
@@ -49,12 +50,15 @@ def _nearest(target: int, bound: int) -> Iterator[int]:
 
 
 def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> list[_Sums]:
-    """Return the sums of sizes[i:] for each i, up to len(sizes). To save memory, equal results share one object."""
+    """Return the sums of sizes[i:] for each i from 0 to len(sizes).
+
+    Repeated results share one object, which saves memory.
+    """
     found = [_Sums(0, 1)]
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
         last = found[-1]
-        if total < 2 * last.start + size + period:  # the sums may have no period yet, so all their bits are needed
+        if total < 2 * last.start + size + period:  # the sums may not be periodic, and depend on `total`
             found.append(_add(last, total, size, period))
             continue
         if (last, size) not in known:
@@ -64,7 +68,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Add one `size` to the sizes with the sums `sums` and the total `total`, and return the new sums."""
+    """Return the sums after `size` is added to a list of sizes. `sums` and `total` belong to the list without it."""
     # For each s from `regular` to half of the new total, s and s + period are both sums, or both are not.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:

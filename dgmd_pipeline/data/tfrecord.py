@@ -20,7 +20,7 @@ def serialize_example(features: dict[str, bytes | int]) -> bytes:
 
 
 def _field(number: int, *content: bytes) -> tuple[bytes, ...]:
-    """Return the parts of a field. They are joined once at the end, because an image is large."""
+    """Return the parts of a field. The caller joins all parts once, because an image is large."""
     return (_varint(number << 3 | 2) + _varint(sum(map(len, content))), *content)
 
 
@@ -43,7 +43,7 @@ def frame(record: bytes) -> bytes:
 
 
 def count(path: Path) -> int:
-    """Return how many complete records a TFRecord file has; the last one may be cut."""
+    """Return how many complete records a TFRecord file has. An incomplete record at its end is not counted."""
     records, size = 0, path.stat().st_size
     with path.open("rb") as file:
         while header := file.read(12):
