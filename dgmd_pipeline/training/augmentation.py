@@ -7,17 +7,18 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 Augmentation = Literal["none", "shift", "flip", "strong"]
-SHIFT = 1 / 8  # of the width and of the height
-ANGLE = math.radians(12)
-ZOOM = 0.18  # in logarithms: 84 to 120 %
-CONTRAST = 0.2  # in logarithms: 82 to 122 %
-BRIGHTNESS = 25.0  # of 255 levels
+SHIFT = 1 / 8  # maximum shift, as a share of the width and of the height
+ANGLE = math.radians(12)  # maximum rotation
+ZOOM = 0.18  # maximum of the zoom factor's logarithm: the factor is 84 to 120 %
+CONTRAST = 0.2  # maximum of the contrast factor's logarithm: the factor is 82 to 122 %
+BRIGHTNESS = 25.0  # maximum change, in levels of 0 to 255
 
 
 def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":
     """Return batches (images, labels) with randomly changed images, see `augment`.
 
-    The changes depend on `seed` (two numbers of 0 to 2 ** 63 - 1), the number of the batch, and the position in it.
+    The changes of an image depend on `seed` (two numbers of 0 to 2 ** 63 - 1), on the number of the batch, and on the
+    position of the image in the batch.
     """
     import tensorflow as tf
 

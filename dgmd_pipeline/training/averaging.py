@@ -6,8 +6,10 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
-MAX_DECAY = 0.7  # maximum share of the previous mean in the new mean; the rest is the share of the current weights
-WARM_UP = 5  # epochs after which the decay is 0.5; it starts at 0, because the first weights are soon outdated
+# The decay is the share of the previous mean in the new mean. The current weights have the rest. The decay starts at 0,
+# because the first weights are soon outdated. After WARM_UP epochs, it is 0.5.
+MAX_DECAY = 0.7
+WARM_UP = 5
 
 
 class AveragingCallback(Protocol):

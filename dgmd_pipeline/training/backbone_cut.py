@@ -7,7 +7,7 @@ import numpy as np
 if TYPE_CHECKING:
     import keras
 
-TOP_SHARE = (0.25, 0.75)  # minimum and maximum share of the backbone's parameters in the top
+TOP_SHARE = (0.25, 0.75)  # minimum and maximum of the share of the backbone's parameters that the top contains
 
 
 def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
@@ -15,8 +15,8 @@ def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
 
     The cut is at a tensor that every path from the input to the output passes through. The share of the
     parameters in the top is within TOP_SHARE. Of the tensors that meet both conditions, the one with the fewest values
-    is chosen, because its values are stored; among equal ones, the first. This cut lies between two blocks, because
-    networks are narrow there and wide within blocks.
+    is chosen, because fine-tuning stores these values for each image. Of several tensors of this size, the first is
+    chosen. The cut lies between two blocks, because networks are narrow between blocks and wide within them.
     """
     import keras
 
@@ -25,7 +25,8 @@ def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
     candidates = []
     for operation in network.operations:
         above -= sum(int(np.prod(weight.shape)) for weight in getattr(operation, "weights", ()))
-        is_convolution = "Conv" in type(operation).__name__  # a cut here would separate it from its batch normalisation
+        # A cut after a convolution would separate the convolution from its batch normalisation.
+        is_convolution = "Conv" in type(operation).__name__
         if id(operation) in cut_points and not is_convolution and TOP_SHARE[0] <= above / total <= TOP_SHARE[1]:
             candidates.append(operation.output)
     cut = min(candidates, key=lambda tensor: np.prod(tensor.shape[1:]))
@@ -36,14 +37,14 @@ def _find_cut_points(network: "keras.Model") -> list["keras.Operation"]:
     """Return the operations that lie on every path from the network's input to its output."""
     import keras
 
-    produced_at: dict[int, int] = {}  # tensor -> position of the operation that computes it
+    produced_at: dict[int, int] = {}  # id of a tensor -> position of the operation that computes it
     last_use = [0] * len(network.operations)
     for position, operation in enumerate(network.operations):  # in topological order
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
                 last_use[produced_at[id(tensor)]] = position
         produced_at |= {id(tensor): position for tensor in keras.tree.flatten(operation.output)}
-    found, reach = [], 0  # reach: the last use of any output so far
+    found, reach = [], 0  # reach: the last position that uses any of the previous outputs
     for position, operation in enumerate(network.operations):
         if reach <= position < last_use[position]:
             found.append(operation)

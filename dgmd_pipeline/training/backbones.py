@@ -1,7 +1,7 @@
 """The backbones: their networks in `keras.applications` and the files of their weights. Does not import Keras.
 
 `python -m dgmd_pipeline.training.backbones NAME FOLDER` downloads the ImageNet weights of a backbone into a folder. The
-build of the container image uses it.
+build of the container image runs this command.
 """
 
 import hashlib
@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from dgmd_pipeline.errors import PipelineError
 
-DOWNLOAD_TIMEOUT = 20  # seconds without a byte
+DOWNLOAD_TIMEOUT = 20  # a download fails after this number of seconds without a byte
 INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # weights that the container image contains
 _MINUS_ONE_TO_ONE = (1 / 127.5, -1.0)
-# Scaled to 0..1, then standardised with ImageNet's mean and deviation of each channel: Keras's "torch" mode.
+# Pixels are scaled to 0..1, then standardised with ImageNet's mean and deviation of each channel. Keras calls this mode
+# "torch".
 _TORCH = (
     (1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225),
     (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
@@ -28,9 +29,9 @@ _TORCH = (
 class Backbone(NamedTuple):
     """A network of `keras.applications` and the location of its ImageNet weights without the top layers."""
 
-    function: str  # its name in `keras.applications`
-    url: str  # below WEIGHTS_URL
-    md5: str | None  # from the sources of Keras, which have none for MobileNetV2
+    function: str  # name of the function in `keras.applications` that builds the network
+    url: str  # relative to WEIGHTS_URL
+    md5: str | None  # checksum in the sources of Keras; None for MobileNetV2, whose checksum they do not contain
     scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
     min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 
@@ -104,8 +105,8 @@ def weights_fingerprint(weights: str) -> str:
 def weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
     """Return the file of weights (HDF5) of a backbone, or None for `cnn` and for the weights `none`.
 
-    `weights` is `imagenet`, `none` or a file; `keras_home` is the folder of Keras's downloads (`KERAS_HOME`,
-    `~/.keras`). If the ImageNet weights are neither there nor in INSTALLED, they are downloaded.
+    `weights` is `imagenet`, `none` or a file; `keras_home` is the folder of Keras's downloads (the setting
+    `KERAS_HOME`). If the ImageNet weights are neither in this folder nor in INSTALLED, they are downloaded.
     Raises PipelineError if the file does not exist or cannot be downloaded.
     """
     if not is_frozen(name) or weights == "none":
@@ -146,7 +147,7 @@ def _imagenet_file(name: str, backbone: Backbone, keras_home: Path) -> Path:
     except (OSError, http.client.HTTPException) as error:
         raise PipelineError(
             f"The ImageNet weights of {name} are not in {path} and cannot be downloaded from {url} ({error}). "
-            "Download that file on a machine with internet access and copy it to that path; "
+            "Download the file on a machine with internet access and copy it to this path; "
             "or set BACKBONE_WEIGHTS to a file of weights, or to none; or set BACKBONE=cnn, which needs no weights."
         ) from error
     finally:
@@ -165,4 +166,4 @@ if __name__ == "__main__":
     try:
         print(weights_file(sys.argv[1], "imagenet", Path(sys.argv[2])))  # noqa: T201
     except PipelineError as error:
-        print(error, "The image is built without them.", sep="\n")  # noqa: T201
+        print(error, "The container image is built without these weights.", sep="\n")  # noqa: T201

@@ -32,13 +32,13 @@ class TrainingState(NamedTuple):
 
     seed: int
     history: list[Epoch]
-    values: list[np.ndarray]  # of the variables that `loop.run` saves; empty before the first epoch
+    values: list[np.ndarray]  # values of the variables that `loop.run` saves; empty before the first epoch
 
 
 def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingState:
-    """Return the state in `checkpoint`, or the initial state if there is no such file. Set Keras's random seed.
+    """Return the state in `checkpoint`, or the initial state if this file does not exist.
 
-    Raises UnusableCheckpoint if the file is damaged.
+    Also sets Keras's random seed to the seed of the state. Raises UnusableCheckpoint if the file is damaged.
     """
     if checkpoint and checkpoint.exists():
         state = _load(checkpoint)

@@ -18,16 +18,16 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 class TrainingConfig(NamedTuple):
     """How to train. The learning rate of epoch e (from 0) is learning_rate / (1 + decay_rate * e)."""
 
-    batch_size: int  # maximum; `from_scratch.MIN_STEPS` can lower it for `cnn`
-    epochs: int  # of `cnn`; for a head with hidden layers, the maximum
+    batch_size: int  # maximum number of images in a batch; for `cnn`, `from_scratch.MIN_STEPS` can lower it
+    epochs: int  # number of epochs for `cnn`; maximum number for a head with hidden layers
     learning_rate: float
     decay_rate: float
-    patience: int  # epochs without a lower held-out loss before cross-validation stops
+    patience: int  # cross-validation stops training a head after this many epochs without a lower held-out loss
     optimizer: str  # one of OPTIMIZERS
     dropout: float  # 0 to below 1, after each hidden layer of the head
     weight_decay: float
     augmentation: Augmentation = "none"  # of the training images of `cnn`
-    seed: int | None = None  # None: a new one for each training
+    seed: int | None = None  # None: each training gets a random seed
 
 
 class Epoch(NamedTuple):

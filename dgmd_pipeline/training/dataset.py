@@ -11,7 +11,9 @@ from dgmd_pipeline.manifest import ShardIndex, read_records, read_shard_index
 if TYPE_CHECKING:
     import tensorflow as tf
 
-SHARDS_AT_ONCE = 16  # read in parallel when shuffling; a constant, so that the order is the same on every machine
+# Number of shards that are read in parallel for a shuffled order. It is a constant, so that the order is the same on
+# every machine.
+SHARDS_AT_ONCE = 16
 IMAGES_AT_ONCE = 32  # encoded images that TensorFlow takes from Python in one call
 # Size of the encoded images in the shuffle buffer. A small buffer suffices, because the stored order already mixes
 # labels.
@@ -44,8 +46,8 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
     )
     options = tf.data.Options()
     # TensorFlow's autotune thread sleeps for 10 ms, and then each time twice as long. A pass over the data ends only
-    # when this thread wakes, so every other pass took up to 10 s longer. Without autotuning, the number of threads is
-    # the number of cores.
+    # when this thread wakes, so a pass could take up to 10 s longer. Without autotuning, the number of threads is the
+    # number of cores.
     options.autotune.enabled = False
     count = index.images if chosen is None else int(chosen.sum())
     return records.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
@@ -102,7 +104,7 @@ def _open_records(
     import tensorflow as tf
 
     def open_shard(path: "tf.Tensor", first: "tf.Tensor") -> "tf.data.Dataset":
-        """Open a file whose first record has the position `first` in the whole folder."""
+        """Open a file. `first` is the position of its first record among all records of the folder."""
         records = tf.data.TFRecordDataset(path)
         if chosen is None:
             return records

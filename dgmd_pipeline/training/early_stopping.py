@@ -10,7 +10,7 @@ class StopEarly(Exception):
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch:
-    """Return the epoch with the lowest held-out loss, the first of equal ones."""
+    """Return the epoch with the lowest held-out loss, or the first of several such epochs."""
     return min(history, key=lambda row: row.val_loss)
 
 

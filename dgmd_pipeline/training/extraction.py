@@ -19,7 +19,8 @@ from dgmd_pipeline.workflow import files
 if TYPE_CHECKING:
     import keras
 
-# Images in a piece. A core computes them in 10 to 30 s. A stopped run loses this work.
+# Maximum number of images in a piece. A core computes their vectors in 10 to 30 s. A run that is stopped loses the
+# vectors of unfinished pieces.
 PIECE_IMAGES = 1024
 VECTORS = "features.npy"  # file in the folder of a piece
 
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     target: Path  # the folder
     records: Path  # folder of shards
     positions: np.ndarray  # int64, ascending: positions of the images among all records
-    origin: Origin  # of the vectors; its "weights" are a result of `backbones.weights_fingerprint`
+    origin: Origin  # origin of the vectors; its value "weights" is a result of `backbones.weights_fingerprint`
     network: Network
 
 
@@ -50,7 +51,7 @@ def divide(records: Path, reuse: Reuse, folder: Path, origin: Origin, network: N
     shard_of = np.searchsorted(ends, reuse.new, side="right")
     of_shards = [reuse.new[shard_of == number] for number in reuse.shards]
     parts = [part for each in of_shards for part in np.split(each, range(PIECE_IMAGES, len(each), PIECE_IMAGES))]
-    run = uuid.uuid4().hex[:8]  # so that no piece of an earlier run is replaced
+    run = uuid.uuid4().hex[:8]  # names are unique, so that no piece of an earlier run is replaced
     targets = (folder / f"{run}-{number:06d}" for number in range(len(parts)))
     return [Piece(target, records, part, origin, network) for target, part in zip(targets, parts, strict=True)]
 
@@ -85,7 +86,7 @@ def _network(network: Network, fingerprint: object) -> "keras.Model":
 
 
 def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches: ParallelMap = map) -> Iterator[int]:
-    """Write the folders of pieces, and yield the number of vectors in each write.
+    """Write the folders of pieces. After each write, yield the number of written vectors.
 
     All pieces have the same folder of records. The images of all pieces go through the network as one stream.
     `map_batches` may compute batches in threads.
@@ -99,8 +100,8 @@ def extract_pieces(pieces: Sequence[Piece], network: "keras.Model", map_batches:
 def write_pieces(pieces: Iterable[Piece], blocks: Iterable[np.ndarray], dimensions: int) -> Iterator[int]:
     """Write the folders of pieces. Their vectors (float32 [n, dimensions]) come in blocks of any length.
 
-    Yields the number of vectors in each write. Only a few blocks are in memory. Raises ValueError if vectors are
-    missing, and OSError if a folder cannot be written.
+    After each write, yields the number of written vectors. Only a few blocks are in memory. Raises ValueError if
+    vectors are missing, and OSError if a folder cannot be written.
     """
     remaining, block = iter(blocks), np.empty((0, dimensions), np.float32)
     for piece in pieces:

@@ -1,8 +1,8 @@
 """Folders of stored features: reading, writing, and reusing the vectors of finished folders.
 
-For each shard of the records, a folder has a file of vectors, `features-00000-of-00010.npy` (float32 [n, d]), in the
-order of the records. `images.npy` (S32 [n]) has the SHA-256 of the image files, and `labels.npy` (int64 [n]) the class
-indexes. `index.json` lists the files.
+A folder has one file of vectors for each shard of the records, for example `features-00000-of-00010.npy` (float32
+[m, d]). The vectors are in the order of the records. `images.npy` (S32 [n]) contains the SHA-256 of each image file.
+`labels.npy` (int64 [n]) contains the class index of each image. `index.json` lists the files.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ IMAGES, LABELS = "images.npy", "labels.npy"
 SCHEMA = 1  # of index.json
 COPY_ROWS = 4096  # vectors that are copied at a time
 IN_MEMORY_BYTES = 32_000_000  # maximum size of vectors that `load` reads into memory; larger files are mapped
-Origin = Mapping[str, object]  # JSON values that determine the vector of an image, apart from the image
+Origin = Mapping[str, object]  # JSON values; together with an image, they determine its vector
 
 
 class FeatureShard(NamedTuple):
@@ -35,7 +35,7 @@ class FeatureShard(NamedTuple):
     images: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
-    images_sha256: str  # SHA-256 of the shard's part of images.npy; shards with the same images have the same vectors
+    images_sha256: str  # SHA-256 of this file's part of images.npy; files with the same images have the same vectors
 
 
 class _Stored(NamedTuple):
@@ -50,14 +50,14 @@ class _Copy(NamedTuple):
     """Vectors to copy from a stored file."""
 
     stored: _Stored
-    rows: np.ndarray  # int64 [m], in the stored file
-    target: np.ndarray  # int64 [m], in the new file
+    rows: np.ndarray  # int64 [m]: positions in the stored file
+    target: np.ndarray  # int64 [m]: positions in the new file
 
 
 class Reuse(NamedTuple):
     """The vectors that a new folder reuses from finished folders, and the images whose vectors must be computed."""
 
-    dimensions: int | None  # of the stored vectors; None if none are reused
+    dimensions: int | None  # number of values in a reused vector; None if no vector is reused
     linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
     copied: dict[int, list[_Copy]]  # number of each other shard -> vectors to copy into its file
     new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
@@ -137,7 +137,7 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
 
 
 def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int) -> None:
-    """Write a folder of features for a folder of records. `reuse` must hold the vectors of all images.
+    """Write a folder of features for a folder of records. `reuse.new` must be empty.
 
     Raises ValueError if vectors are missing, and OSError if the folder cannot be written.
     """
@@ -189,7 +189,7 @@ def load(folder: Path) -> LabeledFeatures:
         path = folder / LABELS
         labels = np.load(path)
         if [len(part) for part in parts] != [entry.images for entry in entries] or sum(map(len, parts)) != len(labels):
-            raise ValueError("expected as many labels as vectors")
+            raise ValueError("the numbers of vectors and labels are inconsistent")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise manifest.changed_file_error(path, error) from error
     vectors = ShardedVectors(parts)

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-BATCH = 16  # images that a thread computes at a time; larger batches are not faster and take more memory
-FEW = 64  # images; for this many or fewer, tracing a graph takes longer than it saves
+BATCH = 16  # images whose vectors a thread computes at a time; larger batches are not faster and take more memory
+FEW = 64  # up to this number of images, no graph is traced, because tracing takes longer than the graph saves
 ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`: yields results in order
 
 
 class LabeledFeatures(NamedTuple):
     """The features and labels of a split, in the order of its records."""
 
-    vectors: Vectors  # float32 [n, d]; at the cut of a backbone, [n, height, width, d]
+    vectors: Vectors  # float32 [n, d]; for activations at the cut of a backbone, [n, height, width, d]
     labels: np.ndarray  # class indexes, int64 [n]
 
 
@@ -54,7 +54,8 @@ def estimate_bytes(count: int, dimensions: int) -> int:
 def freeze(backbone: "keras.Model") -> "Callable[[np.ndarray | tf.Tensor], np.ndarray]":
     """Return a function from images (uint8 [batch, height, width, 3]) to their vectors (float32 [batch, d]).
 
-    The variables become constants, so TensorFlow folds batch normalisation into the convolutions: docs/measurements.md.
+    The variables become constants, so TensorFlow folds batch normalisation into the convolutions. This is faster: see
+    docs/measurements/speed.md.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -73,8 +74,8 @@ def read_batches(
 ) -> "tf.data.Dataset":
     """Return batches (features, labels) whose sizes differ by at most one.
 
-    `shuffle` is a seed and an epoch, which alone determine the order. None keeps the order of the rows. `rows` (int64)
-    are the positions to take. None takes all.
+    `shuffle` is a seed and an epoch. The order depends only on these two numbers. With None, the rows keep their order.
+    `rows` (int64) are the positions to take; None takes all positions.
     """
     import tensorflow as tf
 
@@ -95,5 +96,5 @@ def divide_rows(rows: np.ndarray, batch_size: int, shuffle: tuple[int, int] | No
     order = rows.copy()
     if shuffle is not None:
         np.random.default_rng(shuffle).shuffle(order)
-    # Sorted, so that a batch is read in the order of the file.
+    # The rows of a batch are sorted, so that they are read in the order of the file.
     return [np.sort(batch) for batch in np.array_split(order, -(-len(order) // batch_size))]

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 KINDS = ("none", "top", "all")
-BATCH_SIZE = 32  # maximum: the gradients of a network take 60 MB and more for each image
+BATCH_SIZE = 32  # maximum; for each image, the gradients of a network take 60 MB of memory or more
 DECAY_RATE = 1.0  # replaces the decay rate of the configuration
-MIN_HELD_OUT = 10  # images; with fewer, the lowest log loss of several epochs is low by chance
+MIN_HELD_OUT = 10  # minimum number of images; with fewer, the lowest log loss of several epochs is low by chance
 CHECKPOINT = "fine_tuning"  # prefix of the checkpoints
 
 
 class Trial(NamedTuple):
     """Metrics of the head alone and of the fine-tuned model on held-out training images."""
 
-    held_out: int  # number of images, which neither model was trained on
+    held_out: int  # number of held-out images; neither model was trained on them
     log_loss_head: float  # nats
-    log_loss: float  # after `epochs`
+    log_loss: float  # nats; of the fine-tuned model after `epochs` epochs
     accuracy_head: float  # 0 to 1
-    accuracy: float
+    accuracy: float  # 0 to 1; of the fine-tuned model after `epochs` epochs
     epochs: int  # number of epochs after which the log loss is lowest; the final fit has the same number
 
     @property
@@ -46,18 +46,18 @@ class Trial(NamedTuple):
         The log loss depends on the probability of every image. The accuracy depends only on images near the boundary
         between two classes. So the log loss needs fewer images to distinguish two models. It also rejects a model with
         a higher accuracy but worse probabilities. For the same reasons, the log loss determines the number of epochs.
-        After the best epoch, it rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
+        After the best epoch, the log loss rises while the accuracy stays the same (docs/measurements/fine-tuning.md).
         """
         return self.log_loss < self.log_loss_head
 
 
 class FineTunedModel(NamedTuple):
-    """A fine-tuned backbone and head. Both are None if fine-tuning was not better."""
+    """A fine-tuned backbone and head. Both are None if the trial was not `better` or was not possible."""
 
     backbone: "keras.Model | None"
     head: "keras.Model | None"
     history: list[Epoch]  # of the final fit
-    trial: Trial | None  # None: too few training images to hold any out
+    trial: Trial | None  # None if fewer than MIN_HELD_OUT images could be held out
 
 
 class FineTuningJson(TypedDict, total=False):
@@ -93,8 +93,8 @@ def fine_tune(
     near-duplicate groups of the training images; a group is held out as a whole.
 
     If the trial is `better`, the final fit trains on the whole training split, starting from `trained_head`, with the
-    trial's best number of epochs. `validation` is measured after each of these epochs and does not affect the training.
-    `backbone` and `trained_head` are not changed.
+    trial's best number of epochs. After each of these epochs, the model is measured on `validation`, which does not
+    affect the training. `backbone` and `trained_head` are not changed.
 
     `class_weights` are float32 [classes]. `config` has a seed, which makes the result repeatable on a CPU. `on_epoch`
     is also called after the epochs of the trial. `resume_dir` is an existing folder for activations and checkpoints.
@@ -119,7 +119,7 @@ def fine_tune(
 
 
 class _Fit(NamedTuple):
-    """The trial or the final fit, before its next epoch."""
+    """The networks and the state of the trial or of the final fit, before the next epoch."""
 
     backbone: "keras.Model"  # a trainable copy: see `clone_trainable`
     head: "keras.Model"  # a trainable copy
@@ -141,7 +141,10 @@ class _Fitter(NamedTuple):
     resume_dir: Path
 
     def run_trial(self, head: "keras.Model", fitted_rows: Rows, held_out_rows: Rows) -> Trial:
-        """Fine-tune `head`, which was fitted to `fitted_rows`. Measure it on `held_out_rows` before and after."""
+        """Fine-tune the backbone with `head` on `fitted_rows`, to which `head` was fitted.
+
+        The model is measured on `held_out_rows` before and after fine-tuning.
+        """
         held_out = self.read(held_out_rows, None)
         fit = self.start("trial", head, self.config.epochs)
         log_loss, accuracy = _measure(fit.trained, held_out)
@@ -150,7 +153,7 @@ class _Fitter(NamedTuple):
         return Trial(len(held_out_rows), log_loss, best.val_loss, accuracy, best.val_accuracy, best.epoch + 1)
 
     def start(self, name: str, head: "keras.Model", epochs: int) -> _Fit:
-        """Copy the backbone and `head`, and load the state of a stopped fit with this name."""
+        """Copy the backbone and `head`. If a fit with this name was stopped, load its state."""
         import keras
 
         config, checkpoint = self.config._replace(epochs=epochs), self.resume_dir / f"{CHECKPOINT}_{name}.npz"
@@ -161,7 +164,7 @@ class _Fitter(NamedTuple):
         return _Fit(backbone, head, trained, config, state, checkpoint)
 
     def fit(self, fit: _Fit, rows: Rows, val_batches: "tf.data.Dataset") -> list[Epoch]:
-        """Train on `rows` of the training split until the last epoch, and return all epochs."""
+        """Train on `rows` of the training split until the last epoch. Return all its epochs, also of stopped runs."""
         log_epochs = loop.log_epochs(self.on_epoch, fit.config.epochs)
 
         def shuffled_batches(epoch: int) -> "tf.data.Dataset":
@@ -176,14 +179,14 @@ class _Fitter(NamedTuple):
 def clone_trainable(network: "keras.Model") -> "keras.Model":
     """Return a copy of a network in which every layer except batch normalisation is trainable.
 
-    A frozen batch normalisation layer keeps using its stored statistics in training. These were computed on a million
+    During training, a frozen batch normalisation layer uses its stored statistics, which were computed on a million
     images. The statistics of a few small batches would be worse.
     """
     import keras
 
     copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())
-    for layer in copy.layers:  # setting it on the network would not change layers that were built as frozen
+    for layer in copy.layers:  # `copy.trainable = True` would not change layers that were built as frozen
         layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     return copy
 
@@ -219,7 +222,7 @@ def to_json(tuned: FineTunedModel) -> FineTuningJson:
 def describe(outcome: FineTuningJson) -> str:
     """Return the outcome of fine-tuning as a sentence."""
     if "held_out" not in outcome:
-        return "The backbone was not fine-tuned: there were too few training images to hold out enough of them."
+        return "The backbone was not fine-tuned, because too few training images could be held out."
     return (
         f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}. On {outcome['held_out']:,} held-out training "
         f"images, it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "

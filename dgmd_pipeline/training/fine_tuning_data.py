@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 TRIAL_ROWS = 10_000  # maximum number of training images in the trial
 TRIAL_FOLDS = 5  # one of them is held out
-ACTIVATIONS = "activations"  # prefix of the folders
-VALUES, LABELS = "activations.npy", "labels.npy"  # files in such a folder
+ACTIVATIONS = "activations"  # prefix of the names of the folders with activations
+VALUES, LABELS = "activations.npy", "labels.npy"  # files in each of these folders
 Rows = np.ndarray  # int64, ascending: positions of images in the training split
-Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]  # rows; seed and epoch if shuffled
+# Returns the batches of some rows. If the second argument, a seed and an epoch, is not None, the rows are shuffled.
+Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]
 
 
 class LabeledImages(NamedTuple):
     """The labels and records of a split."""
 
     labels: np.ndarray  # class indexes, int64 [n], in the order of the records
-    read: Callable[..., "tf.data.Dataset"]  # `dataset.read` without its first argument
+    read: Callable[..., "tf.data.Dataset"]  # `dataset.read`, already bound to the folder of the records
 
 
 def open_batches(
@@ -86,7 +87,7 @@ def _load_activations(
 
 
 def _extract_activations(bottom: "keras.Model", images: LabeledImages, folder: Path, map_batches: ParallelMap) -> None:
-    """Write the activations of a split into a new folder, which gets its name when it is complete."""
+    """Write the activations of a split into a temporary folder. Rename it to `folder` when it is complete."""
     draft = folder.with_name(f"{folder.name}.part")
     draft.mkdir()
     batches = images.read().map(lambda image, _: image).batch(features.BATCH).prefetch(2)
@@ -112,8 +113,8 @@ def _load(folder: Path) -> LabeledFeatures:
 def hold_out(labels: np.ndarray, groups: Sequence[str], seed: int) -> tuple[Rows, Rows]:
     """Return the rows that the trial trains on, and the rows that it holds out.
 
-    Each label of the held-out rows also occurs in the other rows. `labels` are int [n], `groups` the n near-duplicate
-    groups; a group is held out as a whole.
+    Each label of the held-out rows also occurs in the rows that the trial trains on. `labels` (int [n]) and `groups`
+    (n names) are the class index and the near-duplicate group of each row. A group is held out as a whole.
     """
     rows = np.arange(len(labels))
     if len(rows) > TRIAL_ROWS:

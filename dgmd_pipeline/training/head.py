@@ -1,6 +1,7 @@
 """Trains a head on stored features. Cross-validation chooses its kind, regularisation and epochs.
 
-Cross-validation uses the training split only. The validation split is measured but does not affect the model.
+Cross-validation uses the training split only. The model is measured on the validation split, which does not affect the
+training.
 """
 
 import logging
@@ -41,11 +42,12 @@ def train_head(
     Labels are from 0 to `classes` - 1; a class may be missing from the data. `groups` are the near-duplicate groups of
     the training images; a group is held out as a whole. `kind` is one of `head_selection.HEADS`. `class_weights`
     (class index -> weight; a missing weight is 1) weigh the training loss. `on_epoch` is called after each epoch of the
-    final fit; a linear head has one epoch. `validation` is measured after each epoch.
+    final fit; a linear head has one epoch. After each epoch, the head is measured on `validation`.
 
-    The selection is written to `selection.json` beside `checkpoint` (.npz), and the state of a hidden head to
-    `checkpoint` after each epoch. If these files exist, the training resumes from them. On a CPU, the resulting weights
-    are the same as without an interruption. The files must be from the same data and settings. The caller deletes them.
+    The result of the cross-validation is written to `selection.json` in the folder of `checkpoint` (.npz). The state of
+    a head with hidden layers is written to `checkpoint` after each epoch. If these files exist, the training resumes
+    from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from the same
+    data and settings. The caller deletes them.
 
     Raises PipelineError if features, a loss or weights are not finite, and UnusableCheckpoint if a file is damaged.
     """
@@ -78,7 +80,10 @@ def train_head(
 def refit(
     data: LabeledFeatures, chosen: head_selection.Option, class_weights: np.ndarray, config: TrainingConfig
 ) -> "keras.Model":
-    """Fit the chosen head to other rows. `class_weights` are float32 [classes]; `config` has a seed."""
+    """Fit a new head with the settings `chosen` to `data`, for example to a part of the training split.
+
+    `class_weights` are float32 [classes]; `config` has a seed.
+    """
     assert config.seed is not None  # noqa: S101
     components = linear.principal_components(data.vectors)
     if chosen.kind == "linear":

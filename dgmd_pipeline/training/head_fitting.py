@@ -62,9 +62,9 @@ class HiddenHead:
         on_epoch: OnEpoch,
         checkpoint: Path | None = None,
     ) -> TrainedModel:
-        """Fit the head from `state` until it has had `config.epochs` epochs: see `loop.run`.
+        """Train the head from `state` until `config.epochs` epochs are completed, including those in `state`.
 
-        The next fit changes the weights of the returned model. `held_out` is measured after each epoch.
+        The next fit changes the weights of the returned model. After each epoch, the head is measured on `held_out`.
         """
         state = state if state.values else state._replace(values=self._initial)
         run_epoch = partial(self._run_epoch, data, held_out, config.batch_size, state.seed)
@@ -83,9 +83,10 @@ class HiddenHead:
 def _chunks(
     data: LabeledFeatures, batches: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the vectors, labels and edges of several batches at a time.
+    """Yield chunks of one or more batches: vectors, labels, and the edges of the batches.
 
-    A chunk has one batch, or several batches that have at most CHUNK_ROWS rows together.
+    Batch i has the rows edges[i] to edges[i + 1] - 1 of its chunk. A chunk of several batches has at most CHUNK_ROWS
+    rows.
     """
     step = max(1, CHUNK_ROWS // batch_size)
     for first in range(0, len(batches), step):
@@ -100,12 +101,13 @@ def _mean(totals: Iterable["tf.Tensor"]) -> tuple[float, float]:
 
 
 def _build_steps(network: "keras.Model", class_weights: np.ndarray) -> tuple[Callable, Callable]:
-    """Return two TensorFlow functions: one trains on the batches between `edges`, the other only measures.
+    """Return two TensorFlow functions: the first trains on each batch of a chunk, the second only measures the chunk.
 
-    They take vectors (float32 [n, d]), labels (int64 [n]) and edges (int64 [batches + 1]). They return the sum of the
-    losses, the number of correct predictions and n (float32 [3]). `class_weights` apply only to training.
+    They take a chunk of `_chunks`: vectors (float32 [n, d]), labels (int64 [n]) and edges (int64 [batches + 1]). They
+    return three numbers (float32 [3]): the sum of the losses, the number of correct predictions, and n. `class_weights`
+    apply only to training.
 
-    Keras's `fit` needs 7 CPU ms for a batch of 128 vectors of 1,280 values; this loop needs 1.4.
+    For a batch of 128 vectors of 1,280 values, Keras's `fit` needs 7 ms of CPU time, and this loop needs 1.4 ms.
     """
     import keras
     import tensorflow as tf

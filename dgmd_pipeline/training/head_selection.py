@@ -21,12 +21,12 @@ from dgmd_pipeline.training.head_fitting import HiddenHead
 
 log = logging.getLogger(__name__)
 HEADS = ("auto", "linear", "hidden")
-FILE = "selection.json"  # in the folder of checkpoints
+FILE = "selection.json"  # name of the file with the selection in the folder of checkpoints
 FOLDS = 3
 SELECTION_ROWS = 8_000  # maximum number of training images that cross-validation uses
-HELD_OUT_ROWS = 2_000  # after this many held-out images, no further fold is evaluated
-SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening: docs/measurements/head.md
-MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; for more, only the first shrinkage is evaluated
+HELD_OUT_ROWS = 2_000  # when this number of images has been held out, no further fold is evaluated
+SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening, see docs/measurements/head.md
+MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above this, only the first shrinkage is evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
 FIRST_STRENGTH = 3  # position of the strength that is evaluated first
 FALLBACK_STRENGTH = 0.03  # used if there are too few images to hold any out
@@ -37,17 +37,17 @@ class Option(NamedTuple):
 
     kind: str  # "linear" or "hidden"
     log_loss: float  # nats; NaN if there were too few images to hold any out
-    accuracy: float  # 0 to 1; NaN like log_loss
-    shrinkage: float = 1  # linear: see `linear.penalties`
-    strength: float = 0  # linear: inverse of the regularisation, scikit-learn's C
-    epochs: int = 0  # hidden
+    accuracy: float  # 0 to 1; NaN if `log_loss` is NaN
+    shrinkage: float = 1  # only for "linear": see `linear.penalties`
+    strength: float = 0  # only for "linear": inverse of the regularisation, scikit-learn's C
+    epochs: int = 0  # only for "hidden": number of epochs
 
 
 class Selection(NamedTuple):
     """The head that cross-validation chose, and the alternatives. The setting HEAD may fix the kind of head."""
 
     chosen: Option
-    options: list[Option]  # the best of each kind
+    options: list[Option]  # the best head of each kind that was evaluated
     held_out: int  # number of held-out training images; 0: too few to hold any out
     seed: int
 
@@ -56,11 +56,11 @@ class OptionJson(TypedDict, total=False):
     """An Option in training.json."""
 
     kind: Required[str]
-    shrinkage: float  # linear
-    strength: float  # linear
-    epochs: int  # hidden
+    shrinkage: float  # only for "linear"
+    strength: float  # only for "linear"
+    epochs: int  # only for "hidden"
     log_loss: float  # missing if no images were held out
-    accuracy: float
+    accuracy: float  # missing if no images were held out
 
 
 class SelectionJson(TypedDict):
@@ -80,8 +80,8 @@ class _Fits(NamedTuple):
     """The logistic regressions of all folds with the same settings."""
 
     option: Option
-    strength: int  # its position in STRENGTHS
-    coefficients: Sequence[np.ndarray | None]  # of each fold; None before the first fit
+    strength: int  # position of the option's strength in STRENGTHS
+    coefficients: Sequence[np.ndarray | None]  # coefficients of each fold; None before the first fit
 
 
 def select(
@@ -98,7 +98,7 @@ def select(
     The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
     `class_weights` are float32 [classes]. `components` are the components of the training images.
-    Unless `kind` is linear, `hidden` is evaluated, which changes its weights.
+    Unless `kind` is "linear", `hidden` is cross-validated, which changes its weights.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)
@@ -171,7 +171,7 @@ def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
     """Search for the strength with the lowest loss, and return its fits. Each fit starts from the best fit so far.
 
-    The search assumes that the loss has no other local minimum.
+    The search assumes that the loss has only one local minimum.
     """
     best = evaluate(start.strength, start)
     for step in (1, -1):
@@ -194,9 +194,10 @@ def _evaluate_linear(
     strength: int,
     start: "_Fits",
 ) -> "_Fits":
-    """Fit a logistic regression to each fold, and measure it on the images that were held out.
+    """Fit a logistic regression to each fold, and measure it on the fold's held-out images.
 
-    Each fold is fitted in its own thread: BLAS and NumPy release the GIL, and take nearly all of the time.
+    Each fold has its own thread. The threads run in parallel, because BLAS and NumPy take nearly all of the time and
+    release the GIL.
     """
     penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
 
@@ -213,9 +214,9 @@ def _evaluate_linear(
 
 
 def _best_hidden(cv_folds: Sequence[_Fold], hidden: HiddenHead, config: TrainingConfig) -> Option:
-    """Return the option of kind "hidden". Its number of epochs is the one with the lowest log loss.
+    """Return the option of kind "hidden", with the number of epochs for which the log loss over all folds is lowest.
 
-    A fold stops when its loss has not decreased for `config.patience` epochs.
+    The training of a fold stops when its held-out loss has not decreased for `config.patience` epochs.
     """
     histories = []
     for number, fold in enumerate(cv_folds, start=1):

@@ -8,18 +8,18 @@ import numpy as np
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.training.vectors import Vectors
 
-COMPONENT_ROWS = 20_000  # maximum number of vectors for the components: about 10 for each of up to 2,048 dimensions
+COMPONENT_ROWS = 20_000  # maximum number of vectors for the components: about 10 per dimension at 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
-# The fit ends when the relative change of the objective is below this. On photographs, 1e-7 needs twice as many
-# iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it needs four times as
-# many iterations, and the loss is not lower.
+# The fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
+# number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it quadruples
+# the number of iterations and does not lower the loss.
 TOLERANCE = 1e-5
 MIN_CURVATURE = 1e-4  # minimum of the estimated second derivative of a row's loss
 
 
 class Components(NamedTuple):
-    """The principal components of feature vectors, whose coordinates are (features - mean) @ directions."""
+    """The principal components of feature vectors. The coordinates of vectors are (vectors - mean) @ directions."""
 
     mean: np.ndarray  # float32 [d]
     variances: np.ndarray  # float64 [r], above 0, r <= d
@@ -83,12 +83,12 @@ def fit(
 
     The coefficients minimise the weighted cross-entropy of features (float32 [n, d]) and labels (int [n]), plus half
     the sum of penalty * coefficient ** 2. Each row has the weight of its class (float [classes]). `penalty` (float [r])
-    is the result of `penalties` divided by a strength (scikit-learn's C). The bias has no penalty. `start` is the
-    solution for similar penalties; it saves iterations.
+    is the result of `penalties` divided by a strength (scikit-learn's C). The bias has no penalty. `start` are the
+    coefficients for similar penalties; they save iterations.
 
     L-BFGS (Liu and Nocedal 1989) reads BLOCK_ROWS vectors at a time, so `features` may be mapped from disk. In
     contrast, scikit-learn's LogisticRegression needs a copy of all vectors in memory. L-BFGS is preconditioned with the
-    diagonal of the Hessian at the start. This works well because the components are uncorrelated: for weak penalties,
+    diagonal of the Hessian at the start. This works well because the components are uncorrelated. For weak penalties,
     preconditioning saves four fifths of the iterations.
 
     Raises PipelineError for features that are not finite.
@@ -108,7 +108,7 @@ def fit(
 
 
 class _Problem(NamedTuple):
-    """The data and the penalties of a `fit`."""
+    """The data and the penalties of a call of `fit`."""
 
     features: Vectors
     labels: np.ndarray
@@ -130,9 +130,10 @@ def _preconditioner(problem: _Problem, coefficients: np.ndarray) -> np.ndarray:
 
 
 def _objective(problem: _Problem, scale: np.ndarray, scaled: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return what `fit` minimises, divided by the number of rows, and its gradient (float64 [(r + 1) * classes]).
+    """Return the objective of `fit` and its gradient, both divided by the number of rows.
 
-    `scaled` (float64 [(r + 1) * classes]) are the coefficients divided by `scale` (float64 [r + 1, classes]).
+    `scaled` (float64 [(r + 1) * classes]) are the coefficients divided by `scale` (float64 [r + 1, classes]). The
+    gradient (float64 [(r + 1) * classes]) is with respect to `scaled`.
     """
     features, labels, class_weights, components, penalty = problem
     rows = len(labels)

@@ -67,11 +67,11 @@ def fit(
     checkpoint: Path | None = None,
     callback: "AveragingCallback | None" = None,
 ) -> TrainedModel:
-    """Train a network, which returns probabilities, with Keras's `fit`: see `run`.
+    """Train a network that returns probabilities. Each epoch uses Keras's `fit`. See `run`.
 
-    `training` returns the batches (inputs, labels int64) of an epoch, in that epoch's order. `val_batches` are measured
-    after each epoch and do not affect the training. `class_weights` (float32 [classes]) weigh the training loss.
-    `callback.variables` become part of the state.
+    `training` returns the batches (inputs, labels int64) of an epoch, in that epoch's order. After each epoch, the
+    network is measured on `val_batches`, which do not affect the training. `class_weights` (float32 [classes]) weigh
+    the training loss. `callback.variables` become part of the state that is saved.
     """
     import tensorflow as tf
 
@@ -97,7 +97,7 @@ def run(
     checkpoint: Path | None = None,
     more_variables: Sequence["keras.Variable"] = (),
 ) -> TrainedModel:
-    """Train a network from `state` until it has had `config.epochs` epochs.
+    """Train a network from `state` until `config.epochs` epochs are completed, including those in `state`.
 
     `run_epoch` gets the number of an epoch, counted from 0. It trains one epoch with the optimizer's current learning
     rate, and returns the losses and accuracies of an Epoch by name. After each epoch, the state, which includes

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
-CNN_FILTERS = (24, 96, 192)  # of the first convolution, maximum after doubling, maximum of the last convolution
+# Filters of the first convolution. Each further convolution doubles the number up to the second value; the last
+# convolution doubles it up to the third.
+CNN_FILTERS = (24, 96, 192)
 BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
-RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same numbers in every process
+RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same weights in every process
 
 
 def build_backbone(backbone: str, weights: str, height: int, width: int, keras_home: Path) -> "keras.Model":
-    """Build a frozen network from images ([batch, height, width, 3] of 0..255) to vectors (float32 [batch, d]).
+    """Build a frozen network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
     The network scales the pixels. Batch normalisation uses the statistics of the loaded weights. `weights="none"` sets
     Keras's random seed, so every process builds the same network.
@@ -77,8 +79,8 @@ def build_cnn(height: int, width: int) -> "keras.Model":
     """Build a small trainable network: images [batch, height, width, 3] of 0..255 -> vectors (float32 [batch, d]).
 
     Strided convolutions reduce the image to a map of at most 16 x 16. Three more convolutions follow. Max pooling
-    halves the map before the second and the third. The vector holds the largest value of each channel. Keras's random
-    seed determines the initial weights. docs/measurements/cnn.md compares this network with others.
+    halves the map before the second and the third of them. The vector holds the largest value of each channel. Keras's
+    random seed determines the initial weights. docs/measurements/cnn.md compares this network with others.
     """
     import keras
     from keras import layers
@@ -140,12 +142,13 @@ def load(path: Path) -> "keras.Model":
 
     try:
         return keras.models.load_model(path, compile=False)
-    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:  # TypeError: saved by another Keras
+    # Keras raises TypeError if another version of Keras saved the file.
+    except (ValueError, TypeError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise changed_file_error(path, error) from error
 
 
 def are_equal(one: "keras.Model", other: "keras.Model") -> bool:
-    """Return whether two networks have the same layers, apart from their names, with the same weights."""
+    """Return whether two networks have the same layers and the same weights. The names of layers may differ."""
     import numpy as np
 
     kinds, others = (
@@ -183,7 +186,7 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
 
 
 def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
-    """Resize images (uint8 [batch, any, any, 3]) as the records are resized: float32 [batch, height, width, 3].
+    """Resize images (uint8 [batch, any, any, 3]) like the images in records. Return float32 [batch, height, width, 3].
 
     The interpolation is bilinear and antialiased. Values are rounded to whole numbers, as in the records. Without
     rounding, one prediction in 150 differed from the prediction for the record (docs/measurements/records.md).
@@ -207,7 +210,10 @@ def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit")
 def build_frozen(
     backbone: str, weights: str, height: int, width: int, keras_home: Path, extracts: bool
 ) -> "keras.Model":
-    """Import TensorFlow and build a frozen network; if it `extracts` features, trace its forward pass too."""
+    """Import TensorFlow and build a frozen network.
+
+    If `extracts` is true, also trace the graph that extracts features.
+    """
     runtime.start_tensorflow()
     network = build_backbone(backbone, weights, height, width, keras_home)
     if extracts:

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def build(config: TrainingConfig) -> "keras.Optimizer":
-    """Return the optimizer that `config` names. The weight decay is decoupled: adam and adamw are the same."""
+    """Return the optimizer that `config` names.
+
+    Every optimizer decouples the weight decay from the gradient, so "adam" and "adamw" are the same optimizer.
+    """
     import keras
 
     decay = config.weight_decay or None  # with 0, Keras would compute and subtract zeros in every step
@@ -20,11 +23,11 @@ def build(config: TrainingConfig) -> "keras.Optimizer":
 
 
 def _fused_adam(learning_rate: float, weight_decay: float | None) -> "keras.optimizers.Adam":
-    """Return Keras's Adam (Kingma and Ba 2015) with TensorFlow's operation for the whole update of a variable.
+    """Return Keras's Adam (Kingma and Ba 2015), which updates a variable with one operation of TensorFlow.
 
-    Keras updates it in 11 operations, each of which reads and writes arrays as large as the variable. For a head that
-    takes 2 to 5 us of CPU time for an image, whose forward and backward pass takes 6; this takes 0.6. The results
-    differ by rounding: docs/measurements/head.md.
+    Keras's own update has 11 operations, each of which reads and writes arrays as large as the variable. For a head, it
+    takes 2 to 5 us of CPU time per image. The single operation takes 0.6 us. The forward and the backward pass take
+    6 us. The results of the two updates differ by rounding: see docs/measurements/head.md.
     """
     import keras
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""The TensorFlow import without its log output, random seeds, and thread limits."""
+"""Imports TensorFlow without its log output, sets random seeds, and limits threads."""
 
 import functools
 import gc
@@ -31,10 +31,11 @@ def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments
 
 
 def start_tensorflow() -> None:
-    """Import TensorFlow and discard what its libraries write to standard error meanwhile.
+    """Import TensorFlow and discard what its libraries write to standard error during the import.
 
-    Scikit-learn is hidden from Keras, which would import it for unused wrappers. That would take 0.6 CPU seconds. The
-    garbage collector is off, because it would take a fifth of the time of the import, which creates a million objects.
+    Scikit-learn is hidden from Keras. Otherwise, Keras would import it for unused wrappers, in 0.6 s of CPU time. The
+    garbage collector is off. Otherwise, it would take a fifth of the time of the import, which creates a million
+    objects.
     """
     hides = "sklearn" not in sys.modules
     saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)

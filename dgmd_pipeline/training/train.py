@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MODEL, HISTORY, TRAINING = "model.keras", "history.csv", "training.json"
 CHECKPOINT = "training.npz"
-FINE_TUNING_FILES = (f"{fine_tuning.CHECKPOINT}*", f"{ACTIVATIONS}_*")  # in the folder of checkpoints
+FINE_TUNING_FILES = (f"{fine_tuning.CHECKPOINT}*", f"{ACTIVATIONS}_*")  # patterns in the folder of checkpoints
 T = TypeVar("T")
 
 
@@ -85,23 +85,23 @@ class TrainingOptions(NamedTuple):
 class TrainingJson(TypedDict):
     """The content of training.json."""
 
-    id: str  # of this training, hexadecimal
-    kept: int  # the epoch whose weights the model has
+    id: str  # unique identifier of this training, hexadecimal
+    kept: int  # number of the epoch whose weights the model has, from 0
     seed: int
-    metrics: dict[str, float]  # of that epoch
+    metrics: dict[str, float]  # metrics of this epoch
     fine_tuned: bool
     fine_tuning: NotRequired[FineTuningJson]
     head: NotRequired[head_selection.SelectionJson]
 
 
 class FinishedTraining(NamedTuple):
-    """A servable model and the facts about its training that are recorded."""
+    """A servable model and the data about its training that `write` saves."""
 
     id: str  # unique, hexadecimal
     model: "keras.Model"  # uint8 [n, height, width, 3] -> float32 [n, classes]
     history: Sequence[Epoch]
     seed: int
-    selection: head_selection.Selection | None  # of the head; None for `cnn`
+    selection: head_selection.Selection | None  # how cross-validation chose the head; None for `cnn`
     fine_tuning: FineTuningJson | None  # None if FINE_TUNE is none
 
     @property
@@ -111,7 +111,7 @@ class FinishedTraining(NamedTuple):
 
     @property
     def estimated_bytes(self) -> int:
-        """The approximate size of the files in bytes."""
+        """The approximate size of the files that `write` creates, in bytes."""
         return networks.estimate_bytes(self.model)
 
     @property
@@ -247,7 +247,7 @@ def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedM
 
 
 def describe_checkpoints(resume_dir: Path) -> str:
-    """Return a text that says where a training with these checkpoints continues; "" if it starts anew."""
+    """Return a text that says where a training with these checkpoints continues, or "" if it starts from scratch."""
     if any(resume_dir.glob(f"{fine_tuning.CHECKPOINT}*")):
         return "continues a stopped fine-tuning"
     epochs = completed_epochs(resume_dir / CHECKPOINT)
@@ -257,7 +257,7 @@ def describe_checkpoints(resume_dir: Path) -> str:
 
 
 def _restart_if_unusable(train: Callable[[], T], resume_dir: Path, what: str, files: Sequence[str]) -> T:
-    """Call `train`. If a checkpoint cannot be used, remove `files` (patterns) and call it again."""
+    """Call `train`. If a checkpoint cannot be used, remove the files that match `files`, and call `train` again."""
     try:
         return train()
     except UnusableCheckpoint as error:
@@ -288,5 +288,5 @@ def write(trained: FinishedTraining, folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[TrainingJson, list[Epoch]]:
-    """Return the content of `training.json` and `history.csv`. Raises PipelineError if one is missing or changed."""
+    """Return the content of `training.json` and `history.csv`. Raises PipelineError if a file is missing or changed."""
     return manifest.read_json(folder / TRAINING), list(manifest.read(folder / HISTORY, Epoch))

@@ -8,11 +8,11 @@ import numpy as np
 
 
 class Vectors(Protocol):
-    """The part of a NumPy array that readers of feature vectors use: float32 [n, d]."""
+    """Feature vectors (float32 [n, d]), with the methods of a NumPy array that their readers use."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of vectors, and the shape of one."""
+        """The number of vectors, followed by the shape of a vector."""
 
     def __len__(self) -> int:
         """Return the number of vectors."""
@@ -35,7 +35,7 @@ class ShardedVectors:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
-        """Return the vectors of a slice, of positions (int [m]) or of a mask (bool [n]), in that order."""
+        """Return the vectors at `rows`, in the order of `rows`: a slice, positions (int [m]) or a mask (bool [n])."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
@@ -55,10 +55,10 @@ class ShardedVectors:
 
 
 class VectorFile:
-    """A new `.npy` file of float32 vectors, which are written at any position."""
+    """A new `.npy` file of float32 vectors. Vectors can be written at any position."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Create the file for vectors of this shape [n, ...]. Vectors that are not written are 0."""
+        """Create the file for an array of vectors of this shape, [n, ...]. Vectors that are not written are 0."""
         self._path = path
         self._row_bytes = 4 * int(np.prod(shape[1:]))
         with path.open("wb") as file:

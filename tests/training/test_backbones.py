@@ -59,7 +59,7 @@ def test_without_a_network_the_container_image_is_built_without_weights(tmp_path
     command = [sys.executable, "-m", "dgmd_pipeline.training.backbones", "MobileNetV2", str(tmp_path)]
     offline = {**os.environ, "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=offline)
-    assert done.stdout.endswith("The image is built without them.\n")
+    assert done.stdout.endswith("The container image is built without these weights.\n")
     assert not done.stderr
 
 
