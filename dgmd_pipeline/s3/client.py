@@ -169,7 +169,11 @@ def _has_credentials(session: "Session") -> bool:
 
 
 def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
-    """Raise NoUsableInput if the AWS files should contain keys, but contain none for the profile."""
+    """Raise NoUsableInput if the AWS files contain no keys for the profile, although they should contain some.
+
+    They should if a setting names the credentials file. Without a role, they also should if this file has a section, or
+    if the profile has a secret key.
+    """
     from botocore.configloader import raw_config_parse
 
     path, explicit = _aws_file(session, "credentials_file")
