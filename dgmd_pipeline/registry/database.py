@@ -1,4 +1,4 @@
-"""An SQLite database of MLflow: its URI, the upgrade of its schema, and the places of artifacts in it.
+"""An SQLite database of MLflow: its URI, the upgrade of its schema, and the places of artifacts that it records.
 
 The image of the MLflow server runs this module before the server: `python -m dgmd_pipeline.registry.database URI`.
 """
@@ -32,13 +32,13 @@ PLACES = (  # columns with the URI of a folder of artifacts
 def uri_of(path: Path) -> str:
     """Return MLflow's URI for a database file at an absolute path, which may contain any characters."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
-    # SQLAlchemy decodes the path in a URI. MLflow does not: if a URI begins with sqlite:///, it creates a folder at the
-    # encoded path.
+    # SQLAlchemy decodes the path in a URI. MLflow creates the parent folder of a path without decoding it, but only if
+    # the URI begins with sqlite:///. So the URI of an encoded path begins with sqlite+pysqlite:///.
     return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 def path_of(uri: str) -> Path | None:
-    """Return the file of an SQLite database that a URI names; None for other databases and servers."""
+    """Return the file of the SQLite database at a URI; None if the URI names a server or another database."""
     if not uri.startswith("sqlite"):
         return None
     plain = uri.removeprefix("sqlite:///")
@@ -51,7 +51,10 @@ def path_of(uri: str) -> Path | None:
 
 
 def check_driver(uri: str) -> None:
-    """Raise ValueError if the driver of a database is not installed. MLflow installs only the driver of SQLite."""
+    """Raise ValueError if the driver of a database is not installed. MLflow installs only the driver of SQLite.
+
+    The error's text says what value is expected.
+    """
     if uri.startswith(("http:", "https:", "databricks", "sqlite:")):
         return
     from sqlalchemy import make_url
@@ -120,7 +123,7 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
         )
     copy, draft = path.with_name(f"{path.name}.{found}.backup"), path.with_name(f"{path.name}.upgrading")
     _copy(path, copy)
-    draft.unlink(missing_ok=True)  # of an upgrade that was killed
+    draft.unlink(missing_ok=True)  # the draft of an upgrade that was killed
     try:
         _copy(path, draft)
         with _quiet_migrations(), without_sync():
@@ -145,8 +148,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
 def without_sync() -> Iterator[None]:
     """Within the block, SQLite does not wait for the disk. Use it only for files that are discarded if incomplete.
 
-    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, waiting for them took 2.0 of
-    2.8 s.
+    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, 2.0 of 2.8 s were spent waiting
+    for the disk.
     """
     from sqlalchemy import Engine, event
 
@@ -163,8 +166,8 @@ def without_sync() -> Iterator[None]:
 def move_artifacts(path: Path, artifacts: str) -> None:
     """Update the places of artifacts in a database after their folder was moved to `artifacts`, a URI.
 
-    A recorded place is updated if it ends with the same two names as `artifacts`, and if one of its runs is in
-    `artifacts` or it has no runs. All columns are changed in one transaction.
+    A recorded place is updated if its path ends with the same two names as `artifacts`, and if `artifacts` contains a
+    run that was recorded at this place, or no run was recorded there. All columns are changed in one transaction.
 
     Raises PipelineError if the database cannot be read or written.
     """

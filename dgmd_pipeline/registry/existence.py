@@ -1,6 +1,6 @@
 """Asks the registry whether it still has a version.
 
-This does not use MLflow, because importing MLflow takes longer than a run without work.
+This module does not use MLflow, because importing MLflow takes longer than a run without work.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dgmd_pipeline.registry.store import TRAINING_ID
 
 log = logging.getLogger(__name__)
 TIMEOUT = 2  # seconds to connect, and seconds between two packets
-PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes of an answer
+PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes to read of an answer: in one piece, and in all pieces
 # MLflow keeps the row of a deleted version and sets its stage to Deleted_Internal.
 QUERY = """
 SELECT tags.value FROM model_versions AS versions
@@ -37,10 +37,11 @@ class Registered(NamedTuple):
 
 
 def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
-    """Return whether the registry at a URI still has a version: one request, or one query of an SQLite database.
+    """Return whether the registry at a URI still has a version.
 
-    A version with the same number from another training does not count. Returns None if the registry does not answer as
-    expected, or is a database other than SQLite. `options` are arguments for `requests`, such as a login.
+    Sends one request to a server, or one query to an SQLite database. A version with the same number from another
+    training does not count. Returns None if the registry does not answer as expected, or is a database other than
+    SQLite. `options` are arguments for `requests`, such as a login.
     """
     if uri.startswith(("http://", "https://")):
         return _on_server(uri, wanted, options)

@@ -1,7 +1,8 @@
 """Logs the epochs of a training in progress to an MLflow run. The registration completes this run.
 
-A tag with the id of the attempt identifies the run after an answer was lost or the process was killed. The training
-does not depend on MLflow: after the first failure, nothing more is logged.
+Each attempt to train and register a model has an id, which is also a tag of the run. With this tag, the run is found
+after an answer was lost or the process was killed. The training does not depend on MLflow: after the first failure,
+nothing more is logged.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
-TIMEOUT = "10"  # seconds for a request: the training waits for it
+TIMEOUT = "10"  # seconds for a request; the training waits for the answer
 END_TIMEOUT = "5"  # seconds; a container that is stopped has ten seconds for everything
 ANSWER = "did not answer as expected: {}."
 
@@ -46,8 +47,9 @@ class LiveRun:
     def log_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an epoch, counted from 1.
 
-        After the first number that is not above the previous one, nothing more is logged: fine-tuning counts its epochs
-        from 1 again. The registration logs the epochs of fine-tuning that are part of the model.
+        Fine-tuning counts its epochs from 1 again. So if `number` is not greater than the previous number, fine-tuning
+        has begun, and nothing more is logged. The registration logs the epochs of fine-tuning that are part of the
+        model.
         """
         if number <= self._last:
             self._run_id = ""
@@ -70,8 +72,8 @@ class LiveRun:
 def end(place: Place, status: str, reason: str = "") -> None:
     """End the run of an attempt if it is still running. `status` is FINISHED, FAILED or KILLED.
 
-    `reason` becomes the description of the run until it continues. Raises PipelineError if MLflow cannot be reached or
-    refuses.
+    `reason` becomes the description of the run until the run continues. Raises PipelineError if MLflow cannot be
+    reached or refuses.
     """
     with errors_explained(place.store, ANSWER), _timeout(END_TIMEOUT):
         client = _client(place)
@@ -110,7 +112,7 @@ def _client(place: Place) -> "MlflowClient":
 
 @contextlib.contextmanager
 def _timeout(seconds: str) -> Iterator[None]:
-    """Within the block, requests fail after this time and are not repeated."""
+    """Within the block, a request fails after `seconds` and is not repeated."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
     before = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()

@@ -30,11 +30,11 @@ MAX_NAME = 500  # characters of a data set's name in MLflow
 class Candidate(NamedTuple):
     """A trained model and all that is logged with it."""
 
-    training_id: str  # identifies the training: its run and its version have this tag
+    training_id: str  # id of the training, a tag of its run and of its version
     run_name: str
     describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
-    model: Callable[[], Path]  # called if needed; file of a Keras model: uint8 [n, h, w, 3] -> float32 [n, classes]
-    labels: Sequence[str]  # of the outputs, in their order
+    model: Callable[[], Path]  # file of a Keras model, uint8 [n, h, w, 3] -> float32 [n, classes]; called if needed
+    labels: Sequence[str]  # of the model's outputs, in their order
     params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 
 class _ModelFile(NamedTuple):
-    """A substitute for a Keras model in MLflow's `save_model`: `save` copies a file in which the model is saved."""
+    """Stands for a Keras model in a call of MLflow's `save_model`. Its `save` copies the model's file."""
 
     path: Path
 
@@ -65,7 +65,7 @@ class LoggedRun(NamedTuple):
 def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, keep: str = "") -> LoggedRun | None:
     """Return a complete run of a training, or None. Delete the training's other runs and their models.
 
-    Failed and repeated attempts leave such runs and models. `keep` is the id of the run to keep; the default is any
+    Failed and repeated attempts leave surplus runs and models. `keep` is the id of the run to keep; the default is any
     complete run. A run of a registered version is never deleted.
     """
     found = {run.info.run_id: run for run in client.search_runs([experiment_id], _of_training(training_id))}
@@ -94,8 +94,8 @@ def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, k
 def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) -> LoggedRun:
     """Log a training as one run with a model.
 
-    MLflow's functions for the active run are not used: they continue the run in the variable MLFLOW_RUN_ID, and repeat
-    requests that create something.
+    MLflow's functions for the active run are not used, because they continue the run that MLFLOW_RUN_ID names, and
+    because they repeat requests that create something.
     """
     from mlflow.tracking.context import registry
 
@@ -145,7 +145,8 @@ def _continue_live_run(
 ) -> str | None:
     """Reuse the run that has shown the training, and return its id; None if there is no such run.
 
-    If the training has started again, the run shows epochs that the candidate does not have. It is then deleted.
+    If the training has started again from its first epoch, the run may show epochs that the candidate does not have.
+    Such a run is deleted.
     """
     from mlflow.entities import RunTag
 
@@ -178,7 +179,7 @@ def _models(client: "MlflowClient", experiment_id: str, run_id: str) -> "list[Lo
 
 
 def _mark_as_failed(client: "MlflowClient", run_id: str) -> None:
-    """Try once to mark a run as failed. If this fails too, only the first error is raised."""
+    """Try once to mark a run as failed. An error of MLflow is not raised, because the caller raises the first error."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -269,9 +270,9 @@ def _log_metrics(
     model_id: str | None = None,
     but: Container[int] = (),
 ) -> None:
-    """Log metrics as MLflow's steps 0, 1, ... in as few requests as possible: 1,000 metrics in each.
+    """Log the items of `steps` as MLflow's steps 0, 1, ... A request has up to 1,000 metrics.
 
-    The metrics of step 0 also belong to the model `model_id`. The steps in `but` are left out.
+    The metrics of step 0 are also logged to the model `model_id`. The steps in `but` are left out.
     """
     from mlflow.entities import Metric
 
@@ -282,7 +283,8 @@ def _log_metrics(
         if step not in but
         for name, value in metrics.items()
     ]
-    client.log_batch(run_id, points, synchronous=True)  # the process exits without waiting for a queue
+    # MLflow's queue for asynchronous requests is not used, because the process exits without waiting for it.
+    client.log_batch(run_id, points, synchronous=True)
 
 
 def _signature(classes: int) -> "ModelSignature":
@@ -296,12 +298,15 @@ def _signature(classes: int) -> "ModelSignature":
 
     images = TensorSpec(np.dtype("O"), (-1,))
     probabilities = TensorSpec(np.dtype("float32"), (-1, classes))
-    top_k = ParamSpec("top_k", DataType.long, default=0)  # labels for each image; 0: the probabilities of all
+    top_k = ParamSpec("top_k", DataType.long, default=0)  # labels to return for each image; 0: probabilities of all
     return ModelSignature(Schema([images]), Schema([probabilities]), ParamSchema([top_k]))
 
 
 def _requirements() -> list[str]:
-    """Return what a consumer installs: `tensorflow`, not `tensorflow-cpu`, which has wheels for x86-64 only."""
+    """Return the packages that the model requires.
+
+    They include `tensorflow`, not `tensorflow-cpu`, because the latter has wheels for x86-64 only.
+    """
     import tensorflow as tf
 
     return [f"tensorflow=={tf.__version__}", *(f"{name}=={installed(name)}" for name in ("keras", "numpy", "pillow"))]

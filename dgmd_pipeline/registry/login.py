@@ -1,4 +1,4 @@
-"""Starts a command. If it starts an MLflow server and passwords are set, the server requires a login.
+"""Starts a command. If the command starts an MLflow server and passwords are set, the server requires a login.
 
 The image of the MLflow server runs every command with this module: `python -m dgmd_pipeline.registry.login COMMAND`.
 """
@@ -17,19 +17,20 @@ OPERATOR, PIPELINE = "operator", "pipeline"  # accounts
 PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PASSWORD"}  # variables
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
-# Time for which MLflow remembers a login. Without this cache, it hashes the password several times for each request. A
-# changed password applies at once nevertheless, because one process answers all requests.
+# Time for which MLflow caches a login. Without the cache, MLflow hashes the password several times for each request. A
+# changed password still applies at once: one process answers all requests, and it removes the old login from its cache.
 CACHE_SECONDS = 600
 
 
 def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
-    """Return the command and the environment of an MLflow server that requires a login, if a password is set.
+    """Return the command and the environment with which an MLflow server requires a login.
 
-    Creates the accounts, or gives them the passwords of the environment. The accounts and the settings of the login are
-    files beside the SQLite database of the server.
+    Returns `command` and `environment` unchanged if no password is set. Otherwise, creates the accounts with the
+    passwords in the environment, or changes the passwords of the accounts. The accounts and the settings of the login
+    are files beside the SQLite database of the server.
 
-    Raises SettingsError if a password is missing, too short or used twice. Also raises it if there are accounts but no
-    passwords, so a server that had a login never starts without one.
+    Raises SettingsError if one of the passwords is missing or too short, or if both are equal. Also raises it if there
+    are accounts but no passwords. So a server that required a login never starts without requiring one.
     """
     passwords = {account: environment.get(name, "") for account, name in PASSWORDS.items()}
     store = environment.get("MLFLOW_BACKEND_STORE_URI", "")
@@ -82,7 +83,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
             store.update_user(account, password, is_admin=account == OPERATOR)
         else:
             store.create_user(account, password, is_admin=account == OPERATOR)
-    for resource in ("experiment", "registered_model"):  # including those that this account did not create
+    for resource in ("experiment", "registered_model"):  # including those of other accounts
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 
@@ -90,7 +91,7 @@ def _write_settings(path: Path, uri: str) -> Path:
     parser = configparser.ConfigParser(interpolation=None)
     parser["mlflow"] = {
         "default_permission": "READ",
-        "database_uri": uri.replace("%", "%%"),  # MLflow interpolates
+        "database_uri": uri.replace("%", "%%"),  # MLflow's parser replaces %% by %
         "authorization_function": "dgmd_pipeline.registry.permissions:authenticate",
         "auth_cache_ttl_seconds": str(CACHE_SECONDS),
     }

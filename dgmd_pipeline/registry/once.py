@@ -39,7 +39,7 @@ def create(request: Callable[[], Created], find: Callable[[], Created | None]) -
 
 
 def delete(request: Callable[[], object]) -> None:
-    """Send a request that deletes something. If it no longer exists, this is not an error."""
+    """Send a request that deletes something. Ignore MLflow's error if the thing does not exist any more."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -51,7 +51,7 @@ def delete(request: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def without_repetition() -> Iterator[None]:
-    """Make MLflow's client send each request once. Its only interface for that is the environment variable."""
+    """Make MLflow's client send each request once. Only an environment variable controls this."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 
     before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()

@@ -34,9 +34,9 @@ def authenticate() -> "Authorization | Response":
 
 
 def _changes_production(method: str, path: str) -> bool:
-    """Return whether the current request changes the production version, its tag or stage, or the history.
+    """Return whether the current request changes the production version, its tag or stage, or its history.
 
-    MLflow's own function parses the message, so that this check and the server interpret it in the same way.
+    MLflow's own function parses the request. So this check and the server interpret it in the same way.
     """
     from mlflow.protos import model_registry_pb2 as messages
     from mlflow.server.handlers import _get_request_message
@@ -71,5 +71,5 @@ def _is_production(name: str, version: str) -> bool:
 
     try:
         return int(_get_model_registry_store().get_registered_model(name).aliases[PRODUCTION]) == int(version)
-    except (MlflowException, KeyError, ValueError):  # no such model, no production, or no number
+    except (MlflowException, KeyError, ValueError):  # no such model, no production version, or not a number
         return False

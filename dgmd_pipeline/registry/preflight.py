@@ -186,7 +186,7 @@ def _check_sqlite(store: Store, path: Path, experiment: str) -> str | None:
     if location in (None, store.artifacts) or not _is_local(location):
         return None
     if _can_hold_artifacts(location):
-        return f"The experiment {experiment} stores artifacts in {location}, not beside {path}: back up both."
+        return f"The experiment {experiment} stores artifacts in {location}, not beside {path}: back up both places."
     raise PipelineError(
         f"The experiment {experiment} in {path} stores artifacts in {location}, which is not a writable folder here: "
         "restore or mount that folder, or set MLFLOW_EXPERIMENT_NAME to a new name. A new experiment stores them "

@@ -94,7 +94,7 @@ def best_former(state: ModelState, candidate: ModelVersion | None = None) -> Mod
     """Return the most accurate former production version other than `candidate`, if it is better than production.
 
     Each accuracy was measured on the images of the version's own run. So the accuracies only determine which version is
-    worth a comparison. Returns None if production is the best, or if the versions are no longer registered.
+    worth a comparison. Returns None if production is the best, or if no former version is still registered.
     """
     production = state.production
     events = [event for event in history(state) if event.done]

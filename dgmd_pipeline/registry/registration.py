@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # of an address: newer pages of MLflow ignore KIND
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # end of an address of MLflow; newer pages ignore KIND
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -46,7 +46,7 @@ class RegisteredVersion(NamedTuple):
     name: str
     version: int
     run_id: str
-    new: bool  # this call created it; False: it was found
+    new: bool  # True: this call created the version; False: the version existed
 
 
 def git_revision(path: Path) -> str | None:
@@ -57,11 +57,11 @@ def git_revision(path: Path) -> str | None:
 
 
 def register(store: Store, experiment: str, name: str, candidate: Candidate) -> RegisteredVersion:
-    """Log a run and create a non-production version with the alias `candidate`, or return this training's version.
+    """Log a run and create a non-production version with the alias `candidate`, unless this training has a version.
 
-    Afterwards, the training has one version, one run and one logged model. Runs and versions have the training's id
-    as a tag. A complete run of an earlier attempt is reused. Other runs and versions of the training are deleted,
-    except versions that somebody has promoted or given an alias.
+    Returns the version. Afterwards, the training has one version, one run and one logged model. Runs and versions have
+    the training's id as a tag. A complete run of an earlier attempt is reused. Other runs and versions of the training
+    are deleted, except versions that somebody has promoted or given an alias.
 
     Raises PipelineError if MLflow refuses, or cannot be reached after the client's retries.
     """
@@ -99,7 +99,7 @@ def run_url(store: Store, version: RegisteredVersion) -> str:
 
 
 def code_tags(revision: str | None) -> dict[str, str]:
-    """Return the tags of a version that name the code that made it."""
+    """Return the tags that say which code made a version."""
     revision = revision or git_revision(Path(__file__)) or "unknown"
     return {"dgmd.version": installed("dgmd_pipeline"), "dgmd.git_revision": revision}
 
@@ -116,7 +116,7 @@ def add_metrics(store: Store, version: RegisteredVersion, metrics: Mapping[str, 
 
 
 def _of_training(state: ModelState, training_id: str) -> list[ModelVersion]:
-    """Return the versions of a training, the one to keep first: the oldest in use, or else the oldest."""
+    """Return the versions of a training. The first one is to be kept: the oldest in use, or else the oldest."""
     found = [version for version in state.versions if version.tags.get(TRAINING_ID) == training_id]
     return sorted(found, key=lambda version: (not _in_use(version), version.version))
 
@@ -127,7 +127,7 @@ def _in_use(version: ModelVersion) -> bool:
 
 
 def experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> str:
-    """Return the id of an experiment, which is created if there is none. Raises PipelineError if it was deleted."""
+    """Return the id of an experiment; create it if it does not exist. Raises PipelineError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
 

@@ -12,12 +12,12 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
-MEASURED = "dgmd.measured"  # tag of a version: its figures, a JSON object; older versions have a tag for each figure
-ACCURACY = "dgmd.validation_accuracy"  # one of the figures, as `versions.read` names them
+MEASURED = "dgmd.measured"  # tag of a version: JSON object of its figures; older versions have a tag for each figure
+ACCURACY = "dgmd.validation_accuracy"  # one of the figures; `versions.read` returns it as this tag
 NON_PRODUCTION = "non-production"
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 EVENT = "dgmd.event."  # prefix of tags of a registered model; the time comes next, so the names sort by time
-ATTEMPT = "dgmd.attempt"  # tag of a run: the training that opened it
+ATTEMPT = "dgmd.attempt"  # tag of a run: id of the attempt that opened the run, see `live_run`
 REGISTRATION_FAILED = (
     "could not register the model: {}. The training is kept: the next run with the same images and settings uses it."
 )
@@ -65,7 +65,10 @@ def embedded(folder: Path) -> Store:
 
 
 def create(folder: Path) -> None:
-    """Create an embedded store in an empty folder. The caller syncs the folder, and may move it before first use."""
+    """Create an embedded store in an empty folder.
+
+    The caller syncs the folder to the disk, and may move it before its first use.
+    """
     from mlflow import MlflowClient
 
     (folder / "artifacts").mkdir()

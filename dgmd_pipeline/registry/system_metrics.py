@@ -29,7 +29,7 @@ class SystemMetrics:
         self._sampled = time.monotonic()
 
     def sample(self) -> dict[str, float]:
-        """Return the metrics by name: the CPU load since the last sample, and the present values of the others.
+        """Return the metrics by name: the CPU load since the last sample, and the present values of the other metrics.
 
         Returns an empty dict if the sampling interval has not passed since the last sample.
         """
@@ -57,7 +57,7 @@ def _monitor(uri: str) -> "SystemMetricsMonitor | None":
     if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
     monitor = SystemMetricsMonitor("", INTERVAL, tracking_uri=uri)
-    _measure(monitor)  # the first CPU value is 0 and begins the measurement of the second one
+    _measure(monitor)  # the first CPU load is always 0; the second one is measured from here
     return monitor
 
 

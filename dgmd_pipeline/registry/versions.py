@@ -39,7 +39,7 @@ class ModelVersion(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelState:
-    """A registered model and its versions, as one read found them."""
+    """A registered model and its versions, as one call of `read` found them."""
 
     name: str
     tags: Mapping[str, str]  # of the registered model
@@ -89,9 +89,10 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
 
 
 def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) -> dict[str, Mapping[str, float]]:
-    """Return the last metrics of an experiment's newest runs, by the id of the run, in two requests.
+    """Return the last metrics of an experiment's newest runs, by the id of the run.
 
-    At most RUNS runs are read, and none if there is no such experiment. Raises PipelineError like `read`.
+    Reads up to RUNS runs, with two requests. Returns {} if there is no such experiment. Raises PipelineError like
+    `read`.
     """
     from mlflow import MlflowClient
 
@@ -198,7 +199,7 @@ def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":
-    """Return the repository of the files at a URI that MLflow recorded, at their present place."""
+    """Return the repository of files that MLflow recorded at `uri`. It reads the files at their present place."""
     from mlflow.tracking.artifact_utils import add_databricks_profile_info_to_artifact_uri, get_artifact_repository
 
     place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)

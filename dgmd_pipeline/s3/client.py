@@ -24,13 +24,13 @@ Client = Any  # a boto3 S3 client; boto3 generates its methods at run time and s
 class Place(NamedTuple):
     """Where a client finds S3, without credentials."""
 
-    endpoint: str | None  # None: AWS's own
+    endpoint: str | None  # None: the default endpoint of AWS
     region: str
     is_signed: bool  # whether the client has credentials
 
 
 def place(client: Client) -> Place:
-    """Return where a client finds S3. The endpoint is None if it contains a user or password."""
+    """Return where a client finds S3. The endpoint is also None if its URL contains a user or password."""
     from botocore import UNSIGNED
 
     url = client.meta.endpoint_url
@@ -51,9 +51,9 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
 
     The endpoint and the region come from the environment or the AWS files, else from `default`.
 
-    Raises NoUsableInput for settings that boto3 rejects and for configured credentials that cannot be used. botocore
-    itself ignores a credentials file that is missing, unreadable or a folder, and then sends anonymous requests or uses
-    other credentials.
+    Raises NoUsableInput for settings that boto3 rejects, and for configured credentials that cannot be used. One such
+    case is a configured credentials file that is missing, unreadable or a folder. botocore itself would ignore this
+    file, and send anonymous requests or use other credentials.
     """
     import boto3
     import botocore.session
@@ -64,10 +64,11 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
 
     logging.getLogger("botocore.credentials").addFilter(_without_traceback)
     session = botocore.session.Session()
-    # For botocore, AWS_DATA_PATH lists folders with service descriptions. Here, it is the prefix in the bucket.
-    # Therefore this loader ignores it.
+    # For botocore, AWS_DATA_PATH lists folders with service descriptions. For this pipeline, it is the prefix in the
+    # bucket. So botocore gets a loader that ignores the variable.
     session.register_component("data_loader", create_loader())
-    # Nothing uses the dates of a listing; parsing them with dateutil took two thirds of the listing's time.
+    # The dates of a listing stay text, because nothing uses them. Parsing them with dateutil took two thirds of the
+    # listing's time.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     config = Config(
         signature_version=None if _is_signed(session) else UNSIGNED,
@@ -86,9 +87,10 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
             f"boto3 rejects the AWS settings ({_without_user(error)}). Correct them. AWS_ENDPOINT_URL, if set, must "
             "look like http://minio:9000."
         ) from None
-    # After a redirect without a region, botocore sends HeadBucket to find the region. A server that redirects every
-    # request (for example to https) also redirects HeadBucket, and botocore repeats it forever. This handler answers
-    # HeadBucket itself, without a region. AWS always names the region in a redirect.
+    # After a redirect that names no region, botocore sends HeadBucket to find the region. If a server redirects every
+    # request (for example to https), it also redirects HeadBucket, and botocore repeats HeadBucket forever. So this
+    # handler answers HeadBucket without a request, and names no region. This does not change requests to AWS, because
+    # redirects of AWS always name the region.
     no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
     client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
@@ -154,9 +156,10 @@ def _has_credentials(session: "Session") -> bool:
     if credentials is None or credentials.method in ("iam-role", "container-role"):
         _check_no_keys_expected(session, found_role=credentials is not None)
         return credentials is not None
-    keys = credentials.get_frozen_credentials()  # calls STS or SSO if the profile is configured for it
+    keys = credentials.get_frozen_credentials()  # sends a request if the profile uses STS or SSO
     for value in (keys.access_key, keys.secret_key, keys.token or "x"):
-        # If a key contains a copied line end, botocore's error is about HTTP headers and quotes the key.
+        # Without this check, botocore's error for a key with a copied line end would be about HTTP headers and quote
+        # the key.
         if not value or not value.isascii() or not value.isprintable() or " " in value:
             raise NoUsableInput(
                 f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "
@@ -166,7 +169,11 @@ def _has_credentials(session: "Session") -> bool:
 
 
 def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
-    """Raise NoUsableInput if the AWS files should contain keys, but contain none for the profile."""
+    """Raise NoUsableInput if the AWS files contain no keys for the profile, although they should contain some.
+
+    They should if a setting names the credentials file. Without a role, they also should if this file has a section, or
+    if the profile has a secret key.
+    """
     from botocore.configloader import raw_config_parse
 
     path, explicit = _aws_file(session, "credentials_file")
@@ -182,7 +189,7 @@ def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
 
 
 def _aws_file(session: "Session", name: str) -> tuple[Path, bool]:
-    """Return the path of botocore's `name` ("credentials_file", "config_file") and whether a setting names it."""
+    """Return the path of an AWS file, and whether a setting names it. `name`: "credentials_file" or "config_file"."""
     value, default = session.get_config_variable(name), session.session_var_map[name][2]
     # Path.expanduser raises if there is no home folder, as for a numeric user in a container.
     path = Path(os.path.expanduser(os.path.expandvars(value)))  # noqa: PTH111

@@ -1,8 +1,8 @@
 """Fetches S3 objects with AWS's Common Runtime (awscrt), in a quarter of the CPU time of botocore's `get_object`.
 
-`CrtTransfer` repeats a successful botocore request for other keys, so addressing, regions and redirects need no code
-here. botocore fetches every object that awscrt cannot fetch; it retries longer and reports the cause. botocore also
-fetches large objects, and all objects if there is a proxy.
+`CrtTransfer` takes a successful request of botocore and sends the same request for other keys. So addressing, regions
+and redirects need no code here. botocore fetches every object that awscrt cannot fetch, because botocore retries longer
+and reports the cause of a failure. botocore also fetches large objects, and all objects if there is a proxy.
 """
 
 import logging
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from botocore.awsrequest import AWSPreparedRequest
 
 log = logging.getLogger(__name__)
-MAX_FAILURES = 5  # in a row; then awscrt is not used again
-MAX_BYTES = 8_000_000  # of an object: awscrt holds it in memory until it is complete
+MAX_FAILURES = 5  # objects in a row that awscrt could not fetch; after them, awscrt is not used again
+MAX_BYTES = 8_000_000  # size of an object for awscrt, which holds the whole object in memory
 # awscrt reports no progress, so an object has a time limit: STALL_TIMEOUT seconds plus its size / MIN_BYTES_PER_SECOND.
 STALL_TIMEOUT = 30.0
 MIN_BYTES_PER_SECOND = 10_000
@@ -45,7 +45,7 @@ class PendingTransfer(NamedTuple):
 
 
 class CrtTransfer:
-    """Fetches objects of one bucket with awscrt, after botocore has fetched one."""
+    """Fetches objects of one bucket with awscrt, after botocore has fetched one object."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
         """Observe the requests that `client` sends."""
@@ -60,7 +60,7 @@ class CrtTransfer:
         self._sent.request = request
 
     def adopt(self, key: str) -> None:
-        """Prepare awscrt to repeat this thread's last `GetObject` request, which fetched `key`, for other keys."""
+        """Prepare awscrt to send requests like this thread's last `GetObject` request, which fetched `key`."""
         with self._lock:
             if not self.decided:
                 try:
@@ -101,7 +101,7 @@ class CrtTransfer:
         )
 
     def accepts(self, size: int) -> bool:
-        """Return whether an object of `size` bytes can be fetched now. While S3 throttles, botocore fetches objects."""
+        """Return whether awscrt fetches an object of `size` bytes now. It fetches none while S3 throttles."""
         usable = self._runtime is not None and self._failures < MAX_FAILURES
         return usable and 0 < size <= MAX_BYTES and self._gate.is_open
 
@@ -154,7 +154,7 @@ class CrtTransfer:
         return False
 
     def count_failure(self) -> None:
-        """Count an object that awscrt could not fetch, although botocore could; only failures in a row matter."""
+        """Count an object that botocore could fetch and awscrt could not. A success of awscrt resets the count."""
         self._failures += 1
 
 

@@ -21,18 +21,18 @@ from dgmd_pipeline.s3.throttling import Gate
 from dgmd_pipeline.s3.transfer import BotocoreTransfer, Throttled
 from dgmd_pipeline.workflow import disk
 
-# Folder of unfinished files. Each is named by a number, so that no name is too long or conflicts with a key.
+# Folder of unfinished files. Each file has a number as its name, so that no name is too long or conflicts with a key.
 PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
-CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, which a worker gets at once
+CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, the objects that a worker gets in one call
 SHUTDOWN_TIMEOUT = 5.0  # seconds; then daemon threads that wait for a silent server are abandoned
 
 
 def download(
     client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, threads: int = 32
 ) -> Generator[SourceObject | Rejected]:
-    """Write every object to `folder / path`, complete or not at all, and yield each one when it is done, in any order.
+    """Write each object to its path in `folder`, and yield the object when its file is complete, in any order.
 
     Yields a Rejected for an object that cannot be fetched. Its reason is one of these:
 
@@ -40,13 +40,13 @@ def download(
     - "archived": its storage class requires that it is restored first
     - "changed": its size or ETag differs, or its bytes do not match the MD5 sum or checksum that S3 states
     - "refused": S3 does not permit reading it
-    - "failed": S3 does not send it, or never completely
+    - "failed": S3 does not send it, or breaks off every transfer
 
-    After a failure that may be temporary, there are up to four attempts.
+    If a failure may be temporary, the object has up to four attempts.
 
-    Fetches at most `threads` objects at a time. Unfinished files are in `folder/.part`, which is removed at the start
-    and at the end: every other file in `folder` is complete, even after a kill. Closing the generator cancels the
-    transfers in progress.
+    Fetches up to `threads` objects at a time. Unfinished files are in `folder/.part`, so every other file in `folder`
+    is complete, even after a kill. `folder/.part` is removed at the start and at the end. Closing the generator cancels
+    the transfers in progress.
 
     Raises NoUsableInput if S3 does not accept the credentials, has no such bucket or does not answer at all, and
     OSError for errors of the disk.
@@ -57,7 +57,7 @@ def download(
 
 @contextmanager
 def _parts(folder: Path) -> Iterator[Path]:
-    """Provide a folder for unfinished files, whose name no other run knows.
+    """Provide a folder for unfinished files. No other run knows its name.
 
     Workers of a killed run may still download. Their folder is removed, so they fail and complete no file.
     """
@@ -96,7 +96,7 @@ def _download(
 
 
 class Chunk(NamedTuple):
-    """Objects that a worker fetches at once."""
+    """Objects that a worker fetches in one call."""
 
     place: Place
     bucket: str
@@ -114,7 +114,7 @@ Map = Callable[
 def download_in_chunks(
     client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, map: Map
 ) -> Generator[SourceObject | Rejected]:
-    """Do what `download` does, in chunks of objects. `map` works like the builtin, in processes of any machine.
+    """Do what `download` does, in chunks of objects. `map` works like the builtin `map`, in processes on any machine.
 
     The workers read S3 with the credentials of their own environment. Raises PipelineError if a worker dies twice.
     """
@@ -127,9 +127,10 @@ def download_in_chunks(
 
 
 def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
-    """Return what `download` yields for a chunk. Any number of attempts may run at the same time.
+    """Return what `download` yields for a chunk. Several attempts for the same chunk may run at the same time.
 
-    Raises NoUsableInput, also if S3 refuses an object and this process lacks the credentials that the run has.
+    Raises NoUsableInput like `download`. Also raises it if S3 refuses an object to this process, which has no
+    credentials, although the run has credentials.
     """
     client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
     parts.mkdir()  # raises OSError if the run has ended
@@ -171,7 +172,7 @@ class _Completed(NamedTuple):
     """A transfer that has ended."""
 
     source: SourceObject
-    part: Path  # the object's whole content, unless it was rejected
+    part: Path  # file with the object's whole content, unless the object was rejected
     rejected: Rejected | None
     throttled: Throttled | None  # the error if the object was rejected only because S3 accepts no request at all
 
@@ -182,7 +183,7 @@ class _Downloader:
     def __init__(self, client: Client, bucket: str, gate: Gate, stop: Event) -> None:
         self.crt = CrtTransfer(client, bucket, gate)
         self._botocore = BotocoreTransfer(client, bucket, gate, stop)
-        self._transfers: dict[Path, PendingTransfer] = {}  # of awscrt, by part
+        self._transfers: dict[Path, PendingTransfer] = {}  # transfers of awscrt, by part
         self._queue: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()  # for the threads
         self._completed: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
         self._threads: list[Thread] = []
@@ -220,7 +221,7 @@ class _Downloader:
             self._completed.put((source, part, result))
 
     def next_completed(self) -> _Completed | None:
-        """Wait up to POLL_INTERVAL for the next object and return it; None if there is none yet."""
+        """Wait up to POLL_INTERVAL until an object is fetched or rejected. Return None if this does not happen."""
         try:
             source, part, result = self._completed.get(timeout=POLL_INTERVAL)
         except Empty:
@@ -232,7 +233,7 @@ class _Downloader:
         if transfer is None:
             self._queued -= 1
         elif not self.crt.is_complete(transfer):
-            if self._gate.is_open:  # not while S3 throttles
+            if self._gate.is_open:  # a failure while S3 throttles does not count
                 self._failed.add(part)
             self._start_in_thread(source, part)
             return None

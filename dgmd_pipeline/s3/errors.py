@@ -12,10 +12,10 @@ from dgmd_pipeline.s3.throttling import STATUSES
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-# Reasons to reject an object that count for MAX_REJECTED_PCNT. REFUSED: S3 refuses to send it. FAILED: S3 does not send
-# it, or not completely. CHANGED: S3 sends another content than it listed.
+# Reasons for a rejection that count towards MAX_REJECTED_PCNT. REFUSED: S3 refuses to send the object. FAILED: S3 does
+# not send the object, or not completely. CHANGED: S3 sends content that differs from the listing.
 REFUSED, FAILED, CHANGED = "refused", "failed", "changed"
-MAX_TEXT = 200  # characters of S3's text that are stored
+MAX_TEXT = 200  # characters of S3's error text that are stored
 ACCOUNT_DISABLED = {"AllAccessDisabled", "AccountProblem"}
 ACCESS_DENIED = {"AccessDenied", "Forbidden"} | ACCOUNT_DISABLED
 WRONG_CREDENTIALS = {
@@ -64,8 +64,8 @@ def object_problem(error: Exception) -> tuple[str, str] | None:
 def is_worth_repeating(error: Exception) -> bool:
     """Return whether the answer to a repeated request may differ.
 
-    A request without an answer is not worth repeating: botocore has repeated it for more than a minute. Nor is a
-    throttled request: `throttling` has repeated it for longer.
+    A request without an answer is not worth repeating, because botocore has repeated it for more than a minute. A
+    throttled request is not worth repeating either, because `throttling` has repeated it for even longer.
     """
     from botocore import exceptions as boto
 
@@ -104,7 +104,7 @@ def unanswered(client: Client, what: str, error: Exception) -> NoUsableInput:
 
 
 def _is_about_objects(error: "ClientError") -> bool:
-    """Return whether S3 answered, and not a service for credentials."""
+    """Return whether the error is an answer of S3. Otherwise, it is an answer of a service for credentials."""
     return error.operation_name in ("GetObject", "ListObjectsV2")
 
 
@@ -140,7 +140,7 @@ def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoU
             f"boto3 could not request the bucket {bucket!r} from {host} ({kind}): correct the AWS settings.",
         ),
         ((OSError, ValueError, KeyError), f"The AWS credentials could not be renewed ({kind}: {error}): correct them."),
-        # ResponseParserError: its message quotes the whole response.
+        # A ResponseParserError. Its message is not shown, because it quotes the whole response.
         (Exception, f"The server at {host} is not an S3 endpoint: correct AWS_ENDPOINT_URL."),
     )
     return NoUsableInput(next(sentence for kinds, sentence in sentences if isinstance(error, kinds)))

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from dgmd_pipeline.manifest import SourceObject
 
-CHECKSUMS = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")  # those that botocore verifies and `_checksum` computes
+CHECKSUMS = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")  # algorithms that botocore and `_checksum` support
 MD5 = re.compile("[0-9a-f]{32}")
 DIRECTORY_BUCKET = "--x-s3"  # the end of the name of a directory bucket, whose ETags are random
 
 
 def checksum_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return algorithm and value (base64) of the checksum of the whole object in a response, or None.
+    """Return the checksum of the whole object that the headers of a response contain: algorithm and base64 value.
 
-    `headers` has names in lower case.
+    Returns None if there is no such checksum. `headers` has names in lower case.
     """
     for name in CHECKSUMS:
         value = headers.get(f"x-amz-checksum-{name}", "-")
@@ -28,7 +28,7 @@ def checksum_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
 def has_md5(bucket: str, source: SourceObject, headers: Mapping[str, str]) -> bool:
     """Return whether the listed ETag is the MD5 sum of the content.
 
-    It is another value for multipart uploads, for objects that are encrypted with a KMS key, and in directory buckets.
+    The ETag is another value for multipart uploads, for objects encrypted with a KMS key, and in directory buckets.
     """
     encryption = headers.get("x-amz-server-side-encryption", "AES256")
     customer_key = "x-amz-server-side-encryption-customer-algorithm" in headers
@@ -54,8 +54,8 @@ def difference(source: SourceObject, headers: Mapping[str, str], size: int, md5:
 def file_difference(bucket: str, source: SourceObject, headers: Mapping[str, str], path: Path) -> str | None:
     """Return how a downloaded file differs from the listed object, or None if it does not.
 
-    The bytes are compared with the checksum in the response, or else with the MD5 sum that was listed. Raises OSError,
-    and ValueError for a malformed checksum.
+    The bytes are compared with the checksum in the response. If the response has no checksum, they are compared with
+    the listed MD5 sum. Raises OSError, and ValueError for a malformed checksum.
     """
     size = path.stat().st_size
     if size != source.size:

@@ -25,16 +25,17 @@ from dgmd_pipeline.s3.errors import explain
 log = logging.getLogger(__name__)
 # Names that the pipeline itself uses in raw/, case-folded. Its other names begin with a dot.
 RESERVED = {"_success", LISTING, REJECTED}
-_OBJECTS = "Objects"  # in a parsed page
+_OBJECTS = "Objects"  # key of the parsed objects in a page
 MAX_NAME_BYTES = 255  # the limit of common file systems
-_PLAIN_NAME = re.compile(r"[0-9A-Za-z_][ -.0-\[\]-~]{,254}")  # of a file; always safe, except SYSTEM_NAMES
+_PLAIN_NAME = re.compile(r"[0-9A-Za-z_][ -.0-\[\]-~]{,254}")  # safe names of files, if not in SYSTEM_NAMES
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of Windows
 
 
 class Objects(Collection[SourceObject]):
-    """Objects below one prefix, in columns, which need half the memory of tuples. A tuple is made when it is asked for.
+    """Objects below one prefix. They are stored in columns, which need half the memory of tuples.
 
-    Keys are not stored: a key is `root` (the prefix with its slash; "" for the whole bucket) and the path.
+    Iteration makes the tuples. Keys are not stored, because a key is `root` followed by the path. `root` is the prefix
+    with its slash, or "" for the whole bucket.
     """
 
     def __init__(self, root: str, rows: Iterable[tuple[str, int, str]] = ()) -> None:
@@ -56,7 +57,7 @@ class Objects(Collection[SourceObject]):
         return zip(self.paths, self.sizes, self.etags, strict=True)
 
     def by_path(self) -> "Objects":
-        """Return the objects sorted by path. S3 lists them so, except those of directory buckets."""
+        """Return the objects sorted by path. S3 lists objects in this order, except in directory buckets."""
         is_sorted = all(map(lt, self.paths, islice(self.paths, 1, None)))
         return self if is_sorted else Objects(self.root, sorted(self.rows()))
 
@@ -93,18 +94,20 @@ class _ListedObject(NamedTuple):
 
 
 def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = False) -> Listing:
-    """List the objects below exactly `<prefix>/` (no outer slashes; "" for the whole bucket).
+    """List the objects whose keys begin with `<prefix>/`.
 
-    The key `<prefix>/<label>/<rest>` becomes the path `<label>/<rest>`. Folder markers and system files
-    (`manifest.is_system_file`) are ignored. The reasons for a rejection are:
+    `prefix` has no outer slashes; "" stands for the whole bucket. The key `<prefix>/<label>/<rest>` becomes the path
+    `<label>/<rest>`. Folder markers and system files (`manifest.is_system_file`) are ignored. The reasons for a
+    rejection are:
 
-    - "no label": directly below the prefix
+    - "no label": the object is directly below the prefix
     - "unsafe name"
     - "reserved name"
-    - "clash": a file where another object needs a folder, or the reverse
-    - "same name": the same file on a disk that normalises Unicode or, with `ignore_case`, ignores case
+    - "clash": the object needs a file where another object needs a folder, or the reverse
+    - "same name": the object has the same file as another object, because the disk may normalise Unicode or, with
+      `ignore_case`, ignore case
 
-    If objects exclude each other, the first one listed is used.
+    If two objects exclude each other, the first one in the listing is used.
 
     Raises NoUsableInput if the bucket or prefix does not exist, is empty or denies access, and if S3 does not answer.
     """
@@ -132,7 +135,8 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 
     A handler of botocore's events parses the objects of each page. botocore parses the rest.
     """
-    # With "s3" in place of "*", botocore parses the page once to look for an error, before this handler is called.
+    # The event has "*" in place of "s3", because botocore calls handlers of "s3" later: after one of its own handlers
+    # has parsed the whole page to look for an error.
     event = "before-parse.*.ListObjectsV2"
     client.meta.events.register_first(event, _parse_objects)
     try:
@@ -145,7 +149,7 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Handle the event "before-parse" of botocore: parse the objects of a page, and leave the rest to botocore.
 
-    botocore's general parser takes six times as long for an object, and its decoding of keys twice as long.
+    botocore's general parser takes six times as long to parse an object, and twice as long to decode a key.
     """
     from xml.etree import ElementTree
 
@@ -171,7 +175,7 @@ def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict
 
 
 def _unquote(keys: Sequence[str]) -> list[str]:
-    """Decode URL-encoded keys as botocore does: all at once, in a third of the time, unless one has a line break."""
+    """Decode URL-encoded keys as botocore does. Without line breaks in keys, this takes a third of botocore's time."""
     decoded = unquote_plus("\n".join(keys)).split("\n")
     return decoded if len(decoded) == len(keys) else [*map(unquote_plus, keys)]
 
@@ -187,7 +191,7 @@ def ignores_case(folder: Path) -> bool:
 
 
 def _warn_of_lost_labels(paths: Iterable[str], rejected: Sequence[Rejected]) -> None:
-    """Warn of labels that lose objects to another label, which the disk does not distinguish from them."""
+    """Warn of each label that loses objects to another label, because the disk may not distinguish the two names."""
     lost = Counter(row.label for row in rejected if row.reason in ("same name", "clash"))
     if not lost:
         return
@@ -198,19 +202,20 @@ def _warn_of_lost_labels(paths: Iterable[str], rejected: Sequence[Rejected]) -> 
         if other != label:
             log.warning(
                 "  the label %s %s: it differs from %s only in case or Unicode form, which the disk may ignore. %s "
-                "of its %s objects have the name of an object there and are left out. Rename the label in the bucket.",
+                "of its %s objects are left out, because the other label has objects of the same names. Rename the "
+                "label in the bucket.",
                 label, "loses images" if kept[label] else "vanishes", other, f"{count:,}", f"{count + kept[label]:,}",
             )  # fmt: skip
 
 
 def _assign_paths(items: Iterable[_ListedObject], root: str, ignore_case: bool) -> tuple[Objects, list[Rejected], int]:
-    """Return every object with its path below `root`, or the reason why it has none; and the number of system files."""
+    """Return the objects with their paths below `root`, the rejected objects, and the number of system files."""
     ignored = 0
     objects = Objects(root)
     rejected: list[Rejected] = []
     files: dict[str, str] = {}  # folded path -> path
     folders: set[str] = set()  # folded; contains all parents of each folder
-    last: str | None = None  # folder of the previous object with a path
+    last: str | None = None  # folder of the last object that was not rejected
     folded_last = ""
     for key, size, etag in items:
         if size == 0 and key.endswith("/"):
@@ -218,7 +223,7 @@ def _assign_paths(items: Iterable[_ListedObject], root: str, ignore_case: bool) 
         path = key[len(root) :]
         folder, _, name = path.rpartition("/")
         if folder == last and _PLAIN_NAME.fullmatch(name) and name.lower() not in manifest.SYSTEM_NAMES:
-            # Only the name is new, and it is safe: this saves half of the time.
+            # The folder is already checked, and the name is safe. This shortcut saves half of the time.
             folded = path if folded_last == last and not ignore_case else f"{folded_last}/{_fold(name, ignore_case)}"
             if folded not in files and folded not in folders:
                 files[folded] = path

@@ -31,15 +31,15 @@ class ShowProgress(Protocol):
     """Shows the progress of a download."""
 
     def __call__(self, items: Iterable[Item], total: int, unit: str, *, size: Callable[[Item], int]) -> Iterator[Item]:
-        """Yield `items`, of which there are `total`; `size` returns the bytes of one."""
+        """Yield `items`, of which there are `total`; `size` returns the bytes of an item."""
 
 
 @dataclass(frozen=True)
 class DownloadResult:
     """What a download left in a folder."""
 
-    objects: list[SourceObject]  # all that are in the folder
-    fetched: list[SourceObject]  # objects that were not there before
+    objects: list[SourceObject]  # all objects in the folder
+    fetched: list[SourceObject]  # objects that this download fetched
     rejected: list[Rejected]
 
     @property
@@ -72,9 +72,9 @@ def download_folder(
 ) -> DownloadResult:
     """Download the listed objects into `folder`, and write `listing.csv` and `rejected.csv`.
 
-    Reuses the files that an interrupted download left in `folder`; its listing is in `resume_dir`. Also reuses the
-    objects in the folder `previous`, an earlier download of the same bucket and prefix. `step` is the step's name for
-    errors. `fetch` works like `download`.
+    Reuses the files that an interrupted download left in `folder`. The listing of that download is in `resume_dir`.
+    Also reuses the objects in the folder `previous`, an earlier download of the same bucket and prefix. Errors contain
+    the step's name, `step`. `fetch` works like `download`.
 
     Raises NoUsableInput if no object can be used, or if S3 fails to send more than `max_failed` (0..1) of the objects
     of a label. Raises PipelineError if the disk has too little space.
@@ -138,14 +138,15 @@ def _nothing_usable(listing: Listing, rejected: Sequence[Rejected]) -> NoUsableI
 def reuse(
     objects: Iterable[SourceObject], folder: Path, resume_listing: Path, previous: Path | None
 ) -> tuple[list[SourceObject], list[SourceObject]]:
-    """Put the objects that need not be fetched into `folder`. Return these objects, and the missing ones.
+    """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
-    Unchanged files that an interrupted download left in `folder` are kept. Files that are no longer listed are
-    removed. `resume_listing` is the file that stores the listing for the next call. Unchanged objects in `previous`,
-    the folder of a finished download, are linked, or copied if the disk has no hard links.
+    Complete files that an interrupted download left in `folder` are kept. They are removed if their objects have
+    changed or are no longer listed. Unchanged objects in `previous`, the folder of a finished download, are
+    linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the next
+    call reads after an interruption.
     """
     listed = {source.path: source for source in objects}
-    complete: set[str] = set()  # paths in `folder`
+    complete: set[str] = set()  # paths of the complete files in `folder`
     for source in _interrupted(folder, resume_listing):
         if listed.get(source.path) != source:
             _remove(folder, source.path)
@@ -215,7 +216,7 @@ def _remove(folder: Path, path: str) -> None:
 
 
 def fingerprint(rows: Iterable[tuple[str, int, str]]) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of objects' paths, sizes and ETags, which are sorted by path."""
+    """Return the SHA-256 (64 hexadecimal digits) of rows with path, size and ETag. The rows are sorted by path."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update("\0".join(map(str, row)).encode() + b"\n")
@@ -232,9 +233,10 @@ class FolderChanges(NamedTuple):
 
 
 def compare_folder(folder: Path, objects: Objects) -> FolderChanges | None:
-    """Compare a downloaded folder with a new listing; None if it is up to date."""
+    """Compare a downloaded folder with a new listing. Return None if the folder is up to date."""
     usable = objects.without({row.path for row in manifest.read(folder / REJECTED, Rejected)}).by_path()
-    # Both listings are sorted by path. A dictionary of a million objects would take 80 MB.
+    # Both listings are sorted by path, so they are read side by side. A dictionary of a million objects would take
+    # 80 MB.
     known = usable.rows()
     now = next(known, None)
     new = changed = gone = missing = 0
@@ -281,7 +283,7 @@ def check_untracked_files(folder: Path) -> None:
 
 
 def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
-    """Return the paths of files in the folder's subfolders that are neither one of `objects` nor system files."""
+    """Return the paths of files in the folder's subfolders. Files of `objects` and system files are left out."""
     form = str.casefold if ignores_case(folder) else str
     tracked = {form(source.path) for source in objects}
     found = []

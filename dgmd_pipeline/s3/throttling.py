@@ -1,7 +1,7 @@
 """Limits the rate of requests to a server that answers "slow down".
 
-botocore and awscrt repeat each such request a few times, independently of the others. A `Gate` slows all requests of a
-client down together, and repeats them for much longer.
+botocore and awscrt repeat a request with this answer a few times, and independently of other requests. A `Gate` slows
+all requests of a client down together, and repeats them for much longer.
 """
 
 import logging
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STATUSES = (429, 503)  # of the answer "slow down"; S3 sends 503 SlowDown, and proxies often send an empty 503
 PATIENCE = 120.0  # seconds to continue while the only answer is "slow down"
-MAX_ATTEMPTS = 50  # of one request, if the server accepts others meanwhile
+MAX_ATTEMPTS = 50  # of one request, if the server accepts other requests meanwhile
 FIRST_INTERVAL, LONGEST_INTERVAL = 0.05, 4.0  # seconds between two requests
 RECOVERY = 0.7  # an accepted request shortens the interval to this fraction, and a rejected one doubles it
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES = 30.0  # of the log about throttling
 
 
 class Gate:
@@ -79,7 +79,7 @@ class Gate:
 
     def accepted(self) -> None:
         """Send requests at a higher rate, because the server accepted one."""
-        if self._since is None and self.is_open:  # without a lock: this is the normal case
+        if self._since is None and self.is_open:  # the normal case, which needs no lock
             return
         with self._lock:
             self._since = None
@@ -92,7 +92,10 @@ class Gate:
         self._next = now + self._interval * random.uniform(0.5, 1.5)  # noqa: S311 - not a secret
 
     def _observe(self, response: "tuple[AWSResponse, dict[str, Any]] | None", attempts: int, **_: object) -> int | None:
-        """Handle the event "needs-retry" of botocore: return the seconds to wait before a repetition, or None."""
+        """Handle the event "needs-retry" of botocore. Return 0 if the request must be repeated, else None.
+
+        0 is the delay of the repetition in seconds. There is no delay here, because every request waits in `wait`.
+        """
         if response is None:
             return None
         if response[0].status_code in STATUSES:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from botocore.response import StreamingBody
 
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
-ATTEMPTS = 4  # of an object; each includes the attempts of botocore
+ATTEMPTS = 4  # to fetch an object; botocore repeats requests within each attempt
 BACKOFF = 0.4  # seconds to wait after the first attempt without an answer; each further wait is four times as long
 
 
@@ -25,7 +25,7 @@ class Throttled(NoUsableInput):
     """S3 answers nothing but "slow down"."""
 
     def __init__(self, sentence: str, rejected: Rejected) -> None:
-        """Store the row for the object that was requested."""
+        """`rejected` is the row of rejected.csv for the requested object."""
         super().__init__(sentence)
         self.rejected = rejected
 
@@ -39,9 +39,9 @@ class BotocoreTransfer:
         self._is_verified = client.meta.config.response_checksum_validation != "when_required"
 
     def fetch(self, source: SourceObject, part: Path) -> Rejected | None:
-        """Write one object to the file `part`. The file is complete unless `stop` was set meanwhile.
+        """Write one object to the file `part`. Return None if the file is complete, or if `stop` was set meanwhile.
 
-        Returns a Rejected for an object that S3 does not send, or sends with another content than it listed. Raises
+        Returns a Rejected if S3 does not send the object, or sends content that differs from the listing. Raises
         NoUsableInput if the cause is not this object, Throttled if S3 accepts no request at all, and OSError for
         errors of the disk.
         """
@@ -89,7 +89,7 @@ class BotocoreTransfer:
         return (Rejected(source.key, label, errors.CHANGED, problem) if problem else None), None
 
     def _copy(self, body: "StreamingBody", source: SourceObject, headers: Mapping[str, str], part: Path) -> str | None:
-        """Write the body to `part`, and return how it differs from the listed object. None if equal or stopped."""
+        """Write the body to `part`. Return how it differs from the listed object; None if equal, or after a stop."""
         verified = self._is_verified and integrity.checksum_header(headers)
         md5 = None
         if not verified and integrity.has_md5(self._bucket, source, headers):

@@ -120,7 +120,7 @@ class InspectImages(Step):
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Compare the files, or the objects in the bucket if it was listed, with the last inspection."""
+        """Compare the listing of the bucket, or the files if there is no listing, with the last inspection."""
         previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
         listing, objects = self.context.shared(Resources).listing, None
         if previous is None or (upstream[0].state != "done" and not listing):
@@ -136,7 +136,8 @@ class InspectImages(Step):
         from dgmd_pipeline.data import inspection
 
         executor = self.context.executor
-        # A Dask scheduler processes 400 pieces a second. With 64 files in a piece, it can supply only 56 workers.
+        # A Dask scheduler processes 400 pieces a second. With 64 files in a piece, it can supply only 56 workers. So a
+        # cluster gets larger pieces.
         chunk = inspection.PIECE_FILES if executor.is_cluster else inspection.CHUNK
         return self.progress(executor.map(function, files, chunk), len(files), "images")
 
@@ -181,13 +182,13 @@ class MapLabels(Step):
         return StepResult(counts=counts, images_processed=usable.total(), summary=summary)
 
     def declared_settings(self) -> Json:
-        """Return the settings; without the bucket and prefix if `raw/` was not downloaded from there."""
+        """Return the settings. If `raw/` exists and was not downloaded, the bucket and the prefix are left out."""
         declared, raw = super().declared_settings(), DownloadImages().path
         by_hand = raw.exists() and read_record(raw) is None
         return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
 
     def _known(self) -> list[str]:
-        """Return the labels of the existing map, by class index; none if the map is missing or has another source."""
+        """Return the labels of the existing map, by class index; [] if the map is missing or has another source."""
         from dgmd_pipeline.data import labels
 
         record, mapping, now = read_record(self.path), self.path / "mapping.json", self.declared_settings()

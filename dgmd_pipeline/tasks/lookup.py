@@ -46,9 +46,10 @@ def summary(data_dir: Path, version: int | None) -> list[str]:
 
 
 def store(settings: "Settings") -> "Store | None":
-    """Return the MLflow store of the settings, or the embedded store if none is set; None if it does not exist yet.
+    """Return the MLflow store that is set, or else the embedded store; None if the embedded store does not exist yet.
 
-    The schema of an SQLite database is upgraded if necessary. This takes a second, because it imports MLflow.
+    The schema of an SQLite database is upgraded if necessary. The check of the schema takes a second, because it
+    imports MLflow.
     """
     from dgmd_pipeline.registry import store as registry_store
 
@@ -101,7 +102,7 @@ def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: 
 
 
 def production(settings: "Settings", folder: Path) -> "Rivals":
-    """Download the production version, and a better one that was production before, into `folder`."""
+    """Download the production version and, if there is one, a better former production version into `folder`."""
     from dgmd_pipeline.evaluation.review import Rivals
     from dgmd_pipeline.registry import versions
 
@@ -146,7 +147,7 @@ def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary
 def rivals(
     store: "Store", state: "ModelState", now: "ModelVersion", folder: Path, candidate: "ModelVersion | None" = None
 ) -> "Rivals":
-    """Download the production version `now`, and a better one that was production before, into `folder`.
+    """Download the production version `now` and, if there is one, a better former production version into `folder`.
 
     `candidate` is the version that is compared with them, if it is registered.
     """

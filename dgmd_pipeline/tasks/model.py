@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # name in MLflow and in the record
+BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # each: name in MLflow, name in the record
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
 
@@ -87,7 +87,7 @@ class TrainModel(Step):
         resources.start_serving_early(self.context)
         runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
-        epochs: list[Epoch] = []  # of this run; a run that was stopped may have completed earlier ones
+        epochs: list[Epoch] = []  # of this run only; a stopped run may have completed earlier epochs
         name = _run_name(self.settings.model_name, formatting.utc_now())
         with signals.deferred():
             shown = attempts.begin(self.settings, draft / folders.RESUME, name)
@@ -317,7 +317,7 @@ class RegisterModel(Step):
 
 
 def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:
-    """Return the settings that the folders were made with, plus `others`, by variable name."""
+    """Return the settings that the folders were made with, plus `others`, by the names of the variables."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}
 

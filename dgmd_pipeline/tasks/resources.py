@@ -49,8 +49,8 @@ def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
 def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """If this run will need the frozen network, build it in a background thread while earlier steps run.
 
-    This takes about 10 s of one core. It imports TensorFlow and creates the layers. If features are extracted, it also
-    traces the forward pass.
+    The thread uses one core for about 10 s. It imports TensorFlow and creates the layers. If features are extracted,
+    the thread also traces the forward pass.
 
     If there is little work before the training, other cores are idle. In this case, the serving benchmark's process
     is started, too.
@@ -87,7 +87,7 @@ def network(context: RunContext) -> "keras.Model | None":
 
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":
-    """Return the trained model of a folder. A model that this run trained is in memory. Loading takes 3 to 5 s."""
+    """Return the trained model of a folder. Loading takes 3 to 5 s, so a run keeps the model that it trained."""
     from dgmd_pipeline.training import networks, runtime, train
 
     trained = context.shared(Resources).trained

@@ -59,7 +59,7 @@ class ExtractFeatures(PerSplitStep):
             shards.check(records, missing.shards)
             previous += self._extract(records, missing, origin, draft / folders.RESUME)
             reuse = feature_store.find_reusable(records, previous, origin)
-        dimensions = reuse.dimensions or int(self._network().output_shape[-1])  # without an image, there is no vector
+        dimensions = reuse.dimensions or int(self._network().output_shape[-1])  # if no image has a vector
         feature_store.write(draft, records, reuse, origin, dimensions)
         new, images, counts = len(missing.new), index.images, {"images": index.images, "dimensions": dimensions}
         summary = f"{formatting.describe_reuse(images, 'images', new)}, {dimensions:,} dimensions"
