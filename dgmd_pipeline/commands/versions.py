@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, ModelState]:
-    """Return the registry and the model in it, with interrupted promotions repaired.
+    """Return the registry and the model in it. If `repair` is set, first complete interrupted promotions.
 
     Raises NoUsableInput if there is no registry or it holds no version of the model.
     """
