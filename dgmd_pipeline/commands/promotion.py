@@ -209,7 +209,7 @@ def _load_and_check(store: Store, name: str, version: ModelVersion, folder: Path
     if shape != (1, len(model.labels)):
         raise PipelineError(
             f"{name} version {version.version} is damaged: it predicts probabilities of shape {shape}, and "
-            f"{len(model.labels)} labels are stored with it. Train a new one."
+            f"{len(model.labels)} labels are stored with it. Train a new version."
         )
     return model
 
