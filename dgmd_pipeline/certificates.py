@@ -4,7 +4,9 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
-# boto3, requests (MLflow's client and boto3), and urllib (NOTIFY_URL, ImageNet weights) read these.
+# boto3 reads the first of these variables, and REQUESTS_CA_BUNDLE if the first is unset. MLflow's client reads the
+# MLFLOW_ variables; its library, requests, reads REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE. urllib, which sends messages to
+# NOTIFY_URL and downloads ImageNet weights, reads SSL_CERT_FILE.
 VARIABLES = (
     "AWS_CA_BUNDLE",
     "MLFLOW_TRACKING_SERVER_CERT_PATH",

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 log = logging.getLogger("dgmd_pipeline")
-# Rows are tuples without reference cycles. By default, Python collects garbage after 700 new objects. In the steps that
-# process rows, this takes a tenth of the time, and a larger share if there are more rows.
+# Rows are tuples without reference cycles, so the garbage collector frees none of them. By default, the collector runs
+# after 700 new objects. In the steps that process rows, it would take a tenth of the time, and a larger share if there
+# are more rows.
 ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            # If stdout has data, the log goes to stderr. The output of `predict` is often redirected to a file.
+            # If a command prints data to stdout, the log goes to stderr. `predict` always counts as such a command,
+            # because its output is often redirected to a file.
             printed = options.json or options.csv or vars(options).get("name") == "predict"
             stream, times = sys.stderr if printed else sys.stdout, options.command in (_run, _run_or_schedule, _demo)
             logs.start(stream, options.verbose, environment.wants_colours(), times)
@@ -89,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
-    # A run succeeds even if its log is lost. Other commands have no result but their output.
+    # A run succeeds even if its log is lost. The output of another command is its only result: if it is lost, the
+    # command fails.
     is_run = options.command in (_run, _run_or_schedule)
     return PipelineError.exit_code if not code and not is_run and logs.lost_output() else code
 
@@ -104,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a bucket of labelled images into a registered image classifier.\nWithout a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # With one attribute for both, --force after the command would replace --force before the command.
+        # --force before a command has its own attribute. If both positions shared an attribute, the values after the
+        # command would replace the values before it.
         parents=[_step_options(common, "force_before")],
     )
     _add_only_if_better(parser)
@@ -167,7 +171,7 @@ def _add_pipeline_commands(commands: "Commands", common: argparse.ArgumentParser
     health.add_argument("--max-age", metavar="HOURS", type=_hours, help=text)
     demo = _add(commands, "demo", "run on a small data set behind a local S3 endpoint", common)
     demo.set_defaults(command=_demo)
-    text = "only serve the demo bucket at PORT, to other containers"
+    text = "do not run the pipeline; only serve the demo bucket to other containers, at PORT"
     demo.add_argument("--serve", metavar="PORT", type=int, help=text)
     for added in (plan, health):
         added.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
@@ -182,7 +186,7 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
 
     add("models", "show the registered versions")
     promote = add("promote", "show the review of a version, and make the version production")
-    promote.add_argument("version", nargs="?", default="@candidate", help="its number, or @alias (default: @candidate)")
+    promote.add_argument("version", nargs="?", default="@candidate", help="number or @alias (default: @candidate)")
     promote.add_argument(
         "--force", action="store_true", dest="anyway", help="promote even if a condition fails; requires --reason"
     )
@@ -193,7 +197,7 @@ def _add_registry_commands(commands: "Commands", common: argparse.ArgumentParser
     add("history", "show who made which version production, and why")
     compare = add("compare", "compare two versions on the validation images in DATA_DIR")
     compare.add_argument("one", metavar="A", help="version: number or @alias")
-    compare.add_argument("other", metavar="B", help="the version to compare it with")
+    compare.add_argument("other", metavar="B", help="version to compare A with")
     predict = add("predict", "classify image files with a registered version")
     predict.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image file, or folder of image files")
     version = predict.add_mutually_exclusive_group()

@@ -41,7 +41,7 @@ def read(path: Path, known: Collection[str]) -> str:
 
 
 def _mistakes(bindings: Iterable[parser.Binding], known: Collection[str]) -> Iterator[tuple[int, str]]:
-    """Yield the line of each mistake, counted from 1, and what is expected there."""
+    """Yield the line number of each mistake, counted from 1, and a text that says what is expected."""
     for name, value, original, failed in bindings:
         statement = original.string.lstrip()
         line = original.line + original.string.removesuffix(statement).count("\n")

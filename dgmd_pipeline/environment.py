@@ -14,7 +14,7 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # takes about a minute; the default of 7 takes four minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # these retries take about a minute; the default, 7, takes four minutes
     "GIT_PYTHON_REFRESH": "quiet",
     # Pillow keeps two blocks of up to 16 MB for the next image. Allocating new blocks would take a third of the time to
     # write a record.
@@ -25,8 +25,9 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, each with one thread. This is up to 1.5 times as fast as
 # one batch with all threads: docs/measurements/speed.md.
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
-# Dask's nanny sets this variable, so that memory returns to the system sooner. Each large buffer then causes page
-# faults again, and the conversion of an image takes twice the CPU time. A worker's processes end with the run anyway.
+# A Dask worker unsets this variable. Dask's nanny sets it, so that freed memory returns to the system sooner. With the
+# variable, each new large buffer causes page faults, and the conversion of an image takes twice the CPU time. Memory
+# need not return sooner, because the processes of a worker end with the run.
 DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
 
 
@@ -47,7 +48,7 @@ def provide(defaults: Mapping[str, str], unset: Sequence[str] = ()) -> None:
 
 
 def wants_colours() -> bool:
-    """Return whether NO_COLOR has no value, so that a terminal may show colours (https://no-color.org)."""
+    """Return whether a terminal may show colours: NO_COLOR is unset or empty (https://no-color.org)."""
     return not os.environ.get("NO_COLOR")
 
 
@@ -63,5 +64,5 @@ def provide_temporary_folder(folder: Path) -> None:
         tempfile.gettempdir()
     except FileNotFoundError:
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder.absolute())
-        # Without it, Matplotlib warns if the home folder is not writable either.
+        # Without this variable, Matplotlib warns if the home folder is not writable either.
         os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.tempdir}/matplotlib")

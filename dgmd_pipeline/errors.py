@@ -42,7 +42,10 @@ class Declined(Refused):
 
 
 class TooLittleMemory(PipelineError):
-    """An operation needs more memory than the run may use for it. The message lacks a subject: "needs ..."."""
+    """An operation needs more memory than the run may use for it.
+
+    The message begins with "needs": the code that reports the error puts a subject before it.
+    """
 
 
 class WorkerDied(PipelineError):

@@ -83,7 +83,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def whole_percentages(parts: Sequence[float]) -> list[int]:
-    """Return the shares of `parts` in whole percent, rounded so that they sum to 100. At least one part is not 0.
+    """Return the shares of `parts` in whole percent, rounded so that they sum to 100. Not all parts may be 0.
 
     Method: largest remainder.
     """
@@ -108,5 +108,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe_reuse(count: int, what: str, new: int) -> str:
-    """Return the number of all, new and reused things: "1,600 images (12 new, 1,588 reused)"."""
+    """Return the number of things, and how many of them are new and reused: "1,600 images (12 new, 1,588 reused)".
+
+    If all things are new, the part in parentheses is missing.
+    """
     return f"{count:,} {what}" + (f" ({new:,} new, {count - new:,} reused)" if new < count else "")

@@ -18,8 +18,8 @@ from dgmd_pipeline.errors import SettingsError
 
 MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
-# A lower bound of the memory for each pixel of the images. A float32 image alone has 12 bytes. Training `cnn` took 180,
-# computed from the difference between batches of 64 and of 32 images of 256 x 192 pixels.
+# A lower bound of the memory for each pixel of an image. A float32 image alone takes 12 bytes a pixel. Training `cnn`
+# took 180 bytes a pixel, computed from the difference between batches of 64 and of 32 images of 256 x 192 pixels.
 PIXEL_BYTES = 40
 FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
 

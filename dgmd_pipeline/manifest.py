@@ -43,11 +43,11 @@ class Image(NamedTuple):
     format: str  # Pillow's name for the format of the content: "JPEG", "PNG", ...
     width: int  # pixels, after EXIF orientation
     height: int
-    group: str  # the smallest sha256 in the image's group of near-duplicates; its own if it has none
+    group: str  # the smallest sha256 in the image's group of near-duplicates; without near-duplicates, its own sha256
 
 
 class Example(NamedTuple):
-    """An image to train or validate on: one that balancing keeps."""
+    """An image for training or validation, which balancing has kept."""
 
     path: str  # below raw/
     label: str
@@ -57,7 +57,7 @@ class Example(NamedTuple):
 
 
 class _RejectedFields(NamedTuple):
-    path: str  # below raw/; the key of an object that was not downloaded
+    path: str  # of the file, below raw/; for an object that was not downloaded, its key
     label: str  # "" if there is none
     reason: str  # a category for counting: "unreadable", "duplicate", EXCLUDED, ...
     detail: str  # an explanation, as `formatting.one_line` returns it
@@ -84,16 +84,16 @@ SYSTEM_NAMES = frozenset(
 Fit = Literal["stretch", "letterbox", "crop"]  # how an image is resized to the model's input size
 INDEX = "index.json"  # in a folder of TFRecord shards
 INDEX_SCHEMA = 3  # increased when the index, the format of the records, or the pixels of an image change
-MISSING = -1  # in place of a position
-RECORDS = "records.npy"  # in a folder of TFRecord shards: a RECORD for each record, in their order
-RECORD = [  # fields of a NumPy type
+MISSING = -1  # stands for the position of a value that was not found
+RECORDS = "records.npy"  # in a folder of TFRecord shards: one RECORD for each TFRecord, in the order of the TFRecords
+RECORD = [  # fields of a NumPy type, which describes a TFRecord. A frame is a TFRecord with its length and checksums
     ("sha256", "S32"),  # of the image file
     ("row", "S16"),  # hash of what the record depends on, apart from the settings: image file, label, path
     ("label", "<i4"),  # class index
     ("start", "<u8"),  # position of the record's frame in its shard, in bytes
-    ("length", "<u4"),  # of the frame
+    ("length", "<u4"),  # of the frame, in bytes
     ("image", "<u4"),  # position of the encoded image in the frame
-    ("image_length", "<u4"),
+    ("image_length", "<u4"),  # of the encoded image, in bytes
 ]
 
 
@@ -170,8 +170,8 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     return count
 
 
-# `read` uses one object for equal texts, and remembers this many texts. Neighbouring rows have the same label, and most
-# rows have `group` equal to `sha256`. So a million Examples take 0.3 GB instead of 0.5.
+# Number of texts that `read` remembers, to use one object for equal texts. Neighbouring rows have the same label, and
+# most rows have `group` equal to `sha256`. So a million Examples take 0.3 GB of memory instead of 0.5.
 _SHARED = 1000
 
 
@@ -205,13 +205,15 @@ def read(path: Path, kind: type[Row]) -> Iterator[Row]:
         raise changed_file_error(path, error) from error
 
 
-_BATCH_BYTES = 2**18  # of a file in one batch; Arrow reads 32 batches ahead, and a row must fit into one
+_BATCH_BYTES = 2**18  # size of a batch in the file; Arrow reads 32 batches ahead, and a row must fit into a batch
 
 
 def read_columns(path: Path, kind: type[Row], *names: str) -> "Iterator[pa.RecordBatch]":
     """Yield batches of about 1,000 rows with the columns `names` (default: all) of a file that `write` wrote.
 
-    `str` fields are binary columns, which `decode` reads. `int` fields are int64. Takes a fifth of the time of `read`.
+    The column of a `str` field is binary, and `decode` reads its values. The column of an `int` field is int64. This
+    function takes a fifth of the time of `read`.
+
     Raises PipelineError if the file is missing, has other columns, or was edited.
     """
     import pyarrow as pa
@@ -278,7 +280,10 @@ def _to_csv(columns: "Sequence[pa.Array]") -> bytes:
 
 
 def _is_plain(text: bytes, rows: int, columns: int) -> bool:
-    """Return whether `csv` would quote no cell of this text and `to_cell` would change none. False is always safe."""
+    """Return whether `csv` would quote no cell of this text, and `to_cell` would change no cell.
+
+    The function may return False for such a text, too: the caller then takes longer, and writes the same text.
+    """
     import numpy as np
 
     counts = (text.count(character) for character in (b",", b"\r", b"\n"))
@@ -293,7 +298,7 @@ def _is_plain(text: bytes, rows: int, columns: int) -> bool:
 
 
 def _content(column: "pa.BinaryArray") -> bytes:
-    """Return the values of a new column, one after the other."""
+    """Return the values of a column, one after the other. The column must not be a slice of another one."""
     return column.buffers()[2].to_pybytes() if column.buffers()[2] else b""
 
 

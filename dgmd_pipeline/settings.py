@@ -23,7 +23,7 @@ from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
 from dgmd_pipeline.workflow import machine
 
-# For a worker of a cluster, which has one thread.
+# A function that prepares the environment of a Dask worker. FROZEN_DEFAULTS are right for it: it has one thread.
 provide_worker_defaults = partial(
     environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
 )

@@ -38,7 +38,7 @@ def test_the_operating_document_lists_the_settings_that_redo_each_step(backbone,
     from dgmd_pipeline import settings
 
     monkeypatch.setenv("BACKBONE", backbone)
-    start = "Only a change of these settings makes a step run again."
+    start = "A step runs again if one of its settings in this table changes."
     section = read("docs/operating.md").partition(start)[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
     with activate(RunContext(settings.load())):

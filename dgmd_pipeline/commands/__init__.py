@@ -1,1 +1,1 @@
-"""One file for each command; the only package that prints."""
+"""The commands, and the code that they share. No other package prints to standard output."""

@@ -49,7 +49,10 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 
 
 def _as_json(reviewed: "Review") -> dict[str, object]:
-    """Return both parts of a review as JSON values. Their keys contain `other` for the second version."""
+    """Return the comparison and the serving benchmark of a review as JSON values.
+
+    The keys of values of the second version begin with `other_`.
+    """
     from dgmd_pipeline.evaluation import comparison, serving_benchmark
 
     compared, benchmark = reviewed.comparison, reviewed.serving_benchmark

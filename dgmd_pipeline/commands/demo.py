@@ -44,11 +44,11 @@ HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect t
 KEPT = "DASK_SCHEDULER_ADDRESS"  # the only setting of the caller that the demo keeps: it does not change the result
 # File name extension and content; scraped files often have a wrong extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
-SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # of each digit's images that the bucket gets
+SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # share of each digit's images that is put into the bucket
 
 
 def run(pipeline: Callable[[list[str]], int]) -> int:
-    """Fill a bucket, write `demo.env`, run `pipeline` with it and print what to do next. Return the exit code.
+    """Fill a bucket, write `demo.env`, run `pipeline` with this file, print what to do next, and return the exit code.
 
     Raises PipelineError if the `demo` extra is not installed.
     """

@@ -51,7 +51,7 @@ def health(values: "Settings", as_json: bool, max_age: float | None = None) -> i
             log.error("%s does not exist: no run has ended there.", values.data_dir)
             return 1
         found = _examine(values, max_age or values.health_max_age)
-        if not os.access(values.data_dir, os.W_OK):  # a later run may have been unable to write its status
+        if not os.access(values.data_dir, os.W_OK):  # the last run may have been unable to write its status
             reason = errno.EROFS if os.statvfs(values.data_dir).f_flag & os.ST_RDONLY else errno.EACCES
             raise OSError(reason, os.strerror(reason), str(values.data_dir))
     if as_json:

@@ -135,7 +135,10 @@ class _TerminalLines(_Lines):
 
 
 def _wrap(line: str, width: int, column: int | None) -> str:
-    """Break a line between words. Indent the rest to `column`; if it is None, by two more than the line."""
+    """Break a line between words, and indent all but the first part to `column`.
+
+    If `column` is None, indent them by two characters more than the line.
+    """
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
     wrapper = textwrap.TextWrapper(
         width, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False

@@ -29,8 +29,10 @@ class ModelRow:
     difference: float | None  # accuracy minus the accuracy of the version `compared_with`
     compared_with: int | None
     verdict: str | None  # "better", "no difference", "worse", "first", "not compared"; None in older versions
-    failed: list[str]  # conditions for a promotion that failed when the version was made
-    latency_p50_ms: float | None  # not comparable: each version is measured at another time, perhaps on another machine
+    failed: list[str]  # conditions for a promotion that the version failed in its own run
+    # Median time for one image. It is not comparable between versions: each version was measured at another time, and
+    # perhaps on another machine.
+    latency_p50_ms: float | None
     latency_ratio: float | None  # latency / latency of the version `compared_with`, measured alternately
     bytes: int | None
     run: str  # MLflow's id
@@ -52,7 +54,7 @@ def models(values: "Settings", as_json: bool) -> None:
     print(header)
     for line, row in zip(lines, rows, strict=True):
         print(line)
-        for more in _more_lines(row):  # on lines of their own: one line would be wider than a terminal
+        for more in _more_lines(row):  # not on the first line, which would be wider than a terminal
             print(f"{'':9}{more}")
     if any(row.latency_ratio for row in rows):
         print("latency: for one image, as a multiple of the compared version's latency")

@@ -51,7 +51,7 @@ def _post(url: str, body: Mapping[str, object]) -> None:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error, because urllib would follow it without the message."""
+    """Makes a redirect an error, because urllib would follow the redirect without sending the message."""
 
     def redirect_request(self, *_: object) -> None:
         return None

@@ -103,7 +103,7 @@ def confirm(question: str, yes: bool) -> None:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Provide a folder that is removed when the block ends."""
-    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # it may be the one in DATA_DIR, which a run creates
+    Path(gettempdir()).mkdir(parents=True, exist_ok=True)  # it may be DATA_DIR/.tmp, which is missing before a run
     with TemporaryDirectory(prefix="dgmd-") as folder:
         yield Path(folder)
 

@@ -61,7 +61,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
 def _predict_files(
     paths: Sequence[Path], fetched: "DownloadedVersion", selected: "ModelVersion", name: str
 ) -> tuple[list[Prediction], list[Path]]:
-    """Return the predictions for the files that can be read, and the other files. Warn about each of these."""
+    """Return the predictions for the readable files, and the unreadable files. Warn about each unreadable file."""
     import numpy as np
 
     from dgmd_pipeline.data import limits
@@ -74,7 +74,7 @@ def _predict_files(
     unreadable: list[Path] = []
     for path in progress(paths, "predict", len(paths), "images"):
         try:
-            if (size := path.stat().st_size) > limits.MAX_BYTES:  # before it is in memory
+            if (size := path.stat().st_size) > limits.MAX_BYTES:  # checked before the file is read
                 raise inputs.InvalidImage(f"{size:,} bytes, expected at most {limits.MAX_BYTES:,}")
             image = inputs.read(path.read_bytes(), network)
         except (OSError, inputs.InvalidImage) as error:
@@ -109,7 +109,7 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files in `paths` and in its folders, and the paths that cannot be opened. Warn about each of these."""
+    """Return the files in `paths` and in its folders, and the unreadable paths. Warn about each unreadable path."""
     files: list[Path] = []
     unreadable: list[Path] = []
     for path in paths:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def promote(values: "Settings", version: str, yes: bool, force: bool, reason: str, as_json: bool) -> None:
-    """Show the review of a version, check that it can be loaded, and make it production.
+    """Show the review of a version, check that the version can be loaded, and make the version production.
 
     Raises Refused if a condition does not hold and `force` is not set.
     """
@@ -156,7 +156,7 @@ def rollback(values: "Settings", yes: bool, reason: str, as_json: bool) -> None:
     with output.temporary_folder() as folder:
         try:
             _load_and_check(store, state.name, restored, folder)
-        except registry_versions.ForeignVersion as error:  # it was production, so it is restored
+        except registry_versions.ForeignVersion as error:  # the version was production, so it is restored unchecked
             log.warning("%s Rolling back without checking that it can be loaded.", error)
     output.confirm(f"Roll back from version {current} to version {restored.version}?", yes)
     event = promotion.set_production(
@@ -209,7 +209,7 @@ def _load_and_check(store: Store, name: str, version: ModelVersion, folder: Path
     if shape != (1, len(model.labels)):
         raise PipelineError(
             f"{name} version {version.version} is damaged: it predicts probabilities of shape {shape}, and "
-            f"{len(model.labels)} labels are stored with it. Train a new one."
+            f"{len(model.labels)} labels are stored with it. Train a new version."
         )
     return model
 
@@ -242,7 +242,7 @@ def _reviewed(
         rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
         with serving_benchmark.start_process(settings.serving_environment()) as process:
             found = review.review(candidate, rivals, images, folder, process)
-    except PipelineError as error:  # for example about a version of an older pipeline; --force promotes anyway
+    except PipelineError as error:  # for example if production is a version of an older pipeline; --force overrides it
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:
         # Keep the recorded result: only the run could compare the saved model with the trained network in memory.

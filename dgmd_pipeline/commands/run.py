@@ -47,7 +47,7 @@ def run(
     `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the run stops
     for a reason that an operator can fix.
     """
-    forced = _forced(values, force, until)  # before the run: an unknown step does not change the status
+    forced = _forced(values, force, until)  # before the run, so that an unknown step does not change the status
     result = RunResult()
     ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
@@ -101,7 +101,7 @@ def plan(values: Settings, force: Sequence[str], until: str | None, as_json: boo
 
 
 def _last_steps(until: str | None) -> list[Step]:
-    """Return the last steps of the current run."""
+    """Return the steps of the current run that no other step of the run depends on."""
     return planning.select_steps(planning.upstream_steps(LAST()), until) if until else [LAST()]
 
 

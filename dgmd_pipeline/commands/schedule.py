@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NEXT = ".next-run"  # file in DATA_DIR that contains the time of the next run
-POLL_INTERVAL = 30.0  # seconds: the longest delay after a clock change, or after the machine slept
+POLL_INTERVAL = 30.0  # seconds: the maximum delay of a run after a clock change, or after the machine slept
 
 
 def schedule(values: "Settings", interval: float, arguments: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def last_status(values: "Settings") -> status.Status | None:
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run. If it was killed or could not start, and has not `published` a status, publish one."""
+    """Log a failed run. Publish a status for a run that was killed or could not start, if it has `published` none."""
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""
@@ -130,7 +130,7 @@ def zone(name: str | None) -> tzinfo:
 def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Callable[[int, float], None]) -> None:
     """Run `command` at each of the times, until a signal.
 
-    Calls `ended` after each run with its exit code (negative: the signal that killed it) and its seconds.
+    After each run, calls `ended` with the exit code (-N if signal N killed the run) and the duration in seconds.
     """
     for due in times:
         if due > _now():

@@ -31,8 +31,8 @@ class Status:
     version: int | None = None
     accuracy: float | None = None  # on the validation images, 0 to 1
     difference: float | None = None  # accuracy minus production's accuracy, on the same images
-    low: float | None = None  # of the difference's 95 % interval
-    high: float | None = None
+    low: float | None = None  # lower end of the difference's 95 % interval
+    high: float | None = None  # upper end of this interval
     verdict: str | None = None  # "better", "no difference", "worse", "first" or "not compared"
     report: str | None = None  # path of report.html
     step: str | None = None  # the step that failed
@@ -64,7 +64,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # the old status is outdated, and without it a full disk has room for the new one
+        path.unlink(missing_ok=True)  # the old status is outdated; its space on a full disk is for the new one
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -80,8 +80,8 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has not written a status. This function returns one with the start of the run as `ended`, and with
-    `model`.
+    A killed run has not written a status. For such a run, this function makes a status, with `model` and with the start
+    of the run as `ended`.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_registry(values: "Settings", repair: bool = True) -> tuple[Store, ModelState]:
-    """Return the registry and the model in it, with interrupted promotions repaired.
+    """Return the registry and the model in it. If `repair` is set, first complete interrupted promotions.
 
     Raises NoUsableInput if there is no registry or it holds no version of the model.
     """
@@ -61,7 +61,7 @@ def select_version(state: ModelState, word: str) -> ModelVersion:
         )
     numbers = ", ".join(str(version.version) for version in state.versions[:10])
     aliases = ", ".join(f"@{alias}" for version in state.versions for alias in version.aliases) or "none"
-    remedy = " Promote one, or name another." if word == f"@{PRODUCTION}" else ""
+    remedy = " Promote a version, or name one of these." if word == f"@{PRODUCTION}" else ""
     raise NoUsableInput(f"{state.name} has no version {word}. Newest versions: {numbers}; aliases: {aliases}.{remedy}")
 
 
@@ -75,5 +75,5 @@ def load_network(path: "Path", name: str, version: ModelVersion) -> "keras.Model
         reason = str(error.__cause__).strip().split("\n")[0].replace(str(path), path.name)
         raise PipelineError(
             f"{name} version {version.version} is damaged in the registry and cannot be loaded ({reason}). Train a new "
-            "one, or use another version."
+            "version, or use another one."
         ) from error
