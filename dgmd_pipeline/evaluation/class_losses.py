@@ -108,7 +108,7 @@ def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
     from scipy.stats import binom
 
     low, high = 0.0, LEVEL
-    while high - low > 1e-6 * high:  # search the largest p-value that is significant, given the other classes
+    while high - low > 1e-6 * high:  # search for the largest p-value that is significant, given the other classes
         middle = (low + high) / 2
         low, high = (middle, high) if middle + _lowest_of_all(middle, others) <= LEVEL else (low, middle)
     discordant = np.arange(images + 1)

@@ -46,7 +46,7 @@ class Detection:
     assumed: bool  # True: `disagreement` is DISAGREEMENT; False: it was observed
     loss: float  # the value of LOSS
     probability: float  # that a true loss of `loss` is found to be significant
-    detectable_loss: float | None  # smallest true loss found with probability POWER; None: no loss is
+    detectable_loss: float | None  # smallest true loss that is found with probability POWER, if there is one
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ def find(
     A pair is reported if its cosine distance meets two conditions:
     1. It is below SHARE of the distance between the validation image and its fifth nearest training image. This is the
        ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1.
-    2. It is below SHARE of the lower quartile of the distances in condition 1. The quartile is taken over all compared
-       validation images.
+    2. It is below SHARE of a small distance in this data set: the lower quartile, over all compared validation images,
+       of the distance to the fifth nearest training image.
 
     No fixed threshold works: a similarity of 0.9 is rare for photographs of clothing, but usual for photographs of
     solar cells, and for the features of a random network.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.npz"
 TOP = 20  # most probable classes of each image that the file has
-# Largest size of all probabilities that the file has. Those of 200,000 images with 1,000 classes would take 729 MB.
+# The file has all probabilities if they take at most MAX_BYTES. For 200,000 images of 1,000 classes, they would take
+# 729 MB.
 MAX_BYTES = 64_000_000
 BLOCK = 256  # images that are ranked at a time: with 1,000 classes, they fit into the cache of a core
 
@@ -128,7 +129,9 @@ def predict_head(network: "keras.Model", features: Vectors, batch: int = 1024) -
 
 
 def gather(blocks: Iterable[np.ndarray], images: int, classes: int) -> np.ndarray:
-    """Return blocks (float32 [m, classes]) as one array [images, classes]. Besides it, memory holds one block.
+    """Return blocks (float32 [m, classes]) as one array [images, classes].
+
+    Besides the array, only one block at a time is in memory.
 
     Raises ValueError if the blocks do not have `images` rows in total.
     """
