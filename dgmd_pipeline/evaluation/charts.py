@@ -1,6 +1,7 @@
 """The geometry of the charts in report.html. The templates draw them with the browser's fonts and colours.
 
-Bars are HTML elements, with lengths in percent of the area for bars. Curves are SVG, in units of its view box.
+Bars are HTML elements. Their lengths are in percent of the width that a chart has for bars. Curves are SVG elements.
+Their lengths are in units of the SVG view box.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison
 
 ALL_BARS = 30  # labels in a chart; if there are more, the chart shows a selection
-BARS = 10  # labels at each end of a selection
+BARS = 10  # labels that a selection shows from each end of the sorted labels
 PAIRS = 15  # confused pairs
 MATRIX_LABELS = 10  # more do not fit on the screen of a phone
 FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
-WIDTH, HEIGHT = 420, 230  # of the view box of curves
-LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # of the area of the curves
-COUNTS_BOTTOM = 60  # of the bars of the numbers of images, in their own view box
+WIDTH, HEIGHT = 420, 230  # size of the view box of a chart with axes
+LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # edges of the area between the axes, in the view box
+COUNTS_BOTTOM = 60  # lower end of the bars of the numbers of images; these bars have a separate view box
 MARKED = 30  # points; a curve with more points has no marks
 
 
@@ -48,19 +49,19 @@ class Panel(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar, in percent of the area for bars."""
+    """The start and the length of a bar, in percent of the width for bars."""
 
     start: float
     length: float
 
 
 class Bin(NamedTuple):
-    """A bar of the reliability diagram and the bar of its number of images, in view box units."""
+    """A bin of the reliability diagram: the bars of its accuracy and of its number of images, in view box units."""
 
     left: float
     width: float
-    top: float  # of the bar that shows the accuracy
-    images_top: float
+    top: float  # of the bar of the accuracy
+    images_top: float  # of the bar of the number of images
     text: str
 
 
@@ -84,8 +85,8 @@ class Matrix(NamedTuple):
     """The confusion matrix of the labels that are confused most often."""
 
     labels: list[str]
-    rows: list[list[Cell]]  # for each true label: one cell for each label
-    others: list[Cell]  # for each true label: the images that are predicted as a label that is not shown
+    rows: list[list[Cell]]  # one row for each true label; a row has one cell for each predicted label
+    others: list[Cell]  # one cell for each true label: its images whose predicted label is not shown
     all_labels: bool  # whether all measured labels are shown
 
 
@@ -98,9 +99,9 @@ class LabelRow(NamedTuple):
     precision: float
     f1: float
     change: float | None  # recall minus production's recall; None: not compared
-    by_label: int
-    by_images: int  # fewest first
-    by_change: int  # largest loss first
+    by_label: int  # rank in the order of the names, from 0
+    by_images: int  # rank by the number of images, the fewest first
+    by_change: int  # rank by the change, the largest loss first
 
 
 class Change(NamedTuple):
@@ -113,14 +114,14 @@ class Change(NamedTuple):
 class Recalls(NamedTuple):
     """The labels that the chart of the recall shows."""
 
-    never: list[str]  # labels without a recognised image, if not all labels are shown
+    never: list[str]  # labels of which no image is recognised; empty if the chart shows all labels
     shown: list[ClassMetrics]  # lowest recall first
     always: int  # number of labels that are left out because all their images are recognised
-    between: int  # number of other labels that are left out
+    between: int  # number of labels with a recall between 0 and 1 that are left out
 
 
 def curves(history: Sequence[Epoch]) -> list[Panel]:
-    """Return the panels of the loss and of the accuracy of at least two epochs."""
+    """Return a panel of the loss and a panel of the accuracy. `history` has at least two epochs."""
     epochs = [row.epoch + 1 for row in history]
     losses = {"training": [row.loss for row in history], "validation": [row.val_loss for row in history]}
     shares = {"training": [row.accuracy for row in history], "validation": [row.val_accuracy for row in history]}
@@ -203,10 +204,11 @@ def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
 
 
 def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Matrix | None:
-    """Return the confusion matrix; None if there are no pairs.
+    """Return the confusion matrix; None if no labels are confused.
 
     It has all labels if there are at most MATRIX_LABELS, otherwise the labels that are confused most often. `pairs` has
-    the pair with the most images first. Pairs are known for any number of labels, unlike the complete matrix.
+    the pair with the most images first. The matrix is made from the pairs, because `metrics` computes a complete matrix
+    only for at most `metrics.MAX_MATRIX` labels.
     """
     if not pairs:
         return None
@@ -236,7 +238,10 @@ def _cell(images: int, total: int, right: bool) -> Cell:
 
 
 def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
-    """Return the labels whose recall differs from production's, the largest loss first, as bars from the middle."""
+    """Return the labels whose recall differs from production's, the largest loss first.
+
+    Each bar starts in the middle. The bar of a loss goes to the left, the bar of a gain to the right.
+    """
     changed = sorted((row for row in rows if row.change), key=lambda row: (row.change, -row.images, row.label))
     reach = max((abs(row.change) for row in changed), default=1)
     return [
@@ -246,7 +251,10 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 
 
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
-    """Choose the labels that have a bar. Of more than ALL_BARS labels, choose the lowest recalls between 0 and 1."""
+    """Choose the labels that the chart of the recall shows.
+
+    If there are more than ALL_BARS labels, these are the labels with the lowest recalls above 0 and below 1.
+    """
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:
         return Recalls([], ordered, 0, 0)

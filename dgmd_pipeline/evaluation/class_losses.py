@@ -4,10 +4,11 @@ Each class has a one-sided exact McNemar test. The p-values are corrected for th
 discordant if only one of the two models gets it right. If the models are equally good, a discordant image is a loss
 with probability 1/2.
 
-A class with few discordant images has few possible p-values. For example, with two such images the lowest is 1/4. The
-correction uses this. For a p-value p, the adjusted p-value is the probability that two equally good models have a
-p-value of at most p in at least one class, given the number of discordant images of each class. The test is step-down:
-the correction of a p-value does not count the classes with lower p-values.
+A class with few discordant images has few possible p-values. For example, the lowest p-value of a class with two
+discordant images is 1/4. The correction counts only the p-values that are possible in each class. For a p-value p, the
+adjusted p-value is the probability that two equally good models have a p-value of at most p in at least one class,
+given the number of discordant images of each class. The test is step-down: the correction of a p-value does not count
+the classes with lower p-values.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Level of significance. The test of the accuracy has the same level for a loss. So at most 5 % of equally good versions
-# are called worse by one of the two tests.
+# Level of significance of this one-sided test. The two-sided test of the accuracy finds a loss of accuracy at the same
+# level. So at most 5 % of the versions that are as good as production are called worse by one or both of the two tests.
 LEVEL = 0.025
 POWER = 0.8  # probability of detection
 
@@ -31,7 +32,7 @@ POWER = 0.8  # probability of detection
 def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
     """Return for each class the p-value (0 to 1) of its losses, corrected for the number of classes.
 
-    Values up to LEVEL are exact. Of the larger values, the lowest is exact and the others are 1.
+    Values up to LEVEL are exact. Of the values above LEVEL, the lowest is exact. All others are set to 1.
 
     `gained` has, for each class, the number of images that only the candidate gets right, and `lost` the number that
     only production gets right.
@@ -46,7 +47,7 @@ def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
         last = max(last, _lowest_of_all(float(p[index]), counts))
         adjusted[index] = last
         counts[int(discordant[index])] -= 1
-        if last > LEVEL:  # the values of the other classes are not lower, so none is significant
+        if last > LEVEL:  # the remaining classes have no lower values, so they are not significant
             break
     return adjusted.tolist()
 
@@ -63,13 +64,16 @@ def _lowest_of_all(p: float, counts: Counter[int]) -> float:
 
 
 def _attained(p: float, discordant: int) -> float:
-    """Return the probability that a class's p-value is at most `p`: its largest possible p-value up to `p`."""
+    """Return the probability that a class's p-value is at most `p`.
+
+    This probability is equal to the largest p-value up to `p` that the class can have.
+    """
     tails = _tails(discordant)
     return float(tails[tails <= p * (1 + 1e-9)].max(initial=0.0))
 
 
 def _tails(discordant: int) -> "np.ndarray":
-    """Return the possible p-values of a class, float [discordant + 1], by the number of lost images."""
+    """Return the p-value of a class for each number of lost images from 0 to `discordant`, float [discordant + 1]."""
     import numpy as np
     from scipy.stats import binom
 
@@ -77,7 +81,9 @@ def _tails(discordant: int) -> "np.ndarray":
 
 
 def detectable_loss(images: int, others: Sequence[int], disagreement: float, max_drop: float) -> float | None:
-    """Return the smallest true loss of a class's recall (0 to 1) that is found with probability POWER, or None.
+    """Return the smallest true loss of a class's recall (0 to 1) that is found with probability POWER.
+
+    Returns None if even a loss of 1 is found with a lower probability.
 
     The class has `images` images. `others` are the numbers of discordant images of the other classes. `disagreement`
     is the share of discordant images of two equally good models. A loss is found if it is significant and the observed
@@ -94,24 +100,28 @@ def detectable_loss(images: int, others: Sequence[int], disagreement: float, max
 
 
 def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
-    """Return how many lost images are needed to find a loss, int [images + 1], by the number of discordant images.
+    """Return how many lost images are needed to find a loss, int [images + 1].
 
-    If a loss is not found even when all discordant images are lost, the number is one more than these images."""
+    Element d is the number for d discordant images. It is d + 1 if a loss is not found even when all d images are lost.
+    """
     import numpy as np
     from scipy.stats import binom
 
     low, high = 0.0, LEVEL
-    while high - low > 1e-6 * high:  # the largest p-value that is significant, given the other classes
+    while high - low > 1e-6 * high:  # search for the largest p-value that is significant, given the other classes
         middle = (low + high) / 2
         low, high = (middle, high) if middle + _lowest_of_all(middle, others) <= LEVEL else (low, middle)
     discordant = np.arange(images + 1)
-    significant = binom.isf(low, discordant, 0.5) + 1  # P(losses >= this) <= low
+    significant = binom.isf(low, discordant, 0.5) + 1  # P(losses >= significant) <= low
     large = np.floor((max_drop * images + 1e-9 + discordant) / 2) + 1
     return np.minimum(np.maximum(significant, large), discordant + 1)
 
 
 def _found(images: int, needed: "np.ndarray", loss: float, disagreement: float) -> float:
-    """Return the probability that a loss is found. The loss adds to the disagreement of equally good models."""
+    """Return the probability that a true loss is found.
+
+    The share of discordant images is `disagreement`, the share for equally good models, plus `loss`.
+    """
     import numpy as np
     from scipy.stats import binom
 

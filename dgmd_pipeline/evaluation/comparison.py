@@ -14,7 +14,7 @@ from dgmd_pipeline.evaluation.predictions import PredictedLabels
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements/leaks.md
-MIN_DISCORDANT = 10  # images that only one version gets right; with fewer, DISAGREEMENT replaces their share
+MIN_DISCORDANT = 10  # images that only one version gets right; with fewer, their share is assumed to be DISAGREEMENT
 LOSS = 0.03  # of accuracy; the report gives the probability of detecting it
 POWER = 0.8  # probability of detection, the usual choice for the power of a test
 # Field of `Comparison` -> its key in comparison.json.
@@ -43,10 +43,10 @@ class Detection:
     """The loss of accuracy that a comparison on these images can detect."""
 
     disagreement: float  # share of images that only one of the two models gets right, 0 to 1
-    assumed: bool  # whether `disagreement` is DISAGREEMENT, and not observed
-    loss: float  # LOSS
+    assumed: bool  # True: `disagreement` is DISAGREEMENT; False: it was observed
+    loss: float  # the value of LOSS
     probability: float  # that a true loss of `loss` is found to be significant
-    detectable_loss: float | None  # the true loss that is found with probability POWER; None if there is none
+    detectable_loss: float | None  # smallest true loss that is found with probability POWER, if there is one
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class Comparison:
     accuracy: float
     production_accuracy: float
     difference: float  # accuracy - production_accuracy
-    low: float  # of the difference's 95 % interval
-    high: float
+    low: float  # lower end of the 95 % interval of the difference
+    high: float  # upper end
     gained: int  # images that only the candidate gets right
     lost: int  # images that only production gets right
     p: float  # p-value of the difference, see `mid_p`
     detection: Detection
-    classes: list[ClassComparison]  # for each true label, by name
+    classes: list[ClassComparison]  # one for each true label, sorted by label
     labels_only_candidate: list[str]  # labels that only the candidate knows
     labels_only_production: list[str]
 
     @property
     def is_worse(self) -> bool:
         """Return whether the candidate's accuracy is significantly lower than production's."""
-        # With few images the bootstrap alone is overconfident: four lost and none gained would be enough.
+        # With few images, the bootstrap interval is too narrow: four lost images and no gained one put it below 0.
         return self.high < 0 and self.p < 1 - CONFIDENCE
 
     @property
@@ -92,7 +92,8 @@ def compare(
     """Compare a candidate's and production's predictions for the same images, in the same order.
 
     Both models know all true labels. A predicted label that only one of them knows is wrong. `version` and `run`
-    identify production. `left_out` is the number of images that were not compared. All three are copied to the result.
+    identify production. `left_out` is the number of images that were not compared. The result has copies of `version`,
+    `run` and `left_out`.
 
     The interval of the difference comes from a paired bootstrap with 10,000 resamples of the images (Efron and
     Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
@@ -149,7 +150,7 @@ def mid_p(gained: int, lost: int) -> float:
 
     images, larger = gained + lost, max(gained, lost)
     if gained == lost:
-        return 1.0  # the source has 1 - P(gained) / 2; neither value is significant
+        return 1.0  # the source has 1 - P(gained) / 2, which is not significant either
     return float(2 * binom.sf(larger, images, 0.5) + binom.pmf(larger, images, 0.5))
 
 
@@ -176,10 +177,12 @@ def detection(images: int, discordant: int | None = None) -> Detection:
 def power(images: int, loss: float, disagreement: float) -> float:
     """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
-    The value is exact: the number of images that only one version gets right is binomial (`images`, `disagreement`).
-    The number of losses among them is binomial, too. If `loss` exceeds `disagreement`, every disagreement is a loss.
-    `Comparison.is_worse` also requires a bootstrap interval below 0. This lowers the probability by at most 3 points
-    (docs/measurements/leaks.md).
+    The value is exact, not simulated. The number of images that only one version gets right has a binomial distribution
+    (`images`, `disagreement`). The number of losses among these images has a binomial distribution, too. If `loss`
+    exceeds `disagreement`, all these images are losses.
+
+    `Comparison.is_worse` also requires a bootstrap interval below 0. With this requirement, the probability is lower by
+    at most 3 points (docs/measurements/leaks.md).
     """
     from scipy.stats import binom
 
@@ -206,7 +209,8 @@ def _is_significant(lost: np.ndarray, discordant: np.ndarray) -> np.ndarray:
 def _interval(gained: int, lost: int, images: int) -> tuple[float, float]:
     """Return the percentile interval of (gained - lost) / images.
 
-    An image counts 1, -1 or 0, so a resample of the images is a draw from a multinomial distribution.
+    A gained image counts 1, a lost image -1 and any other image 0. So a resample of the images is a draw from a
+    multinomial distribution.
     """
     random = np.random.default_rng(0)  # the same counts give the same interval
     draws = random.multinomial(images, np.array([gained, lost, images - gained - lost]) / images, size=RESAMPLES)
@@ -220,7 +224,7 @@ def to_json(comparison: Comparison) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> Comparison:
-    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError for others.
+    """Return a comparison from the values of comparison.json. Raises KeyError or TypeError for other values.
 
     A version in the registry may come from an older pipeline, which recorded neither `run` nor `detection`.
     """

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-MEASURED = "dgmd.measured"  # tag of a version: all figures as one JSON value, because MLflow's pages show every tag
+MEASURED = "dgmd.measured"  # tag of a version; it has all figures, because MLflow's pages show every tag
 BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
     *("parameters", "predictions_equal"),
@@ -55,15 +55,15 @@ class EvaluationData(NamedTuple):
     model_name: str
     labels: Sequence[str]  # by class index
     trained_model: Path
-    features: Sequence[Path] | None  # of training and validation; None: the backbone stores none
+    features: Sequence[Path] | None  # of training and validation; None: the backbone stores no features
     records: Path  # of the validation split
     split: Path
     raw: Path
     rejected: Path  # file
-    balanced: Mapping[str, Mapping[str, int]]  # images of each label, "before" and "after" balancing
+    balanced: Mapping[str, Mapping[str, int]]  # "before" and "after" balancing: number of images of each label
     source: str  # URI of the images
-    settings: Mapping[str, object]  # of the steps, by variable
-    seconds: Sequence[tuple[str, float]]  # of each step before the evaluation
+    settings: Mapping[str, object]  # settings of the steps, by environment variable
+    seconds: Sequence[tuple[str, float]]  # name and duration of each step before the evaluation
     versions: Sequence[VersionSummary]  # registered versions, the oldest first
 
 
@@ -72,7 +72,7 @@ class _Splits(NamedTuple):
 
     training: Sequence[Example]
     validation: Sequence[Example]
-    features: list[Vectors]  # float32 [n, d] of training and of validation; empty: none are stored
+    features: list[Vectors]  # float32 [n, d] of training and of validation; empty: no features are stored
 
     @property
     def both(self) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -87,7 +87,7 @@ def evaluate(
     process: serving_benchmark.Process,
     folder: Path,
 ) -> dict[str, Any]:
-    """Measure a model, compare it with production, benchmark it, and write everything with a report into `folder`.
+    """Measure a model, compare it with production, benchmark it, and write the results and a report into `folder`.
 
     `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
     comparison. The model is benchmarked in `process`. Work that only the report needs is done while `process` loads the
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _decided(decision: gates.Decision, compared: Comparison | None) -> dict[str, Any]:
-    """Return the counts that describe the decision, which `summary.Summary` needs."""
+    """Return the part of the counts that describes the decision. `summary.from_counts` reads it."""
     counts: dict[str, Any] = {"verdict": decision.verdict, "failed": decision.failed}
     if compared:
         counts |= {"compared_with": compared.version, "difference": compared.difference}
@@ -261,7 +261,7 @@ def _review(
         found = review.review(candidate, rivals, images, folder, process, meanwhile)
     found = found._replace(comparison_error=error or found.comparison_error)
     for problem in filter(None, (found.comparison_error, found.benchmark_error)):
-        log.warning("%s The model is registered anyway; `promote` tries to add what is missing.", problem)
+        log.warning("%s The model is registered anyway. `promote` tries to add the missing measurement.", problem)
     return found
 
 

@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
     max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
-    max_latency_ratio: float  # candidate's median latency for one image, divided by production's
+    max_latency_ratio: float  # largest ratio of the median latencies for one image, candidate to production
     allow_lost_labels: bool = False  # whether a label that production was trained on may have no training images
 
 
@@ -44,8 +44,8 @@ class Decision(NamedTuple):
     verdict: str  # BETTER, NO_DIFFERENCE, WORSE, FIRST or NOT_COMPARED
     finding: str  # a clause about the accuracy
     headline: str  # what to do, and the finding
-    reason: str  # sentences
-    gates: Sequence[Gate]  # failed ones first
+    reason: str  # a sentence about the gates
+    gates: Sequence[Gate]  # failed gates first
     drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
 
     @property
@@ -210,7 +210,7 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
     test, power = f"For a label with {counted(images, 'image')}, this test would find", percent(class_losses.POWER)
     if loss is None:
-        return f"{test} even a drop to a recall of 0 % only with a probability below {power}."
+        return f"{test} even a drop to a recall of 0 % with a probability of less than {power}."
     return f"{test} a loss of {100 * loss:.0f} points with a probability of {power}."
 
 
@@ -236,7 +236,7 @@ def write(decision: Decision, folder: Path) -> None:
 
 
 def tags_of(folder: Path) -> dict[str, str]:
-    """Return the tags of a version about the decision in `folder`; none if an older pipeline wrote the folder."""
+    """Return the tags that describe the decision in `folder`; {} if an older pipeline wrote the folder."""
     if not (folder / VERDICT).exists():
         return {}
     found = manifest.read_json(folder / VERDICT)

@@ -21,22 +21,26 @@ from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "label_suspects.csv"
 FOLDS = 5
-MAX_FITTED = 20_000  # rows that the heads are fitted on; bounds time and memory
-MIN_FITTED_OF_LABEL = 20  # rows of each label, minimum (all rows if it has fewer); the total may exceed MAX_FITTED
-COMPONENTS = 256  # with 512, precision and recall differ by at most 1 point, and the search takes two thirds longer
+MAX_FITTED = 20_000  # rows that the heads are fitted on; this limits time and memory
+# Minimum number of fitted rows of a label; all rows of a label that has fewer are fitted. Because of this minimum, the
+# total may exceed MAX_FITTED.
+MIN_FITTED_OF_LABEL = 20
+# Principal components. With 512, precision and recall differ by at most 1 point; the search takes two thirds longer.
+COMPONENTS = 256
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
-STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)  # C of the logistic regression, multiplied by the number of rows
-MIN_PROBABILITY = 1e-6  # for the log loss
+# C of the logistic regression, multiplied by the number of rows. A larger value means weaker regularisation.
+STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)
+MIN_PROBABILITY = 1e-6  # smaller probabilities are raised to this value in the log loss
 Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
 
 
 class LabelSuspects(NamedTuple):
     """The images whose label is probably wrong."""
 
-    suspects: list[Misclassification]  # at most MAX_LISTED of kind SUSPECT, by probability of the given label
+    suspects: list[Misclassification]  # kind SUSPECT; lowest probability of the given label first; at most MAX_LISTED
     total: int  # number of suspects, including those beyond MAX_LISTED
     judged: int  # number of images that were judged
 
@@ -50,16 +54,16 @@ def find(
     labels: Sequence[str],
     seed: int = 0,
 ) -> LabelSuspects:
-    """Find suspects among n images.
+    """Find the images whose label is probably wrong.
 
-    `parts` are the features of the images: float32 [n1, d], [n2, d], ...; they may be memory-mapped. `given`, `groups`
-    and `keys` have n elements each: the class indexes, the near-duplicate groups, and the paths below raw/. `labels`
-    are the names of the classes.
+    `parts` are the features of the n images: float32 [n1, d], [n2, d], ...; they may be memory-mapped. `given` has the
+    class index of each image, `groups` its near-duplicate group, and `keys` its path below raw/. `labels` are the names
+    of the classes.
 
-    If all images of a label are in one fold, for example in one near-duplicate group, they cannot be judged and are
-    left out. Each image adds only a few numbers to the memory, because the heads are fitted on a stratified sample of
-    about MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the log loss of the
-    given labels on the held-out folds.
+    If all images of a label are in one fold, for example because they are in one near-duplicate group, they cannot be
+    judged and are left out. Each image adds only a few numbers to the memory, because the heads are fitted on a
+    stratified sample of about MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the
+    log loss of the given labels on the held-out folds.
 
     Raises ValueError if the numbers of features and labels differ.
     """
@@ -104,14 +108,15 @@ def write(found: LabelSuspects, folder: Path) -> None:
 def _sample(given: np.ndarray, seed: int) -> np.ndarray:
     """Return the sorted rows to fit on: all rows, or a sample if there are more than MAX_FITTED.
 
-    In a sample, each label has its share of MAX_FITTED, but at least MIN_FITTED_OF_LABEL rows or all that it has.
+    In a sample, the number of rows of a label is in proportion to its number of images. If this number would be below
+    MIN_FITTED_OF_LABEL, the sample has MIN_FITTED_OF_LABEL rows of the label, or all its rows if it has fewer.
     """
     if len(given) <= MAX_FITTED:
         return np.arange(len(given))
     order = np.random.default_rng(seed).permutation(len(given))
     order = order[np.argsort(given[order], kind="stable")]
     counts = np.bincount(given)
-    place = np.arange(len(given)) - (np.cumsum(counts) - counts)[given[order]]  # within the label
+    place = np.arange(len(given)) - (np.cumsum(counts) - counts)[given[order]]  # rank of each row within its label
     wanted = np.maximum(counts * MAX_FITTED / len(given), MIN_FITTED_OF_LABEL)
     return np.sort(order[place < wanted[given[order]]])
 
@@ -137,9 +142,9 @@ def _blocks(parts: Sequence[Vectors]) -> Iterator[tuple[int, np.ndarray]]:
 def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     """Return the projection on the first COMPONENTS principal components, and the projected features.
 
-    Features are centred and divided by one number, the standard deviation of all values, so the ratios between
-    directions stay the same. The rotation does not change the predictions of a head with L2 regularisation. The dropped
-    components would have the least influence on them.
+    Features are centred and divided by one number, the standard deviation of all values, so the ratios of the
+    variances stay the same. The rotation does not change the predictions of a head with L2 regularisation. The dropped
+    components would have the least influence on the predictions.
     """
     from scipy import linalg
 
@@ -153,14 +158,14 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
 
 
 def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[Head]:
-    """Return a head for each fold, fitted on the other folds, with the regularisation that predicts best.
+    """Return a head for each fold, fitted on the other folds, with the regularisation of the lowest log loss.
 
     `columns` (int [n]) is the position of each row's given label among the outputs of the heads. Each position occurs
     in at least two folds.
 
     The heads are fitted with ever weaker regularisation until the log loss no longer falls. Each fit starts from the
-    weights of the previous one. Each fold has a thread, because nearly all of the time is spent in BLAS and NumPy,
-    which release the GIL.
+    weights of the previous one. Each fold has its own thread, because nearly all of the time is spent in BLAS and
+    NumPy, which release the GIL.
     """
     variances = vectors.var(axis=0, dtype=np.float64)
     components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
@@ -193,7 +198,7 @@ def _judge(
     given: np.ndarray,
     fold_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the probability of the given label, the likely label and its probability for each row.
+    """Return for each row the given label's probability, the most probable label and this label's probability.
 
     Each row is judged by the head of its fold. `classes` are the class indexes of the heads' outputs.
     """

@@ -1,8 +1,8 @@
 """Finds validation images with a near-duplicate among the training images, from stored features.
 
-Thumbnails (`data.near_duplicates`) find re-encoded and resized copies. Features also find flips, crops, tints and small
-rotations. The pairs are only reported: a rule on features cannot tell two similar objects from two images of one
-object.
+The comparison of thumbnails in `data.near_duplicates` finds re-encoded and resized copies. The comparison of features
+here also finds flips, crops, tints and small rotations. It reports the pairs and removes no image, because features do
+not show whether two images are of one object or of two similar objects.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from dgmd_pipeline.evaluation import metrics
 from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "leaks.csv"
-NEIGHBOURS = 5  # number of nearest training images that are compared; an image with 5 or more copies is not found
-SHARE = 0.25  # of the distance to the last neighbour; chosen by measurement: docs/measurements/leaks.md
+NEIGHBOURS = 5  # nearest training images of a validation image; an image with 5 or more copies is not found
+SHARE = 0.25  # of the distance to the fifth neighbour, see `find`; measured: docs/measurements/leaks.md
 ROUNDING = 1e-6  # maximum distance of identical features, because of rounding in float32
-BLOCK = 2048  # images of each split that are compared at a time: 16 MB
-MAX_PAIRS = 2_000_000_000  # 100,000 images, 20,000 of them for validation, make 1,600,000,000 pairs
+BLOCK = 2048  # images of each split that are compared at a time; their similarities take 16 MB
+MAX_PAIRS = 2_000_000_000  # compared pairs; 100,000 images, 20,000 of them for validation, make 1,600,000,000 pairs
 
 
 class Leak(NamedTuple):
@@ -38,7 +38,7 @@ class Leaks(NamedTuple):
     """The pairs of near-duplicates."""
 
     pairs: list[Leak]  # the most similar pair first
-    compared: int  # validation images
+    compared: int  # number of validation images that were compared
 
 
 def find(
@@ -47,7 +47,7 @@ def find(
     keys: Sequence[Sequence[str]],
     labels: Sequence[Sequence[str]],
 ) -> Leaks:
-    """Find the validation images whose nearest training image is much nearer than the others.
+    """Find the validation images whose nearest training image is much nearer than other training images.
 
     `training` and `validation` are features (float32 [n, d] and [m, d]) and may be memory-mapped. `keys` and `labels`
     each have two parts: first of the training images, then of the validation images.
@@ -55,13 +55,15 @@ def find(
     A pair is reported if its cosine distance meets two conditions:
     1. It is below SHARE of the distance between the validation image and its fifth nearest training image. This is the
        ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1.
-    2. It is below SHARE of the lower quartile of the fifth nearest distances of all validation images.
+    2. It is below SHARE of a small distance in this data set: the lower quartile, over all compared validation images,
+       of the distance to the fifth nearest training image.
 
-    No fixed threshold works: a similarity of 0.9 is rare among photographs of clothing, and usual among solar cells or
-    features of a random network.
+    No fixed threshold works: a similarity of 0.9 is rare for photographs of clothing, but usual for photographs of
+    solar cells, and for the features of a random network.
 
-    The time grows with n times m: 0.1 CPU seconds for 2,400 images, 2 for 20,000, about 50 for 100,000 (1,280
-    dimensions). Beyond MAX_PAIRS, an evenly spread sample of the validation images is compared.
+    The time grows with n times m. With 1,280 dimensions, it is 0.1 CPU seconds for 2,400 images, 2 seconds for 20,000
+    images and about 50 seconds for 100,000 images. If there are more than MAX_PAIRS pairs, only an evenly spread sample
+    of the validation images is compared.
     """
     if len(training) < NEIGHBOURS or not len(validation):
         return Leaks([], 0)
@@ -95,10 +97,10 @@ def write(leaks: Leaks, folder: Path) -> None:
 
 
 def _neighbours(training: Vectors, validation: Vectors, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities of the nearest training images, and the positions of the nearest one.
+    """Return for each chosen validation image the similarities of its nearest training images.
 
-    `chosen` are positions of validation images. The similarities are float32 [len(chosen), NEIGHBOURS], highest first.
-    The positions are int64 [len(chosen)].
+    Also return the position of the nearest training image of each. `chosen` are positions of validation images. The
+    similarities are float32 [len(chosen), NEIGHBOURS], highest first. The returned positions are int64 [len(chosen)].
     """
     best = np.full((len(chosen), NEIGHBOURS), -np.inf, np.float32)
     nearest = np.zeros(len(chosen), np.int64)

@@ -44,7 +44,7 @@ class CalibrationBin(NamedTuple):
     low: float
     high: float
     images: int  # at least 1
-    confidence: float  # mean of their highest probabilities
+    confidence: float  # mean of the images' highest probabilities
     accuracy: float
 
 
@@ -65,7 +65,7 @@ class Measurements(NamedTuple):
 
     overall: dict[str, float]  # the content of metrics.json
     classes: list[ClassMetrics]  # in the order of the class indexes, without labels that have no images
-    confusion_matrix: np.ndarray | None  # int64 [k, k], k labels; rows are true ones. None: more than MAX_MATRIX labels
+    confusion_matrix: np.ndarray | None  # int64 [k, k], row: true label; None: more than MAX_MATRIX labels
     confused_pairs: list[ConfusedPair]  # most images first
     calibration: list[CalibrationBin]  # from low to high, without empty bins
     misclassifications: list[Misclassification]  # up to SHOWN of each kind, worst first; an image may be in both kinds
@@ -74,9 +74,10 @@ class Measurements(NamedTuple):
 def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | None = None) -> Measurements:
     """Measure predictions and write metrics.json, the tables (CSV, for people) and predictions.npz into `folder`.
 
-    `leaked` holds the positions of the images that have a near-duplicate in training; None if they were not searched.
-    If it is not None, `overall` also has `leaks`, the number of these images. If there are other images, `overall` also
-    has `accuracy_without_leaks`, the accuracy on them.
+    `leaked` holds the positions of the images that have a near-duplicate in training. None means that near-duplicates
+    were not searched. Otherwise `overall` also has `leaks`, the number of these positions, and
+    `accuracy_without_leaks`, the accuracy on all other images. If there are no other images, `accuracy_without_leaks`
+    is missing.
     """
     measured = measure(predictions)
     if leaked is not None:
@@ -89,7 +90,7 @@ def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | Non
 
 
 def measure(predictions: Predictions) -> Measurements:
-    """Compute all metrics of predictions for at least one image.
+    """Compute all metrics. The predictions are for at least one image.
 
     `overall` has:
     - the accuracy
@@ -100,7 +101,7 @@ def measure(predictions: Predictions) -> Measurements:
     - the expected calibration error
     - the number of images
 
-    A label without images has no row. Predictions of this label still count as wrong.
+    A label without images has no row in `classes`. An image that is predicted as this label still counts as wrong.
     """
     if np.isnan(predictions.confidence).any():
         raise ValueError("the probabilities contain NaN")
@@ -139,7 +140,7 @@ def _confusion_matrix(predictions: Predictions) -> np.ndarray:
 def _log_loss(of_truth: np.ndarray) -> float:
     """Return the mean log loss (nats) of the true labels' probabilities, which are clipped to the type's epsilon.
 
-    `sklearn.metrics.log_loss` computes the same from all probabilities, in five times their memory.
+    `sklearn.metrics.log_loss` computes the same value, but it needs all probabilities and five times their memory.
     """
     return float(-np.log(np.maximum(of_truth, np.finfo(of_truth.dtype).eps), dtype=np.float64).mean())
 
@@ -175,14 +176,14 @@ def _confused_pairs(predictions: Predictions) -> list[ConfusedPair]:
     pairs, counts = np.unique(predictions.truth[wrong] * len(labels) + predictions.predicted[wrong], return_counts=True)
     true, predicted = np.divmod(pairs, len(labels))
     share = counts / np.bincount(predictions.truth, minlength=len(labels))[true]
-    place = np.argsort(np.argsort(np.array(labels, np.str_)))  # of each label by name
+    place = np.argsort(np.argsort(np.array(labels, np.str_)))  # rank of each label in the order of the names
     order = np.lexsort((place[predicted], place[true], -share, -counts))
     columns = (values[order].tolist() for values in (true, predicted, counts, share))
     return [ConfusedPair(labels[one], labels[other], *rest) for one, other, *rest in zip(*columns, strict=True)]
 
 
 def _worst(predictions: Predictions) -> list[Misclassification]:
-    """Return the misclassifications of each kind: least probable true label, and most probable predicted label."""
+    """Return the images with the least probable true labels, then those with the most probable predicted labels."""
     predicted, confidence, labels = predictions.predicted, predictions.confidence, predictions.labels
     of_true = predictions.of_truth
     wrong = np.flatnonzero(~predictions.correct)
@@ -220,7 +221,7 @@ def _with_labels(labels: Sequence[str], rows: np.ndarray) -> Iterable[list[objec
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file for people. Spreadsheets do not find formulas in it (see `manifest.to_cell`)."""
+    """Write a CSV file for people. No spreadsheet takes a cell for a formula (see `manifest.to_cell`)."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(map(to_cell, row) for row in (header, *rows))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-DPI = 160  # of the file: sharp on screens with small pixels, and when enlarged
-SHEET_DPI = 120  # of contact sheets: more would only enlarge the thumbnails
+DPI = 160  # pixels per inch of a file; enough for screens with small pixels, and for enlarging
+SHEET_DPI = 120  # pixels per inch of a contact sheet; a larger value would only enlarge the thumbnails
 WIDTH = 9.5  # inches
 MAX_NUMBERED = 30  # classes; more leave no room for numbers in a confusion matrix
 MAX_NAMED = 120  # classes; more leave no room for their labels
@@ -88,7 +88,7 @@ class Plot(NamedTuple):
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         buffer = io.BytesIO()
         if self.photographs:
-            image.save(buffer, "PNG", compress_level=1)  # level 6 takes 4 times as long and saves a tenth
+            image.save(buffer, "PNG", compress_level=1)  # level 6 takes 4 times as long and saves a tenth of the bytes
         else:  # a palette saves two thirds of the bytes, and files are stored twice: here and in MLflow
             image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG")
         return buffer.getvalue()
@@ -123,14 +123,15 @@ def _style() -> Iterator[None]:
         }
     )
     with style, warnings.catch_warnings():
-        # Characters that the font lacks are drawn as boxes; report.html uses the browser's fonts.
+        # Characters that the font lacks are drawn as boxes. They are readable in report.html, which uses the browser's
+        # fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         warnings.filterwarnings("ignore", message="constrained_layout not applied", category=UserWarning)
         yield
 
 
 def confusion_matrix(matrix: np.ndarray, labels: Sequence[str]) -> Plot:
-    """Plot a confusion matrix (int [k, k], true labels in the rows), coloured by share of the row."""
+    """Plot a confusion matrix (int [k, k], true labels in the rows). The colour of a cell is its share of the row."""
     classes = len(labels)
     side = min(max(0.31 * classes, 3.5), 10.5) if classes <= MAX_NAMED else 9
     room = 0.075 * max(len(_shorten(label, 26)) for label in labels) if classes <= MAX_NAMED else 0.5
@@ -188,7 +189,7 @@ def reliability(bins: Sequence[CalibrationBin], error: float) -> Plot:
 
 
 def learning_curves(history: Sequence[Epoch]) -> Plot:
-    """Plot loss and accuracy of each epoch, at least one."""
+    """Plot the loss and the accuracy of each epoch. `history` has at least one epoch."""
     epochs = [row.epoch + 1 for row in history]
     panels = [
         ("Loss (lower is better)", [row.loss for row in history], [row.val_loss for row in history]),
@@ -211,7 +212,7 @@ def learning_curves(history: Sequence[Epoch]) -> Plot:
 
 
 def class_counts(rows: Sequence[ClassCounts]) -> Plot:
-    """Plot how many images each label has, the largest first: before balancing, and in each split."""
+    """Plot how many images each label has before balancing and in each split, the largest label first."""
     ordered = sorted(rows, key=lambda row: -row.before)
     shown, title = ordered, "Images of each label"
     if len(ordered) > MAX_BARS:
@@ -264,7 +265,7 @@ def recall(rows: Sequence[LabelRecall]) -> Plot:
 
 
 def confused_pairs(pairs: Sequence[ConfusedPair]) -> Plot:
-    """Plot the first pairs of confused labels (at least one)."""
+    """Plot the first MAX_PAIRS of at least one pair of confused labels."""
     shown = pairs[:MAX_PAIRS]
     names = [f"{_shorten(pair.label, 26)} {ARROW} {_shorten(pair.predicted, 26)}" for pair in shown]
 
@@ -279,7 +280,7 @@ def confused_pairs(pairs: Sequence[ConfusedPair]) -> Plot:
 
 
 def step_seconds(seconds: Sequence[tuple[str, float]]) -> Plot:
-    """Plot how long each step took, in the given order (at least one)."""
+    """Plot how long each step took, in the given order. There is at least one step."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -296,7 +297,10 @@ def contact_sheet(
     thumbnails: Mapping[int, np.ndarray],
     title: str = f"Misclassified images: true {ARROW} predicted label and its probability",
 ) -> Plot:
-    """Plot the thumbnails (uint8 [height, width, 3], by position) of the rows that `worst` selects, at least one."""
+    """Plot the thumbnails of the rows that `worst` selects. At least one row has a thumbnail.
+
+    `thumbnails` maps the position of a row to its thumbnail, uint8 [height, width, 3].
+    """
     shown = worst([row for row in rows if row.position in thumbnails])
     columns = min(4, len(shown)) or 1
     lines = -(-len(shown) // columns) or 1
@@ -332,7 +336,7 @@ def worst(rows: Sequence[Misclassification]) -> list[Misclassification]:
 
 
 def printable(text: str) -> str:
-    """Replace characters that have no glyph or reorder others, such as control characters and lone surrogates."""
+    """Replace control characters, lone surrogates, characters that reorder others, and others without a glyph."""
     if text.isprintable():
         return text
     return "".join(

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 PREDICTIONS = "predictions.npz"
-TOP = 20  # classes of each image in the file
-MAX_BYTES = 64_000_000  # of all probabilities in the file; 200,000 images of 1,000 classes would take 729 MB
+TOP = 20  # most probable classes of each image that the file has
+# The file has all probabilities if they take at most MAX_BYTES. For 200,000 images of 1,000 classes, they would take
+# 729 MB.
+MAX_BYTES = 64_000_000
 BLOCK = 256  # images that are ranked at a time: with 1,000 classes, they fit into the cache of a core
 
 
@@ -37,7 +39,7 @@ class PredictedLabels:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A model's probabilities for n labelled images. The array is large: nothing copies it."""
+    """A model's probabilities for n labelled images. The array is large, so no code copies it."""
 
     probabilities: np.ndarray  # float [n, classes], at least 0
     truth: np.ndarray  # int64 [n], class index of the true label
@@ -50,7 +52,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Return the class index with the highest probability, int64 [n]; the first one if several are equal."""
+        """Return the class index with the highest probability, int64 [n]; the lowest of several equal ones."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -87,9 +89,10 @@ class Predictions:
         classes, probabilities = np.empty(shape, np.int32), np.empty(shape, np.float32)
         from_last = np.arange(self.probabilities.shape[1], dtype=np.int64)[::-1]
         for block in _blocks(len(self)):
-            # The bits of a float that is not negative, read as an integer, sort like the float. Each number has these
-            # bits in its upper half, and the class, counted from the last, in its lower half. So the numbers sort by
-            # probability, then by class. `partition` of them is twice as fast as `argpartition` of the probabilities.
+            # `numbers` are 64-bit integers that sort by probability, then by class. The upper half of a number is the
+            # probability: the bits of a float that is not negative, read as an integer, sort like the float. The lower
+            # half is the class, counted from the last class. `partition` of the numbers is twice as fast as
+            # `argpartition` of the probabilities.
             bits = np.asarray(self.probabilities[block], np.float32).view(np.int32).astype(np.int64)
             numbers = np.partition(bits << 32 | from_last, len(from_last) - count, axis=1)[:, -count:]
             numbers = -np.sort(-numbers, axis=1)
@@ -107,7 +110,10 @@ def _at(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def predict(network: "keras.Model", images: "tf.data.Dataset", batch: int = 64) -> Iterator[np.ndarray]:
-    """Yield the probabilities (float32 [m, classes]) of a dataset of (image uint8 [height, width, 3], class index)."""
+    """Yield the probabilities (float32 [m, classes]) of images.
+
+    `images` has pairs of an image (uint8 [height, width, 3]) and a class index.
+    """
     for pixels, _ in images.batch(batch).prefetch(2):
         yield network.predict_on_batch(pixels)
 
@@ -123,7 +129,9 @@ def predict_head(network: "keras.Model", features: Vectors, batch: int = 1024) -
 
 
 def gather(blocks: Iterable[np.ndarray], images: int, classes: int) -> np.ndarray:
-    """Return blocks (float32 [m, classes]) as one array [images, classes]. Only one block at a time is in memory.
+    """Return blocks (float32 [m, classes]) as one array [images, classes].
+
+    Besides the array, only one block at a time is in memory.
 
     Raises ValueError if the blocks do not have `images` rows in total.
     """
@@ -151,7 +159,7 @@ def write(predictions: Predictions, folder: Path) -> None:
     }
     if 4 * predictions.probabilities.size <= MAX_BYTES:
         arrays["probabilities"] = predictions.probabilities.astype(np.float32)
-    # `np.savez_compressed` always uses level 6, which takes 5 times longer and makes the file 3 % smaller.
+    # `np.savez_compressed` always uses level 6. Level 6 takes 5 times as long as level 1 and saves 3 % of the bytes.
     with zipfile.ZipFile(folder / PREDICTIONS, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:

@@ -2,7 +2,7 @@
 
 The page is self-contained: no script, nothing from a network, images as data: URIs. Labels and file names come from
 outside, so the templates escape everything, and the page's policy forbids scripts and requests. The templates draw the
-charts (see `charts`), so that labels appear in the browser's fonts; the PNG files are for MLflow and for documents.
+charts (see `charts`), so that labels appear in the browser's fonts. The PNG files are for MLflow and for documents.
 """
 
 import base64
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 MAX_REJECTED = 50  # rejected files in the table
 MAX_LEAKS = 24  # pairs of near-duplicates that are shown
-CARD = (320, 240)  # largest width and height of a card's image in pixels: twice its size on the page
+CARD = (320, 240)  # largest width and height in pixels of an image; the page shows it at half this size
 
 
 class Content(NamedTuple):
@@ -56,9 +56,9 @@ class Content(NamedTuple):
     head: Mapping[str, object] | None  # how the head was chosen, `head_selection.to_json`; None for `cnn`
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
-    seconds: Sequence[tuple[str, float]]  # of each step, in order
+    seconds: Sequence[tuple[str, float]]  # name and duration of each step, in the order of the steps
     versions: Sequence[VersionSummary] = ()  # registered versions, the oldest first
-    fine_tuning: str = ""  # its result as a sentence; "" without fine-tuning
+    fine_tuning: str = ""  # result of fine-tuning as a sentence; "" without fine-tuning
 
 
 class _Interval(NamedTuple):
@@ -67,7 +67,7 @@ class _Interval(NamedTuple):
     low: float
     high: float
     difference: float
-    words: str
+    words: str  # what the interval means, as a sentence
 
 
 def draw(folder: Path, content: Content, comparison: Comparison | None) -> None:
@@ -129,7 +129,7 @@ def _charts(content: Content, comparison: Comparison | None) -> dict[str, object
 
 
 def _summary(content: Content) -> VersionSummary:
-    """Return the summary of this version. Its number is assumed to be the next one."""
+    """Return the summary of this version. Its version number is assumed to be the next one."""
     return VersionSummary(
         version=content.versions[-1].version + 1,
         created=datetime.fromisoformat(content.created).timestamp(),
@@ -147,7 +147,7 @@ def _derived(content: Content, comparison: Comparison | None) -> dict[str, objec
         "interval": comparison and _interval(comparison),
         "detection": comparison.detection if comparison else detection(int(measured.overall["images"])),
         "unmeasured": _unmeasured(content),
-        "guessing": math.log(len(content.labels)),  # log loss
+        "guessing": math.log(len(content.labels)),  # log loss of random guessing
         "misclassified": {
             kind: [row for row in measured.misclassifications if row.kind == kind]
             for kind in (MOST_CONFIDENT, MOST_WRONG)
@@ -163,7 +163,10 @@ def _derived(content: Content, comparison: Comparison | None) -> dict[str, objec
 
 
 def leak_keys(leaks: Leaks | None) -> dict[int, str]:
-    """Return the keys of the images to show, by number. In pair i, 2 i is for validation and 2 i + 1 for training."""
+    """Return the keys of the images of the shown pairs, by number.
+
+    In pair i (from 0), the validation image has the number 2 i, and the training image has the number 2 i + 1.
+    """
     shown = leaks.pairs[:MAX_LEAKS] if leaks else []
     return dict(enumerate(key for leak in shown for key in (leak.key, leak.training_key)))
 
@@ -233,13 +236,13 @@ def _percent(value: float, digits: int = 1) -> str:
 
 
 def _date(text: str) -> str:
-    """Return a time in ISO 8601, in UTC, as in "26 November 2026, 03:00 UTC"."""
+    """Convert a UTC time from ISO 8601 to the form "26 November 2026, 03:00 UTC"."""
     time = datetime.fromisoformat(text)
     return f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 
 def _jpegs(thumbnails: Mapping[int, np.ndarray]) -> dict[int, str]:
-    """Return thumbnails as data: URIs, with the same numbers."""
+    """Return thumbnails as data: URIs, under the same numbers."""
     from PIL import Image
 
     found = {}

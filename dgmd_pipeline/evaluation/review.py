@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key in comparison.json: the comparison with `Rivals.best`; the other keys compare with production
+BEST = "best"  # key in comparison.json of the comparison with `Rivals.best`; other keys are about production
 Part = TypeVar("Part")
 
 
@@ -44,14 +44,14 @@ class ValidationImages(NamedTuple):
     records: Path  # the folder of their records
     examples: Sequence[Example]  # in the order of the records
     raw: Path | None = None  # the folder of the original files; the serving benchmark predicts a sample of them
-    features: StoredFeatures | None = None  # None: there are none, or fine-tuning has changed the backbone
+    features: StoredFeatures | None = None  # None: no features are stored, or fine-tuning has changed the backbone
 
 
 class Answers(NamedTuple):
     """A model's predictions for the validation images."""
 
     predicted: np.ndarray  # int64 [n], class index of the most probable label
-    first: np.ndarray  # float32 [m, classes], probabilities of the first images, at most `serving_benchmark.IMAGES`
+    first: np.ndarray  # float32 [m, classes], probabilities of the first `serving_benchmark.IMAGES` images
 
 
 class CandidateModel(NamedTuple):
@@ -70,15 +70,15 @@ class Rivals(NamedTuple):
     """The versions to compare a candidate with."""
 
     production: CandidateModel | None = None
-    best: CandidateModel | None = None  # a former production version with a higher accuracy, if there is one
+    best: CandidateModel | None = None  # most accurate former production version, if better than production
 
 
 class LabelChanges(NamedTuple):
     """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
 
-    lost: Sequence[str]  # production was trained on them; the candidate has no such output
-    emptied: Sequence[str]  # production was trained on them; the candidate has the output, but no training images
-    new: Sequence[str]  # only the candidate was trained on them
+    lost: Sequence[str]  # production was trained on these labels; the candidate cannot predict them
+    emptied: Sequence[str]  # production was trained on these labels; the candidate has outputs, but no images for them
+    new: Sequence[str]  # only the candidate was trained on these labels
 
 
 class Review(NamedTuple):
@@ -90,7 +90,7 @@ class Review(NamedTuple):
     benchmark_error: str  # why there is no serving benchmark
     label_changes: LabelChanges | None = None  # None: there is no production version, or it could not be fetched
     label_changes_error: str = ""  # why production's labels are unknown
-    best: Comparison | None = None  # the comparison with `Rivals.best`, if it can be compared
+    best: Comparison | None = None  # the comparison with `Rivals.best`; None: no such version, or an error
 
 
 def validation_images(folder: Path, rows: Iterable[Example]) -> ValidationImages:
@@ -119,9 +119,9 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
     chosen = np.array([row.label in shared for row in images.examples]) & ~seen
     if not chosen.any():
         raise PipelineError(
-            f"The model cannot be compared with version {production.version}: at least one of the two was trained on "
-            f"{seen.sum():,} of {len(seen):,} validation images. At least one of the two does not know the labels of "
-            "the other images."
+            f"The model cannot be compared with version {production.version}, because no validation image is suitable. "
+            f"One or both of the models were trained on {seen.sum():,} of {len(seen):,} validation images. For the "
+            "others, one or both of the models do not know the label."
         )
     labels, others = (
         _select(predict(model, images).predicted, model.labels, images.examples, chosen)
@@ -133,7 +133,7 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]). True labels get the model's class indexes."""
+    """Return the predicted labels of the chosen images (bool [n]). The true labels become the model's class indexes."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
@@ -200,8 +200,8 @@ def review(
     `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
     the models.
 
-    If production cannot be used, or the candidate fails in the process, the review has the error as text, because the
-    trained model is kept anyway.
+    If production cannot be used, or the candidate fails in the process, this function does not raise. The review then
+    has the error as text, because the trained model is kept anyway.
     """
     candidate = candidate._replace(answers=predict(candidate, images))
     labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
@@ -220,7 +220,10 @@ def review(
 def _compare(
     candidate: CandidateModel, rival: CandidateModel | None, images: ValidationImages
 ) -> tuple[CandidateModel | None, Comparison | None, str]:
-    """Return the rival with its answers (None if it cannot predict), the comparison and an error."""
+    """Return the rival with its answers, the comparison, and the error as text.
+
+    The rival is None if it cannot predict. The comparison is None if there is an error. Without a rival, both are None.
+    """
     if rival is None:
         return None, None, ""
     try:
@@ -242,10 +245,10 @@ def _benchmark(
     scratch: Path,
     meanwhile: Callable[[], None],
 ) -> ServingBenchmark:
-    """Benchmark a candidate on `sample`, the first of the images, and on a sample of the original files."""
+    """Benchmark a candidate on `sample`, which has the first of the images, and on the original files of the sample."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
-    beside = f", beside version {production.version}" if production else ""
+    beside = f", together with version {production.version}" if production else ""
     log.info("  benchmarking %s in a clean process%s ...", model, beside)
     files = []
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample

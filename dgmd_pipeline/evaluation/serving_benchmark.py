@@ -27,18 +27,19 @@ from dgmd_pipeline.training import networks, runtime
 if TYPE_CHECKING:
     import keras
 
-IMAGES = 32  # given to the model one by one, as one batch, and as one batch of their original files
+IMAGES = 32  # images that the model predicts: one by one, as one batch, and as one batch made from the original files
 MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
-SECONDS = 1.0  # for these predictions, unless MIN_SINGLES take longer
-# Predictions are equal if no probability differs by more than this. Small differences occur because the recorded
-# predictions may come from stored features, and so from another TensorFlow graph than the whole model.
+SECONDS = 1.0  # time for the predictions of one image, unless MIN_SINGLES predictions take longer
+# Predictions are equal if no probability differs by more than TOLERANCE. Small differences occur, because the
+# evaluation may have predicted from stored features, which takes another TensorFlow graph than the whole model.
 TOLERANCE = 1e-3
 TIMEOUT_MINUTES = 10
-UNUSED = ("matplotlib", "pandas", "sklearn")  # Keras imports them if they are installed: 1.3 CPU seconds and 150 MB
+# Keras imports these libraries if they are installed. The process prevents it, which saves 1.3 CPU seconds and 150 MB.
+UNUSED = ("matplotlib", "pandas", "sklearn")
 
 
 class Process(subprocess.Popen[bytes]):
-    """A process that waits for `benchmark`. It ends with its `with` block, with `end`, or with its parent."""
+    """A process that waits for `benchmark`. It ends after its `with` block, after `end`, or when its parent ends."""
 
     def __exit__(self, *details: Any) -> None:
         self.kill()
@@ -51,7 +52,7 @@ class Process(subprocess.Popen[bytes]):
 
 @dataclass(frozen=True)
 class ProductionBenchmark:
-    """Production's figures, and the ratio of the model's figures to them."""
+    """Production's figures, and the ratios of the model's figures to production's."""
 
     latency_p50_ms: float  # for one image
     latency_ratio: float
@@ -64,7 +65,7 @@ class ServedPredictions:
     """Predictions for original files, compared with those for their records."""
 
     images: int  # files that could be read
-    other_labels: int  # files with another predicted label than their record
+    other_labels: int  # files whose predicted label is not that of their record
     largest_difference: float  # of a probability, 0 to 1
 
 
@@ -80,7 +81,7 @@ class ServingBenchmark:
     bytes: int  # of the file
     peak_memory_bytes: int  # of the process, with TensorFlow
     parameters: int
-    predictions_equal: bool  # to the recorded ones, within TOLERANCE
+    predictions_equal: bool  # whether they differ by at most TOLERANCE from the `recorded` ones
     largest_difference: float  # of a probability, 0 to 1
     production: ProductionBenchmark | None = None  # None if there is no production model to time
     served: ServedPredictions | None = None  # None if there were no original files
@@ -117,7 +118,7 @@ def benchmark(
     `meanwhile`: is called while the process loads the models. The process measures latency and throughput after
     `meanwhile` has returned, so that the call does not disturb the measurement.
 
-    Raises PipelineError if the model cannot be used in the process, or not within TIMEOUT_MINUTES.
+    Raises PipelineError if the model cannot be used in the process, or if it does not answer within TIMEOUT_MINUTES.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = Path(folder, "task.npz")
@@ -176,7 +177,7 @@ def to_json(found: ServingBenchmark) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
-    """Return a benchmark from the values of assessment.json. Raises TypeError if they hold none."""
+    """Return a benchmark from the values of assessment.json. Raises TypeError for other values."""
     own = dict(values)
     production, served = None, None
     if "latency_ratio" in own:
@@ -254,7 +255,7 @@ def _predict_files(network: "keras.Model", files: Sequence[Path], recorded: np.n
 
 def _peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
-    # On Linux getrusage(2) starts at the memory of the parent process, which holds a whole training.
+    # On Linux, the value of getrusage(2) starts at the memory of the parent process, which has trained a model.
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = Path("/proc/self/status").read_text("ascii")
@@ -264,7 +265,7 @@ def _peak_memory() -> int:
 def _trace(network: "keras.Model") -> None:
     """Trace the function that `predict` calls, for any number and size of images.
 
-    Otherwise Keras would trace it again for other numbers and sizes. Each trace takes 0.7 CPU seconds.
+    Otherwise Keras would trace the function again for each new number or size. Each trace takes 0.7 CPU seconds.
     """
     import tensorflow as tf
 
@@ -273,7 +274,7 @@ def _trace(network: "keras.Model") -> None:
 
 
 def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list[float]]:
-    """Return for each network the seconds of predictions of one image; the networks alternate."""
+    """Return for each network the seconds that each prediction of one image takes. The networks predict alternately."""
     seconds: list[list[float]] = [[] for _ in networks]
     end = time.perf_counter() + SECONDS
     for number, image in enumerate(itertools.islice(itertools.cycle(images), MAX_SINGLES)):

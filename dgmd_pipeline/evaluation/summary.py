@@ -11,20 +11,20 @@ ALONE = {FIRST: "first version", NOT_COMPARED: "not compared"}
 
 
 class Summary(NamedTuple):
-    """What an operator has to know about a version. Values are None if an older pipeline did not record them."""
+    """What an operator has to know about a version. A value is None if it does not apply or was not recorded."""
 
     accuracy: float  # on the validation images, 0 to 1
     images: int
     verdict: str | None
     compared_with: int | None = None  # the production version
     difference: float | None = None  # accuracy minus production's accuracy, on the same images
-    low: float | None = None  # of the 95 % interval of the difference
-    high: float | None = None
-    failed: Sequence[str] = ()  # conditions for a promotion
+    low: float | None = None  # lower end of the 95 % interval of the difference
+    high: float | None = None  # upper end
+    failed: Sequence[str] = ()  # names of the conditions for a promotion that the version does not meet
 
     @property
     def recommended(self) -> bool:
-        """Whether the version may be promoted and there is a reason to."""
+        """Whether the version meets all conditions for a promotion and there is a reason to promote it."""
         return self.verdict in (BETTER, FIRST) and not self.failed
 
 
@@ -36,7 +36,7 @@ def from_counts(counts: Mapping[str, Any]) -> Summary:
 def sentences(found: Summary, report: str, version: int | None = None) -> list[str]:
     """Return sentences about the accuracy, the verdict, the next command and the report.
 
-    `report` says where the report is. The next command promotes `version`; None: there is no next command.
+    `report` says where the report is. The next command promotes `version`. If `version` is None, no command is named.
     """
     lines = [f"Accuracy {percent(found.accuracy)} on {found.images:,} validation images."]
     if found.verdict:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dgmd_pipeline.evaluation import charts
 from dgmd_pipeline.evaluation.charts import Panel
 
-SHOWN = 29  # registered versions, maximum; with the new one, there are at most `charts.MARKED` points
+SHOWN = 29  # maximum number of registered versions; with the new version, they make `charts.MARKED` points
 
 
 class VersionSummary(NamedTuple):
@@ -15,9 +15,9 @@ class VersionSummary(NamedTuple):
     version: int
     created: float  # seconds since 1970
     accuracy: float | None  # on the validation images of its own run, 0 to 1
-    images: float | None  # of the training split
+    images: float | None  # number of training images
     labels: float | None
-    left_out: float | None  # rejected files
+    left_out: float | None  # number of rejected files
 
 
 def panels(versions: Sequence[VersionSummary]) -> list[Panel]:

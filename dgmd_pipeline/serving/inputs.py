@@ -1,4 +1,6 @@
-"""Converts a request to the input of the network: image files, decoded and fitted as for training, or pixels.
+"""Converts a request, which has image files or pixels, to the input of the network.
+
+Image files are decoded and fitted to the size of the network as for training.
 
 A registered model carries this module (see `source`), and MLflow's server calls it from several threads.
 """
@@ -63,8 +65,8 @@ def to_batch(values: Any, network: "keras.Model") -> np.ndarray:
     """Return the input of one request as a batch for a servable model: uint8 [images, height, width, 3].
 
     `values` is an image file (bytes or base64), a sequence of image files, or pixels (uint8 [images, height, width, 3])
-    of any size, which the model itself resizes. Pixels from JSON are nested lists, or an array of objects, of whole
-    numbers from 0 to 255. Raises InvalidImage.
+    of any size, which the model itself resizes. Pixels from JSON are whole numbers from 0 to 255, in nested
+    lists or in an array of objects. Raises InvalidImage.
     """
     if isinstance(values, np.ndarray) and values.dtype.kind not in "OSU":
         return _check_pixels(values)
@@ -74,18 +76,18 @@ def to_batch(values: Any, network: "keras.Model") -> np.ndarray:
     try:
         pixels = np.array(items)
     except ValueError:
-        raise InvalidImage(f"Expected {EXPECTED}; found a mixture, or arrays of different sizes.") from None
+        raise InvalidImage(f"Expected {EXPECTED}; found a mixture of these, or arrays of different sizes.") from None
     if pixels.dtype.kind in "iu" and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
         pixels = pixels.astype(np.uint8)
     return _check_pixels(pixels)
 
 
 def _list(values: Any) -> list[Any]:
-    """Return the images of a request one by one: files, or nested lists of numbers."""
+    """Return the images of a request as a list. Each element is a file or a nested list of numbers."""
     if isinstance(values, np.ndarray):
         found = values.reshape(-1 if values.ndim == 0 else values.shape).tolist()
-        # NumPy removes zero bytes at the end of a file as padding. They are restored here. Surplus zeros do no harm in
-        # any image format.
+        # NumPy takes zero bytes at the end of a file for padding and removes them. `ljust` adds them again. It may add
+        # more zeros than the file had, which does no harm in any image format.
         return [item.ljust(values.itemsize, b"\0") for item in found] if values.dtype.kind == "S" else found
     return [values] if isinstance(values, _FILES) or not isinstance(values, Sequence) else list(values)
 

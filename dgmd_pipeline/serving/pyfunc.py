@@ -24,7 +24,7 @@ class InvalidInput(MlflowException):
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
     def serialize_as_json(self) -> str:
-        """Return the answer of MLflow's server, without the input: the server puts all of it before the message."""
+        """Return the server's answer without the input, which MLflow would otherwise put before the message."""
         self.message = str(self)
         return super().serialize_as_json()
 
@@ -33,7 +33,7 @@ class ServedModel:
     """A Keras model that also accepts image files, and can return labels."""
 
     def __init__(self, network: keras.Model, labels: Sequence[str]) -> None:
-        """Take a servable model, and the labels of its outputs in their order."""
+        """Take a servable model, and the labels in the order of the model's outputs."""
         self.network, self.labels = network, labels
 
     def get_raw_model(self) -> keras.Model:

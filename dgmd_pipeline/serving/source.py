@@ -1,4 +1,4 @@
-"""The code that a registered model carries: the modules of this package that serving needs, under another name."""
+"""The code that a registered model carries: a copy of the modules that serving needs, under another package name."""
 
 import hashlib
 from pathlib import Path

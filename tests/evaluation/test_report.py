@@ -226,7 +226,7 @@ def test_the_versions_so_far_end_with_this_one(page):
         VersionSummary(9, 1.75e9, 0.625, 1200, 3, 2),
     ]
     shown = page(versions=earlier)
-    assert "2 January 2026, 03:04 UTC, as the version after 9." in shown.text
+    assert "2 January 2026, 03:04 UTC. The last registered version is 9." in shown.text
     text = section(shown, "versions")
     rows = re.findall(r"<tr><td>(.*?)</tr>", shown.html.partition('<section id="versions">')[2], re.DOTALL)
     assert [re.sub("<.*?>", "|", row).split("|")[0] for row in rows] == ["this one", "9", "7"]
@@ -400,7 +400,7 @@ def test_likely_wrong_labels_are_shown_with_both_labels_and_what_to_do(page):
     [
         (None, "Not checked: BACKBONE=cnn stores no features"),
         (LabelSuspects([], 0, 6), "None found: for each of the 6 training and validation images"),
-        (LabelSuspects([], 0, 0), "Not checked: fewer than two labels"),
+        (LabelSuspects([], 0, 0), "Not checked: at least two labels"),
     ],
 )
 def test_the_report_says_why_there_are_no_likely_wrong_labels(suspects, words, page, drawn_names):

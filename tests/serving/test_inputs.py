@@ -88,8 +88,8 @@ def test_pixels_are_passed_on_in_their_size(sent, network):
         ([], "float64 and the shape [0]"),
         (None, "object and the shape [1]"),
         ({"b64": TEXT}, "object and the shape [1]"),
-        ([PIXELS[0].tolist(), PIXELS[0, :2].tolist()], "a mixture, or arrays of different sizes"),
-        ([TEXT, PIXELS[0].tolist()], "a mixture, or arrays of different sizes"),
+        ([PIXELS[0].tolist(), PIXELS[0, :2].tolist()], "a mixture of these, or arrays of different sizes"),
+        ([TEXT, PIXELS[0].tolist()], "a mixture of these, or arrays of different sizes"),
     ],
     ids=lambda value: value[:60] if isinstance(value, str) else type(value).__name__,
 )
