@@ -176,10 +176,13 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
     """Build the servable model: images (uint8 [batch, height, width, 3]) -> probabilities (float32 [batch, classes]).
 
     Images of any size are fitted to the backbone's input size. The weights are shared, not copied. All layers are
-    Keras's own, so `keras.models.load_model` needs nothing from this package.
+    Keras's own, so `keras.models.load_model` needs nothing from this package. The optimizer does not become a part of
+    the model.
     """
     import keras
 
+    for part in (backbone, head):
+        part.compiled = False  # otherwise Keras saves the name of the optimizer's class, which is not Keras's own
     _, height, width, _ = backbone.input_shape
     images = keras.Input((None, None, 3), dtype="uint8", name="pictures")  # the name is public: clients may use it
     return keras.Model(images, head(backbone(fit_images(images, height, width, fit))), name="classifier")

@@ -227,7 +227,7 @@ def test_cropped_records_may_be_resized_but_not_cropped_again(size, refused, ima
     (tmp_path / "cropped").mkdir()
     shards.write(images.examples[:2], tmp_path / "raw", tmp_path / "cropped", "validation", 1, 16, 16, "crop")
     if refused:
-        with pytest.raises(PipelineError, match="hold 16 x 16 with IMAGE_FIT=crop"):
+        with pytest.raises(PipelineError, match="have 16 x 16 pixels with IMAGE_FIT=crop"):
             review._check_comparable(size, "crop", tmp_path / "cropped")
     else:
         review._check_comparable(size, "crop", tmp_path / "cropped")

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from support.training import CONFIG
 
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.serving import inputs
-from dgmd_pipeline.training import backbones, networks
+from dgmd_pipeline.training import backbones, loop, networks
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 
 SMALL = "MobileNetV3-Small"
@@ -42,7 +43,9 @@ def small(home):
 
 @pytest.fixture(scope="module")
 def classifier(small):
-    return networks.assemble(small, networks.build_head(small.output_shape[-1], 5, 0.2), "stretch")
+    head = networks.build_head(small.output_shape[-1], 5, 0.2)
+    loop.prepare(head, CONFIG)  # as a training leaves it
+    return networks.assemble(small, head, "stretch")
 
 
 def random_images(*shape, seed=0):
