@@ -72,7 +72,10 @@ def group(
 
 
 def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
-    """Return for each position the smallest name in its group. The pairs in `copies` connect positions to groups."""
+    """Return for each position the smallest name in its group.
+
+    The positions of a pair in `copies` are in the same group. So are pairs that share a position.
+    """
     parents = list(range(len(names)))  # a disjoint-set forest (union-find)
 
     def find_root(index: int) -> int:

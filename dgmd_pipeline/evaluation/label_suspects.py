@@ -22,16 +22,16 @@ from dgmd_pipeline.training.vectors import Vectors
 TABLE = "label_suspects.csv"
 FOLDS = 5
 MAX_FITTED = 20_000  # rows that the heads are fitted on; this limits time and memory
-# Minimum number of fitted rows of a label; all rows of a label that has fewer are fitted. Because of this minimum, the
-# total may exceed MAX_FITTED.
+# The sample has at least this many rows of each label, or all rows of a label that has fewer. So the sample may have
+# more than MAX_FITTED rows.
 MIN_FITTED_OF_LABEL = 20
-# Principal components. With 512, precision and recall differ by at most 1 point; the search takes two thirds longer.
+# Principal components. With 512, precision and recall differ by at most 1 point, but `find` takes two thirds longer.
 COMPONENTS = 256
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
-# C of the logistic regression, multiplied by the number of rows. A larger value means weaker regularisation.
+# Products of C and the number of rows. C is the inverse of the logistic regression's regularisation.
 STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)
 MIN_PROBABILITY = 1e-6  # smaller probabilities are raised to this value in the log loss
 Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression

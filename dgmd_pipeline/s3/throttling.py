@@ -1,7 +1,7 @@
 """Limits the rate of requests to a server that answers "slow down".
 
-botocore and awscrt repeat a request with this answer a few times, and independently of other requests. A `Gate` slows
-all requests of a client down together, and repeats them for much longer.
+If a request gets this answer, botocore and awscrt repeat it a few times, and do not slow other requests down. A `Gate`
+slows all requests of a client down together, and repeats them for much longer.
 """
 
 import logging
@@ -67,7 +67,7 @@ class Gate:
         with self._lock:
             if self._since is None:
                 self._since = now
-            if now - self._slowed >= self._interval:  # increase once for all requests in progress
+            if now - self._slowed >= self._interval:  # several requests that were sent together count once
                 self._interval = min(max(2 * self._interval, FIRST_INTERVAL), LONGEST_INTERVAL)
                 self._slowed = now
                 self._schedule(now)
@@ -117,7 +117,8 @@ def gate(client: Client, stop: Event | None = None) -> Iterator[Gate]:
         gate.wait()
 
     events.register_first("request-created.s3", wait)  # before the request is signed
-    # The last handler, so that botocore's retry mode determines the delay if botocore repeats a request itself.
+    # botocore uses the first delay that a handler returns. This handler is the last one, so if botocore itself repeats
+    # the request, it does so after its own delay.
     events.register_last("needs-retry.s3", gate._observe)
     try:
         yield gate

@@ -38,8 +38,8 @@ CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
 NO_WORKERS_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
 SILENCE = 300.0  # seconds without a result, after which a warning is logged
-# A run fails if it loses the connection more often than this between two results, or if this many requests in a row get
-# no answer.
+# A run fails if it has lost the connection more than this many times since the last result, or if this many requests
+# in a row get no answer.
 MAX_LOSSES = 3
 
 
@@ -249,7 +249,7 @@ class ClusterExecutor:
 
     def _start(self, verb: str, content: bytes) -> "distributed.Future[bytes]":
         assert self._client is not None  # noqa: S101
-        # The content is pickled here. Dask would search each item of a list for futures.
+        # `content` is pickled. If Dask got the list of items instead, it would search each item for futures.
         return self._client.submit(_do_piece, self._job, content, key=f"{verb}-{uuid.uuid4().hex}", pure=False)
 
     def _wait(self, window: Iterable[_Piece]) -> bytes:
@@ -366,7 +366,7 @@ async def _ask_all(client: "distributed.Client", job: bytes) -> dict[str, str | 
             answer = (await asyncio.wait_for(asked, CHECK_TIMEOUT)).get(worker)
         except TimeoutError:
             return (
-                f"has not answered for {CHECK_TIMEOUT:g} s. It may wait for the disk of DATA_DIR. Restart or remove it."
+                f"has not answered for {CHECK_TIMEOUT:g} s. Perhaps the disk of DATA_DIR hangs. Restart or remove it."
             )
         if isinstance(answer, Exception):
             return f"cannot run this pipeline ({_first_line(answer)}). Start it with the image of the run."
