@@ -75,7 +75,7 @@ def last_status(values: "Settings") -> status.Status | None:
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run. Publish a status for a run that was killed or could not start, if it has `published` none."""
+    """Log a failed run. If it was killed or could not start, and has not `published` a status, publish one for it."""
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""
@@ -94,7 +94,7 @@ def _now() -> datetime:
 def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> Iterator[datetime]:
     """Yield the times of a cron expression from now on, in a time zone.
 
-    Times that have passed when the next one is requested are skipped.
+    Skips the times that pass before the caller requests the next time.
     """
     times = CronSim(expression, clock().astimezone(zone))
     while True:

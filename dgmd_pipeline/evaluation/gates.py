@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
     max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
     max_latency_ratio: float  # largest ratio of the median latencies for one image, candidate to production
-    allow_lost_labels: bool = False  # whether a label that production was trained on may have no training images
+    allow_lost_labels: bool = False  # whether the candidate may have no training images of a label of production
 
 
 class Decision(NamedTuple):
@@ -202,16 +202,16 @@ def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassCompar
 
 
 def _detectable(comparison: "Comparison", max_drop: float) -> str:
-    """Return a sentence about the loss that the gate finds for a label with the median number of images."""
+    """Return a sentence that says how small a loss the gate detects, for a label with the median number of images."""
     rows = sorted(comparison.classes, key=lambda row: row.images)
     middle = rows[(len(rows) - 1) // 2]
     images = middle.images
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
-    test, power = f"For a label with {counted(images, 'image')}, this test would find", percent(class_losses.POWER)
+    label, power = f"a label with {counted(images, 'image')}", percent(class_losses.POWER)
     if loss is None:
-        return f"{test} even a drop to a recall of 0 % with a probability of less than {power}."
-    return f"{test} a loss of {100 * loss:.0f} points with a probability of {power}."
+        return f"This test is too weak for {label}: it would find a recall of 0 % with a probability below {power}."
+    return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
 
 
 def _latency(review: "Review", limits: Limits) -> Gate:

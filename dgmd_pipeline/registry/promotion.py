@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGE, PREVIOUS_STAGE = "Production", "Archived"
-MAX_CHARACTERS = 500  # of a reason or a gate's text: MLflow's databases limit a tag to 5,000
+# Of a reason or of the text of a gate. A tag contains the reason and all gates, and MLflow's databases limit a tag to
+# 5,000 characters.
+MAX_CHARACTERS = 500
 JSON_NAMES = {"time": "when", "user": "who", "previous": "former", "reason": "why"}  # field of Event -> JSON key
 
 GateResult = tuple[str, bool | None, str]  # name, passed (None: does not apply), text
@@ -169,7 +171,7 @@ def repair(store: Store, state: ModelState) -> tuple[ModelState, list[str]]:
 
 
 def _production_version(client: "MlflowClient", name: str) -> int | None:
-    """Return the production version. The alias is requested alone, because the registered model is much larger."""
+    """Return the production version. Request only the alias: the answer for the whole model would be much larger."""
     from mlflow.exceptions import MlflowException
 
     try:

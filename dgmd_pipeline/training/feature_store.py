@@ -59,14 +59,14 @@ class Reuse(NamedTuple):
 
     dimensions: int | None  # number of values in a reused vector; None if no vector is reused
     linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
-    copied: dict[int, list[_Copy]]  # number of each other shard -> vectors to copy into its file
+    copied: dict[int, list[_Copy]]  # number of a shard that is not in `linked` -> vectors to copy into its file
     new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
     new_bytes: int  # size of the records of these images
     shards: list[int]  # numbers of the shards with these images
 
 
 def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:
-    """Find the vectors of a folder of records in the finished folders `previous`.
+    """Search the finished folders `previous` for the vectors of the images in `records`.
 
     Only folders of the same origin are used. The SHA-256 of each used file is checked. Damaged files and folders are
     not used; each is logged as a warning.

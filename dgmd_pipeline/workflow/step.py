@@ -39,7 +39,7 @@ def _version() -> str:
 
 
 class UpstreamChange(NamedTuple):
-    """Why a folder is out of date although its settings and inputs are the same, and what the new one will contain."""
+    """A change outside the pipeline, for example in the bucket, and what is known of the new folder."""
 
     reason: str
     fingerprint: str | None = None
@@ -101,8 +101,8 @@ class StepTarget(luigi.Target):
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
         # If the run holds the lock, only this process can change a planned folder. After each change, this process
-        # stores the fingerprint of the folder. So a planned folder need not be examined again. Luigi's own command does
-        # not hold the lock, and other processes may run steps. So a folder without a fingerprint is examined again.
+        # stores the fingerprint of the folder. So a planned folder without a fingerprint is not done. Luigi's own
+        # command does not hold the lock, and other processes may run steps: folders are examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -216,7 +216,7 @@ class Step(luigi.Task):
         return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
-        """Return whether the replaced folder is kept until another step has reused its unchanged parts."""
+        """Return whether to keep the replaced folder, because the step of the other split may reuse its parts."""
         return False
 
     def estimated_bytes(self) -> int | None:
@@ -276,7 +276,7 @@ class Step(luigi.Task):
             known = self.context.result.fingerprints
             inputs = {task.folder: str(task.output().fingerprint()) for task in self.deps()} | self.extra_inputs()
             record = read_record(self.path)
-            # Luigi starts a step without inputs only if its folder is out of date.
+            # A step without inputs needs no check: Luigi would not have started it if its folder were up to date.
             if self.deps() and record and not self.outdated(record, inputs) and not self.check_upstream(record):
                 folders.sweep(self.path.parent, [self.folder])
                 known[self.folder] = record.identity
@@ -335,8 +335,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        If the step locks DATA_DIR, the executor's processes end with the step. If they did not end, the process that
-        Luigi forks for each step with `--workers 2` would wait for them for ever.
+        If the step locks DATA_DIR, the executor's processes end with the step. With `--workers 2`, Luigi forks a
+        process for each step. This process cannot exit while the executor's processes are running.
         """
         if self.context.holds_lock:
             yield
