@@ -28,6 +28,9 @@ HELD_OUT_ROWS = 2_000  # when this number of images has been held out, no furthe
 SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening, see docs/measurements/head.md
 MAX_PRODUCTS = 1_000_000_000  # images x dimensions x labels; above this, only the first shrinkage is evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
+# Tolerance of the fits. With 1e-5 instead, a fit takes a third longer. On seven data sets, the log loss of the chosen
+# settings differs by at most .003; six sets get the same settings.
+TOLERANCE = 3e-5
 FIRST_STRENGTH = 3  # position of the strength that is evaluated first
 FALLBACK_STRENGTH = 0.03  # used if there are too few images to hold any out
 
@@ -202,7 +205,7 @@ def _evaluate_linear(
     penalty = linear.penalties(components, shrinkage) / STRENGTHS[strength]
 
     def evaluate(fold: _Fold, coefficients: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        fitted = linear.fit(*fold.fitted, class_weights, components, penalty, coefficients)
+        fitted = linear.fit(*fold.fitted, class_weights, components, penalty, coefficients, TOLERANCE)
         vectors, labels = fold.held_out
         logs = linear.log_probabilities(vectors, *linear.unproject(fitted, components))
         return fitted, logs[np.arange(len(labels)), labels], logs.argmax(axis=1) == labels

@@ -11,7 +11,7 @@ from dgmd_pipeline.training.vectors import Vectors
 COMPONENT_ROWS = 20_000  # maximum number of vectors for the components: about 10 per dimension at 2,048 dimensions
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
-# The fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
+# A fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
 # number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it quadruples
 # the number of iterations and does not lower the loss.
 TOLERANCE = 1e-5
@@ -78,13 +78,15 @@ def fit(
     components: Components,
     penalty: np.ndarray,
     start: np.ndarray | None = None,
+    tolerance: float = TOLERANCE,
 ) -> np.ndarray:
     """Return the coefficients (float64 [r + 1, classes], the last row is the bias) of a logistic regression.
 
     The coefficients minimise the weighted cross-entropy of features (float32 [n, d]) and labels (int [n]), plus half
     the sum of penalty * coefficient ** 2. Each row has the weight of its class (float [classes]). `penalty` (float [r])
     is the result of `penalties` divided by a strength (scikit-learn's C). The bias has no penalty. `start` are the
-    coefficients for similar penalties; they save iterations.
+    coefficients for similar penalties; they save iterations. The fit ends when the relative change of the objective is
+    below `tolerance`.
 
     L-BFGS (Liu and Nocedal 1989) reads BLOCK_ROWS vectors at a time, so `features` may be mapped from disk. In
     contrast, scikit-learn's LogisticRegression needs a copy of all vectors in memory. L-BFGS is preconditioned with the
@@ -99,7 +101,7 @@ def fit(
         start = np.zeros((len(penalty) + 1, len(class_weights)))
     problem = _Problem(features, labels, class_weights, components, penalty)
     scale = _preconditioner(problem, start)
-    options = {"maxiter": MAX_ITERATIONS, "ftol": TOLERANCE, "gtol": 0}
+    options = {"maxiter": MAX_ITERATIONS, "ftol": tolerance, "gtol": 0}
     found = minimize(
         partial(_objective, problem, scale), (start / scale).ravel(), jac=True, method="L-BFGS-B", options=options
     )
