@@ -163,7 +163,7 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
     log.info("  version %s on %s validation images ...", model.version, f"{len(images.examples):,}")
     network = networks.load(model.path)
     _check_comparable(inputs.input_size(network), inputs.input_fit(network), images.records)
-    if (stored := images.features) and networks.are_equal(network.get_layer("backbone"), stored.backbone):
+    if (stored := images.features) and networks.has_backbone(network, stored.backbone):
         return answers(predictions.predict_head(network, stored.vectors))
     return answers(predictions.predict(network, dataset.read(images.records)))
 

@@ -147,14 +147,20 @@ def load(path: Path) -> "keras.Model":
         raise changed_file_error(path, error) from error
 
 
-def are_equal(one: "keras.Model", other: "keras.Model") -> bool:
-    """Return whether two networks have the same layers and the same weights. The names of layers may differ."""
+def has_backbone(network: "keras.Model", backbone: "keras.Model") -> bool:
+    """Return whether a servable network consists of this backbone, with the same weights, and a head.
+
+    Only the names of the backbone's layers may differ.
+    """
     import numpy as np
 
+    if [layer.name for layer in network.layers[-2:]] != ["backbone", "head"]:
+        return False
+    found = network.layers[-2]
     kinds, others = (
-        [(type(each), each.get_config() | {"name": ""}) for each in network.layers] for network in (one, other)
+        [(type(layer), layer.get_config() | {"name": ""}) for layer in each.layers] for each in (found, backbone)
     )
-    return kinds == others and all(map(np.array_equal, one.get_weights(), other.get_weights()))
+    return kinds == others and all(map(np.array_equal, found.get_weights(), backbone.get_weights()))
 
 
 def check_file(path: Path) -> None:

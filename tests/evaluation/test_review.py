@@ -104,6 +104,18 @@ def test_only_the_head_runs_where_the_stored_features_are_those_of_its_network(m
     assert np.array_equal(review.predict(production, other).first, of_images)
 
 
+def test_a_production_version_may_have_another_structure(models, images, tmp_path):
+    import keras
+
+    network = networks.load(models / "model.keras")
+    probabilities = keras.layers.Rescaling(1.0)(network.output)
+    keras.Model(network.input, probabilities).save(tmp_path / "other.keras")
+    production = model(images)._replace(path=tmp_path / "other.keras", answers=None)
+    features = StoredFeatures(np.zeros((12, 1), np.float32), network.get_layer("backbone"))
+    answers = review.predict(production, images._replace(features=features))
+    assert np.array_equal(answers.predicted, review.predict(production, images).predicted)
+
+
 @pytest.fixture
 def benchmarked(monkeypatch):
     """The arguments of `serving_benchmark.benchmark`, which starts no process."""
