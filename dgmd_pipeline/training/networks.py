@@ -1,5 +1,6 @@
 """The Keras networks: frozen backbones, `cnn`, heads, and the servable model."""
 
+import json
 import math
 import warnings
 import zipfile
@@ -157,10 +158,13 @@ def has_backbone(network: "keras.Model", backbone: "keras.Model") -> bool:
     if [layer.name for layer in network.layers[-2:]] != ["backbone", "head"]:
         return False
     found = network.layers[-2]
-    kinds, others = (
-        [(type(layer), layer.get_config() | {"name": ""}) for layer in each.layers] for each in (found, backbone)
-    )
-    return kinds == others and all(map(np.array_equal, found.get_weights(), backbone.get_weights()))
+    return _kinds(found) == _kinds(backbone) and all(map(np.array_equal, found.get_weights(), backbone.get_weights()))
+
+
+def _kinds(network: "keras.Model") -> list[tuple[type, str]]:
+    """Return the type and the configuration of each layer, without its name."""
+    # As JSON, because a loaded layer has lists where a built one has tuples.
+    return [(type(each), json.dumps(each.get_config() | {"name": ""}, default=str)) for each in network.layers]
 
 
 def check_file(path: Path) -> None:

@@ -108,6 +108,20 @@ def test_a_saved_model_has_its_size_and_fit(fit, tmp_path):
     assert (inputs.input_size(loaded), inputs.input_fit(loaded)) == ((32, 32), fit)
 
 
+def test_a_backbone_is_found_in_a_loaded_model(tmp_path):
+    import keras
+
+    pixels = keras.Input((8, 8, 3))
+    scaled = keras.layers.Rescaling((0.1, 0.2, 0.3), (0.0, 0.5, 1.0))(pixels)  # as in DenseNet121
+    outputs = keras.layers.GlobalAveragePooling2D()(keras.layers.Dense(4)(scaled))
+    backbone = keras.Model(pixels, outputs, name="backbone")
+    networks.assemble(backbone, networks.build_head(4, 2, 0.1), "stretch").save(tmp_path / "model.keras")
+    loaded = networks.load(tmp_path / "model.keras")
+    assert networks.has_backbone(loaded, backbone)
+    backbone.set_weights([values + 1 for values in backbone.get_weights()])
+    assert not networks.has_backbone(loaded, backbone)
+
+
 def test_a_file_that_was_changed_is_noticed_without_loading_it(tmp_path):
     path, cnn = tmp_path / "model.keras", networks.build_cnn(32, 32)
     cnn.save(path)
