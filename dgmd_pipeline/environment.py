@@ -8,7 +8,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 LIBRARY_DEFAULTS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow shows only warnings and errors when it starts
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow shows only errors when it starts
     "TF_ENABLE_ONEDNN_OPTS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a batch job sends no usage statistics
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

@@ -44,7 +44,7 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
 
     Grey is scaled to 8 bits from one of these ranges:
 
-    - signed integers: the range of their type
+    - signed integers of 8 or 16 bits: the range of their type
     - unsigned 12-bit integers: 0 to 4,095
     - other integers: the smallest of 0 to 255, 0 to 4,095 and 0 to 65,535 that contains all values, because 16-bit
       files often hold 8-bit or 12-bit values

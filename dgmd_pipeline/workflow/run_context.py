@@ -64,7 +64,9 @@ class RunContext:
 
     def shared(self, kind: type[Shared]) -> Shared:
         """Return the object of this class that all steps of the run share. The first call creates the object."""
-        return self._shared.setdefault(kind, kind())
+        if kind not in self._shared:
+            self._shared[kind] = kind()
+        return self._shared[kind]
 
 
 def _no_context() -> RunContext:
