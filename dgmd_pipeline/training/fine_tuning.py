@@ -88,10 +88,10 @@ def fine_tune(
 ) -> FineTunedModel:
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
-    A trial comes first. It holds a fifth of the training split out, and trains on the rest, or on TRIAL_ROWS of the
-    rest. It starts from the head that `fit_head` returns for these rows. After each of `config.epochs` epochs, the
-    model is measured on the held-out rows. `groups` are the near-duplicate groups of the training images; a group is
-    held out as a whole.
+    A trial comes first. It uses at most TRIAL_ROWS training images, holds a fifth of them out, and trains on the rest.
+    It starts from the head that `fit_head` returns for the rest. After each of `config.epochs` epochs, the model is
+    measured on the held-out images. `groups` are the near-duplicate groups of the training images; a group is held out
+    as a whole.
 
     If the trial is `better`, the final fit trains on the whole training split, starting from `trained_head`, with the
     trial's best number of epochs. After each of these epochs, the model is measured on `validation`, which does not
