@@ -21,7 +21,8 @@ _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbna
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # in place of a position: the image is not in `known`
-# Twice the DCT coefficient that noise of one level (of 255) causes. 1024**2 is the scale of _COSINES, 1000 of _LUMA.
+# Twice the DCT coefficient that noise of one level (of 255) causes. _COSINES is scaled by 1,024 and applied twice;
+# _LUMA is scaled by 1,000.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -140,7 +141,7 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     most `_MAX_DISTANCE` bits.
 
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
-    instead.) Two hashes become neighbours in the rotation that moves their longest common run of bits to the front.
+    instead.) Two hashes are likely to be neighbours in the rotation that moves their longest common run to the front.
     Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are
     sorted by brightness. In 300,000 random hashes, this finds all pairs at a distance of 2 bits, 99.9 % at 4 and 93 %
     at 6.
@@ -181,8 +182,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
-    A removed image follows the image that it followed in the earlier call. So a stable sort leaves images with equal
-    hashes and brightness in the order of the earlier call.
+    Each removed image comes after its nearest predecessor of the earlier call that is still present. So a stable sort
+    leaves images with equal hashes and brightness in the order of the earlier call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.
@@ -200,7 +201,7 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). The part that blur explains is
     subtracted first, because a copy that was made smaller is blurred: it differs from its original by a multiple of the
-    Laplacian. The difference between two handwritten digits is not a multiple of it.
+    Laplacian. Different images, for example two handwritten digits, do not.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. Rounding to whole
     pixels and JPEG blocks change an image of 32 pixels a lot, and an image of 300 pixels hardly at all. Photographs of
@@ -228,5 +229,7 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     return (
         (stretch < 0.02 + 1.5 / shortest)  # allows a little more than rounding to whole pixels causes
         & (square - explained < tolerance**2)
-        & (square < (4 * tolerance) ** 2)  # blur alone would explain the difference between stripes and plain grey
+        & (
+            square < (4 * tolerance) ** 2
+        )  # else stripes would count as a copy of plain grey, because blur explains the difference
     )

@@ -25,7 +25,7 @@ from dgmd_pipeline.workflow import disk
 PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
-CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, the objects that a worker gets in one call
+CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk; a worker gets a chunk in one call
 SHUTDOWN_TIMEOUT = 5.0  # seconds; then daemon threads that wait for a silent server are abandoned
 
 
@@ -129,8 +129,8 @@ def download_in_chunks(
 def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     """Return what `download` yields for a chunk. Several attempts for the same chunk may run at the same time.
 
-    Raises NoUsableInput like `download`. Also raises it if S3 refuses an object to this process, which has no
-    credentials, although the run has credentials.
+    Raises NoUsableInput like `download`. Also raises it if S3 refuses an object because this process has no
+    credentials, while the run has some.
     """
     client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
     parts.mkdir()  # raises OSError if the run has ended
@@ -174,7 +174,7 @@ class _Completed(NamedTuple):
     source: SourceObject
     part: Path  # file with the object's whole content, unless the object was rejected
     rejected: Rejected | None
-    throttled: Throttled | None  # the error if the object was rejected only because S3 accepts no request at all
+    throttled: Throttled | None  # set if the object is not the cause: S3 throttles every request
 
 
 class _Downloader:
@@ -188,7 +188,7 @@ class _Downloader:
         self._completed: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
         self._threads: list[Thread] = []
         self._queued = 0  # objects that threads fetch or will fetch
-        self._failed: set[Path] = set()  # parts of objects that awscrt could not fetch
+        self._failed: set[Path] = set()  # unfinished files of objects that awscrt failed to fetch
         self._gate, self._stop = gate, stop
 
     def start(self, source: SourceObject, part: Path) -> None:
@@ -268,7 +268,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
-        part.stat()  # raises OSError if the run has ended, so that no folder is made
+        part.stat()  # if the run has ended, `part` is gone: raises OSError before a folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

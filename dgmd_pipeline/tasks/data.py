@@ -113,14 +113,14 @@ class InspectImages(Step):
 
     @cached_property
     def _corrections(self) -> dict[str, str]:
-        """The operator's corrections, read once for a run. So the run records the corrections that it applies."""
+        """The operator's corrections. They are read once: if the file changes during a run, the run does not notice."""
         return corrections.read(self.path.with_name(corrections.NAME))
 
     def extra_inputs(self) -> dict[str, str]:
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Compare the listing of the bucket, or the files if there is no listing, with the last inspection."""
+        """Compare the last inspection with the new or the stored listing, or with the files if there is no listing."""
         previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
         listing, objects = self.context.shared(Resources).listing, None
         if previous is None or (upstream[0].state != "done" and not listing):
@@ -136,8 +136,8 @@ class InspectImages(Step):
         from dgmd_pipeline.data import inspection
 
         executor = self.context.executor
-        # A Dask scheduler processes 400 pieces a second. With 64 files in a piece, it can supply only 56 workers. So a
-        # cluster gets larger pieces.
+        # A Dask scheduler processes 400 pieces a second, and a worker inspects 450 files a second. With 64 files in a
+        # piece, the scheduler could supply only 56 workers. So a cluster gets larger pieces.
         chunk = inspection.PIECE_FILES if executor.is_cluster else inspection.CHUNK
         return self.progress(executor.map(function, files, chunk), len(files), "images")
 
@@ -150,7 +150,7 @@ class InspectImages(Step):
         options = self._map, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         rejected = {reason: count for reason, count in counts["rejected"].items() if reason != manifest.EXCLUDED}
-        _warn_of_rejected(rejected, "files", self.path)  # the summary has the number of excluded files
+        _warn_of_rejected(rejected, "files", self.path)  # not of files that corrections.csv excludes
         return StepResult(
             counts={name: value for name, value in counts.items() if name != "new"},
             images=counts["images"],
@@ -265,7 +265,7 @@ class PerSplitStep(Step):
 
     @property
     def _other(self) -> "PerSplitStep":
-        """This step for the other split. Its folder may contain images that are in this split now."""
+        """The same step for the other split. Its folder may contain results for images that have changed the split."""
         return type(self)(split=next(split for split in names.SPLITS if split != self.split))
 
     def reusable_folders(self) -> list[Path]:
@@ -292,7 +292,7 @@ class WriteTFRecords(PerSplitStep):
 
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
-    # With this priority, Luigi writes both splits before it extracts features. The network is built in the meantime.
+    # With this priority, Luigi writes both splits before it extracts features. A thread builds the backbone meanwhile.
     priority = 1
     image_params = ("image_width", "image_height", "image_fit")
     params = ("num_shards", *image_params)

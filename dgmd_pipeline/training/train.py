@@ -86,7 +86,7 @@ class TrainingJson(TypedDict):
     """The content of training.json."""
 
     id: str  # unique identifier of this training, hexadecimal
-    kept: int  # number of the epoch whose weights the model has, from 0
+    kept: int  # number (counted from 0) of the epoch whose weights the model has
     seed: int
     metrics: dict[str, float]  # metrics of this epoch
     fine_tuned: bool

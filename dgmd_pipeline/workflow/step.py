@@ -120,7 +120,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    # Whether a folder without a record is accepted. The operator has provided such a folder, and it is used as it is.
+    # Whether a folder without a record is used as it is, because the operator has provided it.
     accepts_external_data: ClassVar[bool] = False
     resumable: ClassVar[bool] = False  # whether the step continues the draft of a stopped run
     # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
@@ -216,7 +216,7 @@ class Step(luigi.Task):
         return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
-        """Return whether to keep the replaced folder, because the step of the other split may reuse its parts."""
+        """Return whether to keep the folder that this step replaces: another step may still reuse parts of it."""
         return False
 
     def estimated_bytes(self) -> int | None:
