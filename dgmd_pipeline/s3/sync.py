@@ -76,8 +76,8 @@ def download_folder(
     Also reuses the objects in the folder `previous`, an earlier download of the same bucket and prefix. Errors contain
     the step's name, `step`. `fetch` works like `download`.
 
-    Raises NoUsableInput if no object can be used, or if S3 fails to send more than `max_failed` (0..1) of the objects
-    of a label. Raises PipelineError if the disk has too little space.
+    Raises NoUsableInput if no object can be used, or if more than the fraction `max_failed` (0..1) of the objects of a
+    label cannot be fetched. Raises PipelineError if the disk has too little space.
     """
     if not listing.objects:
         raise _nothing_usable(listing, listing.rejected)
@@ -140,8 +140,8 @@ def reuse(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
-    Complete files that an interrupted download left in `folder` are kept. They are removed if their objects have
-    changed or are no longer listed. Unchanged objects in `previous`, the folder of a finished download, are
+    Of the files that an interrupted download left in `folder`, those whose objects have changed or are no longer listed
+    are removed. The other complete files are kept. Unchanged objects in `previous`, the folder of a finished download, are
     linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the next
     call reads after an interruption.
     """
@@ -205,7 +205,10 @@ def _is_complete(folder: Path, path: str, size: int) -> bool:
 
 
 def _remove(folder: Path, path: str) -> None:
-    """Remove a file, and then its empty parent folders: an object `a` cannot be stored while there is a folder `a`."""
+    """Remove a file, and then its empty parent folders.
+
+    After the object `a/b` was replaced with an object `a`, the folder `a` would be in its way.
+    """
     with suppress(FileNotFoundError, NotADirectoryError):
         (folder / path).unlink()
     for parent in list((folder / path).parents)[: path.count("/")]:

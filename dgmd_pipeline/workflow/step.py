@@ -86,7 +86,7 @@ class DeclaredSettings:
 
 
 class StepTarget(luigi.Target):
-    """The folder of a step. It exists when it is complete and was made from the current settings and inputs."""
+    """The folder of a step as a target of Luigi: `exists` tells whether the step is done."""
 
     def __init__(self, step: "Step") -> None:
         self._step = step
@@ -100,9 +100,10 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # If the run holds the lock, only this process can change a planned folder. After each change, this process
-        # stores the fingerprint of the folder. So a planned folder without a fingerprint is not done. Luigi's own
-        # command does not hold the lock, and other processes may run steps: folders are examined again.
+        # Planning stores the fingerprints of the folders that are done. If the run holds the lock, only this process can
+        # change them, and it stores the new fingerprint after each change. So a planned folder without a fingerprint is
+        # not done. Luigi's own command does not hold the lock, and other processes may run steps: folders are examined
+        # again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -335,8 +336,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        If the step locks DATA_DIR, the executor's processes end with the step. With `--workers 2`, Luigi forks a
-        process for each step. This process cannot exit while the executor's processes are running.
+        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. With
+        `--workers 2`, Luigi forks a process for each step, which cannot exit while the executor's processes are running.
         """
         if self.context.holds_lock:
             yield
