@@ -13,14 +13,16 @@ from dgmd_pipeline.manifest import Image
 
 THUMBNAIL_SIZE = 16  # pixels, width and height
 _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a candidate pair
-_ROTATIONS = range(0, 64, 4)  # numbers of bits by which the hashes are rotated, one for each sorted order
-_NEIGHBOURS = 8  # two hashes are neighbours if they are at most this many places apart in one of the sorted orders
+# `_candidates` rotates the hashes by each of these numbers of bits, and then sorts them. Two hashes are neighbours if
+# they are at most _NEIGHBOURS places apart in one of these orders.
+_ROTATIONS = range(0, 64, 4)
+_NEIGHBOURS = 8
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
 # The 8 lowest rows of the DCT matrix, rounded to integers. Sums of integers are exact in float64, so the hash does not
 # depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
-_NEW = manifest.MISSING  # in place of a position: the image is not in `known`
+_NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
 # Twice the DCT coefficient that noise of one level (of 255) causes. _COSINES is scaled by 1,024 and applied twice;
 # _LUMA is scaled by 1,000.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
@@ -182,8 +184,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
-    Each removed image comes after its nearest predecessor of the earlier call that is still present. So a stable sort
-    leaves images with equal hashes and brightness in the order of the earlier call.
+    The images are in the order of the earlier call: each removed image is placed after the nearest image before it that
+    is still present. So a stable sort leaves images with equal hashes and brightness in that order.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.
@@ -201,7 +203,8 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). The part that blur explains is
     subtracted first, because a copy that was made smaller is blurred: it differs from its original by a multiple of the
-    Laplacian. Different images, for example two handwritten digits, do not.
+    Laplacian. The difference between two different images, for example two handwritten
+    digits, is not such a multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. Rounding to whole
     pixels and JPEG blocks change an image of 32 pixels a lot, and an image of 300 pixels hardly at all. Photographs of

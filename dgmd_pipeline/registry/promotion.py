@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGE, PREVIOUS_STAGE = "Production", "Archived"
-# Of a reason or of the text of a gate. A tag contains the reason and all gates, and MLflow's databases limit a tag to
-# 5,000 characters.
+# The maximum length of a reason, and of the text of a gate. A tag contains the reason and all gates, and MLflow's
+# databases limit a tag to 5,000 characters.
 MAX_CHARACTERS = 500
 JSON_NAMES = {"time": "when", "user": "who", "previous": "former", "reason": "why"}  # field of Event -> JSON key
 

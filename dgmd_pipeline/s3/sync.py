@@ -141,9 +141,9 @@ def reuse(
     """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
     Of the files that an interrupted download left in `folder`, those whose objects have changed or are no longer listed
-    are removed. The other complete files are kept. Unchanged objects in `previous`, the folder of a finished download, are
-    linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the next
-    call reads after an interruption.
+    are removed. The other complete files are kept. Unchanged objects in `previous`, the folder of a finished download,
+    are linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the
+    next call reads after an interruption.
     """
     listed = {source.path: source for source in objects}
     complete: set[str] = set()  # paths of the complete files in `folder`

@@ -100,10 +100,10 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # Planning stores the fingerprints of the folders that are done. If the run holds the lock, only this process can
-        # change them, and it stores the new fingerprint after each change. So a planned folder without a fingerprint is
-        # not done. Luigi's own command does not hold the lock, and other processes may run steps: folders are examined
-        # again.
+        # Planning stores the fingerprints of the folders that are done. If the run holds the lock, only this process
+        # can change them, and it stores the new fingerprint after each change. So a planned folder without a
+        # fingerprint is not done. Luigi's own command does not hold the lock, and other processes may run steps:
+        # folders are examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -337,7 +337,7 @@ class Step(luigi.Task):
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
         With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. With
-        `--workers 2`, Luigi forks a process for each step, which cannot exit while the executor's processes are running.
+        `--workers 2`, Luigi forks a process for each step. It cannot exit while the executor's processes are running.
         """
         if self.context.holds_lock:
             yield
