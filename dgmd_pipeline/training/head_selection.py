@@ -80,7 +80,7 @@ class _Fold(NamedTuple):
 
 
 class _Fits(NamedTuple):
-    """The logistic regressions of all folds with the same settings."""
+    """A logistic regression for each fold, all with the same settings."""
 
     option: Option
     strength: int  # position of the option's strength in STRENGTHS

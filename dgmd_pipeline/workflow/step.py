@@ -101,9 +101,9 @@ class StepTarget(luigi.Target):
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
         # Planning stores the fingerprints of the folders that are done. If the run holds the lock, only this process
-        # can change them, and it stores the new fingerprint after each change. So a planned folder without a
-        # fingerprint is not done. Luigi's own command does not hold the lock, and other processes may run steps:
-        # folders are examined again.
+        # can change the folders, and it stores the new fingerprint of a folder after each change. So a planned folder
+        # without a fingerprint is not done. Luigi's own command does not hold the lock, and other processes may run
+        # steps: folders are examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -305,8 +305,8 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # The inner block explains errors of the work. The outer block would be too late: after an error, `draft`
-            # removes the folder, and the disk is no longer full.
+            # The explanation of a full disk reports how much is free. So this inner block explains errors of the work:
+            # before the outer block gets the error, `draft` removes the folder, which frees space.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
