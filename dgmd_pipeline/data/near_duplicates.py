@@ -184,8 +184,9 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
-    The images are in the order of the earlier call: each removed image is placed after the nearest image before it that
-    is still present. So a stable sort leaves images with equal hashes and brightness in that order.
+    The array keeps the order of the earlier call: each removed image is directly after the image that preceded it
+    there, or after an earlier one if that image was removed, too. So a stable sort leaves images with equal hashes and
+    brightness in that order.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.

@@ -305,8 +305,8 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # The explanation of a full disk reports how much is free. So this inner block explains errors of the work:
-            # before the outer block gets the error, `draft` removes the folder, which frees space.
+            # If the work fails, `draft` removes the folder, which frees space. This block runs before that, so its
+            # explanation of a full disk reports the free space at the time of the error.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
@@ -336,8 +336,9 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. With
-        `--workers 2`, Luigi forks a process for each step. It cannot exit while the executor's processes are running.
+        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. This is
+        necessary, because with `--workers 2`, Luigi forks a process for each step. The forked process cannot exit while
+        the executor's processes are running.
         """
         if self.context.holds_lock:
             yield
