@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
     max_class_drop: float  # largest significant loss of a class's recall that is accepted, 0 to 1
     max_latency_ratio: float  # largest ratio of the median latencies for one image, candidate to production
-    allow_lost_labels: bool = False  # whether the candidate may lack a label of production, or images of it
+    allow_lost_labels: bool = False  # whether a label of production may be missing, or have no training images
 
 
 class Decision(NamedTuple):
@@ -60,7 +60,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
     failed = [gate.name for gate in gates if gate.passed is False]
     applying = sum(gate.passed is not None for gate in gates)
     verdict, finding = _verdict(review)
-    reason = f"All conditions that apply hold ({applying} of {applying})."
+    reason = f"All conditions that apply are met ({applying} of {applying})."
     advice = ADVICE.get(verdict, "Do not promote")
     if failed:
         advice = "Do not promote"
@@ -210,7 +210,7 @@ def _detectable(comparison: "Comparison", max_drop: float) -> str:
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
     label, power = f"a label with {counted(images, 'image')}", percent(class_losses.POWER)
     if loss is None:
-        return f"This test is too weak for {label}: it would detect a fall to 0 % with a probability below {power}."
+        return f"This test is too weak for {label}: it would detect a recall of 0 % with a probability below {power}."
     return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
 
 

@@ -140,8 +140,8 @@ def reuse(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
-    Of the files that an interrupted download left in `folder`, those whose objects have changed or are no longer listed
-    are removed. The other complete files are kept. Unchanged objects in `previous`, the folder of a finished download,
+    An interrupted download may have left files in `folder`. Complete files of unchanged objects are kept, and other
+    files are removed. Unchanged objects in `previous`, the folder of a finished download,
     are linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the
     next call reads after an interruption.
     """
@@ -207,7 +207,7 @@ def _is_complete(folder: Path, path: str, size: int) -> bool:
 def _remove(folder: Path, path: str) -> None:
     """Remove a file, and then its empty parent folders.
 
-    After the object `a/b` was replaced with an object `a`, the folder `a` would be in its way.
+    If an object `a` has replaced the object `a/b`, an empty folder `a` would prevent the creation of the file `a`.
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         (folder / path).unlink()

@@ -137,9 +137,9 @@ def _match(rows: np.ndarray, edges: Sequence[tuple[int, int]], stored: Sequence[
 
 
 def write(folder: Path, records: Path, reuse: Reuse, origin: Origin, dimensions: int) -> None:
-    """Write a folder of features for a folder of records. `reuse.new` must be empty.
+    """Write a folder of features by linking and copying stored vectors.
 
-    Raises ValueError if vectors are missing, and OSError if the folder cannot be written.
+    Raises ValueError if a record has no stored vector (see `reuse.new`), and OSError if the folder cannot be written.
     """
     if len(reuse.new):
         raise ValueError(f"{folder}: {len(reuse.new)} vectors are missing")
