@@ -26,7 +26,9 @@ def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None
     """
     numbers = columns.LabelNumbers()
     found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
-    index_of = np.array([indexes.get(name, -1) for name in numbers.names])  # by the number of a label
+    index_of = np.array(
+        [indexes.get(name, -1) for name in numbers.names]
+    )  # class index of a label by its number in `numbers`
     classes = index_of[np.concatenate(found)]
     kept = balance(classes, limit, manifest.read_columns(images, Image, "sha256"))
     batches = _examples(manifest.read_columns(images, Image), classes)

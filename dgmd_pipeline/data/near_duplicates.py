@@ -23,8 +23,8 @@ _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbna
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
-# Twice the DCT coefficient that noise of one level (of 255) causes. _COSINES is scaled by 1,024 and applied twice;
-# _LUMA is scaled by 1,000.
+# A bit of the hash is set if its DCT coefficient exceeds this threshold: twice the coefficient of noise of one grey
+# level (of 255). _COSINES is scaled by 1,024 and applied twice; _LUMA is scaled by 1,000.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -184,9 +184,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
-    The array keeps the order of the earlier call: each removed image is directly after the image that preceded it
-    there, or after an earlier one if that image was removed, too. So a stable sort leaves images with equal hashes and
-    brightness in that order.
+    The array keeps the order of the earlier call, also for the removed images. So a stable sort leaves images with
+    equal hashes and brightness in that order.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.
@@ -202,9 +201,9 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
 
     The sizes are the widths and heights of the images [n, 2], in pixels.
 
-    Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). The part that blur explains is
-    subtracted first, because a copy that was made smaller is blurred: it differs from its original by a multiple of the
-    Laplacian. The difference between two different images, for example two handwritten
+    Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). A copy that was made smaller is
+    blurred, so it differs from its original by a multiple of the Laplacian. The part of the difference that is such a
+    multiple is subtracted first. The difference between two different images, for example two handwritten
     digits, is not such a multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. Rounding to whole

@@ -108,8 +108,8 @@ def write(found: LabelSuspects, folder: Path) -> None:
 def _sample(given: np.ndarray, seed: int) -> np.ndarray:
     """Return the sorted rows to fit on: all rows, or a sample if there are more than MAX_FITTED.
 
-    In a sample, the number of rows of a label is in proportion to its number of images. If this number would be below
-    MIN_FITTED_OF_LABEL, the sample has MIN_FITTED_OF_LABEL rows of the label, or all its rows if it has fewer.
+    In a sample, each label has rows in proportion to its number of images, but at least MIN_FITTED_OF_LABEL. A label
+    with fewer images than that has all of them.
     """
     if len(given) <= MAX_FITTED:
         return np.arange(len(given))
@@ -143,8 +143,8 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
     """Return the projection on the first COMPONENTS principal components, and the projected features.
 
     Features are centred and divided by one number, the standard deviation of all values, so the ratios of the
-    variances stay the same. The rotation does not change the predictions of a head with L2 regularisation. The dropped
-    components would have the least influence on the predictions.
+    variances stay the same. A projection on all components would only rotate the vectors, which does not change the
+    predictions of a head with L2 regularisation. The dropped components have the least influence on the predictions.
     """
     from scipy import linalg
 

@@ -117,8 +117,8 @@ def gate(client: Client, stop: Event | None = None) -> Iterator[Gate]:
         gate.wait()
 
     events.register_first("request-created.s3", wait)  # before the request is signed
-    # botocore uses the first delay that a handler returns. This handler is the last one, so if botocore itself repeats
-    # the request, it does so after its own delay.
+    # botocore uses the first delay that a handler returns. This handler is the last one, after that of botocore's own
+    # retries. So its delay counts only if botocore would not repeat the request.
     events.register_last("needs-retry.s3", gate._observe)
     try:
         yield gate

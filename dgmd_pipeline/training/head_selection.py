@@ -100,7 +100,7 @@ def select(
 
     The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
-    `class_weights` are float32 [classes]. `components` are the components of the training images.
+    `class_weights` are float32 [classes]. `components` are the principal components of the training images' features.
     Unless `kind` is "linear", `hidden` is cross-validated, which changes its weights.
     """
     seed = int(config.seed or 0)

@@ -39,7 +39,7 @@ def _version() -> str:
 
 
 class UpstreamChange(NamedTuple):
-    """A change outside the pipeline, for example in the bucket, and what is known of the new folder."""
+    """A change outside the pipeline, for example in the bucket, and what is known of the step's next folder."""
 
     reason: str
     fingerprint: str | None = None
@@ -305,8 +305,8 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # If the work fails, `draft` removes the folder, which frees space. This block runs before that, so its
-            # explanation of a full disk reports the free space at the time of the error.
+            # If the work fails, `folders.draft` removes the draft, which frees space. This inner block gets the error
+            # before that, so its explanation of a full disk reports the free space at the time of the error.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
