@@ -52,7 +52,8 @@ def run(
     ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
-            # Before the process is ended after a signal, there is too little time for a message to NOTIFY_URL.
+            # If a run does not end soon after a signal, `signals` ends the process. There is then too little time for a
+            # message to NOTIFY_URL.
             quiet = values.model_copy(update={"notify_url": None})
             signals.before_end.append(
                 lambda number: publish_status(
@@ -146,7 +147,10 @@ def _finish(values: Settings, context: RunContext, until: str | None, url: str |
 
 
 def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]) -> _Ending:
-    """Return the result of a run that changed the step `last`, and promote its version if PROMOTE_IF_BETTER is set."""
+    """Return the ending of a run that wrote the folder of the step `last`.
+
+    If PROMOTE_IF_BETTER is set, this function promotes the version of the run if it is better.
+    """
     if last != names.REGISTERED_MODEL:
         return _Ending(0, f"{last}: {summary}", [])  # the step has logged this
     lines = [f"{summary}.", *lookup.summary(values.data_dir, None if values.promote_if_better else counts["version"])]
@@ -219,7 +223,7 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, same_images: bool) -> str:
-    """Return the message of a run that did not change the step `last`, whose counts are given.
+    """Return the message of a run that did not write the folder of the step `last`, whose counts are given.
 
     `idle`: no step ran; `same_images`: the bucket had nothing new.
     """

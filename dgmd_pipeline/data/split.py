@@ -27,8 +27,9 @@ class Split(NamedTuple):
 def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:
     """Write `training.csv` and `validation.csv` into `folder` (see `split`), and return the counts.
 
-    `rows` is a CSV file of `Example` rows. Both splits keep their order. Warns of labels without validation images.
-    Raises NoUsableInput if no label has validation images.
+    `rows` is a CSV file of `Example` rows. The rows of each split have the same order as in `rows`.
+
+    Warns of labels without validation images. Raises NoUsableInput if no label has validation images.
     """
     numbers = columns.LabelNumbers()
     labels, ranks = [], []

@@ -202,15 +202,16 @@ def lost_classes(comparison: "Comparison", max_drop: float) -> "list[ClassCompar
 
 
 def _detectable(comparison: "Comparison", max_drop: float) -> str:
-    """Return a sentence that says how small a loss the gate detects, for a label with the median number of images."""
+    """Return a sentence about the smallest loss that the gate detects, for a label with the median number of images."""
     rows = sorted(comparison.classes, key=lambda row: row.images)
     middle = rows[(len(rows) - 1) // 2]
     images = middle.images
     others = [row.gained + row.lost for row in rows if row is not middle]
     loss = class_losses.detectable_loss(images, others, comparison.detection.disagreement, max_drop)
-    label, power = f"a label with {counted(images, 'image')}", percent(class_losses.POWER)
+    label = f"a label with {counted(images, 'image')}"
     if loss is None:
-        return f"This test is too weak for {label}: it would detect a recall of 0 % with a probability below {power}."
+        return f"This test is too weak for {label}: it can miss even a fall of the recall to 0 %."
+    power = percent(class_losses.POWER)
     return f"For {label}, this test would find a loss of {100 * loss:.0f} points with a probability of {power}."
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # end of an address of MLflow; newer pages ignore KIND
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # added to links, because newer versions of MLflow ignore KIND
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -59,9 +59,9 @@ def git_revision(path: Path) -> str | None:
 def register(store: Store, experiment: str, name: str, candidate: Candidate) -> RegisteredVersion:
     """Log a run and create a non-production version with the alias `candidate`, unless this training has a version.
 
-    Returns the version. Afterwards, the training has one version, one run and one logged model. Runs and versions have
-    the training's id as a tag. A complete run of an earlier attempt is reused. Other runs and versions of the training
-    are deleted, except versions that somebody has promoted or given an alias.
+    Returns the version. Runs and versions have the training's id as a tag. A complete run of an earlier attempt is
+    reused. Surplus runs, logged models and versions of the training are deleted. A version that somebody has promoted
+    or given an alias is never deleted.
 
     Raises PipelineError if MLflow refuses, or cannot be reached after the client's retries.
     """
@@ -162,7 +162,10 @@ def _create_version(client: "MlflowClient", name: str, run: LoggedRun, candidate
 
 
 def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: str) -> tuple[ModelState, ModelVersion]:
-    """Delete the versions of a training that are not in use, except one. Return the new state and the kept version."""
+    """Keep one version of a training, and delete the others that are not in use.
+
+    Return the new state and the version that is kept.
+    """
     kept, *others = _of_training(state, training_id)
     for other in others:
         if _in_use(other):

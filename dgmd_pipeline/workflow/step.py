@@ -39,7 +39,7 @@ def _version() -> str:
 
 
 class UpstreamChange(NamedTuple):
-    """A change outside the pipeline, for example in the bucket, and what is known of the step's next folder."""
+    """A change outside the pipeline, for example in the bucket, and what is known of the folder after the next run."""
 
     reason: str
     fingerprint: str | None = None
@@ -100,10 +100,10 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # Planning stores the fingerprints of the folders that are done. If the run holds the lock, only this process
-        # can change the folders, and it stores the new fingerprint of a folder after each change. So a planned folder
-        # without a fingerprint is not done. Luigi's own command does not hold the lock, and other processes may run
-        # steps: folders are examined again.
+        # Planning stores the fingerprints of the folders that are done. With the lock, only this process can change the
+        # folders, and it stores the new fingerprint of a folder after each change. So a folder that was planned and has
+        # no fingerprint is not done. Without the lock (Luigi's own command), another process may have run the step:
+        # examine the folder again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
