@@ -248,8 +248,8 @@ def _benchmark(
     """Benchmark a candidate on `sample`, which has the first of the images, and on the original files of the sample."""
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
-    beside = f", together with version {production.version}" if production else ""
-    log.info("  benchmarking %s in a clean process%s ...", model, beside)
+    beside = f" and version {production.version}" if production else ""
+    log.info("  benchmarking %s%s in a clean process ...", model, beside)
     files = []
     if images.raw is not None:  # records are in the order of a hash, so the first ones are a random sample
         files = [images.raw / row.path for row in images.examples[: len(sample)]]

@@ -1,7 +1,7 @@
 """The demo -> docs/images/: a run in a terminal as SVG, and the top of the report as PNG. `make pictures` runs it.
 
-The demo trains a first version, which is promoted. The images show a second run with another setting: its plan has
-steps that are done, and its report has a comparison with production.
+The demo prepares the data. A version that was trained for two epochs is promoted. The images show a run with more
+epochs: its plan has steps that are done, and its report has a comparison with production.
 
 It needs the extra `docs` of setup.py and Chromium or Chrome.
 """
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "docs" / "images"
 COLUMNS, ROWS = 80, 50
 REPORT_SIZE = 1000, 1150  # pixels
-EPOCHS = re.compile(r"\n  epoch 3/.*(?=\n  epoch 20/)", re.DOTALL)
+EPOCHS = re.compile(r"\n\S+ +epoch 3/.*(?=\n\S+ +epoch 20/)", re.DOTALL)
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> str:
@@ -81,6 +81,7 @@ def main() -> None:
         folder = Path(name).resolve()
         run(folder, "demo")
         arguments = ("--env-file", "demo.env")
+        run(folder, *arguments, EPOCHS="2")
         run(folder, "promote", "--yes", *arguments)
         output = run(folder, *arguments, EPOCHS="20")
         save_terminal(f"$ EPOCHS=20 python pipeline.py {' '.join(arguments)}", output, folder)
