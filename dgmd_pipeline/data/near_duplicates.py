@@ -23,8 +23,8 @@ _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbna
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
-# A bit of the hash is set if its DCT coefficient exceeds this threshold: twice the coefficient of noise of one grey
-# level (of 255). _COSINES is scaled by 1,024 and applied twice; _LUMA is scaled by 1,000.
+# A bit of the hash is set if its DCT coefficient exceeds this threshold. It is twice the standard deviation that noise
+# of one grey level (of 255) causes. _COSINES is scaled by 1,024 and applied twice; _LUMA is scaled by 1,000.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -184,8 +184,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
 
-    The array keeps the order of the earlier call, also for the removed images. So a stable sort leaves images with
-    equal hashes and brightness in that order.
+    The array is in the order of the paths, and removed images are at their old places. So a stable sort puts old images
+    with equal hashes and brightness in the same order as the earlier call did.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.
@@ -206,12 +206,12 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     multiple is subtracted first. The difference between two different images, for example two handwritten
     digits, is not such a multiple.
 
-    The tolerance depends on the contrast of the images and on the shortest side of the smaller image. Rounding to whole
-    pixels and JPEG blocks change an image of 32 pixels a lot, and an image of 300 pixels hardly at all. Photographs of
-    two items of an industrial product differ only a little more than copies do: two solar cells of 300 pixels differ by
-    at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md). Images that differ by a
-    tint of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as copies. For flat images
-    the tolerance is 0.5, so that images of two different colours never count as copies.
+    The tolerance depends on the contrast of the images and on the shortest side of the smaller image. JPEG blocks, and
+    the rounding of the size to whole pixels, change an image of 32 pixels a lot, and an image of 300 pixels hardly at
+    all. Photographs of two items of an industrial product differ only a little more than copies do: two solar cells of
+    300 pixels differ by at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md).
+    Images that differ by a tint of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as
+    copies. For flat images the tolerance is 0.5, so that images of two different colours never count as copies.
     """
     shortest = np.minimum(left_size.min(1), right_size.min(1))
     stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))

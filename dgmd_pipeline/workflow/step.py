@@ -39,7 +39,7 @@ def _version() -> str:
 
 
 class UpstreamChange(NamedTuple):
-    """A change outside the pipeline, for example in the bucket, and what is known of the folder after the next run."""
+    """A change outside the pipeline, for example in the bucket, and what is known of the resulting folder."""
 
     reason: str
     fingerprint: str | None = None
