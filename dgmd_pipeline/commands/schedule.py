@@ -143,7 +143,7 @@ def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Ca
 
 
 def _run(command: Sequence[str]) -> int:
-    # The run has its own process group: Ctrl-C on a terminal reaches only this process, which stops the run.
+    # The run has its own process group, so Ctrl-C on a terminal reaches only the schedule. The schedule stops the run.
     child = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own command
     try:
         return child.wait()

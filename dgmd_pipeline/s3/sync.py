@@ -49,7 +49,7 @@ class DownloadResult:
 
     @property
     def summary(self) -> str:
-        """The counts as a line for the log, without objects that were left out: a warning lists them."""
+        """The counts as a line for the log. Objects that were left out are listed in a warning instead."""
         objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
         return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}"
 

@@ -155,7 +155,7 @@ def _divide(vectors: np.ndarray, labels: np.ndarray, masks: Iterable[tuple[np.nd
 
 
 def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class_weights: np.ndarray) -> Option:
-    """Return the best logistic regression over shrinkages and strengths. `cv_folds` hold results of `linear.project`.
+    """Return the best logistic regression over shrinkages and strengths. `cv_folds` have coordinates as vectors.
 
     For each shrinkage, the search for a strength starts at the best strength of the previous shrinkage. After a
     shrinkage that is not better than the previous one, no further shrinkage is evaluated.
