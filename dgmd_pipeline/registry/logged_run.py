@@ -99,7 +99,7 @@ def log_run(client: "MlflowClient", experiment_id: str, candidate: Candidate) ->
     """
     from mlflow.tracking.context import registry
 
-    model_file = _ModelFile(candidate.model())
+    model_file = candidate.model()
     tags = registry.resolve_tags({**candidate.tags, TRAINING_ID: candidate.training_id})  # plus user, program, commit
     created = f"{_of_training(candidate.training_id)} and attributes.status = 'RUNNING'"
     run_id = (
@@ -220,9 +220,7 @@ def _dataset(candidate: Candidate) -> "DatasetInput":
     return DatasetInput(Dataset(**described), [InputTag(MLFLOW_DATASET_CONTEXT, "training")])
 
 
-def _log_model(
-    client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, model_file: _ModelFile
-) -> str:
+def _log_model(client: "MlflowClient", experiment_id: str, run_id: str, candidate: Candidate, model_file: Path) -> str:
     """Log the model as an output of the run, with its labels; return the model's id."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.tracking.context import registry
@@ -244,7 +242,7 @@ def _log_model(
     return model.model_id
 
 
-def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, model_file: _ModelFile) -> None:
+def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, model_file: Path) -> None:
     """Write the files of the model: MLflow's Keras flavor, the labels, and the Python function of `serving`."""
     import mlflow.keras
     from mlflow.models import Model
@@ -254,7 +252,7 @@ def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate
         metadata={"labels": list(candidate.labels)},
     )  # fmt: skip
     mlflow.keras.save_model(
-        model_file, str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
+        _ModelFile(model_file), str(folder), mlflow_model=described, signature=_signature(len(candidate.labels)),
         pip_requirements=_requirements(),
     )  # fmt: skip
     described.flavors["python_function"] |= {"loader_module": source.write(folder / "code"), "code": "code"}

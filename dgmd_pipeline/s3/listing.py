@@ -31,7 +31,7 @@ _PLAIN_NAME = re.compile(r"[0-9A-Za-z_][ -.0-\[\]-~]{,254}")  # safe names of fi
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the separator of Windows
 
 
-class Objects(Collection[SourceObject]):
+class Objects:
     """Objects below one prefix. They are stored in columns, which need half the memory of tuples.
 
     Iteration makes the tuples. Keys are not stored, because a key is `root` followed by the path. `root` is the prefix
@@ -70,9 +70,6 @@ class Objects(Collection[SourceObject]):
 
     def __iter__(self) -> Iterator[SourceObject]:
         return map(SourceObject, map(self.root.__add__, self.paths), self.sizes, self.etags, self.paths)
-
-    def __contains__(self, source: object) -> bool:
-        return any(source == each for each in self)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _failure_check(client: Client, listing: Listing, max_failed: float) -> Calla
 
     An object that is gone or archived does not count.
     """
-    totals = Counter(source.path.partition("/")[0] for source in listing.objects)
+    totals = Counter(path.partition("/")[0] for path in listing.objects.paths)
     failed: Counter[str] = Counter()
 
     def check(row: Rejected) -> None:
@@ -141,9 +141,9 @@ def reuse(
     """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
     An interrupted download may have left files in `folder`. Complete files of unchanged objects are kept, and other
-    files are removed. Unchanged objects in `previous`, the folder of a finished download,
-    are linked, or copied if the disk has no hard links. The listing is stored in the file `resume_listing`, which the
-    next call reads after an interruption.
+    files are removed. Unchanged objects in `previous`, the folder of a finished download, are linked, or copied if the
+    disk has no hard links. The listing is stored in the file `resume_listing`, which the next call reads after an
+    interruption.
     """
     listed = {source.path: source for source in objects}
     complete: set[str] = set()  # paths of the complete files in `folder`

@@ -47,7 +47,6 @@ def start_tensorflow() -> None:
         import tensorflow  # noqa: F401
     finally:
         gc.enable()
-        gc.freeze()
         if hides:
             sys.modules.pop("sklearn", None)
         os.dup2(saved, 2)
