@@ -2,7 +2,7 @@
 
 import sys
 
-# Worker processes import this file again under another name: they must not start a run.
+# A worker process must not start a run. It also imports this file, but under another name than `__main__`.
 if __name__ == "__main__":
     try:
         from dgmd_pipeline.cli import command

@@ -4,9 +4,9 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
-# boto3 reads the first of these variables, and REQUESTS_CA_BUNDLE if the first is unset. MLflow's client reads the
-# MLFLOW_ variables; its library, requests, reads REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE. urllib, which sends messages to
-# NOTIFY_URL and downloads ImageNet weights, reads SSL_CERT_FILE.
+# boto3 reads AWS_CA_BUNDLE or, if that variable is unset, REQUESTS_CA_BUNDLE. MLflow's client reads the MLFLOW_
+# variables. MLflow's client uses the library requests, which reads REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE. urllib, which
+# sends messages to NOTIFY_URL and downloads ImageNet weights, reads SSL_CERT_FILE.
 VARIABLES = (
     "AWS_CA_BUNDLE",
     "MLFLOW_TRACKING_SERVER_CERT_PATH",
@@ -15,11 +15,15 @@ VARIABLES = (
     "CURL_CA_BUNDLE",
     "SSL_CERT_FILE",
 )
+# Variables that may also name a folder of certificate files.
 FOLDERS_ALLOWED = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def mistakes(environment: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each variable that does not name a readable file with certificates in PEM format."""
+    """Return a sentence for each variable that does not name a readable file with certificates in PEM format.
+
+    A variable in FOLDERS_ALLOWED may instead name a folder that is not empty.
+    """
     return [
         f"{name}={value}: expected the path of a readable file of certificates (PEM); {problem}. For a "
         "container, give the path inside the container: mount the file, or correct the path."

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 log = logging.getLogger("dgmd_pipeline")
-# Rows are tuples without reference cycles, so the garbage collector frees none of them. By default, the collector runs
-# after 700 new objects. In the steps that process rows, it would take a tenth of the time, and a larger share if there
-# are more rows.
+# Rows are tuples without reference cycles, so the garbage collector has nothing to free among them. By default, it runs
+# after 700 new objects, and would take a tenth of the time of the steps that process rows. This share grows with the
+# number of rows.
 ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
   0    success
-  1    health: the last run failed; elsewhere: a bug of the pipeline
+  1    health: the last run failed; other commands: a bug of the pipeline
   2    invalid setting or argument, or an environment in which nothing can run
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels, corrections.csv,
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--time cannot be combined with a command")
     try:
         with signals.handle_signals():
-            # If a command prints data to stdout, the log goes to stderr. `predict` always counts as such a command,
-            # because its output is often redirected to a file.
+            # If a command prints data to stdout, the log goes to stderr. All output of `predict` counts as data,
+            # because users often redirect it to a file.
             printed = options.json or options.csv or vars(options).get("name") == "predict"
             stream, times = sys.stderr if printed else sys.stdout, options.command in (_run, _run_or_schedule, _demo)
             logs.start(stream, options.verbose, environment.wants_colours(), times)
@@ -91,14 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("%s", signals.stop_message(signals.received[0]))
         return 128 + signals.received[0]
-    # A run succeeds even if its log is lost. The output of another command is its only result: if it is lost, the
-    # command fails.
+    # A run succeeds even if its log is lost. Any other command fails if its output is lost, because the output is the
+    # command's only result.
     is_run = options.command in (_run, _run_or_schedule)
     return PipelineError.exit_code if not code and not is_run and logs.lost_output() else code
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Options have no defaults here: a command's defaults would overwrite the options that precede the command.
+    # No option has a default in its parser. The default of a command's option would overwrite the value that the
+    # operator gave before the command.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env-file", metavar="FILE", help="read variables from FILE (default: .env, if it exists)")
     common.add_argument("--verbose", action="store_true", help="show Luigi's log, too")
@@ -137,7 +138,7 @@ def _add_only_if_better(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """Return a function that reads a number from the command line; `expected` is for the error."""
+    """Return a function that reads a number from the command line. Its error says what is `expected`."""
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -271,8 +272,8 @@ def _demo(options: argparse.Namespace) -> int:
     given = ("env_file", "force", "until", "refresh", "only_if_better")
     if refused := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
         raise SettingsError(
-            f"demo does not accept {', '.join(refused)}. After the demo, use these options with: run --env-file "
-            f"{demo.ENV_FILE}"
+            f"demo does not accept {', '.join(refused)}. After the demo, use them with `run --env-file "
+            f"{demo.ENV_FILE}`."
         )
     if options.serve is not None:
         demo.serve(options.serve)

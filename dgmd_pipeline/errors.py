@@ -1,14 +1,14 @@
 """The exceptions for operators, with their exit codes.
 
-The message of a `PipelineError` is complete: what was expected, what was found, where, and what to do. It is printed
-without a traceback. Any other exception is a bug and is printed with one.
+The message of a `PipelineError` is complete: what was expected, what was found, where, and what to do. The message
+is printed without a traceback. Any other exception is a bug and is printed with its traceback.
 """
 
 import signal
 
 
 class PipelineError(Exception):
-    """A failure that the operator can fix. Exit code 30: a step failed."""
+    """A failure that the operator can fix. The exit code is 30, except in some subclasses."""
 
     exit_code = 30
 
@@ -26,7 +26,7 @@ class Busy(PipelineError):
 
 
 class NoUsableInput(PipelineError):
-    """There is nothing to train on: no bucket, no access, no images, or fewer than two labels. Exit code 20."""
+    """An input is missing or not usable: the bucket, images, labels, a file or a version. Exit code 20."""
 
     exit_code = 20
 
@@ -44,12 +44,12 @@ class Declined(Refused):
 class TooLittleMemory(PipelineError):
     """An operation needs more memory than the run may use for it.
 
-    The message begins with "needs": the code that reports the error puts a subject before it.
+    The message begins with "needs", because the code that reports the error puts a subject before the message.
     """
 
 
 class WorkerDied(PipelineError):
-    """A worker process ended while it worked on an item. The message is a clause that says how it ended."""
+    """A worker process ended while it worked on an item. The message is a clause that says how the process ended."""
 
     def __init__(self, exit_code: int) -> None:
         """Take the exit code of the process, which is -N if signal N ended it."""
@@ -61,9 +61,12 @@ class WorkerDied(PipelineError):
         super().__init__(f"the process {text}{cause}")
 
     def __reduce__(self) -> tuple[type["WorkerDied"], tuple[int]]:
-        """Pickle the exit code: the default would call `__init__` with the message."""
+        """Pickle the exit code, because `__init__` takes it. By default, `__init__` would get the message."""
         return type(self), (self._exit_code,)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM was received. The base is KeyboardInterrupt: Luigi reports other exceptions as failed tasks."""
+    """SIGINT or SIGTERM was received.
+
+    The base class is KeyboardInterrupt, because Luigi reports any other exception as the failure of a task.
+    """

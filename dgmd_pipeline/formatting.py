@@ -59,7 +59,8 @@ def printable(key: str) -> str:
 def one_line(text: str, limit: int = 1000) -> str:
     """Return a text from a file or a library as one line of at most `limit` printable characters.
 
-    If the text is longer, "..." replaces its middle: errors begin with the cause, and paths end with the file's name.
+    In a longer text, "..." replaces the middle. Both ends stay, because errors begin with the cause, and paths end with
+    the file's name.
     """
     return _cut(printable(_cut(" ".join(text.split()), limit)), limit)
 
@@ -83,9 +84,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def whole_percentages(parts: Sequence[float]) -> list[int]:
-    """Return the shares of `parts` in whole percent, rounded so that they sum to 100. Not all parts may be 0.
+    """Return the shares of `parts` in whole percent, rounded so that they sum to 100.
 
-    Method: largest remainder.
+    At least one part must be above 0. The method is the largest remainder method.
     """
     total = sum(parts)
     exact = [100 * part / total for part in parts]
@@ -97,7 +98,7 @@ def whole_percentages(parts: Sequence[float]) -> list[int]:
 
 
 def as_user(user: int) -> str:
-    """Return the options that start the container as a user."""
+    """Return the options of Docker and of Docker Compose that start the container as a user."""
     return f"`docker run --user {user}`, or PIPELINE_USER={user} in .env with Docker Compose"
 
 
@@ -108,7 +109,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe_reuse(count: int, what: str, new: int) -> str:
-    """Return the number of things, and how many of them are new and reused: "1,600 images (12 new, 1,588 reused)".
+    """Return the number of things, and how many are new and how many reused: "1,600 images (12 new, 1,588 reused)".
 
     If all things are new, the part in parentheses is missing.
     """

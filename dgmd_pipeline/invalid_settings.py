@@ -18,8 +18,9 @@ from dgmd_pipeline.errors import SettingsError
 
 MAX_NAME = 256  # characters of a name in MLflow's database
 SHOWN = 200  # characters of a value, maximum
-# A lower bound of the memory for each pixel of an image. A float32 image alone takes 12 bytes a pixel. Training `cnn`
-# took 180 bytes a pixel, computed from the difference between batches of 64 and of 32 images of 256 x 192 pixels.
+# Each pixel of an image in a batch needs at least this many bytes of memory. A float32 image alone takes 12 bytes a
+# pixel. Training `cnn` took 180 bytes a pixel. This figure comes from the difference in memory between batches of 64
+# images and batches of 32 images, each of 256 x 192 pixels.
 PIXEL_BYTES = 40
 FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
 
@@ -131,7 +132,7 @@ def check_name(value: str) -> None:
         raise ValueError(f"a name of at most {MAX_NAME} characters that are not all blanks")
 
 
-CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # by the name of a field
+CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # name of a setting -> its checks
     "aws_data_bucket": (check_bucket,),
     "backbone_weights": (check_weights,),
     "mlflow_tracking_uri": (check_store,),
@@ -146,7 +147,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {  # by the name of a fie
 def check_memory(width: int, height: int, batch_size: int | None, memory: int) -> None:
     """Raise SettingsError if the images that are in memory at once do not fit in `memory` bytes.
 
-    `width` and `height` are in pixels; `batch_size` is that of `cnn`, and None for a frozen backbone.
+    `width` and `height` are in pixels; `batch_size` is BATCH_SIZE for the backbone `cnn`, and None for other backbones.
     """
     images = FROZEN_BATCH if batch_size is None else batch_size
     needed = images * width * height * PIXEL_BYTES

@@ -51,7 +51,7 @@ def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
 def _as_json(reviewed: "Review") -> dict[str, object]:
     """Return the comparison and the serving benchmark of a review as JSON values.
 
-    The keys of values of the second version begin with `other_`.
+    If a value belongs to the second version, its key begins with `other_`.
     """
     from dgmd_pipeline.evaluation import comparison, serving_benchmark
 

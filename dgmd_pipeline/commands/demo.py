@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BUCKET, PREFIX = "dgmd-demo", "train/downloaded-images"
 ENV_FILE, DATA_DIR = Path("demo.env"), Path("demo-data")
-READY = "ready"  # key of the object that is written last
+READY = "ready"  # key of the object that shows other containers that the bucket is complete
 SETTINGS = {
     "AWS_DATA_BUCKET": BUCKET,
     "AWS_DATA_PATH": PREFIX,
@@ -37,12 +37,14 @@ SETTINGS = {
     "IMAGE_WIDTH": "32",
     "IMAGE_HEIGHT": "32",
     "BALANCE_LIMIT": "1.15",  # low enough to reduce some classes
-    "SEED": "7",  # repeatable on the same CPU; docs/measurements/training.md compares seeds
+    "SEED": "7",  # makes the result repeatable on the same CPU; docs/measurements/training.md compares seeds
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
 HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect the demo
-KEPT = "DASK_SCHEDULER_ADDRESS"  # the only setting of the caller that the demo keeps: it does not change the result
-# File name extension and content; scraped files often have a wrong extension.
+# The demo keeps only this setting of the caller, because it does not change the result.
+KEPT = "DASK_SCHEDULER_ADDRESS"
+# Extension of the file name, and format of the content. They may differ, because scraped files often have a wrong
+# extension.
 FORMATS = (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("jpeg", "PNG"), ("bmp", "BMP"))
 SHARES = (1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 0.7, 1.0, 0.6, 0.5)  # share of each digit's images that is put into the bucket
 
@@ -78,7 +80,9 @@ def run(pipeline: Callable[[list[str]], int]) -> int:
         _print_next_commands()
         overriding = [name for name in removed if name in variables or not name.startswith(("AWS_", *HARMLESS))]
         if overriding:
-            log.warning("Your environment overrides %s: first run `unset %s`", ENV_FILE, " ".join(overriding))
+            log.warning(
+                "Your environment overrides %s. Before these commands, run `unset %s`", ENV_FILE, " ".join(overriding)
+            )
     return code
 
 
@@ -116,7 +120,7 @@ def _endpoint(host: str, port: int) -> "ThreadedMotoServer":
 
 
 def _changes_in_env_file(variables: dict[str, str]) -> dict[str, str]:
-    """Return the variables that the operator has changed or added in an existing file, except those of the endpoint."""
+    """Return what the operator has changed in or added to `demo.env`, except DATA_DIR and the endpoint's variables."""
     if not ENV_FILE.exists():
         return {}
     own = {"DATA_DIR", "AWS_ENDPOINT_URL", "NO_PROXY", *CREDENTIALS}

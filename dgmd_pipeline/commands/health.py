@@ -75,7 +75,7 @@ def _examine(values: "Settings", max_age: float | None) -> Health:
         when = (
             "No run has succeeded yet" if age == float("inf") else f"The last run that succeeded ended {age:.1f} h ago"
         )
-        problems.append(f"{when}: expected one in the last {max_age:g} h (HEALTH_MAX_AGE).")
+        problems.append(f"{when}. Expected a success in the last {max_age:g} h (HEALTH_MAX_AGE).")
     return Health(last, active, schedule.read_next(values.data_dir), problems)
 
 

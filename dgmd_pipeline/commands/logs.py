@@ -37,8 +37,8 @@ class _Output(io.FileIO):
 def protect_streams() -> None:
     """Replace the standard streams by streams that do not raise if a pipe is closed or a disk is full.
 
-    A closed stream becomes /dev/null. Otherwise, the next file that is opened would get its file descriptor, and would
-    receive the messages of libraries.
+    A closed stream becomes /dev/null. Otherwise, the next file that is opened would get the file descriptor of the
+    stream, and libraries would write their messages into this file.
     """
     for number in (0, 1, 2):
         try:
@@ -51,7 +51,7 @@ def protect_streams() -> None:
 
 def _protected(number: int, stream: TextIO | None) -> TextIO:
     raw = _Output(number, "w", closefd=False)
-    if not isinstance(stream, io.TextIOWrapper):  # Python had found it closed
+    if not isinstance(stream, io.TextIOWrapper):  # the stream was closed when Python started
         raw.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8")
     lines = stream.line_buffering or stream.write_through
@@ -75,7 +75,7 @@ def start(stream: TextIO, verbose: bool, colours: bool = False, times: bool = Tr
     Lines begin with the time if `times` is set. A terminal shows warnings and errors in colour if `colours` is set.
     """
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # a line with a file name that is not UTF-8 would be lost
+        stream.reconfigure(errors="backslashreplace")  # else a line with a file name that is not UTF-8 is lost
     handler = logging.StreamHandler(stream)
     lines = _Lines("%(asctime)s %(message)s" if times else "%(message)s")
     handler.setFormatter(_TerminalLines(colours, times) if stream.isatty() else lines)
@@ -108,9 +108,9 @@ class _TerminalLines(_Lines):
     """Begins a message with the time of day if `times` is set, and wraps it between words.
 
     A record may have one of these attributes:
-    `table`: the line is a row of a table whose last cell begins at this column; it gets no time.
-    `verbatim`: the lines are for copying; they get no time and are not wrapped.
-    `result`: the line is the result of a run; it is bold.
+    `table`: the line is a row of a table. The value is the column at which the last cell begins. The row gets no time.
+    `verbatim`: the lines are for copying. They get no time and are not wrapped.
+    `result`: the line is the result of a run. It is bold.
     """
 
     STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow
@@ -135,9 +135,9 @@ class _TerminalLines(_Lines):
 
 
 def _wrap(line: str, width: int, column: int | None) -> str:
-    """Break a line between words, and indent all but the first part to `column`.
+    """Break a line between words. Indent every part except the first one to `column`.
 
-    If `column` is None, indent them by two characters more than the line.
+    If `column` is None, the indentation is that of the line and two characters more.
     """
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
     wrapper = textwrap.TextWrapper(

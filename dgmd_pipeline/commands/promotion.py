@@ -31,7 +31,7 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
     Raises Refused if a condition does not hold and `force` is not set.
     """
     if force and not reason:
-        raise SettingsError('--force requires a reason: --reason "..."; it is kept in the history.')
+        raise SettingsError('--force requires a reason: --reason "..."; the history records the reason.')
     store, state = versions.read_registry(values)
     candidate = versions.select_version(state, version)
     if candidate == state.production:
@@ -115,7 +115,7 @@ def _decide(
 
 
 def _with_labels(known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path) -> "Review":
-    """Add the label changes to a review. The run of the version does not record them."""
+    """Add to a review how the labels of the version and of production differ. No run records this difference."""
     from dgmd_pipeline.evaluation import review
 
     try:
@@ -236,16 +236,18 @@ def _reviewed(
         return recorded
     log.info(
         "%s ...",
-        f"Production is version {now.version}: comparing" if now else "Benchmarking the model in a clean process",
+        f"Comparing with version {now.version} (production)" if now else "Benchmarking the model in a clean process",
     )
     try:
         rivals = lookup.rivals(store, state, now, folder, entry) if now else review.Rivals()
         with serving_benchmark.start_process(settings.serving_environment()) as process:
             found = review.review(candidate, rivals, images, folder, process)
-    except PipelineError as error:  # for example if production is a version of an older pipeline; --force overrides it
+    except PipelineError as error:  # for example if an older pipeline registered the production version
+        # With this error, a condition fails. The operator can still promote the version with --force.
         return recorded._replace(comparison_error=str(error))
     if found.serving_benchmark and recorded.serving_benchmark:
-        # Keep the recorded result: only the run could compare the saved model with the trained network in memory.
+        # Keep these two recorded values, because only the run could compare the saved model with the trained network in
+        # memory.
         benchmark = replace(
             found.serving_benchmark,
             predictions_equal=recorded.serving_benchmark.predictions_equal,
@@ -256,7 +258,7 @@ def _reviewed(
 
 
 def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion | None, folder: Path) -> "Review":
-    """Return the review in `folder`. Leave out a comparison with another version than the production version `now`."""
+    """Return the review in `folder`. Keep its comparison only if the other version is `now`, the production version."""
     from dgmd_pipeline.evaluation import review
 
     recorded = review.read(folder)

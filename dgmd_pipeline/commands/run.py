@@ -47,13 +47,13 @@ def run(
     `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the run stops
     for a reason that an operator can fix.
     """
-    forced = _forced(values, force, until)  # before the run, so that an unknown step does not change the status
+    forced = _forced(values, force, until)  # before `try`: an error about an unknown step must not change the status
     result = RunResult()
     ending = _Ending(1, "a bug of the pipeline; the log has the traceback", [])
     try:
         with disk.disk_errors_explained(values.data_dir), lock.hold(values.data_dir) as holder:
-            # If a run does not end soon after a signal, `signals` ends the process. There is then too little time for a
-            # message to NOTIFY_URL.
+            # If a run does not end soon after a signal, `signals` calls the functions in `before_end` and ends the
+            # process. The functions have too little time to send a message to NOTIFY_URL.
             quiet = values.model_copy(update={"notify_url": None})
             signals.before_end.append(
                 lambda number: publish_status(
@@ -185,7 +185,7 @@ def publish_status(
 ) -> None:
     """Write the outcome of a run to `status.json`, for the health check, and send it to NOTIFY_URL.
 
-    A run with --until does not replace the status of a run without it.
+    A run with --until does not replace the status of a run without --until.
     """
     changed = result is None or bool(result.records)
     registered = result is not None and names.REGISTERED_MODEL in result.summaries
@@ -223,9 +223,9 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, same_images: bool) -> str:
-    """Return the message of a run that did not write the folder of the step `last`, whose counts are given.
+    """Return the message of a run that did not write the folder of the step `last`.
 
-    `idle`: no step ran; `same_images`: the bucket had nothing new.
+    `counts` are from the record of this step. `idle`: no step ran; `same_images`: the bucket had nothing new.
     """
     nothing = "Nothing to do" if idle else "As before"
     nothing_new = values.refresh and same_images
@@ -235,12 +235,12 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # No command is suggested (None), because the version may have been promoted meanwhile.
+    # With None, the sentences do not suggest promoting the version, because it may already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 
 def _check_what_is_needed_later(values: Settings, plans: Sequence[StepPlan]) -> None:
-    """Check the weights and the registry before the first step: otherwise, the run could fail hours later."""
+    """Check the weights and the registry before the first step, because the run could otherwise fail hours later."""
     from dgmd_pipeline.registry import preflight
     from dgmd_pipeline.training import backbones
 
@@ -268,7 +268,7 @@ def show_plan(plans: Sequence[StepPlan], data_dir: Path) -> None:
 
 
 def _show_end(ending: _Ending, result: RunResult, seconds: float) -> None:
-    """Log the times of a run whose steps have succeeded, and its last lines."""
+    """Log the last lines of a run. If all its steps have succeeded, first log the times of the steps."""
     if result.failure is None and result.records:
         log.info("Where the time went")
         for line in timing.table_lines(timing.table_rows(result.records, seconds)):

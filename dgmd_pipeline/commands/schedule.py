@@ -27,9 +27,9 @@ POLL_INTERVAL = 30.0  # seconds: the maximum delay of a run after a clock change
 
 
 def schedule(values: "Settings", interval: float, arguments: Sequence[str]) -> None:
-    """Run `run --refresh` with `arguments` at the times of SCHEDULE, or every `interval` seconds, until a signal.
+    """Run `run --refresh` with `arguments` at the times of SCHEDULE, or with pauses of `interval` seconds.
 
-    Raises SettingsError if both are set, or TZ is not a time zone.
+    Ends when a signal arrives. Raises SettingsError if SCHEDULE and `interval` are both set, or TZ is not a time zone.
     """
     if values.schedule and interval:
         raise SettingsError(f"SCHEDULE={values.schedule} and --time {interval:g}: expected one of the two.")
@@ -68,14 +68,14 @@ def read_next(data_dir: Path) -> str | None:
 
 
 def last_status(values: "Settings") -> status.Status | None:
-    """Return the last run's status; None if there is none or DATA_DIR cannot be read."""
+    """Return the last run's status; None if no status exists or DATA_DIR cannot be read."""
     with contextlib.suppress(OSError):
         return status.read(values.data_dir)
     return None
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run. If it was killed or could not start, and has not `published` a status, publish one for it."""
+    """Log a failed run. Publish a status for a run that was killed or could not start and has not `published` one."""
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""

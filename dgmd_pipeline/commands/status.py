@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dgmd_pipeline.workflow import lock
 
-KILLED = "for example because memory ran out. Give it more memory, or fewer cores, and run it again"
+KILLED = "for example because memory ran out: give the pipeline more memory or fewer cores, and run it again"
 NAME = "status.json"
 SUCCEEDED, WORSE, UNCHANGED, STOPPED, FAILED = "succeeded", "worse", "unchanged", "stopped", "failed"
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # only in messages: they are not outcomes of runs
@@ -64,7 +64,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # the old status is outdated; its space on a full disk is for the new one
+        path.unlink(missing_ok=True)  # the old status is outdated, and a full disk needs its space for the new status
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -80,8 +80,8 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has not written a status. For such a run, this function makes a status, with `model` and with the start
-    of the run as `ended`.
+    A killed run has not written a status, so this function makes a status of the run, with `model`. Its `ended` is the
+    start of the run, because the end is unknown.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):

@@ -204,7 +204,7 @@ def test_a_review_of_another_production_version_is_repeated_if_the_validation_re
     assert "there are no validation records" in refused.stdout
     promoted = command(trained.folder, "promote", "1", "--yes", **own_model)
     assert promoted.returncode == 0, promoted.stdout + promoted.stderr
-    assert "Production is version 2: comparing" in promoted.stdout
+    assert "Comparing with version 2 (production)" in promoted.stdout
 
 
 def test_promote_benchmarks_a_version_whose_run_could_not(trained, tmp_path, command):
