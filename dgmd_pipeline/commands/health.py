@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
-# A run reports its progress after each group of images and after each epoch. The longest epochs take hours.
+# If a run reports no progress for longer than this, `health` shows a problem. A run reports its progress after each
+# group of images and after each epoch, and the longest epochs take hours.
 LONGEST_SILENCE = 6 * 3600.0  # seconds
 
 

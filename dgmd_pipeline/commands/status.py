@@ -20,7 +20,10 @@ TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
 
 @dataclass(frozen=True)
 class Status:
-    """The outcome of a run. The fields about a version are None if the run did not register or keep one."""
+    """The outcome of a run.
+
+    The fields about a version are None if the run neither registered a version nor found the registered one up to date.
+    """
 
     outcome: str  # SUCCEEDED, WORSE (than production), UNCHANGED (nothing to do), STOPPED or FAILED
     exit_code: int
