@@ -15,20 +15,20 @@ from dgmd_pipeline.data import columns
 from dgmd_pipeline.manifest import Example, Image
 
 MAX_LISTED = 5  # labels in the log line
-# "before" and "after" are the numbers of images by label.
+# "before" and "after" map each label to its number of images before and after the balancing.
 BalanceCounts = TypedDict("BalanceCounts", {"before": dict[str, int], "after": dict[str, int], "largest weight": float})
 
 
 def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None, folder: Path) -> BalanceCounts:
-    """Write the rows that `balance` keeps and their class weights into `folder`, and return the counts of each label.
+    """Write the rows that `balance` keeps, and the weights of the classes, into `folder`, and return the counts.
 
-    `images` is a CSV file of `Image` rows. The written rows are in the same order.
+    `images` is a CSV file of `Image` rows. The written rows are in the same order. `indexes` maps each label to its
+    class index. `limit` is as in `balance`.
     """
     numbers = columns.LabelNumbers()
     found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
-    index_of = np.array(
-        [indexes.get(name, -1) for name in numbers.names]
-    )  # class index of a label by its number in `numbers`
+    # The class index of each label, in the order of `numbers`. Labels that are not used have -1.
+    index_of = np.array([indexes.get(name, -1) for name in numbers.names])
     classes = index_of[np.concatenate(found)]
     kept = balance(classes, limit, manifest.read_columns(images, Image, "sha256"))
     batches = _examples(manifest.read_columns(images, Image), classes)
@@ -68,10 +68,11 @@ def summary(counts: BalanceCounts) -> str:
 def balance(classes: np.ndarray, limit: float | None, hashes: Iterable[pa.RecordBatch]) -> np.ndarray:
     """Return which images to keep (bool [images]), so that large classes are reduced.
 
-    `classes` are the class indexes of the images. Images with the index -1, of unused labels, are never kept. A class
+    `classes` are the class indexes of the images. Images of unused labels have the index -1 and are never kept. A class
     keeps at most `limit` (>= 1) times the mean class size; if `limit` is None, it keeps all images. `hashes` are
-    batches with the column `sha256`, read only if a class is too large. Of such a class, the images whose hashes have
-    the lowest ranks (`columns.ranks`) are kept. So the same images give the same rows, and new images change few rows.
+    batches with the column `sha256`, read only if a class is too large. A class that is too large keeps the images
+    whose hashes have the lowest ranks (`columns.ranks`). So the order of the images does not affect the choice, and new
+    images change it little.
     """
     kept = classes >= 0
     counts = np.bincount(classes[kept])

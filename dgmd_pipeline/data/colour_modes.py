@@ -2,7 +2,7 @@
 
 Pillow converts most modes. This module handles the modes that Pillow does not convert, or converts wrongly: grey of 12,
 16 and 32 bits, signed and floating-point values, TIFFs in which 0 is white (WhiteIsZero), transparent colours of PNG,
-and alpha channels that were never filled in.
+and alpha channels that contain only zeros.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _BITS, _SIGN, _PHOTOMETRIC, _EXTRA = (
     _TAGS[name] for name in ("BitsPerSample", "SampleFormat", "PhotometricInterpretation", "ExtraSamples")
 )
 _SIGNED, _WHITE_IS_ZERO = (2,), 0  # values of two tags
-_PNG_GREY = {"L;2": 85, "L;4": 17}  # raw mode (see `load`) -> Pillow's factor from samples to pixels
+_PNG_GREY = {"L;2": 85, "L;4": 17}  # raw mode (see `load`) -> factor by which Pillow multiplies samples
 # libtiff returns values in the byte order of the machine, but Pillow 13.0 takes them for big-endian in these cases.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
@@ -48,7 +48,8 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
     - unsigned 12-bit integers: 0 to 4,095
     - other integers: the smallest of 0 to 255, 0 to 4,095 and 0 to 65,535 that contains all values, because 16-bit
       files often hold 8-bit or 12-bit values
-    - floating-point numbers: 0 to 1, or 0 to 255; values outside by at most a quarter of the range are clipped
+    - floating-point numbers: 0 to 1, or 0 to 255. Values that are outside the range by at most a quarter of it are
+      clipped
 
     An alpha channel of zeros is removed from a BMP, and from a TIFF whose tags do not declare an alpha channel.
     `samples` is what `load` returned. Raises UnknownRange if the values are in none of these ranges, or if the result

@@ -109,7 +109,7 @@ def count_labels(path: Path) -> Counter[str]:
 def ranks(purpose: str, names: Iterable[bytes]) -> np.ndarray:
     """Return a pseudo-random rank of each name: uint64 [names, 2].
 
-    It is half of a SHA-256, the high bits first. It depends only on the purpose and the name.
+    A rank is the first half of the SHA-256 of the purpose and the name. The first column has its high 64 bits.
     """
     prefix = f"{purpose} ".encode()
     halves = bytearray()

@@ -102,7 +102,7 @@ def exclude_copies(
     """
     originals: dict[tuple[str, str], str] = {}
     for row in excluded:
-        # The copies of an unreadable file are unknown.
+        # If an excluded file cannot be read, its hash is unknown, so its copies cannot be found.
         with contextlib.suppress(OSError), (raw / row.path).open("rb") as file:
             originals[hashlib.file_digest(file, "sha256").hexdigest(), row.label] = row.path
     others, copies = [], []

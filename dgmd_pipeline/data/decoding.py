@@ -68,8 +68,8 @@ def read_rgb(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Imag
     """Return the image in the content of a file as RGB (see `to_rgb`).
 
     Call it from one thread at a time: `guard` changes settings of the process.
-    Raises PIL.Image.DecompressionBombError, before decoding, if the image has more than `max_pixels` or exceeds a limit
-    of `limits.check`. Raises one of `DAMAGED` if the content is damaged.
+    Raises PIL.Image.DecompressionBombError, before decoding, if the image has more than `max_pixels` pixels or exceeds
+    a limit of `limits.check`. Raises one of `DAMAGED` if the content is damaged.
     """
     with guard(data, max_pixels):
         header = open_header(data)
@@ -96,8 +96,8 @@ def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> di
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return the first frame in mode RGB, with the orientation applied, on a white background.
 
-    `colour_modes.normalise` converts values that are not 8 bits. Pillow converts the other modes (CMYK with Adobe's
-    inversion, LAB through littleCMS). Colour profiles are not applied. Raises one of `DAMAGED`.
+    `colour_modes.normalise` converts the modes that Pillow does not convert correctly. Pillow converts the other modes
+    (CMYK with Adobe's inversion, LAB through littleCMS). Colour profiles are not applied. Raises one of `DAMAGED`.
     """
     if image.tell():
         image.seek(0)
@@ -152,7 +152,8 @@ def describe(error: Exception) -> str:
 def read_orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation, or 1 (upright) if the EXIF data is missing or damaged.
 
-    The orientation of an AVIF is among the file's own properties. Pillow copies it from there into the EXIF data.
+    An AVIF stores its orientation in properties of the image (`irot` and `imir`). Pillow copies the orientation from
+    these properties into the EXIF data.
     """
     if image.format == "AVIF":
         image.info.pop("xmp", None)  # Pillow would use the orientation in XMP if the properties say "upright"
@@ -174,7 +175,7 @@ def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def guard(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> Iterator[list[warnings.WarningMessage]]:
-    """While `data` is decoded, make Pillow refuse more than `max_pixels`, and keep libraries' messages off stderr.
+    """While `data` is decoded, refuse more than `max_pixels` pixels, and keep the libraries' messages off stderr.
 
     Yields the list that collects Pillow's warnings. Pillow warns above MAX_IMAGE_PIXELS and refuses above twice that
     number, so MAX_IMAGE_PIXELS is set to half of the smaller one of `max_pixels` and `limits.max_pixels`. libtiff

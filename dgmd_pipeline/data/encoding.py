@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 FORMAT = "WEBP"
 RECORD_MEMORY = 48  # measured bytes for each pixel of a record, for floating-point channels and the encoder
-BAND_PIXELS = 2**18  # pixels converted to floating point at a time; such bands halve the time of a 12-megapixel image
+# `_resize_channel` converts bands of this many pixels to floating point, one band after the other. This halves the time
+# for an image of 12 megapixels.
+BAND_PIXELS = 2**18
 
 
 def encode(
@@ -51,10 +53,11 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.nd
     edges. The widths of bars and edges are whole numbers of pixels of `image`. `keras.layers.Resizing` adds the same
     bars with `pad_to_aspect_ratio`, and cuts off the same edges with `crop_to_aspect_ratio`.
 
-    The first pass changes the width or the height, and the second pass changes the other. Raises
+    The resizing has two passes. One pass changes the width, and the other pass changes the height. Raises
     PIL.Image.DecompressionBombError if the first pass would produce more than `limits.MAX_PIXELS` pixels.
     """
-    # The width and the height that give the image the target's aspect ratio. Keras divides in float32.
+    # `target_width` gives the target's aspect ratio with the image's own height. `target_height` gives it with the
+    # image's own width. The division is in float32, as in Keras.
     target_width = int(np.float32(image.height * width) / np.float32(height))
     target_height = int(np.float32(image.width * height) / np.float32(width))
     # The first pass changes the width and cannot add bars at the left and right. So the image is transposed if it needs
@@ -76,7 +79,7 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.nd
 
 
 def _memory_to_resize(size: tuple[int, int], width: int, height: int) -> int:
-    """Return how many bytes `resize` and the encoder of a record need at most, in addition to an image of this size."""
+    """Return how many bytes `resize` and the encoder need at most, in addition to the bytes of an image of `size`."""
     first_pass = min(max(width * size[1], height * size[0]), limits.MAX_PIXELS)
     return 4 * first_pass + RECORD_MEMORY * width * height
 

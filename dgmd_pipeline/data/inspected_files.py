@@ -5,7 +5,7 @@ The folder of an inspection has these files:
 - `files.csv`: a row for each file whose result can be reused
 - `thumbnails`: the thumbnails of the usable files (uint8 [n, 16, 16, 3]), in the order of `files.csv`
 - `hashes.npy` and `copies.npy`: the arrays of `near_duplicates.Known`
-- `checksums.json`: the SHA-256 of these files
+- `checksums.json`: the SHA-256 of each of the other files
 """
 
 import logging

@@ -126,24 +126,24 @@ def inspect(
     - `etags` maps the path of each downloaded file to its ETag.
     - `previous` are folders of earlier inspections of this `raw`. The result for a file is reused if the file's version
       (see `inspected_files.version`) is the same.
-    - `folder` gets all results at the end. During the inspection, `pieces` gets a folder with each PIECE_FILES new
-      results.
+    - `folder` gets all results at the end. After every PIECE_FILES new results, `pieces` gets a folder with these
+      results. If the inspection is stopped, the next inspection can use these folders as `previous`.
 
     The rows depend only on the files, unless there is too little memory for one of them.
 
     Reasons for a rejection:
 
     - "empty"
-    - "unreadable": not an image in `FORMATS`, damaged, a disk error, or the process that decoded it died
+    - "unreadable": not an image in `decoding.FORMATS`, damaged, a disk error, or the process that decoded it died
     - "truncated": the data ends before the image does
     - "too many bytes", "too many scans": see `limits`; checked before decoding
-    - "too many pixels": more than `max_pixels`, or they need more than MAX_MEMORY; checked before decoding
+    - "too many pixels": more than `max_pixels`, or they need more than `limits.MAX_MEMORY`; checked before decoding
     - "too little memory": for this image, on this machine
     - "too small": the shortest side is below `min_side` pixels
     - "duplicate": files with the same bytes have the same label; only the first of them, by path, is used
     - "conflict": files with the same bytes have several labels; none of these files is used
 
-    A corrected label of one copy applies to all copies.
+    If the corrections give exactly one new label to files with the same bytes, all of these files get this label.
     """
     files = sorted(files)
     earlier = PreviousInspection(previous)
@@ -172,8 +172,9 @@ def find(raw: Path) -> Iterator[RawFile]:
 
     The first folder of a path is the label. Files directly in `raw` have no label and are omitted, and so are system
     files and folders (`manifest.is_system_file`). Links to files count as files. Links to folders are not followed,
-    because they can form a cycle and changes behind them go unnoticed. A link to a folder is yielded like a file, and
-    `inspect` rejects it because it is not a regular file. Raises NoUsableInput if a folder cannot be listed.
+    because they can form a cycle, and because a run would not notice changes in the linked folders. A link to a folder
+    is yielded like a file, and `inspect` rejects it because it is not a regular file. Raises NoUsableInput if a folder
+    cannot be listed.
     """
 
     def stop(error: OSError) -> None:
@@ -289,7 +290,7 @@ def _keep(
     results: Iterable[Result | WorkerDied],
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
-    """Yield the results. Store the results of each PIECE_FILES files, with the files' versions, in `pieces`."""
+    """Store the results, with the files' versions, in folders of PIECE_FILES results in `pieces`, and yield them."""
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # `run` keeps pieces of earlier runs from being replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
@@ -303,9 +304,10 @@ def _keep(
 
 
 def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejected]]:
-    """Return one image of each content (position in `decoded` -> image), and the rejected duplicates and conflicts.
+    """Return the images to keep (position in `decoded` -> image), and the rejected duplicates and conflicts.
 
-    A content whose copies have conflicting labels has no image in the result.
+    If images with the same bytes have the same label, the first of them is kept. If they have several labels, none of
+    them is kept.
     """
     positions_by_hash = defaultdict(list)
     for position, image in enumerate(decoded):

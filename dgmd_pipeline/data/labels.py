@@ -21,7 +21,7 @@ class LabelRow(NamedTuple):
     label: str
     class_index: int  # -1: models have no output for the label, because it never had enough images
     images: int  # number of usable images
-    state: str  # "used", "too few" or "gone"
+    state: str  # "used", "too few" (images) or "gone" (no images, but a label of an earlier label map)
 
 
 def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: int, folder: Path) -> dict[str, int]:

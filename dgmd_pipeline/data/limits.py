@@ -25,32 +25,34 @@ MAX_SECONDS = 20
 # Seconds of elapsed time, in case a decoder waits for ever and uses no processor time.
 MAX_WAIT = 15 * MAX_SECONDS
 
-# The largest peak of memory while an image is read, converted and resized, without the file: bytes for each pixel.
-# Measured with 16 megapixels of each format and mode, as the growth of the resident memory of a new process.
+# The largest peak of memory while an image is read, converted and resized, in bytes for each pixel. The bytes of the
+# file are not included. Measured with 16 megapixels of each format and mode, as the growth of the resident memory of a
+# new process.
 _BY_FORMAT = {"WEBP": 17, "AVIF": 17}
 _BY_MODE = {"F": 19, "I": 17, "I;16": 13, "I;16B": 13}
 _OTHERS = 9
 _READ_TWICE = ("PNG", "WEBP", "AVIF")  # their readers copy the file
 
-# Called with a number of bytes. The returned context manager waits until this number of bytes may be used, and releases
-# them after its block.
+# A function that takes a number of bytes and returns a context manager. The context manager waits until this number of
+# bytes may be used, and releases the bytes after its block.
 ReserveMemory = Callable[[int], AbstractContextManager[object]]
 
-# A marker in JPEG data. FF 00 is a byte of the image, FF D0 to FF D7 are restarts within a scan. Source: ITU-T T.81,
-# annex B.
+# A marker in JPEG data, except the restart markers (FF D0 to FF D7), which are inside a scan. FF 00 is not a marker: it
+# is a byte of the image. Source: ITU-T T.81, annex B.
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _FRAMES = (*_PROGRESSIVE, 0xC0, 0xC1, 0xC3, 0xC5, 0xC7, 0xC9, 0xCB, 0xCD, 0xCF)
 
 
 class TooManyScans(PIL.Image.DecompressionBombError):
-    """A progressive JPEG that would be decoded more than `MAX_SCANS` times."""
+    """A JPEG has more than `MAX_SCANS` scans."""
 
 
 def max_pixels(data: bytes) -> int:
     """Return how many pixels a file with these first bytes may have.
 
-    The readers of some formats allocate memory for the pixels when they read the header. For these, the limit is lower.
+    The readers of some formats allocate memory for the pixels when they read the header. These
+    formats have a lower limit.
     """
     kind = "WEBP" if data[8:12] == b"WEBP" else "AVIF" if data[4:8] == b"ftyp" else None
     return MAX_MEMORY // _BY_FORMAT[kind] if kind else MAX_PIXELS

@@ -18,13 +18,14 @@ _MAX_DISTANCE = 10  # number of bits that may differ between the hashes of a can
 _ROTATIONS = range(0, 64, 4)
 _NEIGHBOURS = 8
 _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbnails are 0.8 MB
-# The 8 lowest rows of the DCT matrix, rounded to integers. Sums of integers are exact in float64, so the hash does not
-# depend on the order of additions.
+# The rows of the DCT matrix for the 8 lowest frequencies, times 1,024, rounded to integers. Sums of integers are exact
+# in float64, so the hash does not depend on the order of additions.
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
-# A bit of the hash is set if its DCT coefficient exceeds this threshold. It is twice the standard deviation that noise
-# of one grey level (of 255) causes. _COSINES is scaled by 1,024 and applied twice; _LUMA is scaled by 1,000.
+# A bit of the hash is set if its DCT coefficient exceeds this threshold. If an image is noise with a standard deviation
+# of one level (of 255), most coefficients have the standard deviation THUMBNAIL_SIZE / 2. The threshold is twice this
+# value. The other factors are the scales: 1,024 of _COSINES, which is applied twice, and 1,000 of _LUMA.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -54,8 +55,8 @@ def group(
     """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
 
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
-    second result of an earlier call. It does not change the result but saves time: most pairs of old images are not
-    compared again. The images are in the order of their paths in all calls.
+    second result of an earlier call. It does not change the result. It saves time, because most pairs of images of the
+    earlier call are not compared again. In both calls, the images must be in the order of their paths.
     """
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)
@@ -117,7 +118,7 @@ def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.
 
 
 def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pHash's 64 bits (uint64) and the brightness (int64, any unit) of each thumbnail.
+    """Return pHash's 64 bits (uint64) and the brightness (int64, the sum of the luminance) of each thumbnail.
 
     Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
     the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares each
@@ -145,11 +146,12 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
     instead.) Two hashes are likely to be neighbours in the rotation that moves their longest common run to the front.
     Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are
-    sorted by brightness. In 300,000 random hashes, the sixteen orders together contain all pairs that differ by 2
-    bits, 99.9 % of those that differ by 4, and 93 % of those that differ by 6.
+    sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 %
+    of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
-    The earlier call has compared all images that were neighbours then. Two old images can become neighbours only if an
-    image that was sorted between them is removed. Other pairs of old images are not compared again.
+    The call that returned `known` compared all neighbours among its images. Two of these images can become neighbours
+    only if an image that was sorted between them has been removed. All other pairs of these images are not compared
+    again.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
@@ -182,10 +184,11 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 
 
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the HASH records of present and removed images in one array, and their positions, MISSING if removed.
+    """Return the HASH records of present and removed images in one array, and the position of each image in `hashes`.
 
-    The array is in the order of the paths, and removed images are at their old places. So a stable sort puts old images
-    with equal hashes and brightness in the same order as the earlier call did.
+    A removed image has the position MISSING. The array is in the order of the paths, and removed images are at their
+    old places. So a stable sort puts images of the earlier call that have equal hashes and brightness in the same order
+    as the earlier call did.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.
@@ -230,7 +233,7 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     square = (difference**2).mean((0, 1, 2))
     explained = (difference * blur).mean((0, 1, 2)) ** 2 / np.maximum((blur**2).mean((0, 1, 2)), 1e-6)
     return (
-        (stretch < 0.02 + 1.5 / shortest)  # allows a little more than rounding to whole pixels causes
+        (stretch < 0.02 + 1.5 / shortest)  # the limit is a little above what the rounding to whole pixels causes
         & (square - explained < tolerance**2)
         & (
             square < (4 * tolerance) ** 2

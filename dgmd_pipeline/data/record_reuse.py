@@ -22,7 +22,7 @@ class StoredShard(NamedTuple):
 
     path: Path
     entry: Shard
-    records: slice  # of `StoredRecords.records`
+    records: slice  # the part of `StoredRecords.records` that describes the shard
 
 
 class StoredRecords:
@@ -52,7 +52,10 @@ class StoredRecords:
         self.shard_of = np.repeat(np.arange(len(self.shards)), [shard.entry.records for shard in self.shards])
 
     def find(self, sha256: np.ndarray) -> np.ndarray:
-        """Return the position of the record of each image file (S32 [n]), or NEW: int64 [n]."""
+        """Return the position of a record of each image file, or NEW: int64 [n].
+
+        `sha256` (S32 [n]) are the hashes of the files.
+        """
         return manifest.positions_of(sha256, self.records["sha256"])
 
 

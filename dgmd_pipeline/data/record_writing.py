@@ -78,7 +78,7 @@ def _write_records(piece: Piece, path: Path) -> np.ndarray:
 
 
 def check(piece: Piece, outcome: int | WorkerDied) -> Path:
-    """Return the folder of a piece. If its process died, raises PipelineError, which names the image."""
+    """Return the folder of a piece. Raises a PipelineError that names the image if the process of the piece died."""
     if isinstance(outcome, WorkerDied):
         files_of_attempts = [path for folder in files.attempts(piece.target) if (path := folder / SHARD).exists()]
         written = tfrecord.count(files_of_attempts[-1]) if files_of_attempts else 0
@@ -146,7 +146,10 @@ class _Output:
         self._start = self._stop = 0
 
     def copy(self, source: Path, start: int, length: int) -> None:
-        """Append a part of another file. A later call of a method writes it, at the latest `close`."""
+        """Append a part of another file.
+
+        The next `write` or `close` writes the part. A `copy` of a part that is not adjacent writes it, too.
+        """
         if source != self._source or start != self._stop:
             self.close()
             self._source, self._start = source, start

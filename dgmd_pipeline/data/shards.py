@@ -72,16 +72,16 @@ def write(
     """Write the images of `rows` into `folder`: `<split>-00000-of-00010.tfrecord` ..., `records.npy`, `index.json`.
 
     The images are read below `raw` and resized to `width` x `height` pixels (`encoding.resize`). A hash of the content
-    assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. The bytes depend on
-    the set of rows and on the images only, not on the order of `rows`, the number of processes, or `previous`.
+    assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. The bytes do not
+    depend on the order of `rows`, the number of processes, or `previous`.
 
     - `map` works like the builtin. It may call its function for the pieces in other processes or on other machines. It
       yields the results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
     - `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
     - `previous` are finished folders of shards. A stored shard with the same rows as a new shard is linked into
       `folder`. For the other new shards, images that are stored in `previous` are copied, and not encoded again.
-    - `pieces` is the folder for the finished pieces, which are folders themselves. The pieces remain there, so that
-      after a stop, the next run can have them in `previous`. Without `pieces`, the finished pieces are removed.
+    - `pieces` is the folder for the finished pieces, which are folders themselves. The pieces remain there. If this
+      run is stopped, the next run can use them as `previous`. Without `pieces`, the finished pieces are removed.
 
     Raises PipelineError if an image is missing or no longer readable, or needs too much memory or time. Raises OSError
     if `folder` cannot be written.
@@ -185,8 +185,8 @@ def suggest_shards(sizes: Sequence[int]) -> int | None:
 def check(folder: Path, numbers: Iterable[int] | None = None) -> None:
     """Compare the SHA-256 of `records.npy` and of shards with the index; raise PipelineError for the first difference.
 
-    `numbers` are the positions of the shards in the index; None checks all shards. A process reads an unchanged file
-    only once.
+    `numbers` are the positions of the shards in the index; None checks all shards. `files.sha256` caches the hashes,
+    so a later call in the same process does not read unchanged files again.
     """
 
     def find_problem(shard: Shard) -> str | None:

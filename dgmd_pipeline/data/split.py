@@ -1,4 +1,4 @@
-"""Divides rows into the training and the validation split by content: the split is the same on every machine."""
+"""Divides rows into the training and the validation split by hashes, so that every machine makes the same split."""
 
 import logging
 from collections.abc import Mapping

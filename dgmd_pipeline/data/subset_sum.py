@@ -9,9 +9,10 @@ from typing import NamedTuple
 class _Sums(NamedTuple):
     """The sums of all subsets of a list of sizes.
 
-    The functions below also take `total`, the sum of all sizes in the list, and `period`, which is the same for all
-    lists. The number s is a sum if and only if total - s is a sum. If s >= `start` and s + period <= total - `start`,
-    then s is a sum if and only if s + period is a sum. So a few bits describe the sums of any number of sizes.
+    The functions below also take `total`, the sum of all sizes in the list, and `period`, a number that
+    `nearest_subset` chooses once for all lists. The number s is a sum if and only if total - s is a sum. If
+    s >= `start` and s + period <= total - `start`, then s is a sum if and only if s + period is a sum. So a few bits
+    describe the sums of any number of sizes.
     """
 
     start: int
@@ -42,7 +43,10 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
 
 
 def _nearest(target: int, bound: int) -> Iterator[int]:
-    """Yield the integers from 1 to `bound` by their distance to `target`. Of two equally near, the smaller is first."""
+    """Yield the integers from 1 to `bound` by their distance to `target`.
+
+    If two integers have the same distance, the smaller one comes first.
+    """
     for distance in range(max(target, bound - target) + 1):
         for each in dict.fromkeys((target - distance, target + distance)):
             if 1 <= each <= bound:
@@ -58,7 +62,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
     known: dict[tuple[_Sums, int], _Sums] = {}
     for size, total in zip(reversed(sizes), totals[:0:-1], strict=True):
         last = found[-1]
-        if total < 2 * last.start + size + period:  # the sums may not be periodic, and depend on `total`
+        if total < 2 * last.start + size + period:  # the result depends on `total`, too
             found.append(_add(last, total, size, period))
             continue
         if (last, size) not in known:
@@ -69,7 +73,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
     """Return the sums after `size` is added to a list of sizes. `sums` and `total` belong to the list without it."""
-    # For each s from `regular` to half of the new total, s and s + period are both sums, or both are not.
+    # `regular` is a valid `start` of the new sums (see `_Sums`). The smallest valid `start` is found below.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:
         regular = min(regular, sums.start + size)

@@ -1,4 +1,4 @@
-"""`tf.train.Example` and the frame of a TFRecord file, as bytes."""
+"""Serialises a `tf.train.Example`, frames it for a TFRecord file, and counts the records of a TFRecord file."""
 
 import struct
 from pathlib import Path
