@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_t
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.formatting import one_line
 
-csv.field_size_limit(2**31 - 1)  # earlier versions wrote longer details than the default limit, 131,072 characters
+# Some texts in files of earlier versions are longer than the default limit, 131,072 characters.
+csv.field_size_limit(2**31 - 1)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +70,10 @@ class Rejected(_RejectedFields):
     __slots__ = ()
 
     def __new__(cls, path: str, label: str, reason: str, detail: str) -> Self:
-        """Shorten `detail`, in which libraries quote the file: a damaged TIFF file of 35 kB had a detail of 133 kB."""
+        """Shorten `detail`.
+
+        The error text of a library may quote the file. A text about a damaged TIFF file of 35 kB had 133 kB.
+        """
         return super().__new__(cls, path, label, reason, one_line(detail))
 
 
@@ -88,7 +92,7 @@ MISSING = -1  # stands for the position of a value that was not found
 RECORDS = "records.npy"  # in a folder of TFRecord shards: one RECORD for each TFRecord, in the order of the TFRecords
 RECORD = [  # fields of a NumPy type, which describes a TFRecord. A frame is a TFRecord with its length and checksums
     ("sha256", "S32"),  # of the image file
-    ("row", "S16"),  # hash of what the record depends on, apart from the settings: image file, label, path
+    ("row", "S16"),  # hash of the image file, label and path; the record depends on these and on the settings
     ("label", "<i4"),  # class index
     ("start", "<u8"),  # position of the record's frame in its shard, in bytes
     ("length", "<u4"),  # of the frame, in bytes
@@ -104,7 +108,7 @@ class Shard(NamedTuple):
     records: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
-    rows: str  # SHA-256 of the records' `row` hashes: shards with equal rows are equal
+    rows: str  # SHA-256 of the records' `row` hashes; with the same settings, shards with equal `rows` are equal
 
 
 class ShardIndex(NamedTuple):
@@ -252,7 +256,7 @@ def _without_apostrophes(batch: "pa.RecordBatch") -> "pa.RecordBatch":
 
 
 def write_columns(path: Path, kind: type[Row], batches: "Iterable[pa.RecordBatch]") -> None:
-    """Write the same file as `write`, from batches with the columns of `kind` in their order."""
+    """Write the same file as `write`. The columns of a batch are the fields of `kind`, in the order of the fields."""
     with path.open("wb") as file:
         file.write(f"{','.join(kind._fields)}\r\n".encode())
         for batch in batches:
@@ -280,9 +284,9 @@ def _to_csv(columns: "Sequence[pa.Array]") -> bytes:
 
 
 def _is_plain(text: bytes, rows: int, columns: int) -> bool:
-    """Return whether `csv` would quote no cell of this text, and `to_cell` would change no cell.
+    """Return True only if `csv` would quote no cell of this text, and `to_cell` would change no cell.
 
-    The function may return False for such a text, too: the caller then takes longer, and writes the same text.
+    A wrong False does no harm, because the slower code of the caller writes the same text.
     """
     import numpy as np
 
@@ -293,7 +297,7 @@ def _is_plain(text: bytes, rows: int, columns: int) -> bool:
     positions = np.flatnonzero(
         (values == ord("=")) | (values == ord("+")) | (values == ord("-")) | (values == ord("@"))
     )
-    before = values[positions - 1]  # for the first byte, this is the line break at the end
+    before = values[positions - 1]  # for the first byte, the index -1 selects the last line break
     return not ((before <= ord(" ")) | (before == ord(",")) | (before == ord("'")) | (before > ord("~"))).any()
 
 

@@ -23,13 +23,13 @@ from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
 from dgmd_pipeline.workflow import machine
 
-# A function that prepares the environment of a Dask worker. FROZEN_DEFAULTS are right for it: it has one thread.
+# A function that prepares the environment of a Dask worker. The worker has one thread, so FROZEN_DEFAULTS suit it.
 provide_worker_defaults = partial(
     environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
 )
 TEMPORARY = ".tmp"  # folder in DATA_DIR; made only if it is used
-# With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow does not verify the server. boto3 rejects empty values of the
-# other variables.
+# Variables that `load` unsets if they are empty. With an empty MLFLOW_TRACKING_SERVER_CERT_PATH, MLflow would not
+# verify the server. boto3 would reject empty values of the other variables.
 UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
@@ -232,15 +232,15 @@ class Settings(BaseSettings):
     )
     notify_on: Literal["always", "change", "problem"] = Field(
         "always",
-        description="The events with a message to `NOTIFY_URL`: `always` (all), `change` (all but `unchanged` runs), "
+        description="Events that send a message to `NOTIFY_URL`: `always` (all), `change` (all but `unchanged` runs), "
         "`problem` (runs that failed, or registered a version that is worse than production).",
     )
     health_max_age: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="Hours since the last successful run after which `health` fails, for example 26 with a nightly "
-        "schedule. Unset: the time does not matter.",
+        description="`health` fails if the last successful run was more than this number of hours ago. For a nightly "
+        "schedule, use for example 26. Unset: the time does not matter.",
     )
 
     keras_home: Path = Field(
@@ -364,7 +364,8 @@ def load(path: str | Path | None = None) -> Settings:
         raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen
 
-    if is_frozen(settings.backbone) and settings.fine_tune == "none":  # fine-tuning trains on one batch at a time
+    # FROZEN_DEFAULTS would slow fine-tuning, which trains on one batch at a time.
+    if is_frozen(settings.backbone) and settings.fine_tune == "none":
         environment.provide(environment.FROZEN_DEFAULTS)
     if settings.dask_scheduler_address:  # paths are sent to workers, which have another working directory
         settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})

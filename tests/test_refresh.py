@@ -79,7 +79,7 @@ def test_an_object_that_was_left_out_is_tried_again_by_a_refresh_and_changes_not
     before = (tmp_path / "data" / "inspected" / "_SUCCESS").stat().st_mtime_ns
     variables["REFRESH"] = "true"
     plan = plan_of(tmp_path, "--until", "inspect", **variables)
-    assert plan == {"raw": ("run", "1 left out before"), "inspected": ("maybe", "only if raw changes")}
+    assert plan == {"raw": ("run", "1 left out by the last download"), "inspected": ("maybe", "only if raw changes")}
     result = run_pipeline(tmp_path, "--until", "inspect", **variables)
     assert f"Nothing new in s3://{name}/train/images." in result.stdout
     assert [*times_of(result.stdout.splitlines())] == ["raw", "the rest"]  # and not what was unchanged

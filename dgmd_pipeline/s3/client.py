@@ -22,7 +22,7 @@ Client = Any  # a boto3 S3 client; boto3 generates its methods at run time and s
 
 
 class Place(NamedTuple):
-    """Where a client finds S3, without credentials."""
+    """What a worker needs to connect to the same S3 as the run. It contains no credentials."""
 
     endpoint: str | None  # None: the default endpoint of AWS
     region: str
@@ -30,7 +30,10 @@ class Place(NamedTuple):
 
 
 def place(client: Client) -> Place:
-    """Return where a client finds S3. The endpoint is also None if its URL contains a user or password."""
+    """Return the Place of a client.
+
+    The endpoint is None if the client uses the default endpoint of AWS, or if the URL contains a user or password.
+    """
     from botocore import UNSIGNED
 
     url = client.meta.endpoint_url
@@ -51,9 +54,9 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
 
     The endpoint and the region come from the environment or the AWS files, else from `default`.
 
-    Raises NoUsableInput for settings that boto3 rejects, and for configured credentials that cannot be used. One such
-    case is a configured credentials file that is missing, unreadable or a folder. botocore itself would ignore this
-    file, and send anonymous requests or use other credentials.
+    Raises NoUsableInput for settings that boto3 rejects, and for configured credentials that cannot be used. It also
+    raises NoUsableInput if a configured credentials file is missing, unreadable or a folder. botocore itself would
+    ignore the file, and send anonymous requests or use other credentials.
     """
     import boto3
     import botocore.session
@@ -67,8 +70,8 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
     # For botocore, AWS_DATA_PATH lists folders with service descriptions. For this pipeline, it is the prefix in the
     # bucket. So botocore gets a loader that ignores the variable.
     session.register_component("data_loader", create_loader())
-    # The dates of a listing stay text, because nothing uses them. Parsing them with dateutil took two thirds of the
-    # listing's time.
+    # The dates of a listing stay text, because nothing uses them. Otherwise, botocore would parse them with dateutil,
+    # which takes two thirds of the time of a listing.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     config = Config(
         signature_version=None if _is_signed(session) else UNSIGNED,
@@ -97,7 +100,7 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Replace the traceback with the error's text in botocore's message about credentials that it cannot renew."""
+    """Shorten a log message of botocore about credentials that it cannot renew: show the error, but no traceback."""
     if record.exc_info and (error := record.exc_info[1]):
         record.msg, record.args = f"{record.getMessage()} ({type(error).__name__}: {error})", None
         record.exc_info = None
@@ -169,10 +172,13 @@ def _has_credentials(session: "Session") -> bool:
 
 
 def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
-    """Raise NoUsableInput if the AWS files contain no keys for the profile, although they should contain some.
+    """Raise NoUsableInput if boto3 has found no keys because of a mistake in the AWS files or settings.
 
-    They should if a setting names the credentials file. Without a role, they also should if this file has a section, or
-    if the profile has a secret key.
+    Each of these facts shows a mistake:
+
+    - A setting names the credentials file.
+    - boto3 has found no role, and the credentials file has a section.
+    - boto3 has found no role, and the profile has a secret key.
     """
     from botocore.configloader import raw_config_parse
 
@@ -221,7 +227,7 @@ def _check_file(session: "Session", name: str) -> None:
         )
         status = closed.stat()
         raise NoUsableInput(
-            f"{subject} cannot be read by this process, user {user} ({error.strerror}): {closed} belongs to user "
-            f"{status.st_uid} with mode {status.st_mode & 0o777:o}. Run `chown {user} {closed}` and `chmod u+rX "
-            f"{closed}` on the host, or run as its owner ({as_user(status.st_uid)})."
+            f"{subject} cannot be read by this process, which runs as user {user} ({error.strerror}): {closed} belongs "
+            f"to user {status.st_uid} with mode {status.st_mode & 0o777:o}. Run `chown {user} {closed}` and "
+            f"`chmod u+rX {closed}` on the host, or run as user {status.st_uid} ({as_user(status.st_uid)})."
         ) from None

@@ -35,7 +35,7 @@ class PendingTransfer(NamedTuple):
 
     source: SourceObject
     path: Path
-    headers: dict[str, str]  # of the response; names in lower case
+    headers: dict[str, str]  # headers of the response; their names are in lower case
     request: "S3Request"
     deadline: float  # on the clock of `time.monotonic`
 
@@ -48,7 +48,7 @@ class CrtTransfer:
     """Fetches objects of one bucket with awscrt, after botocore has fetched one object."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
-        """Observe the requests that `client` sends."""
+        """Remember each `GetObject` request that `client` sends, for `adopt`."""
         self._client, self._bucket, self._gate = client, bucket, gate
         self._sent = threading.local()
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class CrtTransfer:
         return self._runtime is not None or self._failures >= MAX_FAILURES
 
     def _adopt(self, request: "AWSPreparedRequest", quoted_key: str) -> None:
-        """Create the awscrt client. Raises ValueError if awscrt would send a different request."""
+        """Create the awscrt client. Raises ValueError if awscrt cannot send requests like botocore's `request`."""
         from botocore.httpsession import get_cert_path
         from botocore.utils import get_environ_proxies
         from s3transfer.crt import BotocoreCRTCredentialsWrapper, create_s3_crt_client
@@ -101,12 +101,12 @@ class CrtTransfer:
         )
 
     def accepts(self, size: int) -> bool:
-        """Return whether awscrt fetches an object of `size` bytes now. It fetches none while S3 throttles."""
+        """Return whether awscrt fetches an object of `size` bytes now. It fetches no object while S3 throttles."""
         usable = self._runtime is not None and self._failures < MAX_FAILURES
         return usable and 0 < size <= MAX_BYTES and self._gate.is_open
 
     def start(self, source: SourceObject, path: Path, completed: Callable[[], None]) -> PendingTransfer | None:
-        """Start to write an object to `path`; another thread calls `completed` at the end.
+        """Start to write an object to `path`; another thread calls `completed` when the transfer ends.
 
         Returns None if the transfer cannot start, for example because of a disk error. `accepts(source.size)` must be
         true.
@@ -121,7 +121,8 @@ class CrtTransfer:
         headers = HttpHeaders([("host", self._host), ("x-amz-checksum-mode", "ENABLED")])
         try:
             request = self._runtime.make_request(
-                # A plain GET. GET_OBJECT sends range requests, with which awscrt 0.38.0 crashed on empty objects.
+                # A plain GET. With GET_OBJECT, awscrt would send range requests, and awscrt 0.38.0 crashes on a range
+                # request for an empty object.
                 type=S3RequestType.DEFAULT,
                 operation_name="GetObject",
                 request=HttpRequest("GET", self._path + _quoted(source.key), headers),

@@ -25,8 +25,8 @@ from dgmd_pipeline.workflow import disk
 PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
-CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk; a worker gets a chunk in one call
-SHUTDOWN_TIMEOUT = 5.0  # seconds; then daemon threads that wait for a silent server are abandoned
+CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, which a worker fetches in one call
+SHUTDOWN_TIMEOUT = 5.0  # seconds that `close` waits; it abandons threads that still wait for a silent server
 
 
 def download(
@@ -38,17 +38,17 @@ def download(
 
     - "gone": the object was deleted
     - "archived": its storage class requires that it is restored first
-    - "changed": its size or ETag differs, or its bytes do not match the MD5 sum or checksum that S3 states
+    - "changed": its size or ETag differs from the listing, or its bytes do not match the MD5 sum or checksum from S3
     - "refused": S3 does not permit reading it
     - "failed": S3 does not send it, or breaks off every transfer
 
-    If a failure may be temporary, the object has up to four attempts.
+    If a failure may be temporary, makes up to four attempts to fetch the object.
 
     Fetches up to `threads` objects at a time. Unfinished files are in `folder/.part`, so every other file in `folder`
     is complete, even after a kill. `folder/.part` is removed at the start and at the end. Closing the generator cancels
     the transfers in progress.
 
-    Raises NoUsableInput if S3 does not accept the credentials, has no such bucket or does not answer at all, and
+    Raises NoUsableInput if S3 does not accept the credentials, does not have the bucket or does not answer at all, and
     OSError for errors of the disk.
     """
     with _parts(folder) as parts:
@@ -59,7 +59,8 @@ def download(
 def _parts(folder: Path) -> Iterator[Path]:
     """Provide a folder for unfinished files. No other run knows its name.
 
-    Workers of a killed run may still download. Their folder is removed, so they fail and complete no file.
+    Workers of a killed run may still be downloading. This function removes their folder, so these workers fail. They
+    do not add any more files to `folder`.
     """
     parts = folder / PARTS / uuid.uuid4().hex
     disk.remove(parts.parent)
@@ -102,7 +103,7 @@ class Chunk(NamedTuple):
     bucket: str
     objects: Sequence[SourceObject]
     folder: Path
-    parts: Path  # folder in which each attempt creates a subfolder
+    parts: Path  # each attempt to download the chunk creates a subfolder in this folder
 
 
 Map = Callable[
@@ -114,9 +115,12 @@ Map = Callable[
 def download_in_chunks(
     client: Client, bucket: str, objects: Iterable[SourceObject], folder: Path, map: Map
 ) -> Generator[SourceObject | Rejected]:
-    """Do what `download` does, in chunks of objects. `map` works like the builtin `map`, in processes on any machine.
+    """Do what `download` does, in chunks of objects, which workers fetch.
 
-    The workers read S3 with the credentials of their own environment. Raises PipelineError if a worker dies twice.
+    `map` works like the builtin `map`, but calls the function in worker processes, possibly on other machines. It
+    yields a WorkerDied for a chunk that it gives up because the worker died. In this case, raises PipelineError.
+
+    The workers read S3 with the credentials of their own environment.
     """
     with _parts(folder) as parts:
         chunks = (Chunk(place(client), bucket, some, folder, parts) for some in _chunks(objects))
@@ -129,15 +133,15 @@ def download_in_chunks(
 def download_chunk(chunk: Chunk) -> list[SourceObject | Rejected]:
     """Return what `download` yields for a chunk. Several attempts for the same chunk may run at the same time.
 
-    Raises NoUsableInput like `download`. Also raises it if S3 refuses an object because this process has no
-    credentials, while the run has some.
+    Raises NoUsableInput like `download`. Also raises NoUsableInput if S3 refuses an object and this worker has no
+    credentials, although the run has credentials.
     """
     client, parts = _client(chunk.place), chunk.parts / uuid.uuid4().hex
     parts.mkdir()  # raises OSError if the run has ended
     try:
         done = list(_download(client, chunk.bucket, chunk.objects, chunk.folder, parts))
     except Throttled as error:
-        raise NoUsableInput(str(error)) from None  # this exception can be pickled, unlike Throttled
+        raise NoUsableInput(str(error)) from None  # a Throttled cannot be pickled
     finally:
         shutil.rmtree(parts, ignore_errors=True)  # the run may remove it at the same time
     refused = [row for row in done if isinstance(row, Rejected) and row.reason == errors.REFUSED]
@@ -174,7 +178,7 @@ class _Completed(NamedTuple):
     source: SourceObject
     part: Path  # file with the object's whole content, unless the object was rejected
     rejected: Rejected | None
-    throttled: Throttled | None  # set if the object is not the cause: S3 throttles every request
+    throttled: Throttled | None  # the error if S3 throttles every request, not only the one for this object
 
 
 class _Downloader:
@@ -183,11 +187,11 @@ class _Downloader:
     def __init__(self, client: Client, bucket: str, gate: Gate, stop: Event) -> None:
         self.crt = CrtTransfer(client, bucket, gate)
         self._botocore = BotocoreTransfer(client, bucket, gate, stop)
-        self._transfers: dict[Path, PendingTransfer] = {}  # transfers of awscrt, by part
-        self._queue: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()  # for the threads
+        self._transfers: dict[Path, PendingTransfer] = {}  # transfers of awscrt; a key is the unfinished file
+        self._queue: SimpleQueue[tuple[SourceObject, Path] | None] = SimpleQueue()  # objects for the threads
         self._completed: SimpleQueue[tuple[SourceObject, Path, Rejected | Exception | None]] = SimpleQueue()
         self._threads: list[Thread] = []
-        self._queued = 0  # objects that threads fetch or will fetch
+        self._queued = 0  # number of objects that threads fetch or will fetch
         self._failed: set[Path] = set()  # unfinished files of objects that awscrt failed to fetch
         self._gate, self._stop = gate, stop
 
@@ -204,7 +208,8 @@ class _Downloader:
         self._queue.put((source, part))
         self._queued += 1
         if self._queued > len(self._threads):
-            # Daemon threads: at exit, a ThreadPoolExecutor would wait for a thread that reads from a silent server.
+            # The process can exit while a daemon thread reads from a silent server. A ThreadPoolExecutor would wait for
+            # the thread.
             self._threads.append(Thread(target=self._work, daemon=True))
             self._threads[-1].start()
 
@@ -221,7 +226,7 @@ class _Downloader:
             self._completed.put((source, part, result))
 
     def next_completed(self) -> _Completed | None:
-        """Wait up to POLL_INTERVAL until an object is fetched or rejected. Return None if this does not happen."""
+        """Return the next fetched or rejected object, or None after POLL_INTERVAL or a failure of awscrt."""
         try:
             source, part, result = self._completed.get(timeout=POLL_INTERVAL)
         except Empty:
@@ -268,7 +273,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
-        part.stat()  # if the run has ended, `part` is gone: raises OSError before a folder is made
+        part.stat()  # raises OSError if the run has ended and removed `part`, so that no folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

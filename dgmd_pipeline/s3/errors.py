@@ -81,21 +81,21 @@ def remedy(client: Client, rejected: Rejected) -> str:
     return {
         REFUSED: "Make these objects readable, or remove them.",
         FAILED: "Check the server, and run again later.",
-        CHANGED: "Run again when nothing writes to the bucket. An ETag of 32 hexadecimal digits must be the MD5 sum of "
-        "the content.",
+        CHANGED: "Run again when nothing writes to the bucket. If the server uses ETags of 32 hexadecimal digits, each "
+        "ETag must be the MD5 sum of the content.",
     }[rejected.reason]
 
 
 def throttled(client: Client, what: str) -> str:
     """Return the sentence for a server that answers nothing but "slow down"; `what` says which request failed."""
     return (
-        f"{endpoint_host(client)} has answered nothing but 'slow down' for {throttling.PATIENCE:g} s: {what}. It "
-        "limits the rate of requests, or is overloaded. Run again later: downloaded objects are kept."
+        f"{endpoint_host(client)} has answered nothing but 'slow down' for {throttling.PATIENCE:g} s: {what}. The "
+        "server limits the rate of requests, or is overloaded. Run again later: downloaded objects are kept."
     )
 
 
 def unanswered(client: Client, what: str, error: Exception) -> NoUsableInput:
-    """Return the error about a server that answered before, and now does not even list an object."""
+    """Return the error about a server that has stopped sending objects, and does not answer a listing either."""
     _, detail = object_problem(error) or ("", "")
     return NoUsableInput(
         f"{endpoint_host(client)} has stopped sending objects: {what}. A listing fails as well: {detail}. Check the "
@@ -109,14 +109,14 @@ def _is_about_objects(error: "ClientError") -> bool:
 
 
 def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoUsableInput:
-    """Return an error for the operator, without secrets, for a botocore error about `bucket` and `key`."""
+    """Return an error without secrets, which explains a botocore error about `bucket` and `key` to the operator."""
     from botocore import exceptions as boto
 
     host = endpoint_host(client)
     if isinstance(error, boto.ClientError):
         return NoUsableInput(_s3_error(error, client, bucket, key))
     kind = type(error).__name__
-    sentences = (  # the first match applies: an SSLError is also a ConnectionError
+    sentences = (  # the first match applies, because an SSLError is also a ConnectionError
         (
             boto.ParamValidationError,
             f"{bucket!r} is not a valid bucket name: set AWS_DATA_BUCKET to the bare name, without s3:// and slashes.",

@@ -14,9 +14,9 @@ DIRECTORY_BUCKET = "--x-s3"  # the end of the name of a directory bucket, whose 
 
 
 def checksum_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the checksum of the whole object that the headers of a response contain: algorithm and base64 value.
+    """Return the checksum of a whole object from the headers of the response: algorithm and base64 value.
 
-    Returns None if there is no such checksum. `headers` has names in lower case.
+    Returns None if the headers contain no checksum of the whole object. `headers` has names in lower case.
     """
     for name in CHECKSUMS:
         value = headers.get(f"x-amz-checksum-{name}", "-")
@@ -54,8 +54,8 @@ def difference(source: SourceObject, headers: Mapping[str, str], size: int, md5:
 def file_difference(bucket: str, source: SourceObject, headers: Mapping[str, str], path: Path) -> str | None:
     """Return how a downloaded file differs from the listed object, or None if it does not.
 
-    The bytes are compared with the checksum in the response. If the response has no checksum, they are compared with
-    the listed MD5 sum. Raises OSError, and ValueError for a malformed checksum.
+    Compares the bytes with the checksum in the response. If the response has no checksum, compares the bytes with the
+    listed ETag, provided that it is an MD5 sum. Raises OSError, and ValueError for a malformed checksum.
     """
     size = path.stat().st_size
     if size != source.size:

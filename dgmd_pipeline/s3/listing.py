@@ -23,7 +23,8 @@ from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.errors import explain
 
 log = logging.getLogger(__name__)
-# Names that the pipeline itself uses in raw/, case-folded. Its other names begin with a dot.
+# Names that the pipeline itself uses in raw/, case-folded. The pipeline's names that begin with a dot are not listed,
+# because objects whose names begin with a dot are ignored.
 RESERVED = {"_success", LISTING, REJECTED}
 _OBJECTS = "Objects"  # key of the parsed objects in a page
 MAX_NAME_BYTES = 255  # the limit of common file systems
@@ -34,8 +35,8 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # control characters, and the se
 class Objects:
     """Objects below one prefix. They are stored in columns, which need half the memory of tuples.
 
-    Iteration makes the tuples. Keys are not stored, because a key is `root` followed by the path. `root` is the prefix
-    with its slash, or "" for the whole bucket.
+    Iteration yields a SourceObject for each object. Keys are not stored, because a key is `root` followed by the path.
+    `root` is the prefix with its slash, or "" for the whole bucket.
     """
 
     def __init__(self, root: str, rows: Iterable[tuple[str, int, str]] = ()) -> None:
@@ -101,8 +102,8 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
     - "unsafe name"
     - "reserved name"
     - "clash": the object needs a file where another object needs a folder, or the reverse
-    - "same name": the object has the same file as another object, because the disk may normalise Unicode or, with
-      `ignore_case`, ignore case
+    - "same name": the path differs from another object's path only in Unicode form or, with `ignore_case`, in case. The
+      disk may ignore this difference
 
     If two objects exclude each other, the first one in the listing is used.
 
@@ -119,7 +120,7 @@ def list_objects(client: Client, bucket: str, prefix: str, ignore_case: bool = F
                 but = " but system files: upload images as <path>/<label>/<file>."
                 hint = but if ignored else _hint(client, bucket, prefix)
                 raise NoUsableInput(f"There are no objects in s3://{bucket}/{root}{hint}")
-    except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:  # OSError: of a file with credentials
+    except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:  # OSError: unreadable credentials file
         raise explain(error, client, bucket) from error
     if ignored:
         log.info("  s3://%s/%s: %s", bucket, root, manifest.describe_system_files(ignored, "objects"))
@@ -132,8 +133,8 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 
     A handler of botocore's events parses the objects of each page. botocore parses the rest.
     """
-    # The event has "*" in place of "s3", because botocore calls handlers of "s3" later: after one of its own handlers
-    # has parsed the whole page to look for an error.
+    # The event has "*" in place of "s3". botocore would call a handler of "s3" too late, after one of botocore's own
+    # handlers has parsed the whole page to look for an error.
     event = "before-parse.*.ListObjectsV2"
     client.meta.events.register_first(event, _parse_objects)
     try:
@@ -178,10 +179,10 @@ def _unquote(keys: Sequence[str]) -> list[str]:
 
 
 def ignores_case(folder: Path) -> bool:
-    """Return whether the disk of `folder` ignores case, judged by the names in `folder`; False if there are none."""
+    """Return whether the disk of `folder` ignores case. Return False if `folder` has no name to test this with."""
     for path in folder.iterdir() if folder.is_dir() else ():
         other = path.with_name(path.name.swapcase())
-        with suppress(OSError):  # there is no such file
+        with suppress(OSError):  # `other` does not exist
             if path != other:
                 return path.samefile(other)
     return False
@@ -210,8 +211,8 @@ def _assign_paths(items: Iterable[_ListedObject], root: str, ignore_case: bool) 
     ignored = 0
     objects = Objects(root)
     rejected: list[Rejected] = []
-    files: dict[str, str] = {}  # folded path -> path
-    folders: set[str] = set()  # folded; contains all parents of each folder
+    files: dict[str, str] = {}  # the path of each file; a key is the path as `_fold` returns it
+    folders: set[str] = set()  # folders and all their parents, as `_fold` returns them
     last: str | None = None  # folder of the last object that was not rejected
     folded_last = ""
     for key, size, etag in items:

@@ -49,7 +49,7 @@ class DownloadResult:
 
     @property
     def summary(self) -> str:
-        """The counts as a line for the log. Objects that were left out are listed in a warning instead."""
+        """A line for the log about the objects in the folder. Another line warns of the objects that were left out."""
         objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
         return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}"
 
@@ -140,10 +140,10 @@ def reuse(
 ) -> tuple[list[SourceObject], list[SourceObject]]:
     """Put the objects that can be reused into `folder`. Return these objects, and the objects that must be fetched.
 
-    An interrupted download may have left files in `folder`. Complete files of unchanged objects are kept, and other
-    files are removed. Unchanged objects in `previous`, the folder of a finished download, are linked, or copied if the
-    disk has no hard links. The listing is stored in the file `resume_listing`, which the next call reads after an
-    interruption.
+    An interrupted download may have left files in `folder`. Complete files of unchanged objects are kept. Files of
+    changed or deleted objects are removed. Unchanged objects in `previous`, the folder of a finished download, are
+    linked, or copied if the disk has no hard links. `objects` are stored in the file `resume_listing`. After an
+    interruption, the next call reads this file.
     """
     listed = {source.path: source for source in objects}
     complete: set[str] = set()  # paths of the complete files in `folder`
@@ -183,7 +183,10 @@ def _link_unchanged(
 
 
 def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
-    """Return the listing of the interrupted download in `folder`. If it is unreadable, remove the downloaded files."""
+    """Return the listed objects of the interrupted download in `folder`.
+
+    If the listing is missing, returns an empty list. If it is unreadable, also removes the downloaded files.
+    """
     if not resume_listing.exists():
         return []
     try:
@@ -219,7 +222,7 @@ def _remove(folder: Path, path: str) -> None:
 
 
 def fingerprint(rows: Iterable[tuple[str, int, str]]) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of rows with path, size and ETag. The rows are sorted by path."""
+    """Return the SHA-256 (64 hexadecimal digits) of rows with path, size and ETag. The rows must be sorted by path."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update("\0".join(map(str, row)).encode() + b"\n")
@@ -257,7 +260,8 @@ def compare_folder(folder: Path, objects: Objects) -> FolderChanges | None:
     new += (now is not None) + sum(1 for _ in known)
     changes = {"new": new, "changed": changed, "gone": gone}
     reasons = changes | {
-        "left out before": len(objects) - len(usable),  # an archived object may have been restored
+        # A new download tries these objects again, because an archived object may have been restored.
+        "left out by the last download": len(objects) - len(usable),
         "missing from the folder": missing,
     }
     reason = ", ".join(f"{count:,} {name}" for name, count in reasons.items() if count)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from botocore.awsrequest import AWSResponse
 
 log = logging.getLogger(__name__)
-STATUSES = (429, 503)  # of the answer "slow down"; S3 sends 503 SlowDown, and proxies often send an empty 503
+STATUSES = (429, 503)  # HTTP statuses that mean "slow down"; S3 sends 503 SlowDown, and proxies often send an empty 503
 PATIENCE = 120.0  # seconds to continue while the only answer is "slow down"
-MAX_ATTEMPTS = 50  # of one request, if the server accepts other requests meanwhile
+MAX_ATTEMPTS = 50  # number of times that a request is sent while the server accepts other requests
 FIRST_INTERVAL, LONGEST_INTERVAL = 0.05, 4.0  # seconds between two requests
 RECOVERY = 0.7  # an accepted request shortens the interval to this fraction, and a rejected one doubles it
-SECONDS_BETWEEN_LINES = 30.0  # of the log about throttling
+SECONDS_BETWEEN_LINES = 30.0  # between two log lines about throttling
 
 
 class Gate:
@@ -117,8 +117,8 @@ def gate(client: Client, stop: Event | None = None) -> Iterator[Gate]:
         gate.wait()
 
     events.register_first("request-created.s3", wait)  # before the request is signed
-    # botocore uses the first delay that a handler returns. This handler is the last one, after that of botocore's own
-    # retries. So its delay counts only if botocore would not repeat the request.
+    # botocore uses the first delay that a handler returns. It calls the handler of its own retries first,
+    # and this handler last. So this handler decides only if botocore would not repeat the request.
     events.register_last("needs-retry.s3", gate._observe)
     try:
         yield gate

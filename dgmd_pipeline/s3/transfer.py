@@ -59,7 +59,10 @@ class BotocoreTransfer:
         return rejected
 
     def _attempt(self, source: SourceObject, part: Path) -> tuple[Rejected | None, Exception | None]:
-        """Return why the object could not be fetched, and the error if there was one."""
+        """Try once to fetch an object. Return its rejection and the exception behind the rejection.
+
+        Both are None if the object is fetched, or if `stop` was set. The exception is None for a changed object.
+        """
         import urllib3
         from botocore import exceptions as boto
 
@@ -89,7 +92,10 @@ class BotocoreTransfer:
         return (Rejected(source.key, label, errors.CHANGED, problem) if problem else None), None
 
     def _copy(self, body: "StreamingBody", source: SourceObject, headers: Mapping[str, str], part: Path) -> str | None:
-        """Write the body to `part`. Return how it differs from the listed object; None if equal, or after a stop."""
+        """Write the body to `part`. Return how the body differs from the listed object.
+
+        Returns None if there is no difference, or if `stop` was set.
+        """
         verified = self._is_verified and integrity.checksum_header(headers)
         md5 = None
         if not verified and integrity.has_md5(self._bucket, source, headers):
@@ -105,7 +111,7 @@ class BotocoreTransfer:
         return integrity.difference(source, headers, size, md5.hexdigest() if md5 else None)
 
     def _check_service(self, source: SourceObject, rejected: Rejected) -> None:
-        """Raise NoUsableInput if S3 sends nothing at all, because the cause is then not this object."""
+        """Raise NoUsableInput if S3 sends nothing at all, which shows that this object did not cause the failure."""
         from botocore import exceptions as boto
 
         if self._stop.is_set():

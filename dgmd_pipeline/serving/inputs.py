@@ -1,6 +1,6 @@
 """Converts a request, which has image files or pixels, to the input of the network.
 
-Image files are decoded and fitted to the size of the network as for training.
+Image files are decoded, and resized to the network's input size, as for training.
 
 A registered model carries this module (see `source`), and MLflow's server calls it from several threads.
 """
@@ -32,13 +32,16 @@ class InvalidImage(ValueError):
 
 
 def input_size(network: "keras.Model") -> tuple[int, int]:
-    """Return the height and width in pixels to which a servable model fits images."""
+    """Return the height and width in pixels to which a servable model resizes images.
+
+    A servable model is a complete Keras network that takes unscaled pixels of any size and returns probabilities.
+    """
     layer = network.get_layer("resizing")
     return layer.height, layer.width
 
 
 def input_fit(network: "keras.Model") -> "Fit":
-    """Return how a servable model fits images to its size."""
+    """Return how a servable model resizes images with another aspect ratio."""
     layer = network.get_layer("resizing")
     if layer.crop_to_aspect_ratio:
         return "crop"
@@ -65,8 +68,8 @@ def to_batch(values: Any, network: "keras.Model") -> np.ndarray:
     """Return the input of one request as a batch for a servable model: uint8 [images, height, width, 3].
 
     `values` is an image file (bytes or base64), a sequence of image files, or pixels (uint8 [images, height, width, 3])
-    of any size, which the model itself resizes. Pixels from JSON are whole numbers from 0 to 255, in nested
-    lists or in an array of objects. Raises InvalidImage.
+    of any size, which the model itself resizes. Pixels from JSON are whole numbers from 0 to 255, in nested lists or in
+    a NumPy array of the type `object`. Raises InvalidImage.
     """
     if isinstance(values, np.ndarray) and values.dtype.kind not in "OSU":
         return _check_pixels(values)

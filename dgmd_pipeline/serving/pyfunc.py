@@ -18,7 +18,7 @@ from dgmd_pipeline.serving import inputs
 
 
 class InvalidInput(MlflowException):
-    """The input of a request is not what the model accepts: status 400 over HTTP."""
+    """The input of a request is not what the model accepts. MLflow's server answers with the status 400."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
@@ -33,7 +33,7 @@ class ServedModel:
     """A Keras model that also accepts image files, and can return labels."""
 
     def __init__(self, network: keras.Model, labels: Sequence[str]) -> None:
-        """Take a servable model, and the labels in the order of the model's outputs."""
+        """Take a servable model (see `inputs.input_size`), and the labels in the order of the model's outputs."""
         self.network, self.labels = network, labels
 
     def get_raw_model(self) -> keras.Model:

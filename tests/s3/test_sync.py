@@ -169,7 +169,7 @@ def test_an_object_that_was_left_out_is_tried_again_without_a_new_fingerprint(tm
     write_lists(tmp_path, objects_of(("a/1", "one")), [Rejected("p/a/2", "a", "archived", "")])
     write_files(tmp_path, ("a/1", "one"))
     changes = sync.compare_folder(tmp_path, listed(objects_of(("a/1", "one"), ("a/2", "two"))))
-    assert (changes.reason, changes.fingerprint) == ("1 left out before", None)
+    assert (changes.reason, changes.fingerprint) == ("1 left out by the last download", None)
 
 
 def show(items, total, unit, *, size):
@@ -251,7 +251,7 @@ def test_an_object_that_is_refused_is_left_out_and_tried_again_by_the_next_refre
     rows = [Rejected(f"p/a/{number}", "a", "refused", text) for number in (1, 2)]
     assert list(manifest.read(folder / REJECTED, Rejected)) == rows
     assert sorted(caplog.messages) == [f"  left out: s3://bucket/p/a/{n}: refused, {text}" for n in (1, 2)]
-    assert sync.compare_folder(folder, listed(objects)).reason == "2 left out before"
+    assert sync.compare_folder(folder, listed(objects)).reason == "2 left out by the last download"
 
 
 @pytest.mark.parametrize(
