@@ -21,7 +21,7 @@ class TrainingConfig(NamedTuple):
     `cnn` is a small network that is trained from random weights.
     """
 
-    batch_size: int  # maximum number of images in a batch; few images lower it for `cnn`: see `from_scratch.MIN_STEPS`
+    batch_size: int  # maximum number of images in a batch; with few images, `cnn` gets smaller ones: see `from_scratch`
     epochs: int  # number of epochs for `cnn`; maximum number for a head with hidden layers
     learning_rate: float
     decay_rate: float

@@ -90,7 +90,7 @@ def fine_tune(
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
     A trial comes first. It takes at most TRIAL_ROWS training images, and holds out a fifth of them. `fit_head` fits a
-    new head to the other four fifths. Then the trial trains the backbone and this head on the four fifths for
+    new head to the other four fifths. Then the trial fine-tunes the backbone with this head on the four fifths for
     `config.epochs` epochs. After each epoch, the model is measured on the held-out images. `groups` are the
     near-duplicate groups of the training images; a group is held out as a whole.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
-# Filters in `cnn`: number in the first convolution, maximum in all convolutions except the last, maximum in the last.
+# Filters of `cnn`: number in the first convolution, maximum in each convolution except the last, maximum in the last.
 # Each convolution has twice as many filters as the previous one, up to its maximum.
 CNN_FILTERS = (24, 96, 192)
 BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
@@ -60,7 +60,7 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
     import numpy as np
 
     # If the file lacks a layer, Keras only warns and does not change the layer's weights. So all weights are set to NaN
-    # first: weights that are still NaN after loading are missing from the file.
+    # first. Weights that are still NaN after loading are missing from the file.
     network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
     try:
         with warnings.catch_warnings():
@@ -164,7 +164,7 @@ def has_backbone(network: "keras.Model", backbone: "keras.Model") -> bool:
 
 def _kinds(network: "keras.Model") -> list[tuple[type, str]]:
     """Return the type and the configuration of each layer, without its name."""
-    # JSON makes lists and tuples equal: a loaded layer has lists where a built layer has tuples.
+    # A loaded layer has lists where a built layer has tuples. As JSON, a list and a tuple are equal.
     return [(type(each), json.dumps(each.get_config() | {"name": ""}, default=str)) for each in network.layers]
 
 
