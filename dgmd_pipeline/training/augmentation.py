@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 Augmentation = Literal["none", "shift", "flip", "strong"]
 SHIFT = 1 / 8  # maximum shift, as a share of the width and of the height
 ANGLE = math.radians(12)  # maximum rotation
-ZOOM = 0.18  # maximum of the zoom factor's logarithm: the factor is 84 to 120 %
-CONTRAST = 0.2  # maximum of the contrast factor's logarithm: the factor is 82 to 122 %
-BRIGHTNESS = 25.0  # maximum change, in levels of 0 to 255
+ZOOM = 0.18  # maximum absolute value of the zoom factor's logarithm; the factor is 84 to 120 %
+CONTRAST = 0.2  # maximum absolute value of the contrast factor's logarithm; the factor is 82 to 122 %
+BRIGHTNESS = 25.0  # maximum number that is added to a pixel value of 0 to 255, or subtracted from it
 
 
 def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":
@@ -32,8 +32,9 @@ def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[
 def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
     """Return randomly changed images of the same shape and range: uint8, or float32 if `kind` is "strong".
 
-    `images` are uint8 [batch, height, width, 3]. The random numbers of an image depend only on `seed` (int [2]) and on
-    its position in the batch, so a resumed training sees the same images.
+    `images` are uint8 [batch, height, width, 3]. The random numbers of an image depend only on `seed` (int [2]), on the
+    number of images in the batch and on the image's position in the batch. So a resumed training changes the images
+    exactly as a training without an interruption does.
 
     - "none" changes nothing.
     - "shift" moves the image by up to an eighth of its width and height, in whole pixels.
@@ -41,7 +42,7 @@ def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.T
       classes that change when mirrored.
     - "strong" also rotates by up to 12 degrees, zooms by up to 20 %, and changes contrast and brightness.
 
-    Pixels from outside the original image are filled with the nearest pixel of its edge.
+    A pixel that would come from outside the original image gets the value of the nearest pixel at the edge.
     """
     import tensorflow as tf
 
@@ -56,7 +57,7 @@ def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.T
         images=images,
         transforms=_transforms(size, kind, affine),
         output_shape=size[1:3],
-        fill_value=0.0,  # this fill mode ignores it
+        fill_value=0.0,  # not used: the fill mode "NEAREST" needs no value
         fill_mode="NEAREST",
         interpolation=interpolation,
     )

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
-# The decay is the share of the previous mean in the new mean. The current weights have the rest. The decay starts at 0,
-# because the first weights are soon outdated. After WARM_UP epochs, it is 0.5.
+# The new mean is decay * previous mean + (1 - decay) * current weights. The decay starts at 0, because the first
+# weights are soon outdated. It is 0.5 after WARM_UP epochs, and rises to MAX_DECAY.
 MAX_DECAY = 0.7
 WARM_UP = 5
 
@@ -26,7 +26,8 @@ def build_averaging_callback(network: "keras.Model") -> AveragingCallback:
 
     Before each validation, the mean is updated with the weights and the statistics of batch normalisation. This is
     stochastic weight averaging (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
-    2018) with exponentially decreasing weights. After validation, training continues from the network's own weights.
+    2018), but the share of an epoch in the mean decreases with each later epoch. After validation, training continues
+    from the network's own weights.
     """
     import keras
 

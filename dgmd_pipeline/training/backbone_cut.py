@@ -7,16 +7,17 @@ import numpy as np
 if TYPE_CHECKING:
     import keras
 
-TOP_SHARE = (0.25, 0.75)  # minimum and maximum of the share of the backbone's parameters that the top contains
+TOP_SHARE = (0.25, 0.75)  # the top contains at least the first and at most the second share of the parameters
 
 
 def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
     """Return the bottom and the top of a backbone, two networks that share its layers: top(bottom(x)) == network(x).
 
-    The cut is at a tensor that every path from the input to the output passes through. The share of the
-    parameters in the top is within TOP_SHARE. Of the tensors that meet both conditions, the one with the fewest values
-    is chosen, because fine-tuning stores these values for each image. Of several tensors of this size, the first is
-    chosen. The cut lies between two blocks, because networks are narrow between blocks and wide within them.
+    The cut is at a tensor that meets three conditions: every path from the input to the output passes through the
+    tensor, the tensor is not the output of a convolution, and the top has a share of the parameters within TOP_SHARE.
+    Fine-tuning stores the values of the tensor for each image, so the smallest tensor is chosen, or the first of
+    several smallest ones. This tensor lies between two blocks, because networks are narrow between blocks and wide
+    within blocks.
     """
     import keras
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dgmd_pipeline.errors import PipelineError
 
 DOWNLOAD_TIMEOUT = 20  # a download fails after this number of seconds without a byte
-INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # weights that the container image contains
+INSTALLED = Path(sys.prefix, "share", "dgmd_pipeline")  # folder with the weights in the container image
 _MINUS_ONE_TO_ONE = (1 / 127.5, -1.0)
 # Pixels are scaled to 0..1, then standardised with ImageNet's mean and deviation of each channel. Keras calls this mode
 # "torch".
@@ -30,8 +30,8 @@ class Backbone(NamedTuple):
     """A network of `keras.applications` and the location of its ImageNet weights without the top layers."""
 
     function: str  # name of the function in `keras.applications` that builds the network
-    url: str  # relative to WEIGHTS_URL
-    md5: str | None  # checksum in the sources of Keras; None for MobileNetV2, whose checksum they do not contain
+    url: str  # address of the file of weights, relative to WEIGHTS_URL
+    md5: str | None  # checksum of the file, from the sources of Keras; None if the sources have none (MobileNetV2)
     scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
     min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 

@@ -28,7 +28,7 @@ class UnusableCheckpoint(PipelineError):
 
 
 class TrainingState(NamedTuple):
-    """The state of a training after its last epoch, as a checkpoint holds it."""
+    """The state of a training after its last completed epoch. A checkpoint file holds this state."""
 
     seed: int
     history: list[Epoch]

@@ -16,9 +16,12 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class TrainingConfig(NamedTuple):
-    """How to train. The learning rate of epoch e (from 0) is learning_rate / (1 + decay_rate * e)."""
+    """How to train. The learning rate of epoch e (from 0) is learning_rate / (1 + decay_rate * e).
 
-    batch_size: int  # maximum number of images in a batch; for `cnn`, `from_scratch.MIN_STEPS` can lower it
+    `cnn` is a small network that is trained from random weights.
+    """
+
+    batch_size: int  # maximum number of images in a batch; with few images, `cnn` gets smaller ones: see `from_scratch`
     epochs: int  # number of epochs for `cnn`; maximum number for a head with hidden layers
     learning_rate: float
     decay_rate: float
@@ -26,7 +29,7 @@ class TrainingConfig(NamedTuple):
     optimizer: str  # one of OPTIMIZERS
     dropout: float  # 0 to below 1, after each hidden layer of the head
     weight_decay: float
-    augmentation: Augmentation = "none"  # of the training images of `cnn`
+    augmentation: Augmentation = "none"  # random changes of the training images; only for `cnn`
     seed: int | None = None  # None: each training gets a random seed
 
 
@@ -48,7 +51,7 @@ class TrainedModel(NamedTuple):
     """A trained model with the weights of its last epoch; for `cnn`, with the moving mean of the weights."""
 
     model: "keras.Model"  # a head for stored features; for `cnn`, the servable model
-    history: list[Epoch]  # every epoch, including those before a resume
+    history: list[Epoch]  # every epoch, including epochs before an interruption
     seed: int  # makes this training repeatable on a CPU
     selection: "Selection | None" = None  # how cross-validation chose the head; None for `cnn`
 

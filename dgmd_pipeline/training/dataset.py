@@ -45,7 +45,7 @@ def read(folder: Path, seed: int | None = None, epoch: int = 0, chosen: np.ndarr
         decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     options = tf.data.Options()
-    # TensorFlow's autotune thread sleeps for 10 ms, and then each time twice as long. A pass over the data ends only
+    # TensorFlow's autotune thread sleeps for 10 ms, then 20 ms, then 40 ms, and so on. A pass over the data ends only
     # when this thread wakes, so a pass could take up to 10 s longer. Without autotuning, the number of threads is the
     # number of cores.
     options.autotune.enabled = False

@@ -1,4 +1,4 @@
-"""The epoch with the lowest held-out loss, and the end of a training that no longer improves."""
+"""Finds the epoch with the lowest held-out loss, and ends a training that no longer improves."""
 
 from collections.abc import Sequence
 

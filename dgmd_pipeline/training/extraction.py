@@ -1,4 +1,4 @@
-"""Extracts feature vectors in pieces. A piece is a part of a shard. Its result is a small folder of features."""
+"""Extracts feature vectors in pieces. A piece is a part of a shard. Each piece has a small folder for its vectors."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,17 +41,20 @@ class Piece(NamedTuple):
     target: Path  # the folder
     records: Path  # folder of shards
     positions: np.ndarray  # int64, ascending: positions of the images among all records
-    origin: Origin  # origin of the vectors; its value "weights" is a result of `backbones.weights_fingerprint`
+    origin: Origin  # see `feature_store.Origin`; origin["weights"] is the fingerprint of the weights
     network: Network
 
 
 def divide(records: Path, reuse: Reuse, folder: Path, origin: Origin, network: Network) -> list[Piece]:
-    """Divide the images that are not reused into pieces of at most PIECE_IMAGES, with results below `folder`."""
+    """Divide the images whose vectors must be computed into pieces of at most PIECE_IMAGES images.
+
+    Each piece gets a new folder below `folder`.
+    """
     ends = np.cumsum([shard.records for shard in manifest.read_shard_index(records).shards])
     shard_of = np.searchsorted(ends, reuse.new, side="right")
     of_shards = [reuse.new[shard_of == number] for number in reuse.shards]
     parts = [part for each in of_shards for part in np.split(each, range(PIECE_IMAGES, len(each), PIECE_IMAGES))]
-    run = uuid.uuid4().hex[:8]  # names are unique, so that no piece of an earlier run is replaced
+    run = uuid.uuid4().hex[:8]  # makes the folders' names unique, so that no piece of an earlier run is replaced
     targets = (folder / f"{run}-{number:06d}" for number in range(len(parts)))
     return [Piece(target, records, part, origin, network) for target, part in zip(targets, parts, strict=True)]
 

@@ -22,10 +22,10 @@ from dgmd_pipeline.workflow import files
 
 log = logging.getLogger(__name__)
 IMAGES, LABELS = "images.npy", "labels.npy"
-SCHEMA = 1  # of index.json
+SCHEMA = 1  # version of the format of index.json
 COPY_ROWS = 4096  # vectors that are copied at a time
-IN_MEMORY_BYTES = 32_000_000  # maximum size of vectors that `load` reads into memory; larger files are mapped
-Origin = Mapping[str, object]  # JSON values; together with an image, they determine its vector
+IN_MEMORY_BYTES = 32_000_000  # if the vectors of a folder are larger, `load` maps them instead of reading them
+Origin = Mapping[str, object]  # JSON values: all that a vector depends on, apart from its image
 
 
 class FeatureShard(NamedTuple):
@@ -35,7 +35,7 @@ class FeatureShard(NamedTuple):
     images: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
-    images_sha256: str  # SHA-256 of this file's part of images.npy; files with the same images have the same vectors
+    images_sha256: str  # SHA-256 of this file's part of images.npy; equal if two files hold vectors of the same images
 
 
 class _Stored(NamedTuple):
@@ -61,8 +61,8 @@ class Reuse(NamedTuple):
     linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
     copied: dict[int, list[_Copy]]  # number of a shard that is not in `linked` -> vectors to copy into its file
     new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
-    new_bytes: int  # size of the records of these images
-    shards: list[int]  # numbers of the shards with these images
+    new_bytes: int  # size of the records at the positions `new`
+    shards: list[int]  # numbers of the shards that contain the positions `new`
 
 
 def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:

@@ -1,4 +1,4 @@
-"""Feature vectors of a frozen backbone: their computation, and batches of them to train on."""
+"""Computes the feature vectors of a frozen backbone, and divides vectors into batches for a training."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 BATCH = 16  # images whose vectors a thread computes at a time; larger batches are not faster and take more memory
-FEW = 64  # up to this number of images, no graph is traced, because tracing takes longer than the graph saves
+FEW = 64  # for at most this number of images, extraction is faster without a traced graph
 ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`: yields results in order
 
 
 class LabeledFeatures(NamedTuple):
     """The features and labels of a split, in the order of its records."""
 
-    vectors: Vectors  # float32 [n, d]; for activations at the cut of a backbone, [n, height, width, d]
+    vectors: Vectors  # float32 [n, d]; activations at the cut of a backbone (see `cut_backbone`): [n, height, width, d]
     labels: np.ndarray  # class indexes, int64 [n]
 
 
@@ -34,7 +34,8 @@ def extract(
 
     `batches` are uint8 [batch, height, width, 3], of the backbone's size. For the bottom part of a backbone, the
     features are float32 [batch, height, width, d]. `map_batches` may compute batches in threads. Only a few batches are
-    in memory. If `few` is true (at most FEW images), no graph is traced: 12 images take 1.1 s instead of 2.9 s.
+    in memory. If `few` is true, no graph is traced. This is faster for at most FEW images: 12 images take 1.1 s instead
+    of 2.9 s.
     """
     yield from map_batches(partial(_call, backbone) if few else freeze(backbone), batches)
 
@@ -72,7 +73,7 @@ def read_batches(
     shuffle: tuple[int, int] | None = None,
     rows: np.ndarray | None = None,
 ) -> "tf.data.Dataset":
-    """Return batches (features, labels) whose sizes differ by at most one.
+    """Return batches (features, labels) of at most `batch_size` rows. The sizes of the batches differ by at most one.
 
     `shuffle` is a seed and an epoch. The order depends only on these two numbers. With None, the rows keep their order.
     `rows` (int64) are the positions to take; None takes all positions.
@@ -92,7 +93,10 @@ def read_batches(
 
 
 def divide_rows(rows: np.ndarray, batch_size: int, shuffle: tuple[int, int] | None = None) -> list[np.ndarray]:
-    """Return the rows (int64 [n]) of batches whose sizes differ by at most one; `shuffle` as in `read_batches`."""
+    """Divide rows (int64 [n]) into batches, and return the rows of each batch.
+
+    `batch_size`, `shuffle` and the sizes of the batches are as in `read_batches`.
+    """
     order = rows.copy()
     if shuffle is not None:
         np.random.default_rng(shuffle).shuffle(order)

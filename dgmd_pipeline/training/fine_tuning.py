@@ -1,7 +1,8 @@
-"""Fine-tunes a frozen backbone together with its trained head, and keeps the result only if it is better.
+"""Fine-tunes a frozen backbone together with its trained head.
 
-The head is trained first. Then the backbone and the head are trained together at a low learning rate. Source: Kumar et
-al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
+The result is kept only if it is better than the same head on the frozen backbone. Fine-tuning trains the backbone and
+the head at a low learning rate, after the head alone has been trained. Source: Kumar et al., "Fine-Tuning can Distort
+Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 KINDS = ("none", "top", "all")
-BATCH_SIZE = 32  # maximum; for each image, the gradients of a network take 60 MB of memory or more
+BATCH_SIZE = 32  # maximum number of images in a batch; gradients take at least 60 MB of memory for each image
 DECAY_RATE = 1.0  # replaces the decay rate of the configuration
-MIN_HELD_OUT = 10  # minimum number of images; with fewer, the lowest log loss of several epochs is low by chance
-CHECKPOINT = "fine_tuning"  # prefix of the checkpoints
+MIN_HELD_OUT = 10  # minimum number of held-out images; with fewer images, an epoch can have a low log loss by chance
+CHECKPOINT = "fine_tuning"  # prefix of the names of the checkpoint files
 
 
 class Trial(NamedTuple):
-    """Metrics of the head alone and of the fine-tuned model on held-out training images."""
+    """Metrics of the head alone (on the frozen backbone) and of the fine-tuned model, on held-out training images."""
 
     held_out: int  # number of held-out images; neither model was trained on them
     log_loss_head: float  # nats
@@ -56,7 +57,7 @@ class FineTunedModel(NamedTuple):
 
     backbone: "keras.Model | None"
     head: "keras.Model | None"
-    history: list[Epoch]  # of the final fit
+    history: list[Epoch]  # epochs of the final fit, see `fine_tune`; empty if there was none
     trial: Trial | None  # None if fewer than MIN_HELD_OUT images could be held out
 
 
@@ -88,19 +89,19 @@ def fine_tune(
 ) -> FineTunedModel:
     """Train the last blocks of a backbone (`kind` "top") or all of it ("all") together with a trained head.
 
-    A trial comes first. It uses at most TRIAL_ROWS training images, holds a fifth of them out, and trains on the rest.
-    It starts from the head that `fit_head` returns for the rest. After each of `config.epochs` epochs, the model is
-    measured on the held-out images. `groups` are the near-duplicate groups of the training images; a group is held out
-    as a whole.
+    A trial comes first. It takes at most TRIAL_ROWS training images, and holds out a fifth of them. `fit_head` fits a
+    new head to the other four fifths. Then the trial fine-tunes the backbone with this head on the four fifths for
+    `config.epochs` epochs. After each epoch, the model is measured on the held-out images. `groups` are the
+    near-duplicate groups of the training images; a group is held out as a whole.
 
     If the trial is `better`, the final fit trains on the whole training split, starting from `trained_head`, with the
     trial's best number of epochs. After each of these epochs, the model is measured on `validation`, which does not
     affect the training. `backbone` and `trained_head` are not changed.
 
     `class_weights` are float32 [classes]. `config` has a seed, which makes the result repeatable on a CPU. `on_epoch`
-    is also called after the epochs of the trial. `resume_dir` is an existing folder for activations and checkpoints.
-    With the same folder, data and configuration, a stopped fine-tuning resumes after its last epoch. `map_batches` is
-    passed to `features.extract`.
+    is called after each epoch of the trial and of the final fit. `resume_dir` is an existing folder for activations and
+    checkpoints. With the same folder, data and configuration, a stopped fine-tuning resumes after its last completed
+    epoch. `map_batches` is passed to `features.extract`.
 
     Raises PipelineError if the disk has no room for the activations, or if weights are not finite. Raises
     UnusableCheckpoint if a file in `resume_dir` is damaged.
@@ -120,11 +121,11 @@ def fine_tune(
 
 
 class _Fit(NamedTuple):
-    """The networks and the state of the trial or of the final fit, before the next epoch."""
+    """The networks, the configuration and the saved state of one fit: the trial or the final fit."""
 
     backbone: "keras.Model"  # a trainable copy: see `clone_trainable`
     head: "keras.Model"  # a trainable copy
-    trained: "keras.Model"  # the trained part of the backbone, then the head; shares the weights of both copies
+    trained: "keras.Model"  # the part of `backbone` that is trained, followed by `head`; shares their weights
     config: TrainingConfig
     state: TrainingState
     checkpoint: Path
@@ -135,7 +136,7 @@ class _Fitter(NamedTuple):
 
     kind: str
     backbone: "keras.Model"
-    read: Batches  # of the training split
+    read: Batches  # returns batches of the training split
     class_weights: np.ndarray
     config: TrainingConfig
     on_epoch: OnEpoch
@@ -144,7 +145,7 @@ class _Fitter(NamedTuple):
     def run_trial(self, head: "keras.Model", fitted_rows: Rows, held_out_rows: Rows) -> Trial:
         """Fine-tune the backbone with `head` on `fitted_rows`, to which `head` was fitted.
 
-        The model is measured on `held_out_rows` before and after fine-tuning.
+        The model is measured on `held_out_rows` before the first epoch and after each epoch.
         """
         held_out = self.read(held_out_rows, None)
         fit = self.start("trial", head, self.config.epochs)
@@ -165,7 +166,10 @@ class _Fitter(NamedTuple):
         return _Fit(backbone, head, trained, config, state, checkpoint)
 
     def fit(self, fit: _Fit, rows: Rows, val_batches: "tf.data.Dataset") -> list[Epoch]:
-        """Train on `rows` of the training split until the last epoch. Return all its epochs, also of stopped runs."""
+        """Train on `rows` of the training split until `fit.config.epochs` epochs are completed.
+
+        Return these epochs. They include epochs that an interrupted run completed.
+        """
         log_epochs = loop.log_epochs(self.on_epoch, fit.config.epochs)
 
         def shuffled_batches(epoch: int) -> "tf.data.Dataset":

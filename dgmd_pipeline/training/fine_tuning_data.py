@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-TRIAL_ROWS = 10_000  # maximum number of training images in the trial
-TRIAL_FOLDS = 5  # one of them is held out
+TRIAL_ROWS = 10_000  # maximum number of training images in the trial, see `fine_tuning.fine_tune`
+TRIAL_FOLDS = 5  # number of folds in the trial; one fold is held out
 ACTIVATIONS = "activations"  # prefix of the names of the folders with activations
 VALUES, LABELS = "activations.npy", "labels.npy"  # files in each of these folders
 Rows = np.ndarray  # int64, ascending: positions of images in the training split

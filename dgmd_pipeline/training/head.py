@@ -37,7 +37,7 @@ def train_head(
     on_epoch: OnEpoch,
     checkpoint: Path | None = None,
 ) -> TrainedModel:
-    """Choose a head by cross-validation on the training split `data`, then fit it to the whole training split.
+    """Choose a head by cross-validation on the training split `data`. Then fit it to the whole split (the final fit).
 
     Labels are from 0 to `classes` - 1; a class may be missing from the data. `groups` are the near-duplicate groups of
     the training images; a group is held out as a whole. `kind` is one of `head_selection.HEADS`. `class_weights`

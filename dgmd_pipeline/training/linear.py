@@ -8,14 +8,16 @@ import numpy as np
 from dgmd_pipeline.errors import PipelineError
 from dgmd_pipeline.training.vectors import Vectors
 
-COMPONENT_ROWS = 20_000  # maximum number of vectors for the components: about 10 per dimension at 2,048 dimensions
+# Maximum number of vectors that the components are computed from. If a vector has 2,048 dimensions, this is about 10
+# vectors per dimension.
+COMPONENT_ROWS = 20_000
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
 # A fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
 # number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it quadruples
 # the number of iterations and does not lower the loss.
 TOLERANCE = 1e-5
-MIN_CURVATURE = 1e-4  # minimum of the estimated second derivative of a row's loss
+MIN_CURVATURE = 1e-4  # lower limit for the second derivative of the mean loss with respect to a logit
 
 
 class Components(NamedTuple):
@@ -27,7 +29,7 @@ class Components(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """The root of the mean variance of the d features, above 0."""
+        """The square root of the mean variance of the d features; 1 if the vectors do not vary."""
         return float(np.sqrt(self.variances.sum() / len(self.mean))) or 1.0
 
 
@@ -50,19 +52,20 @@ def principal_components(features: Vectors) -> Components:
 
 
 def project(features: Vectors, components: Components) -> tuple[np.ndarray, Components]:
-    """Return the coordinates (float32 [n, r]) of features (float32 [n, d]), and the components of the coordinates."""
+    """Return the coordinates (float32 [n, r]) of features (float32 [n, d]), and the Components to pass to `fit`."""
     assert components.directions is not None  # noqa: S101
     coordinates = (np.asarray(features) - components.mean) @ components.directions
     return coordinates, Components(np.zeros(coordinates.shape[1], np.float32), components.variances, None)
 
 
 def penalties(components: Components, shrinkage: float) -> np.ndarray:
-    """Return the penalty (float64 [r]) of each component's squared coefficients: the component's shrunk variance.
+    """Return a penalty (float64 [r]) for the squared coefficients of each component.
 
-    `shrinkage`, above 0 and at most 1, moves the variances towards their mean (Ledoit and Wolf 2004). With 1, all
-    coefficients have the same penalty, which corresponds to centred and uniformly scaled vectors. Lower values
-    correspond to partial whitening. The penalties are scaled so that the mean of variance / penalty is 1. A strength
-    then has about the same effect with every shrinkage.
+    The penalty is the variance of the component, moved towards the mean of all variances (Ledoit and Wolf 2004).
+    `shrinkage`, above 0 and at most 1, says how far it is moved. With 1, all coefficients have the same penalty. This
+    has the effect of a regression on centred and uniformly scaled vectors. Lower values have the effect of partly
+    whitened vectors. The penalties are scaled so that the mean of variance / penalty is 1. A strength then has about
+    the same effect with every shrinkage.
     """
     variances = components.variances
     if not len(variances):

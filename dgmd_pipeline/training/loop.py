@@ -100,8 +100,8 @@ def run(
     """Train a network from `state` until `config.epochs` epochs are completed, including those in `state`.
 
     `run_epoch` gets the number of an epoch, counted from 0. It trains one epoch with the optimizer's current learning
-    rate, and returns the losses and accuracies of an Epoch by name. After each epoch, the state, which includes
-    `more_variables`, is saved in `checkpoint` before `on_epoch` is called.
+    rate, and returns a dict of the epoch's losses and accuracies, with the names of fields of Epoch as keys. After each
+    epoch, the state, which includes `more_variables`, is saved in `checkpoint` before `on_epoch` is called.
 
     Raises Diverged if the weights or a loss are not finite, and UnusableCheckpoint if `state` does not fit the network.
     """

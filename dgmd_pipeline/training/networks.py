@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
-# Filters of the first convolution. Each further convolution doubles the number up to the second value; the last
-# convolution doubles it up to the third.
+# Filters of `cnn`: number in the first convolution, maximum in each convolution except the last, maximum in the last.
+# Each convolution has twice as many filters as the previous one, up to its maximum.
 CNN_FILTERS = (24, 96, 192)
 BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
 RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same weights in every process
@@ -59,7 +59,8 @@ def build_backbone(backbone: str, weights: str, height: int, width: int, keras_h
 def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
     import numpy as np
 
-    # If the file lacks a layer, Keras only warns and keeps the layer's weights. NaN marks weights that are kept.
+    # If the file lacks a layer, Keras only warns and does not change the layer's weights. So all weights are set to NaN
+    # first. Weights that are still NaN after loading are missing from the file.
     network.set_weights([np.full_like(values, np.nan) for values in network.get_weights()])
     try:
         with warnings.catch_warnings():
@@ -163,7 +164,7 @@ def has_backbone(network: "keras.Model", backbone: "keras.Model") -> bool:
 
 def _kinds(network: "keras.Model") -> list[tuple[type, str]]:
     """Return the type and the configuration of each layer, without its name."""
-    # As JSON, because a loaded layer has lists where a built one has tuples.
+    # A loaded layer has lists where a built layer has tuples. As JSON, a list and a tuple are equal.
     return [(type(each), json.dumps(each.get_config() | {"name": ""}, default=str)) for each in network.layers]
 
 

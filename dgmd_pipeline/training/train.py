@@ -1,7 +1,7 @@
 """Trains a servable model on stored features or records, and reads and writes the files of a training.
 
-For a frozen backbone, a head is trained. If FINE_TUNE is set, both are then fine-tuned together. `cnn` is trained from
-scratch.
+For a frozen backbone, a head is trained. Then, if FINE_TUNE is not `none`, the backbone and the head are fine-tuned
+together. `cnn` is trained from scratch.
 """
 
 import logging
@@ -88,7 +88,7 @@ class TrainingJson(TypedDict):
     id: str  # unique identifier of this training, hexadecimal
     kept: int  # number (counted from 0) of the epoch whose weights the model has
     seed: int
-    metrics: dict[str, float]  # metrics of this epoch
+    metrics: dict[str, float]  # metrics of the epoch `kept`
     fine_tuned: bool
     fine_tuning: NotRequired[FineTuningJson]
     head: NotRequired[head_selection.SelectionJson]
@@ -149,8 +149,9 @@ def train(
 ) -> FinishedTraining:
     """Train a head on the stored features of `backbone`, or `cnn` from scratch if `backbone` is None.
 
-    `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last epoch. If a checkpoint
-    cannot be used, a warning is logged and the training starts again. `map_batches` is passed to `features.extract`.
+    `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last completed epoch. If a
+    checkpoint cannot be used, a warning is logged and the training starts again. `map_batches` is passed to
+    `features.extract`.
 
     Raises Diverged if weights or a loss are not finite. Raises PipelineError if the disk is full or stored features are
     damaged.
@@ -247,7 +248,7 @@ def _resume(train: Callable[[Path], TrainedModel], resume_dir: Path) -> TrainedM
 
 
 def describe_checkpoints(resume_dir: Path) -> str:
-    """Return a text that says where a training with these checkpoints continues, or "" if it starts from scratch."""
+    """Return how a training continues from the checkpoints in `resume_dir`, as text; "" if it starts from scratch."""
     if any(resume_dir.glob(f"{fine_tuning.CHECKPOINT}*")):
         return "continues a stopped fine-tuning"
     epochs = completed_epochs(resume_dir / CHECKPOINT)
