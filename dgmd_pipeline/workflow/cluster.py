@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# The run submits up to this many unfinished pieces for each worker. It takes the results in the order of the pieces.
-# While it waits for the result of a slow piece, the other workers still have pieces to do.
+# Maximum number of unfinished pieces for each worker. A piece is a list of items that a worker gets together. The run
+# takes the results in the order of the pieces. With several pieces for each worker, the other workers still have work
+# while the run waits for the result of a slow piece.
 PIECES_OF_A_WORKER = 4
 POLL = 2.0  # seconds between checks of the cluster
-CHECK_TIMEOUT = 60.0  # seconds that a worker has for its checks
+CHECK_TIMEOUT = 60.0  # seconds that a worker may take to check itself
 # Seconds without any worker, after which a run fails. Dask's option distributed.scheduler.no-workers-timeout, if it is
 # set, is used instead.
 NO_WORKERS_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
 SILENCE = 300.0  # seconds without a result, after which a warning is logged
-# A run fails if it has lost the connection more than this many times since the last result, or if this many requests
-# in a row get no answer.
+# Maximum number of losses of the connection between two results. A run also fails if the scheduler leaves MAX_LOSSES
+# requests in a row without an answer.
 MAX_LOSSES = 3
 
 
@@ -54,7 +55,7 @@ class _Piece:
 
 
 class ClusterExecutor:
-    """Does what `ProcessExecutor` does, on the workers of a Dask scheduler.
+    """Applies a function to items on the workers of a Dask scheduler.
 
     Each Dask worker does its pieces in a `ProcessExecutor` with one process. If an image crashes this process, only the
     image is lost, and the Dask worker continues. docs/decisions/0033-dask.md explains this design.
@@ -70,7 +71,9 @@ class ClusterExecutor:
         self._address, self._data_dir, self._prepare = address, data_dir, prepare
         self._client: distributed.Client | None = None
         self._job = b""
-        self._counted = self._had_workers = self._had_result = 0.0  # when each last happened, by `time.monotonic`
+        # Times by `time.monotonic`: when the workers were last counted, when the scheduler last had a worker, and when
+        # the last result arrived.
+        self._counted = self._had_workers = self._had_result = 0.0
         self._losses = self._unanswered = 0
         self._workers = 0
         self._most_workers = 0
@@ -184,7 +187,7 @@ class ClusterExecutor:
         )
 
     def close(self) -> None:
-        """Cancel the pieces under way, end the workers' processes as soon as they are idle, and disconnect."""
+        """Cancel the pieces under way and disconnect. The executor of each Dask worker ends after its current piece."""
         reachable = self._reachable()
         client, self._client = self._client, None
         if client is None:
@@ -231,7 +234,7 @@ class ClusterExecutor:
             if self._unanswered == MAX_LOSSES:
                 raise PipelineError(self._lost()) from None
             return
-        except OSError:  # the connection is lost: `_wait` handles it
+        except OSError:  # the connection is lost; `_reconnect` waits for a new one
             return
         self._workers, self._unanswered = len(found), 0
         self._most_workers = max(self._workers, self._most_workers)
@@ -291,7 +294,7 @@ class ClusterExecutor:
             log.warning(text, SILENCE, piece.name, self.describe(), self.dashboard)
 
     def _reconnect(self) -> None:
-        """Wait while Dask's client reconnects. The client gives up after `distributed.comm.timeouts.connect`."""
+        """Wait while Dask's client reconnects. Dask's option `distributed.comm.timeouts.connect` limits the time."""
         assert self._client is not None  # noqa: S101
         while self._client.status == "connecting":
             time.sleep(0.1)
@@ -309,7 +312,7 @@ class ClusterExecutor:
 
 
 def _configure_logging() -> None:
-    """With --verbose, write the messages of Dask's client to the log of the run. Without it, drop them."""
+    """With --verbose, write the messages of Dask's client to the log of the run. Otherwise, drop these messages."""
     verbose = log.isEnabledFor(logging.DEBUG)
     for name in ("distributed", "distributed.client", "distributed.gc", "bokeh", "tornado", "tornado.application"):
         logger = logging.getLogger(name)
@@ -366,10 +369,11 @@ async def _ask_all(client: "distributed.Client", job: bytes) -> dict[str, str | 
             answer = (await asyncio.wait_for(asked, CHECK_TIMEOUT)).get(worker)
         except TimeoutError:
             return (
-                f"has not answered for {CHECK_TIMEOUT:g} s. Perhaps the disk of DATA_DIR hangs. Restart or remove it."
+                f"has not answered for {CHECK_TIMEOUT:g} s. Perhaps the disk of DATA_DIR hangs. Restart or remove the "
+                "worker."
             )
         if isinstance(answer, Exception):
-            return f"cannot run this pipeline ({_first_line(answer)}). Start it with the image of the run."
+            return f"cannot run this pipeline ({_first_line(answer)}). Start the worker with the image of the run."
         return answer
 
     workers = list(await client.nthreads())

@@ -17,11 +17,11 @@ from dgmd_pipeline.workflow.executors import ProcessExecutor
 
 PACKAGE = Path(__file__).parent.parent
 COMPARED = ("dask", "distributed", "tensorflow", "tensorflow-cpu", "numpy", "pillow", "dgmd_pipeline")
-ANSWER = ".cluster-"  # prefix of the name of the file that a worker creates in DATA_DIR when it checks itself
+ANSWER = ".cluster-"  # a worker that checks itself creates a file in DATA_DIR; the file's name begins with this prefix
 OWN_MEMORY = 150_000_000  # bytes that a Dask worker uses before its first piece
 
 DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
-# Job.id -> its executor. There is at most one entry: for the last run that gave this worker a piece.
+# Job.id -> the executor that does the job's pieces. A new job replaces the entry of the job before it.
 _pools: dict[str, ProcessExecutor] = {}
 
 
@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
     id: str
     data_dir: Path
-    holder: str  # which process holds the lock of DATA_DIR
+    holder: str  # text that names the process with the lock of DATA_DIR
     versions: dict[str, str]
     prepare: Callable[[], None]  # called before the first piece
 
@@ -39,7 +39,7 @@ class Job(NamedTuple):
         return self.data_dir / f"{ANSWER}{self.id}-{hashlib.sha256(worker.encode()).hexdigest()[:16]}"
 
 
-@functools.cache  # a worker keeps the code that it has loaded, even if its files change
+@functools.cache  # a change of the code's files has no effect on a worker that has loaded the code
 def versions() -> dict[str, str]:
     """Return the versions that have to be the same in the run and in all workers, and a hash of this package's code."""
     found = {"Python": platform.python_version()}
@@ -63,22 +63,26 @@ def check(content: bytes, dask_worker: DaskWorker) -> str | None:
     """Return why this worker cannot do pieces of a job, or None if it can.
 
     The text continues a sentence that begins with the name of the worker. `content` is the pickled Job. The worker
-    creates the file `job.answer` in DATA_DIR, and the run then looks for this file.
+    creates the file `job.answer` in DATA_DIR. The run looks for this file, to make sure that it
+    sees the same disk as the worker.
     """
     job: Job = pickle.loads(content)
     here = versions()
     if different := [name for name in here if here[name] != job.versions[name]]:
         found, expected = (", ".join(f"{name} {each[name]}" for name in different) for each in (here, job.versions))
-        return f"has {found}, and the run has {expected}. Start it with the image of the run."
+        return f"has {found}, and the run has {expected}. Start the worker with the image of the run."
     if dask_worker.state.nthreads != 1:
         return f"has {dask_worker.state.nthreads} threads. Start it with `--nthreads 1`, and start more workers."
     try:
         seen = holder(job.data_dir)
         job.answer(dask_worker.address).touch()
     except OSError as error:
-        return f"cannot use DATA_DIR: {error}. Give it the disk of the run at the same path, writable."
+        return f"cannot use DATA_DIR: {error}. Give the worker the disk of the run at the same path, writable."
     if seen != job.holder:
-        return f"sees another folder at {job.data_dir} than the run. Give both the same disk at this path."
+        return (
+            f"sees another folder at {job.data_dir} than the run. Give the run and all workers the same disk at this "
+            "path."
+        )
     return None
 
 

@@ -23,7 +23,7 @@ REMOVAL_TIMEOUT = 10.0  # seconds that another process may write in a folder tha
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
 SHOWN = 200  # characters of a path, maximum
 SECONDS_KEPT = 24 * 60 * 60  # age at which no run can still be using a temporary file
-BLOCK = 4096  # bytes; on most disks, a file occupies a multiple of this
+BLOCK = 4096  # bytes in a block of most disks; a file occupies whole blocks
 
 
 def allocated_bytes(size: int) -> int:
@@ -45,9 +45,9 @@ def _full(data_dir: Path, need: str) -> PipelineError:
 
 @contextlib.contextmanager
 def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | None = None) -> Iterator[None]:
-    """Turn an OSError that an operator can fix into a PipelineError that says how; re-raise any other.
+    """Replace an OSError that an operator can fix by a PipelineError that gives the remedy. Re-raise other errors.
 
-    `data_dir` is the folder in use. `needed` is the approximate number of bytes that `what` writes, if it is known.
+    `data_dir` is DATA_DIR. `needed` is the approximate number of bytes that `what` writes, if it is known.
     """
     before = _free(data_dir)
     try:
@@ -191,8 +191,8 @@ def prepare_temporary_folder(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove the folder or file at this path, if it exists.
 
-    A worker that has outlived its run may still write to the folder. Raises OSError, for example if the folder still
-    changes after REMOVAL_TIMEOUT.
+    A worker that has outlived its run may still write to the folder. So a failed removal is tried again, for at most
+    REMOVAL_TIMEOUT. Raises OSError, for example if the removal still fails after this time.
     """
     deadline = time.monotonic() + REMOVAL_TIMEOUT
     while os.path.lexists(folder):  # on a read-only disk, `unlink` refuses even if there is nothing to remove

@@ -17,7 +17,7 @@ from dgmd_pipeline.workflow import machine, worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNKS_OF_A_WORKER = 2  # one in progress, and one that waits
+CHUNKS_OF_A_WORKER = 2  # lists of items that a worker gets: one in progress, and one that waits
 
 
 class Executor(Protocol):
@@ -54,7 +54,9 @@ class ProcessExecutor:
     dashboard: str | None = None
 
     def __init__(self, processes: int | None = None, memory: int | None = None) -> None:
-        """Use at most `processes` processes and `memory` bytes; by default, what the machine or container has.
+        """Use at most `processes` processes and `memory` bytes.
+
+        The defaults are the number of cores and the memory that this process may use in its machine or container.
 
         The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
         Each worker needs memory even without an item. The number of workers is limited so that the largest item still
@@ -72,10 +74,11 @@ class ProcessExecutor:
     ) -> Iterator[Result | WorkerDied]:
         """Yield `function(item)` in the order of the items. A worker gets `chunk` items at a time.
 
-        If a worker dies while it works on an item, all workers are started again. The item is then tried once more.
-        Meanwhile, no other item is worked on, because other items may have taken the memory that it needs. If its
-        worker dies in this attempt, too, the item's result is a WorkerDied. If a timer for processor time ended the
-        first worker, the item is not tried again, and its result is a WorkerDied. Other items may be worked on twice.
+        If a worker dies while it works on an item, all workers are started again, and the item is tried a second time.
+        During the second attempt, no worker works on any other item, because other items may take the memory that the
+        item needs. If the worker of the second attempt dies, too, the item's result is a WorkerDied. If a timer for
+        processor time ends a worker, there is no second attempt, and the result of the worker's item is a WorkerDied.
+        After a restart of the workers, other items may be processed again.
         Raises what `function` raises, and PipelineError if workers do not start. An executor can have only one open
         iterator at a time.
         """

@@ -15,8 +15,10 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_damaged: set[tuple[int, int, str]] = set()  # logged files: device and inode of the folder, name of the file
-_checksums: dict[tuple[int, int, int, int], str] = {}  # by device, inode, size and time of modification
+# Files that a warning has already reported as damaged: device and inode of the folder, name of the file.
+_damaged: set[tuple[int, int, str]] = set()
+# Device, inode, size and time of modification of a file -> its SHA-256.
+_checksums: dict[tuple[int, int, int, int], str] = {}
 
 
 def sha256(path: Path) -> str:
@@ -86,7 +88,7 @@ def commit(target: Path) -> Iterator[Path]:
 
 
 def attempts(target: Path) -> list[Path]:
-    """Return the folders of unfinished attempts to create `target`, the latest last."""
+    """Return the folders of unfinished attempts to create `target`, the last modified one at the end."""
     return sorted(target.parent.glob(f".{glob.escape(target.name)}-*"), key=lambda path: path.stat().st_mtime_ns)
 
 

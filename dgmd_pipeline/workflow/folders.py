@@ -118,7 +118,8 @@ def resumable(target: Path, fingerprint: str | None) -> Path | None:
 def recover(data_dir: Path, names: Iterable[str]) -> None:
     """Clean up the folders `names` after a killed run.
 
-    Restore a replaced folder if its target is missing; otherwise, remove it. Remove the drafts that cannot be resumed.
+    Remove a replaced folder if the folder that replaced it exists. Otherwise, restore the replaced folder. Remove the
+    drafts that cannot be resumed.
     """
     for target, folder, old in ((data_dir / name, *_beside(data_dir / name)) for name in names):
         discard_replaced(target)
@@ -130,7 +131,7 @@ def recover(data_dir: Path, names: Iterable[str]) -> None:
 
 
 def current_path(target: Path) -> Path:
-    """Return `target`, or the path of the replaced folder if a killed run has left only that."""
+    """Return `target`. If a killed run has left only the replaced folder, return the path of the replaced folder."""
     old = _beside(target)[1]
     return old if old.exists() and not target.exists() else target
 

@@ -21,8 +21,8 @@ SECONDS_BETWEEN_WRITES = 5.0
 def hold(data_dir: Path) -> Iterator["Holder"]:
     """Lock `data_dir` for one run, and provide the Holder, which publishes the run's progress.
 
-    The kernel releases the lock when the process ends. Raises Busy if another process holds the lock; its text names
-    that process. Raises PipelineError if no file can be created in `data_dir`.
+    The kernel releases the lock when the process ends. If another process holds the lock, raises a Busy that
+    names the other process. Raises PipelineError if no file can be created in `data_dir`.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -110,8 +110,8 @@ def _acquire(file: FileIO) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    # Errors do not matter: the lock also works with an empty file. The text is written before the file is shortened,
-    # so that another process never reads an empty file.
+    # Errors do not matter, because the lock does not depend on the text. The text is written before the file is
+    # shortened. Otherwise, another process could read an empty file, which means that no run holds the lock.
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_WRONLY)
         try:

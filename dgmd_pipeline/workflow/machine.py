@@ -1,4 +1,4 @@
-"""The cores and the memory that this process may use: those of the machine, or less in a container."""
+"""Finds how many cores and how much memory this process may use on a machine or in a container."""
 
 import math
 import os
@@ -7,9 +7,11 @@ from pathlib import Path, PurePosixPath
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use: those in its CPU affinity or, if smaller, its rounded-up CPU quota.
+    """Return how many cores this process may use.
 
-    `docker run --cpus 1.5` sets a quota of 1.5 cores; the affinity still contains all cores of the host.
+    The result is the smaller of two numbers: the cores in the CPU affinity of the process, and its CPU quota, rounded
+    up to a whole number. `docker run --cpus 1.5` sets a quota of 1.5 cores, but does not change the affinity, which
+    contains all cores of the host.
     """
     usable = _affinity()
     quota = cpu_quota(root)
@@ -20,7 +22,7 @@ def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
     """Return environment variables that limit the threads of libraries to the CPU quota.
 
     By default, OpenMP, OpenBLAS and TensorFlow start a thread for each core of the affinity. OpenBLAS obeys
-    OMP_NUM_THREADS too. No variables are returned if the quota allows all cores of the affinity, or without a quota.
+    OMP_NUM_THREADS too. The result is empty if there is no quota, or if the quota allows all cores of the affinity.
     """
     threads = cores(root)
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -28,7 +30,10 @@ def thread_defaults(root: Path = Path("/")) -> dict[str, str]:
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Return how many bytes of memory this process may use: those of the machine or, if smaller, of its container."""
+    """Return how many bytes of memory this process may use.
+
+    The result is the memory of the machine, or the limit of the container if this limit is smaller.
+    """
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(physical, memory_limit(root) or physical)
 
@@ -50,14 +55,14 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Return the memory limit of this process's control groups in bytes; None if no limit is found.
 
-    `root` is as in `cpu_quota`. Version 1 of control groups always reports a number. If there is no limit, this number
-    is larger than the memory of any machine.
+    `root` is the folder that contains `proc` and `sys`. Version 1 of control groups always reports a number. If there
+    is no limit, this number is larger than the memory of any machine.
     """
     texts = [_read(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_FILES]
     return min((int(text) for text in texts if text.isdecimal()), default=None)
 
 
-_MEMORY_FILES = ("memory.max", "memory.limit_in_bytes")  # of version 2 and of version 1
+_MEMORY_FILES = ("memory.max", "memory.limit_in_bytes")  # files of version 2 and of version 1
 
 
 def _affinity() -> int:

@@ -84,9 +84,9 @@ def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
 
 
 def plan(*last: "Step", with_reuse: bool = False) -> list[StepPlan]:
-    """Return the plan of each step up to `last`, in the order in which they run.
+    """Return the plans of all steps up to `last`, in the order in which the steps run.
 
-    With `with_reuse`, a plan says what the step will reuse. This takes longer.
+    With `with_reuse`, a plan also says what the step will reuse from its folder. This takes longer.
     The fingerprints of folders that are up to date are added to the run's result. These folders are not examined again.
     """
     plans: dict[str, StepPlan] = {}

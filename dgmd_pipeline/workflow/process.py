@@ -5,14 +5,14 @@ import sys
 
 from dgmd_pipeline.errors import SettingsError
 
-# A run on 2 cores had at most 36 open files. More S3 connections and more worker processes need more.
+# A run on 2 cores has at most 36 open files. Each additional S3 connection or worker process opens more files.
 WANTED_FILES, NEEDED_FILES = 1024, 256
 
 
 def check() -> None:
-    """Raise the limit of open files if it is low.
+    """Check the encoding of file names, and increase the limit of open files if the limit is low.
 
-    Raises SettingsError if the highest possible limit is too low. Also raises it if the encoding of file names is not
+    Raises SettingsError if the limit cannot be increased enough. Also raises SettingsError if the encoding is not
     UTF-8, because labels and keys with non-ASCII characters could not be written.
     """
     encoding = sys.getfilesystemencoding()

@@ -82,7 +82,7 @@ def current() -> RunContext:
 
     If Luigi's own command started the run, the first call creates the context from the environment.
     """
-    global _active  # noqa: PLW0603 - Luigi creates tasks from their parameters alone; a process has one run
+    global _active  # noqa: PLW0603 - Luigi gives a task only its parameters; the task finds its run here
     if _active is None:
         _active = _default()
     return _active

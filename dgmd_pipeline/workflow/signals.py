@@ -1,10 +1,11 @@
 """SIGINT and SIGTERM raise Stopped in the main thread. If the run does not end in time, the process is ended.
 
-Python calls a signal handler between two instructions. A library can suppress the exception that the handler raises:
-TensorFlow does so while it is imported and while it traces a function. A long call of native code delays the handler.
-So the handler also stores the signal, for `check_stopped`. In addition, a thread notices the signal at once, and ends
-the process if it still runs GRACE seconds later. A step that is interrupted in this way leaves only a draft, which the
-next run removes or resumes.
+A library can suppress the exception that the signal handler raises: TensorFlow does so while it is imported and while
+it traces a function. So the handler also stores the signal, for `check_stopped`.
+
+Python calls a signal handler only between two instructions, so a long call of native code delays the handler. A
+thread notices the signal without this delay. If the process still runs GRACE seconds later, the thread ends the
+process. The step that was running then leaves only a draft, which the next run removes or resumes.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ from collections.abc import Callable, Iterator
 
 from dgmd_pipeline.errors import Stopped
 
-# Maximum seconds after a signal until the block of `handle_signals` ends, and maximum seconds for the calls of
-# `before_end` after that. `docker stop` kills the process after ten seconds.
+# After a signal, the block of `handle_signals` has GRACE seconds to end. If it does not end, the functions in
+# `before_end` have ENDING seconds. `docker stop` kills the process after ten seconds.
 GRACE, ENDING = 3.0, 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # numbers of the signals that have arrived since `handle_signals` began
@@ -55,10 +56,10 @@ def check_stopped() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """If a signal arrives in the block, raise Stopped only after the block. Only for the main thread.
+    """If a signal arrives in the block, raise Stopped only after the block. Call this only in the main thread.
 
-    An exception in the middle of a transaction would leave the database locked for ever. A lock in the library that
-    uses the database would never be released.
+    The block may contain a transaction of a database. An exception in the middle of the transaction would leave two
+    locks unreleased for ever: the lock of the database, and a lock in the library that uses the database.
     """
     _deferring.append(None)
     try:
@@ -86,10 +87,10 @@ def _watch(reader: int, screen: int) -> None:
             if again and not os.read(reader, 1):
                 break  # the block has ended
             _, writable, _ = select.select([], [screen], [], 0)  # writing to a full pipe would block
-            with contextlib.suppress(OSError):  # the reader of the pipe has ended
+            with contextlib.suppress(OSError):  # the process that reads the error output has ended
                 os.write(screen, f"error: {stop_message(heard[0])}\n".encode() if writable else b"")
             # A function in `before_end` could wait for ever for a lock that the main thread holds. So these functions
-            # run in another thread, and this thread waits for that thread at most ENDING seconds.
+            # run in a separate thread, and the process ends after at most ENDING seconds even if they do not return.
             ending = threading.Thread(target=_call_before_end, args=(heard[0],), daemon=True)
             ending.start()
             ending.join(ENDING)

@@ -118,7 +118,7 @@ class Step(luigi.Task):
     deployment: str = DeploymentParameter()
     name: ClassVar[str]  # name of the folder below DATA_DIR
     verb: ClassVar[str] = ""  # name of the step on the command line
-    format_version: ClassVar[int] = 1  # increased when a change of the code changes what is written
+    format_version: ClassVar[int] = 1  # version of the files' format; increased when new code writes different files
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
     # Whether a folder without a record is used as it is, because the operator has provided it.
@@ -208,7 +208,7 @@ class Step(luigi.Task):
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Return a text for the plan: what the step will reuse from its folder. "" means nothing, or unknown."""
+        """Return a text for the plan: what the step will reuse from its folder; "" if nothing or if this is unknown."""
         return ""
 
     def describe_draft(self, kept: Path) -> str:
@@ -217,7 +217,7 @@ class Step(luigi.Task):
         return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
-        """Return whether to keep the folder that this step replaces: another step may still reuse parts of it."""
+        """Return whether to keep the replaced folder of this step, because another step may still reuse parts of it."""
         return False
 
     def estimated_bytes(self) -> int | None:
@@ -305,8 +305,8 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # If the work fails, `folders.draft` removes the draft, which frees space. This inner block gets the error
-            # before that, so its explanation of a full disk reports the free space at the time of the error.
+            # If the work fails, `folders.draft` removes the draft, which frees space. This inner block
+            # handles the error before the removal, so it examines the disk while the disk is still full.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
@@ -336,9 +336,9 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. This is
-        necessary, because with `--workers 2`, Luigi forks a process for each step. The forked process cannot exit while
-        the executor's processes are running.
+        With Luigi's own command, each step takes the lock. After its work, the step ends the executor's processes,
+        because with `--workers 2`, Luigi forks a process for each step. The forked process cannot exit while the
+        executor's processes are running.
         """
         if self.context.holds_lock:
             yield

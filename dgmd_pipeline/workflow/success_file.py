@@ -24,10 +24,10 @@ class StepRecord:
     identity: str  # fingerprint of the folder
     settings: Json  # settings that the content depends on
     inputs: dict[str, str]  # name of an input -> its fingerprint
-    counts: Json  # used by people and by later steps
+    counts: Json  # results of the step, for people and for later steps
     started: str  # ISO 8601, UTC
     seconds: float
-    version: str  # of this package
+    version: str  # version of dgmd_pipeline that wrote the folder
     images: int | None = None  # number of images that the folder contains or describes
     bytes: int | None = None  # total size of the folder's files
     worked: int | None = None  # images that were processed in `seconds`

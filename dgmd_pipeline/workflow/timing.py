@@ -74,7 +74,7 @@ def metrics(records: Iterable["StepRecord"]) -> dict[str, float]:
 def _rates(record: "StepRecord") -> tuple[float | None, float | None]:
     """Return images per second and megabytes per second.
 
-    A rate is None if its amount is unknown or 0, or if the step took no time.
+    A rate is None if the number of images or bytes is unknown or 0, or if the step took no time.
     """
 
     def rate(amount: int | None) -> float | None:

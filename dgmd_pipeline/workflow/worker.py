@@ -22,13 +22,13 @@ from typing import Any
 from dgmd_pipeline.errors import TooLittleMemory
 
 OWN_MEMORY = 90_000_000  # bytes of a worker before its first image: Python, NumPy, Pillow
-LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: the largest accepted image, and its record
-# Maximum number of units in a budget. A pipe holds one byte for each free unit, and Linux may limit the pipes of an
-# unprivileged user to one page.
+LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: the largest accepted image, and its TFRecord
+# Maximum number of units that a budget is divided into. A pipe holds one byte for each free unit. Linux may limit each
+# pipe of an unprivileged user to one page of memory, which is 4,096 bytes.
 MAX_UNITS = 4096
 MIN_UNIT = 16_000_000  # minimum bytes of memory in a unit
-# Bytes that a worker may request beyond its reservation. A reservation estimates the pages that are used, but Linux
-# limits the pages that are requested.
+# Bytes that a worker may allocate in addition to the memory that it has taken from the budget. The amount that it takes
+# is an estimate of the memory that it uses, but Linux limits all memory that it allocates, used or not.
 SLACK = 64_000_000
 
 
@@ -59,7 +59,7 @@ class Budget:
     def take(self, needed: int) -> Iterator[int]:
         """Wait for `needed` bytes, and release them after the block. Yield how many bytes were taken.
 
-        Raises TooLittleMemory if the whole budget is smaller.
+        Raises TooLittleMemory if the whole budget is smaller than `needed`.
         """
         units = max(math.ceil(needed / self.unit), 1)
         if units > self.units:
@@ -78,7 +78,7 @@ class Budget:
             os.write(self.free[1].fileno(), bytes(units))
 
     def close(self) -> None:
-        """Close the pipes of this process."""
+        """Close this process's ends of the pipes."""
         for connection in (*self.free, *self.turn):
             connection.close()
 
@@ -92,7 +92,7 @@ def reserve_memory(needed: int) -> Iterator[None]:
     """In a worker, wait for `needed` bytes of the budget, and hold them for the block. Elsewhere, do nothing.
 
     Within the block, `limit_memory` keeps the process from using much more, so that Linux need not kill any process.
-    Raises TooLittleMemory if the budget of all workers is smaller.
+    Raises TooLittleMemory if the whole budget is smaller than `needed`.
     """
     if _budget is None:
         yield
@@ -125,7 +125,7 @@ def run(connection: Connection, progress: Connection, budget: Budget) -> None:
     """Work on the chunks that arrive over a connection, until the parent ends.
 
     After each item, write a byte to `progress`. If this process dies, the parent counts these bytes to find the item
-    that it was working on.
+    that this process was working on.
     """
     _initialize(budget)
     chunks: SimpleQueue[Any] = SimpleQueue()

@@ -235,9 +235,9 @@ def connection(address, data_dir):
     ("bad", "problem"),
     [
         ("threads", r"has 2 threads. Start it with `--nthreads 1`"),
-        ("code", r"has code of dgmd_pipeline \w+, and the run has code of dgmd_pipeline \w+. Start it with the image"),
+        ("code", r"has code of dgmd_pipeline \w+, and the run has code of dgmd_pipeline \w+. Start the worker with"),
         ("package", r"cannot run this pipeline \(.*No module named 'dgmd_pipeline"),
-        ("disk", r"cannot use DATA_DIR: .*No such file.* Give it the disk of the run at the same path"),
+        ("disk", r"cannot use DATA_DIR: .*No such file.* Give the worker the disk of the run at the same path"),
     ],
 )
 def test_a_worker_that_does_not_fit_is_named_before_the_first_step(bad, problem, running, executor, data_dir, tmp_path):
