@@ -151,8 +151,8 @@ def without_sync() -> Iterator[None]:
     If the machine crashes, a database that is written in the block may be damaged. So use the block only for temporary
     files, which are discarded after a crash.
 
-    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, SQLite waits for the disk during
-    2.0 of 2.8 s.
+    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, SQLite spends 2.0 of 2.8 s
+    on waiting.
     """
     from sqlalchemy import Engine, event
 
