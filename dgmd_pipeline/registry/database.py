@@ -1,4 +1,4 @@
-"""An SQLite database of MLflow: its URI, the upgrade of its schema, and the places of artifacts that it records.
+"""An SQLite database of MLflow: its URI, the upgrade of its schema, and the places of artifacts in its tables.
 
 The image of the MLflow server runs this module before the server: `python -m dgmd_pipeline.registry.database URI`.
 """
@@ -32,8 +32,8 @@ PLACES = (  # columns with the URI of a folder of artifacts
 def uri_of(path: Path) -> str:
     """Return MLflow's URI for a database file at an absolute path, which may contain any characters."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
-    # SQLAlchemy decodes the path in a URI. MLflow creates the parent folder of a path without decoding it, but only if
-    # the URI begins with sqlite:///. So the URI of an encoded path begins with sqlite+pysqlite:///.
+    # SQLAlchemy decodes the path in a URI. If the URI begins with sqlite:///, MLflow creates the parent folder of the
+    # path without decoding the path. If the URI begins with sqlite+pysqlite:///, MLflow creates no folder.
     return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
@@ -81,8 +81,8 @@ def upgrade(path: Path) -> None:
     """Upgrade the schema of a database to the schema of the installed MLflow. Keep a copy of the old database.
 
     A database that does not exist yet or has no schema is left to MLflow, which creates its tables. MLflow's
-    migrations are not transactional and cannot be repeated after an interruption. So they change a second copy, which
-    then replaces the content of the database in one transaction.
+    migrations are not transactional and cannot be repeated after an interruption. So the migrations change a temporary
+    copy. The temporary copy then replaces the content of the database in one transaction.
 
     Raises PipelineError if the schema is newer than the installed MLflow, if the upgrade fails or if the file is not
     a database. The database is then unchanged.
@@ -112,8 +112,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
     except CommandError:
         copies = sorted(file.name for file in path.parent.iterdir() if file.name.startswith(f"{path.name}."))
         raise PipelineError(
-            f"MLflow's database {path} was upgraded by a newer version of MLflow: {installed} does not know its schema "
-            f"{found}. Use the newer version again, or replace the database with a copy from before the upgrade "
+            f"MLflow's database {path} was upgraded by a newer version of MLflow. MLflow {installed} does not know its "
+            f"schema {found}. Use the newer version again, or replace the database with a copy from before the upgrade "
             f"({', '.join(copies) or 'there is none beside it'})."
         ) from None
     if not os.access(path.parent, os.W_OK) or not os.access(path, os.W_OK):
@@ -133,8 +133,8 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
         reason = str(error).strip().split("\n")[0]
         raise PipelineError(
             f"The upgrade of MLflow's database {path} from schema {found} to {head} of MLflow {installed} failed: "
-            f"{reason}. The database is unchanged, and {copy.name} is a copy of it. Use the version of MLflow that "
-            "made the database until this is corrected."
+            f"{reason}. The database is unchanged, and {copy.name} is a copy of it. Until the cause of the "
+            "failure is corrected, use the version of MLflow that made the database."
         ) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -146,10 +146,13 @@ def _upgrade(path: Path, scripts: "ScriptDirectory") -> None:
 
 @contextlib.contextmanager
 def without_sync() -> Iterator[None]:
-    """Within the block, SQLite does not wait for the disk. Use it only for files that are discarded if incomplete.
+    """Within the block, SQLite does not wait for the disk.
 
-    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, 2.0 of 2.8 s were spent waiting
-    for the disk.
+    If the machine crashes, a database that is written in the block may be damaged. So use the block only for temporary
+    files, which are discarded after a crash.
+
+    MLflow creates and upgrades its tables in about 60 transactions. On a busy disk, SQLite spends 2.0 of 2.8 s
+    on waiting.
     """
     from sqlalchemy import Engine, event
 
@@ -166,8 +169,9 @@ def without_sync() -> Iterator[None]:
 def move_artifacts(path: Path, artifacts: str) -> None:
     """Update the places of artifacts in a database after their folder was moved to `artifacts`, a URI.
 
-    A recorded place is updated if its path ends with the same two names as `artifacts`, and if `artifacts` contains a
-    run that was recorded at this place, or no run was recorded there. All columns are changed in one transaction.
+    The places of an experiment and its runs are updated if two conditions are met. (1) The last two names in the path
+    of the experiment's recorded folder and in `artifacts` are equal. (2) `artifacts` contains at least one of the runs
+    that are recorded below this folder, or no runs are recorded below it. All columns are changed in one transaction.
 
     Raises PipelineError if the database cannot be read or written.
     """
@@ -237,7 +241,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        os.fsync(descriptor)  # makes the name of the copy durable
+        os.fsync(descriptor)  # makes the names of new files in the folder durable
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,6 @@
 """Asks the registry whether it still has a version.
 
-This module does not use MLflow, because importing MLflow takes longer than a run without work.
+This module does not use MLflow, because importing MLflow takes longer than a run in which every step is done.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from dgmd_pipeline.registry import database
 from dgmd_pipeline.registry.store import TRAINING_ID
 
 log = logging.getLogger(__name__)
-TIMEOUT = 2  # seconds to connect, and seconds between two packets
-PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes to read of an answer: in one piece, and in all pieces
+TIMEOUT = 2  # seconds: maximum wait for a connection, and maximum wait for each packet
+PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes of an answer: size of a piece, and maximum that is read
 # MLflow keeps the row of a deleted version and sets its stage to Deleted_Internal.
 QUERY = """
 SELECT tags.value FROM model_versions AS versions

@@ -1,8 +1,8 @@
 """Logs the epochs of a training in progress to an MLflow run. The registration completes this run.
 
-Each attempt to train and register a model has an id, which is also a tag of the run. With this tag, the run is found
-after an answer was lost or the process was killed. The training does not depend on MLflow: after the first failure,
-nothing more is logged.
+Each attempt to train and register a model has an id, which is also a tag of the run. With this tag, the pipeline finds
+the run again, even if MLflow's answer to the creation of the run was lost, or if the process was killed. The training
+does not depend on MLflow. After the first failure, nothing more is logged.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TIMEOUT = "10"  # seconds for a request; the training waits for the answer
-END_TIMEOUT = "5"  # seconds; a container that is stopped has ten seconds for everything
+END_TIMEOUT = "5"  # seconds for a request of `end`; Docker kills a container ten seconds after the order to stop
 ANSWER = "did not answer as expected: {}."
 
 
@@ -37,7 +37,7 @@ class LiveRun:
     """The MLflow run of a training in progress."""
 
     def __init__(self, place: Place, name: str) -> None:
-        """Create the run with this name, or continue the run of an earlier process."""
+        """Create a run called `name`, or continue the run that an earlier process created for the attempt."""
         self._place, self._run_id, self._last = place, "", 0
         self._system: SystemMetrics | None = None
         with self._disabled_on_failure():
@@ -72,8 +72,9 @@ class LiveRun:
 def end(place: Place, status: str, reason: str = "") -> None:
     """End the run of an attempt if it is still running. `status` is FINISHED, FAILED or KILLED.
 
-    `reason` becomes the description of the run until the run continues. Raises PipelineError if MLflow cannot be
-    reached or refuses.
+    `reason` becomes the description of the run. If a later process continues the run, it deletes the description.
+
+    Raises PipelineError if MLflow cannot be reached or refuses.
     """
     with errors_explained(place.store, ANSWER), _timeout(END_TIMEOUT):
         client = _client(place)

@@ -33,12 +33,12 @@ class Candidate(NamedTuple):
     training_id: str  # id of the training, a tag of its run and of its version
     run_name: str
     describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
-    model: Callable[[], Path]  # file of a Keras model, uint8 [n, h, w, 3] -> float32 [n, classes]; called if needed
-    labels: Sequence[str]  # of the model's outputs, in their order
+    model: Callable[[], Path]  # file of a Keras model, uint8 [n, h, w, 3] -> float32 [n, classes]; called to log a run
+    labels: Sequence[str]  # label of each output of the model
     params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
     metrics: Mapping[str, float]  # of the evaluation
-    of_run: Mapping[str, float]  # metrics of the steps and the data, logged to the run and not to the model
+    of_run: Mapping[str, float]  # times and speeds of steps, counts of images; logged to the run, not to the model
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # fingerprint of the data
@@ -128,7 +128,7 @@ def log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float
 
 
 def of_attempt(client: "MlflowClient", experiment_id: str, attempt: str) -> "Run | None":
-    """Return the run that shows the training of an attempt; None if there is none."""
+    """Return the run that shows the training of an attempt; None if there is no such run."""
     return next(iter(client.search_runs([experiment_id], f"tags.`{ATTEMPT}` = '{attempt}'")), None)
 
 
@@ -146,7 +146,7 @@ def _continue_live_run(
     """Reuse the run that has shown the training, and return its id; None if there is no such run.
 
     If the training has started again from its first epoch, the run may show epochs that the candidate does not have.
-    Such a run is deleted.
+    In this case, delete the run and return None.
     """
     from mlflow.entities import RunTag
 
@@ -179,7 +179,7 @@ def _models(client: "MlflowClient", experiment_id: str, run_id: str) -> "list[Lo
 
 
 def _mark_as_failed(client: "MlflowClient", run_id: str) -> None:
-    """Try once to mark a run as failed. An error of MLflow is not raised, because the caller raises the first error."""
+    """Try once to mark a run as failed. Raise no error of MLflow, because the caller raises the original error."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -190,7 +190,7 @@ def _mark_as_failed(client: "MlflowClient", run_id: str) -> None:
 
 
 def _log_data(client: "MlflowClient", run_id: str, candidate: Candidate) -> None:
-    """Log everything but the model."""
+    """Log the parameters, the data set and the files."""
     from mlflow.entities import Param
 
     client.log_batch(run_id, params=[Param(name, value) for name, value in _params(candidate).items()])
@@ -243,7 +243,7 @@ def _log_model(client: "MlflowClient", experiment_id: str, run_id: str, candidat
 
 
 def _save(folder: Path, logged: "LoggedModel", run_id: str, candidate: Candidate, model_file: Path) -> None:
-    """Write the files of the model: MLflow's Keras flavor, the labels, and the Python function of `serving`."""
+    """Write the files of the model: MLflow's Keras flavor, the labels, and the code that MLflow loads to predict."""
     import mlflow.keras
     from mlflow.models import Model
 
@@ -268,9 +268,10 @@ def _log_metrics(
     model_id: str | None = None,
     but: Container[int] = (),
 ) -> None:
-    """Log the items of `steps` as MLflow's steps 0, 1, ... A request has up to 1,000 metrics.
+    """Log the items of `steps` as MLflow's steps 0, 1, ...
 
-    The metrics of step 0 are also logged to the model `model_id`. The steps in `but` are left out.
+    The metrics of step 0 are also logged to the model `model_id`. The steps in `but` are left out. MLflow's client
+    sends up to 1,000 metrics in a request.
     """
     from mlflow.entities import Metric
 
@@ -296,7 +297,7 @@ def _signature(classes: int) -> "ModelSignature":
 
     images = TensorSpec(np.dtype("O"), (-1,))
     probabilities = TensorSpec(np.dtype("float32"), (-1, classes))
-    top_k = ParamSpec("top_k", DataType.long, default=0)  # labels to return for each image; 0: probabilities of all
+    top_k = ParamSpec("top_k", DataType.long, default=0)  # number of labels for each image; 0: all probabilities
     return ModelSignature(Schema([images]), Schema([probabilities]), ParamSchema([top_k]))
 
 

@@ -18,7 +18,8 @@ PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PA
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
 # Time for which MLflow caches a login. Without the cache, MLflow hashes the password several times for each request. A
-# changed password still applies at once: one process answers all requests, and it removes the old login from its cache.
+# changed password still applies at once, because the one process that answers all requests removes the old login from
+# its cache.
 CACHE_SECONDS = 600
 
 
@@ -30,7 +31,7 @@ def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[s
     are files beside the SQLite database of the server.
 
     Raises SettingsError if one of the passwords is missing or too short, or if both are equal. Also raises it if there
-    are accounts but no passwords. So a server that required a login never starts without requiring one.
+    are accounts but no passwords. So a server that has accounts cannot start without a login.
     """
     passwords = {account: environment.get(name, "") for account, name in PASSWORDS.items()}
     store = environment.get("MLFLOW_BACKEND_STORE_URI", "")
@@ -83,7 +84,7 @@ def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
             store.update_user(account, password, is_admin=account == OPERATOR)
         else:
             store.create_user(account, password, is_admin=account == OPERATOR)
-    for resource in ("experiment", "registered_model"):  # including those of other accounts
+    for resource in ("experiment", "registered_model"):  # "*" includes what other accounts have created
         store.grant_user_permission(PIPELINE, resource, "*", "MANAGE")
 
 

@@ -51,7 +51,7 @@ def delete(request: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def without_repetition() -> Iterator[None]:
-    """Make MLflow's client send each request once. Only an environment variable controls this."""
+    """Within the block, MLflow's client sends each request once. Only an environment variable can set this."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 
     before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()

@@ -1,4 +1,4 @@
-"""A permission that MLflow does not have: only administrators may change which version is production.
+"""A rule that MLflow's permissions cannot express: only administrators may change which version is production.
 
 In MLflow, the permission to create versions includes the permission to set aliases. A server with a login calls
 `authenticate` for every request: it is the `authorization_function` in the server's settings.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SERVER_MAJOR = 3
 LATER = "The run continues; the registration at its end tries again."
-TIMEOUT = 5  # seconds to connect, and seconds between two packets
+TIMEOUT = 5  # seconds: maximum wait for a connection, and maximum wait for each packet
 USER, PASSWORD, TOKEN, INSECURE, SERVER_CA, CLIENT_CERTIFICATE = (
     f"MLFLOW_TRACKING_{name}"
     for name in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT_PATH")
@@ -32,8 +32,8 @@ def check(store: Store, experiment: str, variables: Mapping[str, str]) -> str | 
     `variables` are the environment variables that begin with MLFLOW_.
 
     Raises PipelineError if the server is older than MLflow 3, because MLflow's client does not support older servers.
-    Also raises it if a database cannot be read, or if the model's files would be stored in a temporary place on this
-    machine. Raises SettingsError if variables are invalid.
+    Also raises it if a database cannot be read, or if the experiment has no permanent and writable place for the
+    model's files. Raises SettingsError if variables are invalid.
     """
     if store.uri.startswith(("http://", "https://")):
         return _check_server(store.uri, experiment, variables)
@@ -47,7 +47,7 @@ def check(store: Store, experiment: str, variables: Mapping[str, str]) -> str | 
 def request_options(variables: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments for `requests` that MLflow's client uses: login or token, workspace, and certificates.
 
-    `requests` itself applies proxies, `.netrc`, REQUESTS_CA_BUNDLE and a login in the URI. Source:
+    `requests` itself applies proxies, `.netrc`, REQUESTS_CA_BUNDLE and a login in the URI. This function follows
     mlflow.utils.credentials.get_default_host_creds and mlflow.utils.rest_utils.http_request.
 
     Raises SettingsError if variables are invalid or contradict each other.
@@ -87,7 +87,7 @@ def _login(variables: Mapping[str, str]) -> tuple[str | None, str | None]:
         parser.read(file)
         stored = dict(parser["mlflow"]) if parser.has_section("mlflow") else {}
     except (configparser.Error, OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # its text may hold a secret
+        raise SettingsError(f"{file} cannot be read: {type(error).__name__}.") from None  # str(error) may hold a secret
     user, password = (variables.get(name) or stored.get(name.lower()) for name in (USER, PASSWORD))
     return user, password
 
@@ -122,8 +122,8 @@ def _check_server(uri: str, experiment: str, variables: Mapping[str, str]) -> st
         raise PipelineError(
             f"The MLflow server at {shown} expects its clients to write the artifacts of {experiment} to {location}, "
             "which is not a writable folder here. Start the server without --no-serve-artifacts and "
-            "--default-artifact-root, and set MLFLOW_EXPERIMENT_NAME to a new name, because an experiment keeps its "
-            "place. Or mount the server's folder here at the same path."
+            "--default-artifact-root, and set MLFLOW_EXPERIMENT_NAME to a new name, because the place of an "
+            "existing experiment does not change. Or mount the server's folder here at the same path."
         )
     return None
 
@@ -152,9 +152,10 @@ def _explain_failure(shown: str, error: Exception) -> str:
 def _location_on_server(
     session: "requests.Session", uri: str, experiment: str, options: Mapping[str, Any]
 ) -> str | None:
-    """Return where a server stores the artifacts of an experiment, or of the latest one if there is no such experiment.
+    """Return where a server stores the artifacts of an experiment; None if the server does not say.
 
-    Returns None if the server does not say.
+    If the experiment does not exist, the newest experiment whose location the server chose shows where the server would
+    store them.
     """
     api = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments"
     answer = session.get(f"{api}/get-by-name", params={"experiment_name": experiment}, timeout=TIMEOUT, **options)
@@ -214,7 +215,7 @@ def _is_local(location: str) -> bool:
 
 
 def _can_hold_artifacts(location: str) -> bool:
-    """Return whether a local folder, or the parent folder to create it in, exists here and is writable."""
+    """Return whether a local folder or its parent folder exists and is writable. `location` is a path or file: URI."""
     path = database.local_path(location)
     return path.is_absolute() and any(
         folder.is_dir() and os.access(folder, os.W_OK) for folder in (path, path.parent) if folder != Path("/")

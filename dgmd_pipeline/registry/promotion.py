@@ -48,8 +48,8 @@ class Event(NamedTuple):
     time: str  # ISO 8601, UTC
     user: str
     action: str  # "promote" or "rollback"
-    previous: int | None  # the production version before; None if there was none
-    version: int  # the production version after
+    previous: int | None  # the production version before the event; None if no version was production
+    version: int  # the production version after the event
     reason: str
     gates: Sequence[GateResult]
     forced: bool  # True: a gate did not pass, and --force was given
@@ -72,9 +72,9 @@ def history(state: ModelState) -> list[Event]:
 def previous_versions(events: Sequence[Event], current: int | None) -> list[int]:
     """Return the versions that successive rollbacks restore. The next rollback restores the last of them.
 
-    A rollback drops the versions that were promoted after the restored version: after promotions of 1, 2 and 3, the
-    first rollback restores 2, and the second rollback restores 1. A version that became production without this module
-    has no event; it is known from `previous` of the next event.
+    A rollback drops the versions that were promoted after the restored version. For example, after promotions of 1, 2
+    and 3, the first rollback restores 2, and the second rollback restores 1. A version that became production without
+    this module has no event. The field `previous` of the next event names this version.
     """
     stack: list[int] = []
     for event in events:
@@ -213,7 +213,7 @@ def _is_consistent(state: ModelState) -> bool:
 
 
 def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> ModelVersion:
-    """Return a version with the tag, stage and aliases that the alias `production` implies."""
+    """Return `version` with the tag, stage and aliases that it must have if `production` is the production version."""
     if production is None:  # stages that another tool has set are kept until the first promotion
         return version
     is_production = version.version == production.version
@@ -227,7 +227,10 @@ def _as_alias_says(version: ModelVersion, production: ModelVersion | None) -> Mo
 
 
 def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState, list[str]]:
-    """Make tags, stages and the alias `candidate` match the alias `production`; return the new state and changes."""
+    """Make tags, stages and the alias `candidate` match the alias `production`.
+
+    Return the new state and a text about each change.
+    """
     name, changes = state.name, []
     followed = [_as_alias_says(version, state.production) for version in state.versions]
     # The production version is changed first, so that a consumer that asks for the stage always finds a version.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
-TRAINING = "custom_model_development"
+TRAINING = "custom_model_development"  # value of the tag KIND
 SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # added to links, because newer versions of MLflow ignore KIND
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
@@ -88,7 +88,7 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
 
 
 def run_url(store: Store, version: RegisteredVersion) -> str:
-    """Return the address of a version's run: its page on an MLflow server, or the URI of any other store."""
+    """Return the address of the page of a version's run on an MLflow server. For other stores, return their URI."""
     from mlflow import MlflowClient
 
     with errors_explained(store):
@@ -116,7 +116,10 @@ def add_metrics(store: Store, version: RegisteredVersion, metrics: Mapping[str, 
 
 
 def _of_training(state: ModelState, training_id: str) -> list[ModelVersion]:
-    """Return the versions of a training. The first one is to be kept: the oldest in use, or else the oldest."""
+    """Return the versions of a training, the version to keep first.
+
+    Versions in use come before other versions, and older versions come before newer ones.
+    """
     found = [version for version in state.versions if version.tags.get(TRAINING_ID) == training_id]
     return sorted(found, key=lambda version: (not _in_use(version), version.version))
 
@@ -181,9 +184,9 @@ def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: st
 
 
 def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run | None":
-    """Delete all runs and models of a training except the run of its version, and return that run.
+    """Delete the surplus runs and models of a training, and return the run `run_id`, which its version uses.
 
-    Returns None if somebody has deleted that run permanently.
+    Returns None if somebody has deleted the run `run_id` permanently.
     """
     from mlflow.exceptions import MlflowException
 
@@ -198,7 +201,7 @@ def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run
 
 
 def _describe(client: "MlflowClient", name: str, version: ModelVersion, run: "Run", candidate: Candidate) -> None:
-    """Describe a version and its run, unless the version has a description: somebody may have edited it."""
+    """Describe a version and its run. Keep an existing description, because somebody may have edited it."""
     if version.description:
         return
     page = f"#/experiments/{run.info.experiment_id}/runs/{version.run_id}/artifacts/{REPORT}{SHOWN_AS_TRAINING}"

@@ -12,12 +12,13 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
-MEASURED = "dgmd.measured"  # tag of a version: JSON object of its figures; older versions have a tag for each figure
+MEASURED = "dgmd.measured"  # tag of a version: JSON object of measured figures; an older pipeline wrote a tag for each
 ACCURACY = "dgmd.validation_accuracy"  # one of the figures; `versions.read` returns it as this tag
-NON_PRODUCTION = "non-production"
+NON_PRODUCTION = "non-production"  # value of the tag ENVIRONMENT
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 EVENT = "dgmd.event."  # prefix of tags of a registered model; the time comes next, so the names sort by time
 ATTEMPT = "dgmd.attempt"  # tag of a run: id of the attempt that opened the run, see `live_run`
+# Error messages: a message follows "MLflow at <URI>", and the reason replaces {}.
 REGISTRATION_FAILED = (
     "could not register the model: {}. The training is kept: the next run with the same images and settings uses it."
 )
@@ -26,7 +27,7 @@ NOT_ALLOWED = (
     "refuses this: {}. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do it, and "
     "repeat the command."
 )
-REASON_LENGTH = 400
+REASON_LENGTH = 400  # maximum number of characters of a reason
 EMBEDDED_BYTES = 2_000_000  # size of an embedded store without models; its database has 0.96 MB after the first version
 
 
@@ -54,7 +55,7 @@ class Store(NamedTuple):
 
 
 def at(uri: str) -> Store:
-    """Return the store at a URI of MLflow. An SQLite database gets the folder `artifacts` beside it."""
+    """Return the store at a URI of MLflow. The folder `artifacts` beside an SQLite database contains its artifacts."""
     path = database.path_of(uri)
     return Store(uri, (path.parent / "artifacts").as_uri() if path else None)
 

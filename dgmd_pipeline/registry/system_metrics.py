@@ -1,7 +1,8 @@
 """MLflow's system metrics: the load of this machine, measured when an epoch ends.
 
-MLflow itself measures them in a thread, and waits for this thread at the end of a training. The thread repeats requests
-to an unreachable server for minutes. Here, the metrics of an epoch and of the machine are logged in one request.
+MLflow itself measures the load in a thread. This module does not start the thread: at the end of a training, MLflow
+would wait for it, and the thread repeats requests to an unreachable server for minutes. The pipeline logs the metrics
+of an epoch and the load in one request.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ def _monitor(uri: str) -> "SystemMetricsMonitor | None":
     if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
     monitor = SystemMetricsMonitor("", INTERVAL, tracking_uri=uri)
-    _measure(monitor)  # the first CPU load is always 0; the second one is measured from here
+    _measure(monitor)  # psutil returns 0 as the first CPU load; from here on, it measures the load for the next call
     return monitor
 
 

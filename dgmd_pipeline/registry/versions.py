@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TRAINING = "split/training.csv"  # artifact of a version's run: the list of its training images
 
-RUNS = 100  # number of runs whose metrics are read; a run has hundreds of metrics
+RUNS = 100  # maximum number of runs whose metrics are read; a run has hundreds of metrics
 
 
 class ForeignVersion(PipelineError):
@@ -31,7 +31,7 @@ class ModelVersion(NamedTuple):
     version: int
     run_id: str
     created: float  # seconds since 1970
-    tags: Mapping[str, str]  # including a tag for each figure, such as `dgmd.latency_ratio`
+    tags: Mapping[str, str]  # including a tag for each measured figure, such as `dgmd.latency_ratio`
     aliases: Sequence[str]
     stage: str  # "None", "Staging", "Production" or "Archived"
     description: str = ""
@@ -56,7 +56,7 @@ class DownloadedVersion(NamedTuple):
 
     version: int
     path: Path  # of the Keras model
-    labels: Sequence[str]  # of the model's outputs, in their order
+    labels: Sequence[str]  # label of each output of the model
     trained_on: frozenset[str]  # SHA-256 of each training image's file
     trained_labels: frozenset[str]  # labels of the training images
 
@@ -89,10 +89,12 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
 
 
 def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) -> dict[str, Mapping[str, float]]:
-    """Return the last metrics of an experiment's newest runs, by the id of the run.
+    """Return the last value of each metric of an experiment's newest runs, by the id of the run.
 
-    Reads up to RUNS runs, with two requests. Returns {} if there is no such experiment. Raises PipelineError like
-    `read`.
+    Reads up to RUNS runs, with two requests. Returns {} if there is no such experiment. `message` is as in
+    `errors_explained`.
+
+    Raises PipelineError if MLflow cannot be reached or refuses.
     """
     from mlflow import MlflowClient
 
@@ -157,14 +159,15 @@ def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Pa
             return None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Only some artifact stores create the parent folders below the target. So the file is moved to its place.
+        # It depends on the artifact store whether the file's parent folders are created below `scratch`. So the file is
+        # moved to `path`.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             Path(files.download_artifacts(name, scratch)).replace(path)
         return path
 
 
 def registered_model(client: "MlflowClient", name: str) -> "model_registry.RegisteredModel | None":
-    """Return a registered model; None if the registry has none of this name."""
+    """Return a registered model; None if the registry has no model called `name`."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -199,7 +202,7 @@ def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":
-    """Return the repository of files that MLflow recorded at `uri`. It reads the files at their present place."""
+    """Return the artifact repository that reads the files recorded at `uri` from their present place."""
     from mlflow.tracking.artifact_utils import add_databricks_profile_info_to_artifact_uri, get_artifact_repository
 
     place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)

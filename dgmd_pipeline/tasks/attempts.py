@@ -39,7 +39,7 @@ def begin(settings: Any, resume_dir: Path, run_name: str) -> "LiveRun | None":
 
 
 def current(data_dir: Path) -> str:
-    """Return the id of the attempt whose version is not registered yet; "" if there is none."""
+    """Return the id of the attempt whose version is not registered yet; "" if there is no such attempt."""
     return _read(data_dir / FILE)
 
 
@@ -75,5 +75,5 @@ def _place(settings: Any, attempt: str) -> "Place | None":
 def _read(path: Path) -> str:
     try:
         return path.read_text("ascii")
-    except (OSError, UnicodeDecodeError):  # if DATA_DIR cannot be read, another check ends the run
+    except (OSError, UnicodeDecodeError):  # the file is missing; if DATA_DIR cannot be read, another check ends the run
         return ""

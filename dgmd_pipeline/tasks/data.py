@@ -120,7 +120,11 @@ class InspectImages(Step):
         return {corrections.NAME: digest(self._corrections)} if self._corrections else {}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Compare the last inspection with the new or the stored listing, or with the files if there is no listing."""
+        """Return how many images are new and how many results are reused; "" if this is unknown.
+
+        The last inspection is compared with the listing of the bucket that the planning made, or else with the stored
+        listing. If an operator put the images into `raw/`, the last inspection is compared with the files.
+        """
         previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
         listing, objects = self.context.shared(Resources).listing, None
         if previous is None or (upstream[0].state != "done" and not listing):
@@ -292,7 +296,8 @@ class WriteTFRecords(PerSplitStep):
 
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
-    # With this priority, Luigi writes both splits before it extracts features. A thread builds the backbone meanwhile.
+    # With this priority, Luigi writes the records of both splits before it extracts features. While the records are
+    # written, a thread builds the backbone.
     priority = 1
     image_params = ("image_width", "image_height", "image_fit")
     params = ("num_shards", *image_params)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"  # of an evaluation
-OF_DATA = "system/data/"  # prefix of the metrics of a run that are about its images
+OF_DATA = "system/data/"  # prefix of the names of metrics that count images and labels
 DATA_METRICS = ("images_training", "labels", "images_rejected")
 
 
 def registered(data_dir: Path, result: RunResult) -> Json:
-    """Return what `status.json` says of the registered version; {} if none is registered."""
+    """Return what `status.json` says about the registered version; {} if no version is registered."""
     version, measured = (read_record(data_dir / name) for name in (names.REGISTERED_MODEL, names.EVALUATION))
     if names.REGISTERED_MODEL not in result.fingerprints or not version or not measured:
         return {}
@@ -102,7 +102,10 @@ def candidate_model(store: "Store", name: str, version: "ModelVersion", folder: 
 
 
 def production(settings: "Settings", folder: Path) -> "Rivals":
-    """Download the production version and, if there is one, a better former production version into `folder`."""
+    """Download the production version into `folder`.
+
+    Also download the most accurate former production version, if it is more accurate than production.
+    """
     from dgmd_pipeline.evaluation.review import Rivals
     from dgmd_pipeline.registry import versions
 
@@ -131,13 +134,13 @@ def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary
         with once.without_repetition():
             state = versions.read(place, settings.model_name)
             metrics = versions.run_metrics(place, settings.mlflow_experiment_name or settings.model_name)
-    except PipelineError as error:  # the comparison with production reports it, too
+    except PipelineError as error:  # the comparison with production also reports this error
         log.debug("The report does not show the versions so far: %s", error)
         return []
     found = []
     for version in [one for one in state.versions if one.tags.get(TRAINING_ID) != training][:SHOWN]:
         accuracy, of_run = version.tags.get(ACCURACY), metrics.get(version.run_id, {})
-        # The runs of older versions have these metrics without the prefix.
+        # An older pipeline logged these metrics without the prefix.
         counts = (of_run.get(OF_DATA + name, of_run.get(name)) for name in DATA_METRICS)
         known = float(accuracy) if accuracy else None
         found.append(VersionSummary(version.version, version.created, known, *counts))
@@ -147,9 +150,10 @@ def versions_so_far(settings: "Settings", training: str) -> "list[VersionSummary
 def rivals(
     store: "Store", state: "ModelState", now: "ModelVersion", folder: Path, candidate: "ModelVersion | None" = None
 ) -> "Rivals":
-    """Download the production version `now` and, if there is one, a better former production version into `folder`.
+    """Download the production version `now` into `folder`.
 
-    `candidate` is the version that is compared with them, if it is registered.
+    Also download the most accurate former production version, if it is more accurate than `now`. `candidate` is the
+    version that will be compared with these versions; None if it is not registered yet.
     """
     from dgmd_pipeline.evaluation.review import Rivals
     from dgmd_pipeline.registry import promotion

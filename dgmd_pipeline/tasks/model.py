@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # each: name in MLflow, name in the record
+BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # name in MLflow, name in the record of `balanced`
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
 
@@ -134,7 +134,7 @@ class TrainModel(Step):
         return train.describe_checkpoints(kept)
 
     def expected_fingerprint(self, inputs: Mapping[str, str]) -> str | None:
-        return "a training like no other"
+        return "a training like no other"  # equals no fingerprint, so the plan says that later steps will run
 
     def fingerprint_of(self, folder: Path, inputs: Mapping[str, str]) -> str:
         """Return the training's own id."""
@@ -148,7 +148,7 @@ class EvaluateModel(Step):
     params = ("model_name", "mlflow_tracking_uri")  # they locate the production version for the comparison
     runtime_params = (
         *("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels"),
-        "mlflow_experiment_name",  # where the runs of the versions so far are
+        "mlflow_experiment_name",  # experiment with the runs of the registered versions, which the report shows
     )
 
     def requires(self) -> dict[str, Step]:
@@ -262,7 +262,7 @@ class RegisterModel(Step):
             log.warning("The duration of the registration could not be logged in MLflow: %s", error)
 
     def _store(self, draft: Path, needed: int) -> "Store":
-        """Return the store to register in: the one that is set, or the embedded one, which is created if necessary."""
+        """Return the MLflow store in the settings, or else the embedded store. Create a missing embedded store."""
         from dgmd_pipeline.registry import store as registry_store
 
         if not self.settings.mlflow_tracking_uri:
@@ -272,7 +272,7 @@ class RegisterModel(Step):
                 with folders.draft(folder) as new:
                     registry_store.create(new)
         found = lookup.store(self.settings)
-        assert found is not None  # noqa: S101 - it has just been created
+        assert found is not None  # noqa: S101 - the settings name a store, or the embedded store exists by now
         registry_store.move_artifacts(found)
         return found
 

@@ -25,9 +25,9 @@ class Resources:
     """Objects that a run keeps in memory between steps."""
 
     listing: "Listing | None" = None  # of the bucket, if planning needed it
-    network: "Callable[[], keras.Model] | None" = None  # waits until the frozen network is built and returns it
+    network: "Callable[[], keras.Model] | None" = None  # waits until the frozen backbone's network is built; returns it
     trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, if this run trained it
-    serving: "Process | None" = None  # of the serving benchmark, if it was started early
+    serving: "Process | None" = None  # process of the serving benchmark, if it was started before the evaluation
 
 
 def executor(settings: Any) -> Executor:
@@ -55,7 +55,8 @@ def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     If there is little work before the training, other cores are idle. In this case, the serving benchmark's process
     is started, too.
     """
-    listed = context.shared(Resources).listing is not None  # after a listing, a "maybe" step is very likely to run
+    # If the planning has listed the bucket, a step with the state "maybe" very likely runs.
+    listed = context.shared(Resources).listing is not None
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
     # If the folder of features exists, most features are reused. In this case, the forward pass is not traced early.
     missing = {name for name in due if not (context.settings.data_dir / name).exists()}
@@ -110,7 +111,7 @@ def model_file(folder: Path) -> Path:
 
 
 def start_serving_early(context: RunContext) -> None:
-    """Start the serving benchmark's process, unless it is running, so that it is ready after the training.
+    """Start the serving benchmark's process if it is not running yet, so that it is ready after the training.
 
     A run that does not evaluate does not start the process. The start takes 2 CPU seconds. While the process waits, it
     uses 200 MB of unshared memory. If memory runs out, Linux kills it first, and `serving_process` starts another.

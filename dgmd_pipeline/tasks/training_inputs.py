@@ -43,7 +43,7 @@ class ExtractFeatures(PerSplitStep):
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        changed = upstream[0].state == "run" and not upstream[0].reuse  # for example if IMAGE_FIT has changed
+        changed = upstream[0].state == "run" and not upstream[0].reuse  # all records change, for example with IMAGE_FIT
         return "" if changed else super().expected_reuse(upstream)
 
     def work(self, draft: Path) -> StepResult:
@@ -68,7 +68,7 @@ class ExtractFeatures(PerSplitStep):
     def _extract(self, records: Path, reuse: "Reuse", origin: "Origin", folder: Path) -> list[Path]:
         """Compute the vectors that are not reused, and return the folders that contain them.
 
-        This needs TensorFlow and the network.
+        The computation needs TensorFlow and the backbone's network.
         """
         from dgmd_pipeline.training import extraction
 
@@ -81,7 +81,7 @@ class ExtractFeatures(PerSplitStep):
         return [piece.target for piece in pieces]
 
     def _compute(self, pieces: "Sequence[Piece]") -> Iterator[int]:
-        """Each time vectors have been written, yield the number of their images."""
+        """Compute and write the vectors of the pieces. After each write, yield the number of written vectors."""
         from dgmd_pipeline.training import extraction, features
         from dgmd_pipeline.workflow.executors import in_threads
 
