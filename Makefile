@@ -33,13 +33,13 @@ lint: .venv/test
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/zizmor --quiet --offline .github
 
-# Measure every claim about speed against its baseline and write benchmarks/RESULTS.md. Takes about 40 minutes.
+# Compare the speed of the pipeline with that of other methods and write benchmarks/RESULTS.md. Takes about 40 minutes.
 bench: .venv/test .venv/demo .venv/bench
 	$(BIN)/python -m benchmarks
 
 # Compare the models with usual methods on real images and write benchmarks/QUALITY.md. Takes about 30 minutes.
-# CLOTHING_TAR and MOBILENETV2_WEIGHTS are paths of files that no package contains; data sets without their files are
-# skipped with a message.
+# The variables CLOTHING_TAR and MOBILENETV2_WEIGHTS give the paths of two files that no package contains. Data sets
+# whose files are missing are skipped with a message.
 bench-quality: .venv/bench
 	$(BIN)/python -m benchmarks.quality $(QUALITY)
 

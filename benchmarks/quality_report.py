@@ -34,19 +34,20 @@ READING = """
 How to read it:
 
 - Each repeat has another random test part, a fifth of each label; near-duplicates stay together. The pipeline gets the
-  rest, and no choice uses the test part. The seed of the training differs, too. A spread (the standard deviation over
-  the repeats) is therefore that of test part, training images and seed together. Differences between two rows of a
-  table vary less than the rows: the claims compare within each repeat.
+  rest, and no choice uses the test part. The seed of the training differs, too. So the standard
+  deviation over the repeats (after ±) comes from the test part, the training images and the seed together. The claims
+  compare two methods within each repeat. Such a difference varies less than the results of each method do.
 - "Ours" is `python pipeline.py run` with the default settings, except for the network and the size of the images. The
-  saved `model.keras` predicts the original files, opened like `predict` opens them. A setting that is named is the only
-  difference. The pipeline does not have EfficientNet-Lite0: there, the package's functions train the head.
+  saved `model.keras` predicts the original files, opened like `predict` opens them. A row that is named after a setting
+  differs from "ours" only in this setting. The pipeline does not have EfficientNet-Lite0. For this network, the
+  benchmark calls the pipeline's functions to train the head.
 - The other methods train on exactly the images of the pipeline's training split, after balancing. They use neither the
-  validation split nor class weights. They use the same features: those of the stored records for training, those of
-  the original files for the test.
+  validation split nor class weights. They use the same features as the pipeline: features of the stored records for
+  training, and features of the original files for the test.
 - Log loss is in nats. ECE is the expected calibration error, in points; 15 bins of equal width.
-- CPU seconds are those of training and all its choices, from stored features or records. Ours include the start of
-  Python and TensorFlow, about 5 s, and of the network (not with EfficientNet-Lite0). The plain Keras recipe has the
-  same CPU time as ours in the same repeat.
+- CPU seconds are the time of the training and all its choices, from stored features or records. The time of "ours"
+  includes starting Python and TensorFlow, about 5 s, and building the network (not with EfficientNet-Lite0). The plain
+  Keras recipe stops at the latest after the CPU time of "ours" in the same repeat.
 """
 
 
