@@ -72,7 +72,7 @@ def test_the_process_starts_with_the_run_where_few_images_are_to_be_worked_on(tm
     context.result.planned |= {*steps, names.EVALUATION}
     for name in folders:
         (tmp_path / name).mkdir()
-    resources.start_early(context, [StepPlan(step, "run", [], None) for step in steps])
+    resources.start_serving_if_idle(context, [StepPlan(step, "run", [], None) for step in steps])
     early = context.shared(resources.Resources).serving
     resources.start_serving_early(context)  # the training
     now = context.shared(resources.Resources).serving

@@ -127,11 +127,12 @@ def _finish(values: Settings, context: RunContext, until: str | None, url: str |
         idle = all(step.complete() for step in last)
         if not idle:
             show_plan(plans, values.data_dir)
-            _check_what_is_needed_later(values, plans)
             try:
+                resources.start_serving_if_idle(context, plans)
+                _check_what_is_needed_later(values, plans)
                 resources.connect_early(context, plans)
                 result.dashboard = context.executor.dashboard
-                resources.start_early(context, plans)
+                resources.start_network_early(context, plans)
                 runner.run_steps(last, url, verbose)
             finally:
                 resources.close(context)

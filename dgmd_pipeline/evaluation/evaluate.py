@@ -96,6 +96,7 @@ def evaluate(
     Returns the counts for the step's record.
     """
     start = time.monotonic()
+    process.load(data.trained_model / train.MODEL)
     splits = _read_splits(data)
     leaked = _find_leaks(splits, folder)
     stored = _stored_features(data, network, splits)

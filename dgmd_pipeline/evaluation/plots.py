@@ -30,6 +30,7 @@ MAX_NAMED = 120  # classes; more leave no room for their labels
 MAX_BARS = 60
 MAX_PAIRS = 20
 MAX_THUMBNAILS = 24
+CELL, THUMBNAIL = 2.5, 1.9  # heights of a line of a contact sheet and of an image in it, in inches
 WHITE, TEXT, MUTED, LINE = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
 PALE = "#cfd6dd"  # bars behind others
 FIRST, SECOND = "#0072b2", "#d55e00"
@@ -90,7 +91,8 @@ class Plot(NamedTuple):
         if self.photographs:
             image.save(buffer, "PNG", compress_level=1)  # level 6 takes 4 times as long and saves a tenth of the bytes
         else:  # a palette saves two thirds of the bytes, and files are stored twice: here and in MLflow
-            image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG")
+            fast = Image.Quantize.MAXCOVERAGE  # half the time of the default
+            image.quantize(256, fast, dither=Image.Dither.NONE).save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -304,25 +306,32 @@ def contact_sheet(
     shown = worst([row for row in rows if row.position in thumbnails])
     columns = min(4, len(shown)) or 1
     lines = -(-len(shown) // columns) or 1
-    height = 2.5 * lines + 0.5
+    width, height = max(2.6 * columns, 5), CELL * lines + 0.5
 
     def draw(figure: "Figure") -> None:
-        figure.set_layout_engine(None)  # all cells have the same size
-        figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.85 / height, 0.06, 0.3)
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes in grid:
-            axes.set_axis_off()
-        for axes, row in zip(grid, shown, strict=False):
-            axes.imshow(thumbnails[row.position])
-            prediction = f"{_shorten(row.predicted, 28)}, {_percent(row.probability)}"
-            axes.set_title(f"{_shorten(row.label, 30)}\n{ARROW} {prediction}", fontsize=8, color=TEXT)
-            axes.text(
-                0.5, -0.03, _shorten(row.key, 38), fontsize=6.5, color=MUTED, ha="center", va="top",
-                transform=axes.transAxes,
-            )  # fmt: skip
+        figure.set_layout_engine(None)
+        axes = figure.add_axes((0, 0, 1, 1))  # one for all images: creating one for each image would take 15 ms each
+        axes.set_axis_off()
+        for place, row in enumerate(shown):
+            line, column = divmod(place, columns)
+            # In inches from the upper left corner of the sheet:
+            x, y = (column + 0.5) * width / columns, 0.8 + CELL * line + THUMBNAIL / 2
+            right, bottom = _fit(thumbnails[row.position], 0.94 * width / columns, THUMBNAIL)
+            axes.imshow(thumbnails[row.position], extent=(x - right, x + right, y + bottom, y - bottom))
+            above = f"{_shorten(row.label, 30)}\n{ARROW} {_shorten(row.predicted, 28)}, {_percent(row.probability)}"
+            axes.text(x, y - bottom - 0.08, above, fontsize=8, ha="center", va="bottom")
+            below = _shorten(row.key, 38)
+            axes.text(x, y + bottom + 0.05, below, fontsize=6.5, color=MUTED, ha="center", va="top")
+        axes.set(xlim=(0, width), ylim=(height, 0))
         figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11)
 
-    return Plot(draw, max(2.6 * columns, 5), height, photographs=True)
+    return Plot(draw, width, height, photographs=True)
+
+
+def _fit(image: np.ndarray, width: float, height: float) -> tuple[float, float]:
+    """Return half the width and half the height of an image that is scaled until it fits into a rectangle."""
+    scale = min(width / image.shape[1], height / image.shape[0])
+    return scale * image.shape[1] / 2, scale * image.shape[0] / 2
 
 
 def worst(rows: Sequence[Misclassification]) -> list[Misclassification]:

@@ -203,6 +203,7 @@ def review(
     If production cannot be used, or the candidate fails in the process, this function does not raise. The review then
     has the error as text, because the trained model is kept anyway.
     """
+    process.load(candidate.path)
     candidate = candidate._replace(answers=predict(candidate, images))
     labels = label_changes(candidate, rivals.production.trained_labels) if rivals.production else None
     production, compared, error = _compare(candidate, rivals.production, images)
@@ -255,7 +256,6 @@ def _benchmark(
         files = [images.raw / row.path for row in images.examples[: len(sample)]]
     return serving_benchmark.benchmark(
         process,
-        candidate.path,
         sample,
         candidate.answers.first,
         scratch,

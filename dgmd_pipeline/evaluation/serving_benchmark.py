@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -39,7 +39,25 @@ UNUSED = ("matplotlib", "pandas", "sklearn")
 
 
 class Process(subprocess.Popen[bytes]):
-    """A process that waits for `benchmark`. It ends after its `with` block, after `end`, or when its parent ends."""
+    """A process that waits for `load` and then for `benchmark`, once.
+
+    It ends after its `with` block, after `end`, or when its parent ends.
+    """
+
+    loading = False  # whether `load` was called
+
+    def load(self, path: Path) -> None:
+        """Let the process load the model in the file `path` (.keras). Further calls have no effect."""
+        if not self.loading:
+            self.loading = True
+            self.send(path)
+
+    def send(self, path: Path) -> None:
+        """Send a path to the process as a line of its standard input."""
+        assert self.stdin is not None  # noqa: S101 - `start_process` opens a pipe
+        with contextlib.suppress(BrokenPipeError):  # the process has died; `communicate` returns its error output
+            self.stdin.write(json.dumps(str(path.resolve())).encode() + b"\n")
+            self.stdin.flush()
 
     def __exit__(self, *details: Any) -> None:
         self.kill()
@@ -98,7 +116,6 @@ def start_process(environment: Mapping[str, str] | None = None) -> Process:
 
 def benchmark(
     process: Process,
-    path: Path,
     images: np.ndarray,
     recorded: np.ndarray,
     scratch: Path,
@@ -108,8 +125,7 @@ def benchmark(
 ) -> ServingBenchmark:
     """Benchmark a model in a clean process.
 
-    `process`: from `start_process`; each call needs a new one.
-    `path`: the file of the model (.keras).
+    `process`: from `start_process`; it loads the model (`Process.load`). Each call needs a new process.
     `images`: uint8 [n, height, width, 3].
     `recorded`: the probabilities that are expected for the images, float [n, classes].
     `scratch`: an existing folder for temporary files.
@@ -127,7 +143,7 @@ def benchmark(
             task,
             images=images,
             recorded=recorded,
-            models=np.array([str(each.resolve()) for each in (path, production) if each]),
+            production=np.array([str(production.resolve())] if production else [], np.str_),
             files=np.array([str(each.resolve()) for each in files], np.str_),
         )
         stderr = b""
@@ -150,10 +166,7 @@ def _exchange(process: Process, task: Path, meanwhile: Callable[[], None]) -> by
     The process measures times after `meanwhile` has returned and `communicate` has closed the pipe. Raises
     TimeoutExpired.
     """
-    assert process.stdin is not None  # noqa: S101 - `start_process` opens a pipe
-    with contextlib.suppress(BrokenPipeError):  # the process has died; `communicate` returns its error output
-        process.stdin.write(json.dumps(str(task.resolve())).encode() + b"\n")
-        process.stdin.flush()
+    process.send(task)
     meanwhile()
     return process.communicate(timeout=60 * TIMEOUT_MINUTES)[1]
 
@@ -193,19 +206,31 @@ def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
     return ServingBenchmark(**own, production=production, served=served)
 
 
-def _measure(task: Path, wait_until_idle: Callable[[], object]) -> ServingBenchmark:
+class _Loaded(NamedTuple):
+    """The model to benchmark."""
+
+    path: Path
+    network: "keras.Model"
+    seconds: float  # CPU time of the loading
+
+
+def _load(path: Path) -> _Loaded:
+    start = time.process_time()
+    network = networks.load(path)
+    seconds = time.process_time() - start
+    _trace(network)
+    return _Loaded(path, network, seconds)
+
+
+def _measure(loaded: _Loaded, task: Path, wait_until_idle: Callable[[], object]) -> ServingBenchmark:
     """Run the benchmark that `benchmark` wrote to `task`, in this process.
 
     `wait_until_idle` returns when nothing else runs that could disturb latency and throughput.
     """
     with np.load(task, allow_pickle=False) as file:
         images, recorded = file["images"], file["recorded"]
-        path, *others = map(Path, file["models"].tolist())
-        files = [Path(each) for each in file["files"].tolist()]
-    start = time.process_time()
-    network = networks.load(path)
-    load_seconds = time.process_time() - start
-    _trace(network)
+        others, files = ([Path(each) for each in file[name].tolist()] for name in ("production", "files"))
+    network, path = loaded.network, loaded.path
     difference = float(np.abs(_predict(network, images) - recorded).max())
     memory = _peak_memory()  # before another model is loaded
     rivals = [networks.load(other) for other in others]
@@ -218,7 +243,7 @@ def _measure(task: Path, wait_until_idle: Callable[[], object]) -> ServingBenchm
     singles = _time_alternately(images, network, *rivals)
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
     found = ServingBenchmark(
-        load_seconds=load_seconds,
+        load_seconds=loaded.seconds,
         latency_p50_ms=p50,
         latency_p95_ms=p95,
         images_per_second=len(images) / batch_seconds,
@@ -299,6 +324,16 @@ def _answer(task: Path, found: ServingBenchmark) -> None:
     task.with_suffix(".json").write_text(json.dumps(to_json(found)), "utf-8")
 
 
+def _serve(requests: TextIO) -> None:
+    """Load the model that the first line names, and run the benchmark that the second line names."""
+    if not (model := requests.readline()):
+        return  # the parent has exited
+    loaded = _load(Path(json.loads(model)))
+    if line := requests.readline():
+        task = Path(json.loads(line))
+        _answer(task, _measure(loaded, task, requests.read))  # the parent closes the pipe when it is idle
+
+
 if __name__ == "__main__":
     # If memory runs out while this process waits, Linux kills this process and not the training.
     with contextlib.suppress(OSError):
@@ -306,7 +341,5 @@ if __name__ == "__main__":
     for _name in UNUSED:
         sys.modules[_name] = None  # type: ignore[assignment]  # None: an import of it raises ImportError
     runtime.start_tensorflow()
-    if _request := sys.stdin.readline():  # empty: the parent has exited without a request
-        _task = Path(json.loads(_request))
-        _answer(_task, _measure(_task, sys.stdin.read))  # the parent closes the pipe when it is idle
+    _serve(sys.stdin)
     os._exit(0)  # the teardown of TensorFlow takes a second

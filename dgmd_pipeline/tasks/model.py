@@ -80,12 +80,11 @@ class TrainModel(Step):
         return {name: value for name, value in super().declared_settings().items() if name not in unused}
 
     def work(self, draft: Path) -> StepResult:
-        from dgmd_pipeline.training import runtime, train
+        from dgmd_pipeline.training import train
         from dgmd_pipeline.workflow.executors import in_threads
 
         backbone = resources.network(self.context)
         resources.start_serving_early(self.context)
-        runtime.start_tensorflow()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run only; a stopped run may have completed earlier epochs
         name = _run_name(self.settings.model_name, formatting.utc_now())

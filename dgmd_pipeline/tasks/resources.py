@@ -46,25 +46,35 @@ def connect_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
         context.executor.connect()
 
 
-def start_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
+def start_network_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """If this run will need the frozen network, build it in a background thread while earlier steps run.
 
     The thread uses one core for about 10 s. It imports TensorFlow and creates the layers. If features are extracted,
     the thread also traces the forward pass.
-
-    If there is little work before the training, other cores are idle. In this case, the serving benchmark's process
-    is started, too.
     """
-    # If the planning has listed the bucket, a step with the state "maybe" very likely runs.
-    listed = context.shared(Resources).listing is not None
-    due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
+    due, missing = _due(context, plans)
     # If the folder of features exists, most features are reused. In this case, the forward pass is not traced early.
-    missing = {name for name in due if not (context.settings.data_dir / name).exists()}
     extracts = any(name.startswith(names.FEATURES) for name in missing) and not context.executor.is_cluster
     if extracts or names.TRAINED_MODEL in due:
         _start_network(context, extracts)
+
+
+def start_serving_if_idle(context: RunContext, plans: Sequence[StepPlan]) -> None:
+    """Start the serving benchmark's process if this run will train or evaluate, and has little work before that.
+
+    Some cores are then idle at the start of the run.
+    """
+    due, missing = _due(context, plans)
     if due & {names.TRAINED_MODEL, names.EVALUATION} and not any(name.startswith(HEAVY) for name in missing):
         start_serving_early(context)
+
+
+def _due(context: RunContext, plans: Sequence[StepPlan]) -> tuple[set[str], set[str]]:
+    """Return the steps that will run, and those of them that have no folder yet."""
+    # If the planning has listed the bucket, a step with the state "maybe" very likely runs.
+    listed = context.shared(Resources).listing is not None
+    due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
+    return due, {name for name in due if not (context.settings.data_dir / name).exists()}
 
 
 def _start_network(context: RunContext, extracts: bool) -> None:
@@ -79,12 +89,15 @@ def _start_network(context: RunContext, extracts: bool) -> None:
         context.shared(Resources).network = executors.submit_in_background(build)
 
 
-def network(context: RunContext) -> "keras.Model | None":
-    """Return the frozen network of this run; None if the backbone is trained (`cnn`)."""
+def network(context: RunContext) -> "Callable[[], keras.Model] | None":
+    """Return a function that waits for the frozen network of this run and returns it; None for `cnn`.
+
+    A background thread builds the network.
+    """
     resources = context.shared(Resources)
     if resources.network is None:
         _start_network(context, extracts=False)
-    return resources.network and resources.network()
+    return resources.network
 
 
 def trained_model(context: RunContext, folder: Path) -> "keras.Model":

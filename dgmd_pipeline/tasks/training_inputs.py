@@ -96,4 +96,4 @@ class ExtractFeatures(PerSplitStep):
     def _network(self) -> "keras.Model":
         network = resources.network(self.context)
         assert network is not None  # noqa: S101 - features are extracted for frozen backbones only
-        return network
+        return network()

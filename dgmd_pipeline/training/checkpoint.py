@@ -10,7 +10,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from dgmd_pipeline.errors import PipelineError
-from dgmd_pipeline.training import runtime
 from dgmd_pipeline.training.config import Epoch, TrainingConfig
 
 DAMAGED = (
@@ -38,14 +37,11 @@ class TrainingState(NamedTuple):
 def load_or_start(config: TrainingConfig, checkpoint: Path | None) -> TrainingState:
     """Return the state in `checkpoint`, or the initial state if this file does not exist.
 
-    Also sets Keras's random seed to the seed of the state. Raises UnusableCheckpoint if the file is damaged.
+    Raises UnusableCheckpoint if the file is damaged.
     """
     if checkpoint and checkpoint.exists():
-        state = _load(checkpoint)
-    else:
-        state = TrainingState(secrets.randbits(31) if config.seed is None else config.seed, [], [])
-    runtime.set_seed(state.seed)
-    return state
+        return _load(checkpoint)
+    return TrainingState(secrets.randbits(31) if config.seed is None else config.seed, [], [])
 
 
 def completed_epochs(checkpoint: Path) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import numpy as np
 
 from dgmd_pipeline.formatting import counted, percent
-from dgmd_pipeline.training import early_stopping, loop
+from dgmd_pipeline.training import early_stopping, loop, runtime
 from dgmd_pipeline.training.backbone_cut import cut_backbone
 from dgmd_pipeline.training.checkpoint import TrainingState, load_or_start
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainingConfig
@@ -159,7 +159,8 @@ class _Fitter(NamedTuple):
         import keras
 
         config, checkpoint = self.config._replace(epochs=epochs), self.resume_dir / f"{CHECKPOINT}_{name}.npz"
-        state = load_or_start(config, checkpoint)  # sets Keras's seed, which determines the dropout of the copies
+        state = load_or_start(config, checkpoint)
+        runtime.set_seed(state.seed)  # determines the dropout of the copies
         backbone, head = clone_trainable(self.backbone), clone_trainable(head)
         part = cut_backbone(backbone)[1] if self.kind == "top" else backbone
         trained = keras.Model(part.input, head(part.output))

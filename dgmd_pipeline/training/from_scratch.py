@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline.training import averaging, loop, networks
+from dgmd_pipeline.training import averaging, loop, networks, runtime
 from dgmd_pipeline.training.augmentation import augment_batches
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import OnEpoch, TrainedModel, TrainingConfig, weights_by_class
@@ -43,6 +43,7 @@ def train_from_scratch(
     import tensorflow as tf
 
     state = load_or_start(config, checkpoint)
+    runtime.set_seed(state.seed)
     network = networks.build_cnn(*size)
     head = networks.build_head(network.output_shape[-1], classes, config.dropout)
     classifier = keras.Sequential([network, head])  # no resizing layer: images in the records have the right size

@@ -5,14 +5,15 @@ training.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dgmd_pipeline.formatting import counted
-from dgmd_pipeline.training import head_selection, linear, loop
+from dgmd_pipeline.training import head_selection, linear, loop, runtime
 from dgmd_pipeline.training.checkpoint import load_or_start
 from dgmd_pipeline.training.config import OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures
@@ -36,6 +37,7 @@ def train_head(
     kind: str,
     on_epoch: OnEpoch,
     checkpoint: Path | None = None,
+    prepare: Callable[[], object] = runtime.start_tensorflow,
 ) -> TrainedModel:
     """Choose a head by cross-validation on the training split `data`. Then fit it to the whole split (the final fit).
 
@@ -49,6 +51,9 @@ def train_head(
     from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from the same
     data and settings. The caller deletes them.
 
+    `prepare` is called before the first use of Keras. Logistic regressions are cross-validated without Keras, so
+    another thread may import TensorFlow meanwhile, and `prepare` may wait for this thread.
+
     Raises PipelineError if features, a loss or weights are not finite, and UnusableCheckpoint if a file is damaged.
     """
     weights = weights_by_class(classes, class_weights)
@@ -57,20 +62,27 @@ def train_head(
     state = load_or_start(config._replace(seed=selection.seed) if selection else config, checkpoint)
     config = config._replace(seed=state.seed)
     components = linear.principal_components(data.vectors)
-    hidden = None if kind == "linear" else HiddenHead(components, weights, config)
+
+    @cache
+    def hidden() -> HiddenHead:
+        prepare()
+        return HiddenHead(components, weights, config)
+
     if selection is None:
         selection = head_selection.select(data, groups, weights, config, kind, components, hidden)
         if selection_file:
             head_selection.save(selection, selection_file)
     head_selection.log_selection(selection)
     chosen = selection.chosen
-    if chosen.kind == "hidden" and hidden:
-        config = config._replace(epochs=chosen.epochs)
+    if chosen.kind == "hidden":
         log.info(
             "  fitting the head to all %s training images for %s", f"{len(groups):,}", counted(chosen.epochs, "epoch")
         )
-        trained = hidden.fit(data, validation, config, state, loop.log_epochs(on_epoch, config.epochs), checkpoint)
+        log_epochs = loop.log_epochs(on_epoch, chosen.epochs)
+        final = config._replace(epochs=chosen.epochs)
+        trained = hidden().fit(data, validation, final, state, log_epochs, checkpoint)
     else:
+        prepare()
         trained = fit_linear(data, validation, weights, components, chosen.shrinkage, chosen.strength, state.seed)
         on_epoch(trained.history[0])
     return trained._replace(selection=selection)

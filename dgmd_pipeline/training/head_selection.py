@@ -94,14 +94,15 @@ def select(
     config: TrainingConfig,
     kind: str,
     components: linear.Components,
-    hidden: HiddenHead | None,
+    hidden: Callable[[], HiddenHead],
 ) -> Selection:
     """Cross-validate heads of `kind` on at most SELECTION_ROWS training images, and choose by the log loss.
 
     The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
     `class_weights` are float32 [classes]. `components` are the principal components of the training images' features.
-    Unless `kind` is "linear", `hidden` is cross-validated, which changes its weights.
+    Unless `kind` is "linear", the head that `hidden` returns is cross-validated, which changes its weights. Logistic
+    regressions are cross-validated first, without Keras, so `hidden` may wait until TensorFlow is imported.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)
@@ -114,9 +115,9 @@ def select(
         return Selection(fallback, [], 0, seed)
     coordinates, components = linear.project(sample.vectors, components)
     options = [_best_linear(_divide(coordinates, sample.labels, masks), components, class_weights)]
-    if hidden and kind != "linear":
+    if kind != "linear":
         try:
-            options.append(_best_hidden(_divide(np.asarray(sample.vectors), sample.labels, masks), hidden, config))
+            options.append(_best_hidden(_divide(np.asarray(sample.vectors), sample.labels, masks), hidden(), config))
         except loop.Diverged as error:
             if kind == "hidden":
                 raise

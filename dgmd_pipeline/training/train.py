@@ -16,7 +16,16 @@ import numpy as np
 from dgmd_pipeline import manifest
 from dgmd_pipeline.formatting import counted, percent
 from dgmd_pipeline.manifest import Fit
-from dgmd_pipeline.training import dataset, feature_store, fine_tuning, from_scratch, head, head_selection, networks
+from dgmd_pipeline.training import (
+    dataset,
+    feature_store,
+    fine_tuning,
+    from_scratch,
+    head,
+    head_selection,
+    networks,
+    runtime,
+)
 from dgmd_pipeline.training.checkpoint import UnusableCheckpoint, completed_epochs
 from dgmd_pipeline.training.config import Epoch, OnEpoch, TrainedModel, TrainingConfig, weights_by_class
 from dgmd_pipeline.training.features import LabeledFeatures, ParallelMap
@@ -142,12 +151,15 @@ class FinishedTraining(NamedTuple):
 def train(
     data: TrainingData,
     options: TrainingOptions,
-    backbone: "keras.Model | None",
+    backbone: "Callable[[], keras.Model] | None",
     resume_dir: Path,
     on_epoch: OnEpoch,
     map_batches: ParallelMap = map,
 ) -> FinishedTraining:
-    """Train a head on the stored features of `backbone`, or `cnn` from scratch if `backbone` is None.
+    """Train a head on the stored features of a frozen network, or `cnn` from scratch if `backbone` is None.
+
+    `backbone` returns the network. It may wait for a thread that imports TensorFlow and builds the network, because
+    logistic regressions are cross-validated before it is called.
 
     `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last completed epoch. If a
     checkpoint cannot be used, a warning is logged and the training starts again. `map_batches` is passed to
@@ -157,13 +169,14 @@ def train(
     damaged.
     """
     if backbone is None:
+        runtime.start_tensorflow()
         trained = _resume(partial(_train_cnn, data, options, on_epoch), resume_dir)
         return FinishedTraining(uuid.uuid4().hex, trained.model, trained.history, trained.seed, None, None)
     stored = [feature_store.load(folder) for folder in (data.training, data.validation)]
-    trained = _resume(partial(_train_head, data, options, stored, on_epoch), resume_dir)
-    parts, history, outcome = (backbone, trained.model), list(trained.history), None
+    trained = _resume(partial(_train_head, data, options, stored, backbone, on_epoch), resume_dir)
+    parts, history, outcome = (backbone(), trained.model), list(trained.history), None
     if options.fine_tune != "none":
-        tuned = _fine_tune(data, options, backbone, trained, stored, resume_dir, on_epoch, map_batches)
+        tuned = _fine_tune(data, options, backbone(), trained, stored, resume_dir, on_epoch, map_batches)
         outcome = fine_tuning.to_json(tuned)
         log.info("  %s", fine_tuning.describe(outcome))
         if tuned.backbone and tuned.head:
@@ -191,6 +204,7 @@ def _train_head(
     data: TrainingData,
     options: TrainingOptions,
     stored: Sequence[LabeledFeatures],
+    backbone: "Callable[[], keras.Model]",
     on_epoch: OnEpoch,
     checkpoint: Path,
 ) -> TrainedModel:
@@ -204,6 +218,7 @@ def _train_head(
         options.head,
         on_epoch,
         checkpoint,
+        prepare=backbone,
     )
 
 

@@ -121,10 +121,10 @@ def benchmarked(monkeypatch):
     """The arguments of `serving_benchmark.benchmark`, which starts no process."""
     calls = []
 
-    def benchmark(process, path, images, recorded, scratch, production, files, meanwhile):
-        calls.append((path, images, recorded, production, files))
+    def benchmark(process, images, recorded, scratch, production, files, meanwhile):
+        calls.append((process.model, images, recorded, production, files))
         meanwhile()
-        if path.name == "broken.keras":
+        if process.model.name == "broken.keras":
             raise PipelineError("The model could not be used.")
         return BENCHMARK
 
@@ -144,8 +144,15 @@ def models(tmp_path_factory):
     return folder
 
 
+class Process:
+    """Knows which model it was told to load."""
+
+    def load(self, path):
+        self.model = path
+
+
 def reviewed(candidate, production, images, tmp_path, best=None, **options):
-    return review.review(candidate, review.Rivals(production, best), images, tmp_path, None, **options)
+    return review.review(candidate, review.Rivals(production, best), images, tmp_path, Process(), **options)
 
 
 def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):

@@ -60,9 +60,8 @@ def measured(saved, tmp_path_factory):
 
     held = np.ones(2 * 10**9, np.uint8)  # more than TensorFlow takes with a small model
     with serving_benchmark.start_process() as process:
-        found = serving_benchmark.benchmark(
-            process, small, IMAGES, recorded, scratch, large, files, partial(wait, process)
-        )
+        process.load(small)
+        found = serving_benchmark.benchmark(process, IMAGES, recorded, scratch, large, files, partial(wait, process))
     del held
     return found, scratch, seen
 
@@ -79,17 +78,18 @@ def cpu_seconds(process):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-class InThisProcess:
+class InThisProcess(serving_benchmark.Process):
     """Answers as the benchmark's process does, without starting TensorFlow again."""
 
     returncode = 0
 
-    def __init__(self):
+    def __init__(self, model):
         self.stdin = io.BytesIO()
+        self.load(model)
 
     def communicate(self, timeout):
-        task = Path(json.loads(self.stdin.getvalue()))
-        serving_benchmark._answer(task, serving_benchmark._measure(task, lambda: None))
+        self.stdin.seek(0)
+        serving_benchmark._serve(io.TextIOWrapper(self.stdin))
         return b"", b""
 
 
@@ -132,7 +132,7 @@ def test_production_is_timed_beside_the_model(saved, measured):
 def test_other_predictions_are_noticed_and_nothing_else_is_measured_without_other_files(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
     _, large, recorded_of_small = saved
-    found = serving_benchmark.benchmark(InThisProcess(), large, IMAGES, recorded_of_small, tmp_path)
+    found = serving_benchmark.benchmark(InThisProcess(large), IMAGES, recorded_of_small, tmp_path)
     assert not found.predictions_equal and found.largest_difference > serving_benchmark.TOLERANCE
     assert (found.production, found.served) == (None, None)
 
@@ -152,7 +152,7 @@ def test_a_process_that_dies_of_the_original_files_has_answered_before(saved, tm
     monkeypatch.setattr(serving_benchmark, "SECONDS", 0)
     monkeypatch.setattr(serving_benchmark, "_predict_files", die)
     files = [tmp_path / "large.png"]
-    found = serving_benchmark.benchmark(Dying(), saved[0], IMAGES, saved[2], tmp_path, files=files)
+    found = serving_benchmark.benchmark(Dying(saved[0]), IMAGES, saved[2], tmp_path, files=files)
     assert found.predictions_equal and found.served is None
 
 
@@ -187,7 +187,8 @@ def test_an_unusable_file_is_reported_with_the_exit_code_and_the_error(tmp_path)
         serving_benchmark.start_process() as process,
         pytest.raises(PipelineError, match=r"could not be used in a clean process \(exit code 1\): .*broken.keras"),
     ):
-        serving_benchmark.benchmark(process, path, IMAGES, np.zeros((8, 3)), tmp_path)
+        process.load(path)
+        serving_benchmark.benchmark(process, IMAGES, np.zeros((8, 3)), tmp_path)
 
 
 def test_a_process_that_was_killed_before_its_request_is_reported(saved, tmp_path):
@@ -197,7 +198,8 @@ def test_a_process_that_was_killed_before_its_request_is_reported(saved, tmp_pat
         with pytest.raises(
             PipelineError, match="exit code -9, killed, probably because memory ran out\\): no error output"
         ):
-            serving_benchmark.benchmark(process, saved[0], IMAGES, np.zeros((8, 3)), tmp_path)
+            process.load(saved[0])
+            serving_benchmark.benchmark(process, IMAGES, np.zeros((8, 3)), tmp_path)
 
 
 def test_a_process_without_a_request_ends_with_its_parent():

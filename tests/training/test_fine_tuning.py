@@ -203,10 +203,10 @@ def test_fine_tuning_starts_again_where_its_stored_activations_are_damaged(backb
             raise Stopped
 
     with pytest.raises(Stopped):
-        train.train(data, options, backbone, resume_dir, stop_in_trial)
+        train.train(data, options, lambda: backbone, resume_dir, stop_in_trial)
     with (resume_dir / "activations_training" / fine_tuning_data.VALUES).open("r+b") as file:
         file.truncate(1000)
-    trained = train.train(data, options, backbone, resume_dir, ignore)
+    trained = train.train(data, options, lambda: backbone, resume_dir, ignore)
     assert "activations.npy should hold the state of this training" in caplog.text
     assert "Fine-tuning starts again." in caplog.text
     assert trained.fine_tuning["held_out"] == 18

@@ -111,8 +111,15 @@ def test_the_best_strength_is_found_from_both_ends(monkeypatch, position):
     data, config = clouds(150, spread=4), CONFIG._replace(seed=1)
     components = linear.principal_components(data.vectors)
     groups = [*map(str, range(150))]
-    chosen = head_selection.select(data, groups, np.ones(3, np.float32), config, "linear", components, None).chosen
-    assert chosen.strength == 0.1
+    weights = np.ones(3, np.float32)
+    selection = head_selection.select(data, groups, weights, config, "linear", components, hidden=pytest.fail)
+    assert selection.chosen.strength == 0.1
+
+
+def test_logistic_regressions_are_cross_validated_before_keras_is_needed(tmp_path):
+    checkpoint, seen = tmp_path / "training.npz", []
+    train(clouds(60), kind="linear", checkpoint=checkpoint, prepare=lambda: seen.extend(tmp_path.iterdir()))
+    assert seen == [tmp_path / head_selection.FILE]
 
 
 def test_class_weights_shift_the_predictions_of_a_linear_head():
