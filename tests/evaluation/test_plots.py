@@ -186,10 +186,11 @@ def test_unprintable_characters_are_replaced():
 
 def test_the_contact_sheet_shows_each_image_once_with_both_labels_and_its_key():
     figure = plots.contact_sheet(WRONG, IMAGES, "Title").figure()
-    (axes,) = figure.axes
+    (axes,), height, width = figure.axes, *IMAGES[3].shape[:2]
     assert (axes.images[0].get_array() == IMAGES[3]).all()
-    assert axes.get_title() == f"{SHOWN[0]}\n\N{RIGHTWARDS ARROW} {SHOWN[1]}, 90 %"
-    assert texts(axes) == [f"{SHOWN[2]}/a.jpg"]
+    left, right, bottom, top = axes.images[0].get_extent()
+    assert (right - left) / (bottom - top) == pytest.approx(width / height)
+    assert texts(axes) == [f"{SHOWN[0]}\n\N{RIGHTWARDS ARROW} {SHOWN[1]}, 90 %", f"{SHOWN[2]}/a.jpg"]
     assert figure.get_suptitle() == "Title"
 
 
