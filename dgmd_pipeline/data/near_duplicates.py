@@ -52,8 +52,9 @@ NOTHING_KNOWN = Known(np.empty(0, HASH), np.empty((0, 2), np.int64))
 def group(
     images: list[Image], thumbnails: np.ndarray, positions: np.ndarray, known: Known | None = None
 ) -> tuple[list[Image], Known]:
-    """Return the images with `group` filled in: the smallest SHA-256 of an image and its near-duplicates.
+    """Return the images with `group` filled in. An image and its near-duplicates form a group.
 
+    The name of a group is the smallest SHA-256 of its images.
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
     second result of an earlier call. It does not change the result. It saves time, because most pairs of images of the
     earlier call are not compared again. In both calls, the images must be in the order of their paths.
@@ -150,8 +151,8 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
     The call that returned `known` compared all neighbours among its images. Two of these images can become neighbours
-    only if an image that was sorted between them has been removed. All other pairs of these images are not compared
-    again.
+    only if an image that was sorted between them has been removed. Only such pairs are compared. All other pairs of
+    these images were compared in the earlier call, or are not neighbours.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
@@ -187,8 +188,8 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     """Return the HASH records of present and removed images in one array, and the position of each image in `hashes`.
 
     A removed image has the position MISSING. The array is in the order of the paths, and removed images are at their
-    old places. So a stable sort puts images of the earlier call that have equal hashes and brightness in the same order
-    as the earlier call did.
+    old places. So a stable sort keeps the order that the earlier call found, even among images with equal hashes and
+    equal brightness.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.

@@ -95,8 +95,10 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
 def best_former(state: ModelState, candidate: ModelVersion | None = None) -> ModelVersion | None:
     """Return the most accurate former production version other than `candidate`, if it is better than production.
 
-    Each accuracy was measured on the images of the version's own run. So the accuracies only determine which version is
-    worth a comparison. Returns None if production is the best, or if no former version is still registered.
+    Each accuracy was measured on the validation images of the version's own run, so the accuracies of two versions are
+    not strictly comparable. They only tell which version to compare with the candidate.
+
+    Returns None if production is the best, or if no former version is still registered.
     """
     production = state.production
     events = [event for event in history(state) if event.done]

@@ -336,9 +336,9 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock. After its work, the step ends the executor's processes,
-        because with `--workers 2`, Luigi forks a process for each step. The forked process cannot exit while the
-        executor's processes are running.
+        With Luigi's own command, each step takes the lock. After its work, the step also ends the executor's processes.
+        With `--workers 2`, Luigi forks a process for each step, and this process cannot exit while the executor's
+        processes are running.
         """
         if self.context.holds_lock:
             yield
