@@ -290,7 +290,10 @@ def _keep(
     results: Iterable[Result | WorkerDied],
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
-    """Store the results, with the files' versions, in folders of PIECE_FILES results in `pieces`, and yield them."""
+    """Yield the results. If `pieces` is a folder, store the results there before they are yielded.
+
+    PIECE_FILES results at a time are stored in a new folder in `pieces`, together with the versions of their files.
+    """
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # `run` keeps pieces of earlier runs from being replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
@@ -330,7 +333,7 @@ def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejecte
 def _apply_corrected_label(copies: list[Image]) -> list[Image]:
     """If the copies have exactly one corrected label, give it to all copies.
 
-    A label is corrected if it differs from the name of the folder of its copy.
+    A copy has a corrected label if its label differs from the name of its folder below raw/.
     """
     corrected = {copy.label for copy in copies if copy.label != copy.path.split("/", 1)[0]}
     return [copy._replace(label=label) for label in corrected for copy in copies] if len(corrected) == 1 else copies
