@@ -134,14 +134,16 @@ def inspect(
     Reasons for a rejection:
 
     - "empty"
-    - "unreadable": not an image in `decoding.FORMATS`, damaged, a disk error, or the process that decoded it died
+    - "unreadable": the file is not an image in one of `decoding.FORMATS`, is damaged, or cannot be read from the disk;
+      or the process that decoded the file died
     - "truncated": the data ends before the image does
     - "too many bytes", "too many scans": see `limits`; checked before decoding
-    - "too many pixels": more than `max_pixels`, or they need more than `limits.MAX_MEMORY`; checked before decoding
-    - "too little memory": for this image, on this machine
+    - "too many pixels": the image has more than `max_pixels` pixels, or decoding it needs more than `limits.MAX_MEMORY`
+      bytes; checked before decoding
+    - "too little memory": the image needs more memory than `reserve_memory` can provide
     - "too small": the shortest side is below `min_side` pixels
-    - "duplicate": files with the same bytes have the same label; only the first of them, by path, is used
-    - "conflict": files with the same bytes have several labels; none of these files is used
+    - "duplicate": all files with these bytes have the same label; only the first of these files, by path, is used
+    - "conflict": the files with these bytes have several labels; none of these files is used
 
     If the corrections give exactly one new label to files with the same bytes, all of these files get this label.
     """

@@ -143,8 +143,8 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
 def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs that are to be compared, and the known near-duplicates that are still neighbours.
 
-    Both are int64 [pairs, 2]; the first index is the smaller one. Neighbours are compared if their hashes differ by at
-    most `_MAX_DISTANCE` bits.
+    Both are int64 [pairs, 2]; the first index is the smaller one. Only neighbours whose hashes differ by at most
+    `_MAX_DISTANCE` bits are compared.
 
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
     instead.) If two hashes have equal bits in a long run, they are likely to be neighbours in the rotation that moves
@@ -152,9 +152,9 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     each. Equal hashes are sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are
     neighbours, and so are 99.9 % of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
-    Neighbours are compared only in two cases. In the first case, one of the two images is not in `known`. In the second
-    case, both are in `known`, but an image that was sorted between them has been removed, so they may have become
-    neighbours. The call that returned `known` has compared all other neighbours.
+    Even these neighbours are compared only in two cases. In the first case, one of the two images is not in `known`. In
+    the second case, both are in `known`, but an image that was sorted between them has been removed, so they may have
+    become neighbours. The call that returned `known` has compared all other neighbours.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))

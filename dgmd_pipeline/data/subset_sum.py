@@ -74,7 +74,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Return the sums after `size` is added to a list of sizes. `sums` and `total` belong to the list without it."""
+    """Return the sums after `size` is added to a list. `sums` and `total` describe the list without `size`."""
     # `regular` is a valid `start` of the new sums (see `_Sums`). The smallest valid `start` is found below.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:

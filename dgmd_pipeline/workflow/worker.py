@@ -65,7 +65,7 @@ class Budget:
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB together: half of the memory, less what the idle processes use"
+                f"{self.units * self.unit / 1e6:,.0f} MB together (half of the memory, minus what idle workers use)"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
