@@ -142,8 +142,8 @@ def inspect(
       bytes; checked before decoding
     - "too little memory": the image needs more memory than `reserve_memory` can provide
     - "too small": the shortest side is below `min_side` pixels
-    - "duplicate": all files with these bytes have the same label; only the first of these files, by path, is used
-    - "conflict": the files with these bytes have several labels; none of these files is used
+    - "duplicate": the file has the same bytes and the same label as an earlier file (by path), which is used
+    - "conflict": files with the same bytes have several labels; none of these files is used
 
     If the corrections give exactly one new label to files with the same bytes, all of these files get this label.
     """
