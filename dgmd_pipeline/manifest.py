@@ -174,8 +174,9 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
     return count
 
 
-# Number of texts that `read` remembers, to use one object for equal texts. Neighbouring rows have the same label, and
-# most rows have `group` equal to `sha256`. So a million Examples take 0.3 GB of memory instead of 0.5.
+# Maximum number of texts that `read` remembers. If a text is equal to a remembered one, both share one object.
+# Neighbouring rows have the same label, and most rows have `group` equal to `sha256`. So a million Examples take 0.3 GB
+# of memory instead of 0.5.
 _SHARED = 1000
 
 

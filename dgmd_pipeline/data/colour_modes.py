@@ -48,8 +48,8 @@ def normalise(image: PIL.Image.Image, samples: str) -> PIL.Image.Image:
     - unsigned 12-bit integers: 0 to 4,095
     - other integers: the smallest of 0 to 255, 0 to 4,095 and 0 to 65,535 that contains all values, because 16-bit
       files often hold 8-bit or 12-bit values
-    - floating-point numbers: 0 to 1, or 0 to 255. Values that are outside the range by at most a quarter of it are
-      clipped
+    - floating-point numbers: 0 to 1 or, if a value is above 1.25, 0 to 255. Values may lie outside
+      the range by up to a quarter of its width, and are then clipped
 
     An alpha channel of zeros is removed from a BMP, and from a TIFF whose tags do not declare an alpha channel.
     `samples` is what `load` returned. Raises UnknownRange if the values are in none of these ranges, or if the result

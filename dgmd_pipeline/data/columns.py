@@ -42,7 +42,7 @@ class Examples(Sequence[Example]):
         hashes = (sha256.hex().encode() for chunk in self._table["sha256"].chunks for sha256 in chunk.to_pylist())
         by_path, found = compute.sort_indices(self._table["path"]).to_numpy(), ranks(purpose, hashes)
         positions = by_path[order(found[by_path])]
-        for number, field in enumerate(_TYPES):  # one column at a time: a copy of all needs more memory
+        for number, field in enumerate(_TYPES):  # one at a time, because copying all columns needs more memory
             self._table = self._table.set_column(number, field, self._table[number].take(pa.array(positions)))
         return found[positions]
 

@@ -56,8 +56,8 @@ def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.nd
     The resizing has two passes. One pass changes the width, and the other pass changes the height. Raises
     PIL.Image.DecompressionBombError if the first pass would produce more than `limits.MAX_PIXELS` pixels.
     """
-    # `target_width` gives the target's aspect ratio with the image's own height. `target_height` gives it with the
-    # image's own width. The division is in float32, as in Keras.
+    # With `target_width` and its own height, the image would have the aspect ratio of the target. With `target_height`
+    # and its own width, the image would have this aspect ratio, too. The division is in float32, as in Keras.
     target_width = int(np.float32(image.height * width) / np.float32(height))
     target_height = int(np.float32(image.width * height) / np.float32(width))
     # The first pass changes the width and cannot add bars at the left and right. So the image is transposed if it needs

@@ -62,7 +62,7 @@ class PreviousInspection:
     """
 
     def __init__(self, folders: Iterable[Path] = ()) -> None:
-        # path -> the row, all thumbnails of its folder, and the position of its own thumbnail among them
+        # path -> the row, all thumbnails in the folder of the row, and the position of the row's thumbnail among them
         self._rows: dict[str, tuple[InspectedFile, np.ndarray, int]] = {}
         # The hashes and near-duplicates of the first folder. The other folders are pieces (see `inspection.inspect`),
         # whose images have not been compared.

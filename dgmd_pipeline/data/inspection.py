@@ -134,13 +134,15 @@ def inspect(
     Reasons for a rejection:
 
     - "empty"
-    - "unreadable": not an image in `decoding.FORMATS`, damaged, a disk error, or the process that decoded it died
+    - "unreadable": the file is not an image in one of `decoding.FORMATS`, is damaged, or cannot be read from the disk;
+      or the process that decoded the file died
     - "truncated": the data ends before the image does
     - "too many bytes", "too many scans": see `limits`; checked before decoding
-    - "too many pixels": more than `max_pixels`, or they need more than `limits.MAX_MEMORY`; checked before decoding
-    - "too little memory": for this image, on this machine
+    - "too many pixels": the image has more than `max_pixels` pixels, or decoding it needs more than `limits.MAX_MEMORY`
+      bytes; checked before decoding
+    - "too little memory": the image needs more memory than `reserve_memory` can provide
     - "too small": the shortest side is below `min_side` pixels
-    - "duplicate": files with the same bytes have the same label; only the first of them, by path, is used
+    - "duplicate": the file has the same bytes and the same label as an earlier file (by path), which is used
     - "conflict": files with the same bytes have several labels; none of these files is used
 
     If the corrections give exactly one new label to files with the same bytes, all of these files get this label.
@@ -290,7 +292,10 @@ def _keep(
     results: Iterable[Result | WorkerDied],
     pieces: Path | None,
 ) -> Iterator[Result | WorkerDied]:
-    """Store the results, with the files' versions, in folders of PIECE_FILES results in `pieces`, and yield them."""
+    """Yield the results. If `pieces` is a folder, store the results there before they are yielded.
+
+    PIECE_FILES results at a time are stored in a new folder in `pieces`, together with the versions of their files.
+    """
     remaining, run = iter(results), uuid.uuid4().hex[:8]  # `run` keeps pieces of earlier runs from being replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
@@ -330,7 +335,7 @@ def _remove_copies(decoded: list[Image]) -> tuple[dict[int, Image], list[Rejecte
 def _apply_corrected_label(copies: list[Image]) -> list[Image]:
     """If the copies have exactly one corrected label, give it to all copies.
 
-    A label is corrected if it differs from the name of the folder of its copy.
+    A copy has a corrected label if its label differs from the name of its folder below raw/.
     """
     corrected = {copy.label for copy in copies if copy.label != copy.path.split("/", 1)[0]}
     return [copy._replace(label=label) for label in corrected for copy in copies] if len(corrected) == 1 else copies

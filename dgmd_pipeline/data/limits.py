@@ -51,8 +51,8 @@ class TooManyScans(PIL.Image.DecompressionBombError):
 def max_pixels(data: bytes) -> int:
     """Return how many pixels a file with these first bytes may have.
 
-    The readers of some formats allocate memory for the pixels when they read the header. These
-    formats have a lower limit.
+    The readers of WebP and AVIF allocate memory for the pixels when they read the header, before `check` is called. So
+    these formats have a lower limit, at which their pixels need `MAX_MEMORY` bytes.
     """
     kind = "WEBP" if data[8:12] == b"WEBP" else "AVIF" if data[4:8] == b"ftyp" else None
     return MAX_MEMORY // _BY_FORMAT[kind] if kind else MAX_PIXELS

@@ -25,7 +25,8 @@ _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
 # A bit of the hash is set if its DCT coefficient exceeds this threshold. If an image is noise with a standard deviation
 # of one level (of 255), most coefficients have the standard deviation THUMBNAIL_SIZE / 2. The threshold is twice this
-# value. The other factors are the scales: 1,024 of _COSINES, which is applied twice, and 1,000 of _LUMA.
+# value. The other factors are needed because _COSINES, which is applied twice, multiplies the coefficients by 1,024
+# each time, and _LUMA multiplies them by 1,000.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -79,7 +80,8 @@ def group(
 def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
     """Return for each position the smallest name in its group.
 
-    The positions of a pair in `copies` are in the same group. So are pairs that share a position.
+    The two positions of a pair in `copies` are in the same group. If two pairs share a position, all their positions
+    are in the same group.
     """
     parents = list(range(len(names)))  # a disjoint-set forest (union-find)
 
@@ -141,18 +143,18 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
 def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs that are to be compared, and the known near-duplicates that are still neighbours.
 
-    Both are int64 [pairs, 2]; the first index is the smaller one. Neighbours are compared if their hashes differ by at
-    most `_MAX_DISTANCE` bits.
+    Both are int64 [pairs, 2]; the first index is the smaller one. Only neighbours whose hashes differ by at most
+    `_MAX_DISTANCE` bits are compared.
 
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
-    instead.) Two hashes are likely to be neighbours in the rotation that moves their longest common run to the front.
-    Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs each. Equal hashes are
-    sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 %
-    of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
+    instead.) If two hashes have equal bits in a long run, they are likely to be neighbours in the rotation that moves
+    this run to the front. Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs
+    each. Equal hashes are sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are
+    neighbours, and so are 99.9 % of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
-    The call that returned `known` compared all neighbours among its images. Two of these images can become neighbours
-    only if an image that was sorted between them has been removed. Only such pairs are compared. All other pairs of
-    these images were compared in the earlier call, or are not neighbours.
+    Even these neighbours are compared only in two cases. In the first case, one of the two images is not in `known`. In
+    the second case, both are in `known`, but an image that was sorted between them has been removed, so they may have
+    become neighbours. The call that returned `known` has compared all other neighbours.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
@@ -206,8 +208,8 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     The sizes are the widths and heights of the images [n, 2], in pixels.
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). A copy that was made smaller is
-    blurred, so it differs from its original by a multiple of the Laplacian. The part of the difference that is such a
-    multiple is subtracted first. The difference between two different images, for example two handwritten
+    blurred, so it differs from its original by a multiple of the image's Laplacian. The part of the difference that is
+    such a multiple is subtracted first. The difference between two different images, for example two handwritten
     digits, is not such a multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. JPEG blocks, and
@@ -219,8 +221,8 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     """
     shortest = np.minimum(left_size.min(1), right_size.min(1))
     stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))
-    # The pairs are on the last axis. If the colours were there, NumPy's innermost loops would have three steps, and a
-    # pair would take 22 us instead of 3.
+    # The pairs are on the last axis. If the colours were on the last axis, NumPy's innermost loops would have three
+    # steps, and a pair would take 22 us instead of 3.
     left, right = (
         each.reshape(-1, THUMBNAIL_SIZE**2 * 3).T.astype(np.float32, order="C").reshape(8, 2, 8, 2, 3, -1).mean((1, 3))
         for each in (left, right)

@@ -71,8 +71,8 @@ def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray
     """Find the shards and records that a new folder can reuse, and check the SHA-256 of each stored shard that is used.
 
     `rows` are the `Shard.rows` of the new shards. `sha256` (S32 [images]) are the hashes of the image files. `shard_of`
-    (int64 [images]) are the numbers of the new shards of the images. Does not use damaged shards, and logs a warning
-    for each.
+    (int64 [images]) gives the number of the new shard that each image belongs to. Does not use damaged shards, and logs
+    a warning for each.
     """
     if not len(stored.records):
         return Reuse({}, np.full(len(sha256), NEW))

@@ -148,7 +148,8 @@ class _Output:
     def copy(self, source: Path, start: int, length: int) -> None:
         """Append a part of another file.
 
-        The next `write` or `close` writes the part. A `copy` of a part that is not adjacent writes it, too.
+        This method collects adjacent parts. A later call of `write` or `close`, or of `copy` with a part that is not
+        adjacent, writes them.
         """
         if source != self._source or start != self._stop:
             self.close()

@@ -36,8 +36,9 @@ from dgmd_pipeline.workflow import files
 # Images that a worker encodes in one call, as a piece of a shard. Pieces are smaller than shards, so that ten shards
 # occupy more than ten cores, the last pieces end at about the same time, and a run that is stopped loses little.
 PIECE_IMAGES = 256
-LARGE_SHARD = 1_000_000_000  # bytes
-# TensorFlow recommends "at least 10 MB+ and ideally 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
+LARGE_SHARD = 1_000_000_000  # bytes; if a shard is larger, `suggest_shards` suggests more shards
+# Mean size, in bytes, of the shards that `suggest_shards` suggests. TensorFlow recommends "at least 10 MB+ and ideally
+# 100 MB+". Source: tensorflow.org/tutorials/load_data/tfrecord
 SHARD_BYTES = 200_000_000
 
 

@@ -69,9 +69,9 @@ def split(labels: np.ndarray, groups: np.ndarray, fraction: float) -> Split:
     """Put `round(fraction * n)` of each label's n images, at least 1 and at most n - 1, into the validation split.
 
     `labels` (integers >= 0 [rows]) and `groups` (uint64 [rows, 2], `columns.ranks` of the near-duplicate groups)
-    describe the rows. A group is never divided, so the number is the nearest one that the groups of the label allow.
-    If several sets of groups give this number, groups of lower rank are preferred. A label that is a single group goes
-    into the training split, and so does a group with images of several labels.
+    describe the rows. Groups are never divided. If no set of the label's groups has exactly this number of images, the
+    nearest possible number is used. If several sets of groups have this number, groups of lower rank are preferred. A
+    label that is a single group goes into the training split, and so does a group with images of several labels.
     """
     order = columns.order(groups)
     is_first = np.append(True, (groups[order[1:]] != groups[order[:-1]]).any(axis=1))

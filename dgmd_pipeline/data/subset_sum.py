@@ -10,9 +10,11 @@ class _Sums(NamedTuple):
     """The sums of all subsets of a list of sizes.
 
     The functions below also take `total`, the sum of all sizes in the list, and `period`, a number that
-    `nearest_subset` chooses once for all lists. The number s is a sum if and only if total - s is a sum. If
-    s >= `start` and s + period <= total - `start`, then s is a sum if and only if s + period is a sum. So a few bits
-    describe the sums of any number of sizes.
+    `nearest_subset` chooses once for all lists. A few bits describe the sums of any number of sizes, because two rules
+    give the other bits:
+
+    - symmetry: s is a sum if and only if total - s is a sum
+    - repetition: if s >= `start` and s + period <= total - `start`, then s is a sum if and only if s + period is a sum
     """
 
     start: int
@@ -72,7 +74,7 @@ def _sums_of_ends(sizes: Sequence[int], totals: Sequence[int], period: int) -> l
 
 
 def _add(sums: _Sums, total: int, size: int, period: int) -> _Sums:
-    """Return the sums after `size` is added to a list of sizes. `sums` and `total` belong to the list without it."""
+    """Return the sums after `size` is added to a list. `sums` and `total` describe the list without `size`."""
     # `regular` is a valid `start` of the new sums (see `_Sums`). The smallest valid `start` is found below.
     regular = max((total + size - period) // 2 + 1, 0)
     if total >= 2 * sums.start + size + period:

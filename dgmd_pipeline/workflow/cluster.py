@@ -39,8 +39,8 @@ CHECK_TIMEOUT = 60.0  # seconds that a worker may take to check itself
 NO_WORKERS_TIMEOUT = 120.0
 ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
 SILENCE = 300.0  # seconds without a result, after which a warning is logged
-# Maximum number of losses of the connection between two results. A run also fails if the scheduler leaves MAX_LOSSES
-# requests in a row without an answer.
+# A run fails if it loses the connection to the scheduler more than MAX_LOSSES times without any result in the meantime.
+# A run also fails if the scheduler does not answer MAX_LOSSES requests in a row.
 MAX_LOSSES = 3
 
 

@@ -21,7 +21,7 @@ ANSWER = ".cluster-"  # a worker that checks itself creates a file in DATA_DIR; 
 OWN_MEMORY = 150_000_000  # bytes that a Dask worker uses before its first piece
 
 DaskWorker = Any  # distributed.Worker; only `workflow.cluster` imports Dask
-# Job.id -> the executor that does the job's pieces. A new job replaces the entry of the job before it.
+# Job.id -> the executor that does the job's pieces. There is at most one entry, because a worker has one job at a time.
 _pools: dict[str, ProcessExecutor] = {}
 
 
@@ -109,8 +109,8 @@ def _pool(content: bytes, dask_worker: DaskWorker) -> ProcessExecutor:
             raise PipelineError(f"The Dask worker {dask_worker.address} {problem}")
         job.answer(dask_worker.address).unlink(missing_ok=True)
         job.prepare()
-        # A Dask worker is a daemon process. Python does not let a process that is marked as a daemon start children, so
-        # the mark is removed. The process of the executor ends with the worker anyway.
+        # A Dask worker is marked as a daemon process. Python forbids such a process to start others, so the mark is
+        # removed. The process of the executor ends with the worker anyway.
         multiprocessing.current_process().daemon = False
         limit = dask_worker.memory_manager.memory_limit
         # A ProcessExecutor uses half of the given memory, and leaves the rest for TensorFlow. A Dask worker does not

@@ -19,10 +19,10 @@ Found = TypeVar("Found")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors while a folder is removed, if another process removes or creates files in it at the same time.
 BUSY = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
-REMOVAL_TIMEOUT = 10.0  # seconds that another process may write in a folder that is being removed
+REMOVAL_TIMEOUT = 10.0  # seconds for which `remove` tries again while another process writes in the folder
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the C library puts the semaphores of worker processes
-SHOWN = 200  # characters of a path, maximum
-SECONDS_KEPT = 24 * 60 * 60  # age at which no run can still be using a temporary file
+SHOWN = 200  # maximum length of a path in an error text, in characters
+SECONDS_KEPT = 24 * 60 * 60  # temporary files that are older than this are removed, because no run still uses them
 BLOCK = 4096  # bytes in a block of most disks; a file occupies whole blocks
 
 
@@ -45,8 +45,9 @@ def _full(data_dir: Path, need: str) -> PipelineError:
 
 @contextlib.contextmanager
 def disk_errors_explained(data_dir: Path, what: str = "the run", needed: int | None = None) -> Iterator[None]:
-    """Replace an OSError that an operator can fix by a PipelineError that gives the remedy. Re-raise other errors.
+    """If the block raises an OSError that an operator can fix, raise a PipelineError with the remedy instead.
 
+    Other errors are raised as they are.
     `data_dir` is DATA_DIR. `needed` is the approximate number of bytes that `what` writes, if it is known.
     """
     before = _free(data_dir)

@@ -59,8 +59,8 @@ class ProcessExecutor:
         The defaults are the number of cores and the memory that this process may use in its machine or container.
 
         The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
-        Each worker needs memory even without an item. The number of workers is limited so that the largest item still
-        fits into their half.
+        Each worker needs memory even without an item. The number of workers is limited, so that the workers' half has
+        room for the largest item. If this half is small, three quarters of it are kept free for items instead.
         """
         budget = (memory or machine.memory()) // 2
         room = min(worker.LARGEST_ITEM, budget * 3 // 4)

@@ -20,8 +20,10 @@ class StepPlan:
     state: Literal["done", "run", "maybe"]  # "maybe": the step runs only if an upstream step changes
     reasons: Sequence[Reason]
     fingerprint: str | None  # fingerprint of the folder after the run; None if only the run reveals it
-    images: int | None = None  # number of images in the folder, or in the step's input if the folder is missing
-    # Total size of the folder's files now. For the reason "upstream", `images` and `bytes` describe the new folder.
+    # `images` is the number of images in the present folder, and `bytes` is the total size of its files. If the folder
+    # is missing or unreadable, `images` is the number of images in the step's input. If the reason is "upstream", both
+    # numbers describe the folder that the step will write.
+    images: int | None = None
     bytes: int | None = None
     counts: Json = field(default_factory=dict)
     waits_for: Sequence[str] = ()  # for "maybe": steps that will run, and whose results decide whether this step runs

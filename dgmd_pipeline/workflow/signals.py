@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dgmd_pipeline.errors import Stopped
 
 # After a signal, the block of `handle_signals` has GRACE seconds to end. If it does not end, the functions in
-# `before_end` have ENDING seconds. `docker stop` kills the process after ten seconds.
+# `before_end` have ENDING seconds. The sum is less than the ten seconds after which `docker stop` kills the
+# process.
 GRACE, ENDING = 3.0, 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # numbers of the signals that have arrived since `handle_signals` began

@@ -100,10 +100,10 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # Planning stores the fingerprints of the folders that are done. With the lock, only this process can change the
-        # folders, and it stores the new fingerprint of a folder after each change. So a folder that was planned and has
-        # no fingerprint is not done. Without the lock (Luigi's own command), another process may have run the step:
-        # examine the folder again.
+        # Planning stores the fingerprint of each folder that is done. If this run has locked DATA_DIR, no other process
+        # changes the folders, and each step of this run stores its new fingerprint. So a folder that was planned and
+        # has no fingerprint is not done. If Luigi's own command has started this run, the run has not locked DATA_DIR,
+        # and another process may have run the step. So the folder is examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -127,7 +127,7 @@ class Step(luigi.Task):
     # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
     keeps_pieces: ClassVar[bool] = False
 
-    # Of the tasks that need the same resource, Luigi's scheduler runs only one at a time.
+    # Luigi's scheduler runs only one task with this resource at a time.
     resources = {"data_dir": 1}
 
     @property

@@ -27,8 +27,8 @@ LARGEST_ITEM = 1_300_000_000  # bytes that an item may need: the largest accepte
 # pipe of an unprivileged user to one page of memory, which is 4,096 bytes.
 MAX_UNITS = 4096
 MIN_UNIT = 16_000_000  # minimum bytes of memory in a unit
-# Bytes that a worker may allocate in addition to the memory that it has taken from the budget. The amount that it takes
-# is an estimate of the memory that it uses, but Linux limits all memory that it allocates, used or not.
+# Bytes that a worker may allocate in addition to the memory that it has taken from the budget. A worker takes as much
+# as an item is expected to use. A process may allocate more memory than it uses, and Linux limits the allocated memory.
 SLACK = 64_000_000
 
 
@@ -65,7 +65,7 @@ class Budget:
         if units > self.units:
             raise TooLittleMemory(
                 f"needs {needed / 1e6:,.0f} MB of memory, and the worker processes may use "
-                f"{self.units * self.unit / 1e6:,.0f} MB together: half of the memory, less what the idle processes use"
+                f"{self.units * self.unit / 1e6:,.0f} MB together (half of the memory, minus what idle workers use)"
             )
         taken = 0
         os.read(self.turn[0].fileno(), 1)
@@ -91,7 +91,8 @@ _statm = 0  # file descriptor of /proc/self/statm; 0 before the file is opened
 def reserve_memory(needed: int) -> Iterator[None]:
     """In a worker, wait for `needed` bytes of the budget, and hold them for the block. Elsewhere, do nothing.
 
-    Within the block, `limit_memory` keeps the process from using much more, so that Linux need not kill any process.
+    Within the block, `limit_memory` keeps the process from allocating much more than these bytes. Otherwise, the memory
+    of the machine could run out, and Linux would kill a process.
     Raises TooLittleMemory if the whole budget is smaller than `needed`.
     """
     if _budget is None:
