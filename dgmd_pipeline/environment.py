@@ -26,8 +26,8 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, each with one thread. This is up to 1.5 times as fast as
 # one batch with all threads (docs/measurements/speed.md).
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
-# Variables that a Dask worker unsets. Dask's nanny, the parent process of a worker, sets this variable, so that freed
-# memory returns to the system sooner. But with the variable, each new large buffer causes page faults, and the
+# Variables that a Dask worker unsets. Dask's nanny, the parent process of a worker, sets MALLOC_TRIM_THRESHOLD_. So
+# freed memory returns to the system sooner. But with this variable, each new large buffer causes page faults, and the
 # conversion of an image takes twice the CPU time. Memory need not return sooner, because the processes of a worker end
 # with the run.
 DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
