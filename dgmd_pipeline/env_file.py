@@ -13,8 +13,8 @@ from dgmd_pipeline.errors import SettingsError
 
 log = logging.getLogger(__name__)
 # A name with at least this similarity to a variable of the pipeline is taken for a misspelling of this variable, for
-# example EPOCS, AWS_DATA_BUCKT or MLFLOW_TRACKING_URL. The variables of MLflow and boto3 are less similar to every
-# variable of the pipeline.
+# example EPOCS, AWS_DATA_BUCKT or MLFLOW_TRACKING_URL. No other variable of MLflow or boto3 reaches this similarity to
+# a variable of the pipeline.
 SIMILARITY = 0.89  # `ratio` of difflib.SequenceMatcher, 0 to 1
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # except tab, line feed and carriage return
 

@@ -16,8 +16,8 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # 5 retries take about a minute; 7, the default, take four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow keeps two blocks of up to 16 MB for the next image. Otherwise, Pillow would allocate new blocks for every
-    # image, which takes a third of the time in which a step writes a record.
+    # Pillow keeps two blocks of up to 16 MB for the next image. Without this setting, Pillow allocates new blocks for
+    # every image. The allocation takes a third of the time for writing a record.
     "PILLOW_BLOCKS_MAX": "2",
     # mimalloc, pyarrow's own allocator, keeps freed memory. The rows of a million images take 407 MiB with mimalloc,
     # and 336 MiB with the system's allocator.
@@ -26,9 +26,10 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, each with one thread. This is up to 1.5 times as fast as
 # one batch with all threads (docs/measurements/speed.md).
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
-# A Dask worker unsets this variable. Dask's nanny sets it, so that freed memory returns to the system sooner. With the
-# variable, each new large buffer causes page faults, and the conversion of an image takes twice the CPU time. Memory
-# need not return sooner, because the processes of a worker end with the run.
+# Variables that a Dask worker unsets. Dask's nanny, the parent process of a worker, sets MALLOC_TRIM_THRESHOLD_. So
+# freed memory returns to the system sooner. But with this variable, each new large buffer causes page faults, and the
+# conversion of an image takes twice the CPU time. Memory need not return sooner, because the processes of a worker end
+# with the run.
 DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
 
 

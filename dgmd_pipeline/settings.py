@@ -84,8 +84,8 @@ class Settings(BaseSettings):
     )
     image_fit: Literal["stretch", "letterbox", "crop"] = Field(
         "stretch",
-        description="How images with another aspect ratio are resized: `stretch` changes the aspect ratio, "
-        "`letterbox` adds black bars, `crop` cuts off two edges.",
+        description="How images whose aspect ratio is not `IMAGE_WIDTH / IMAGE_HEIGHT` are resized: `stretch` changes "
+        "the aspect ratio, `letterbox` adds black bars, `crop` cuts off two edges.",
     )
     backbone: str = Field(
         "EfficientNetV2-B1",
@@ -157,7 +157,8 @@ class Settings(BaseSettings):
         3e-4,
         gt=0,
         le=1000,
-        description="Learning rate of the first fine-tuning epoch. In epoch e, counted from 0, it is divided by 1 + e.",
+        description="Learning rate of the first fine-tuning epoch. The learning rate of epoch e, counted from 0, is "
+        "`FINE_TUNE_LEARNING_RATE / (1 + e)`.",
     )
     class_weights: bool = Field(
         True,

@@ -40,7 +40,8 @@ SETTINGS = {
     "SEED": "7",  # makes the result repeatable on the same CPU; docs/measurements/training.md compares seeds
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
-HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")  # settings that do not affect the demo
+# No warning names these variables of the caller: they do not change what the commands after the demo do.
+HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")
 # The demo keeps only this setting of the caller, because it does not change the result.
 KEPT = "DASK_SCHEDULER_ADDRESS"
 # Extension of the file name, and format of the content. They may differ, because scraped files often have a wrong

@@ -137,7 +137,7 @@ class _TerminalLines(_Lines):
 def _wrap(line: str, width: int, column: int | None) -> str:
     """Break a line between words. Indent every part except the first one to `column`.
 
-    If `column` is None, the indentation is that of the line and two characters more.
+    If `column` is None, indent these parts by two characters more than the line.
     """
     indent = " " * (len(line) - len(line.lstrip()) + 2 if column is None else column)
     wrapper = textwrap.TextWrapper(

@@ -33,7 +33,9 @@ class ModelRow:
     # Median time for one image. It is not comparable between versions: each version was measured at another time, and
     # perhaps on another machine.
     latency_p50_ms: float | None
-    latency_ratio: float | None  # latency / latency of the version `compared_with`, measured alternately
+    # Latency divided by the latency of the version `compared_with`. One process measured both: the two models predicted
+    # alternately.
+    latency_ratio: float | None
     bytes: int | None
     run: str  # MLflow's id
     promoted_by: str | None

@@ -44,7 +44,7 @@ def print_review(name: str, entry: ModelVersion, other: int | None, review: "Rev
 
 
 def _print_text(text: str, indent: int = 0) -> None:
-    """Print a text. A terminal gets lines that end between words."""
+    """Print a text. On a terminal, break it into lines between words."""
     if sys.stdout.isatty():
         width = max(60, shutil.get_terminal_size().columns)
         text = textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False)
@@ -76,7 +76,7 @@ def _benchmark_rows(benchmark: "ServingBenchmark | None") -> list[Sequence[str]]
 
 
 def _print_labels(classes: "Sequence[ClassComparison]", versions: str) -> None:
-    """Print how the recall of each label changed, the worst first."""
+    """Print how the recall of each label changed. The label with the largest decrease comes first."""
     changed = sorted((row for row in classes if row.gained or row.lost), key=lambda row: (row.change, -row.lost))
     if changed:
         print(f"Labels whose predictions differ, recall of {versions}:")

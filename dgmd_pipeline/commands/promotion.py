@@ -222,7 +222,12 @@ def _reviewed(
     state: ModelState,
     folder: Path,
 ) -> "Review":
-    """Return the review that a version's run recorded, or a new one if production has changed or a part is missing."""
+    """Return the review that a version's run recorded if it is complete, otherwise a new review.
+
+    A review is complete if it has the serving benchmark and, if there is a production version, the comparison with this
+    production version. A new review needs the validation images in DATA_DIR. Without these images, the incomplete
+    review is returned. If the run has no file of a review, the returned review contains only an error.
+    """
     from dgmd_pipeline.evaluation import review, serving_benchmark
 
     name, now = names.EVALUATION, state.production

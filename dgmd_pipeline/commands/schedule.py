@@ -75,7 +75,10 @@ def last_status(values: "Settings") -> status.Status | None:
 
 
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
-    """Log a failed run. Publish a status for a run that was killed or could not start and has not `published` one."""
+    """Log a failed run. If the run was killed or could not start, publish a status for it.
+
+    `published`: whether the run has published its own status. In this case, this function publishes none.
+    """
     from dgmd_pipeline.commands import run
 
     killed = f"killed by signal {-code}, {status.KILLED}" if code < 0 else ""

@@ -22,7 +22,8 @@ TOLD = {  # value of NOTIFY_ON -> the outcomes that NOTIFY_URL receives
 class Status:
     """The outcome of a run.
 
-    The fields about a version are None if the run neither registered a version nor found the registered one up to date.
+    The fields from `version` to `report` are about the registered version. They are None if the run neither registered
+    a version nor found that the registered version is up to date.
     """
 
     outcome: str  # SUCCEEDED, WORSE (than production), UNCHANGED (nothing to do), STOPPED or FAILED

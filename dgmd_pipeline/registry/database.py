@@ -32,8 +32,9 @@ PLACES = (  # columns with the URI of a folder of artifacts
 def uri_of(path: Path) -> str:
     """Return MLflow's URI for a database file at an absolute path, which may contain any characters."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
-    # SQLAlchemy decodes the path in a URI. If the URI begins with sqlite:///, MLflow creates the parent folder of the
-    # path without decoding the path. If the URI begins with sqlite+pysqlite:///, MLflow creates no folder.
+    # If a URI begins with sqlite:///, MLflow creates the parent folder of the path in the URI. MLflow does not decode
+    # the path, so the folder would have a wrong name if the path is quoted. If the URI begins with
+    # sqlite+pysqlite:///, MLflow creates no folder. SQLAlchemy decodes the path in both cases.
     return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
@@ -169,9 +170,10 @@ def without_sync() -> Iterator[None]:
 def move_artifacts(path: Path, artifacts: str) -> None:
     """Update the places of artifacts in a database after their folder was moved to `artifacts`, a URI.
 
-    The places of an experiment and its runs are updated if two conditions are met. (1) The last two names in the path
-    of the experiment's recorded folder and in `artifacts` are equal. (2) `artifacts` contains at least one of the runs
-    that are recorded below this folder, or no runs are recorded below it. All columns are changed in one transaction.
+    The database records a folder for each experiment. This function replaces this folder with `artifacts`, in the
+    places of the experiment and of its runs and models, if two conditions are met. (1) The path of the recorded folder
+    and `artifacts` end with the same two names. (2) `artifacts` contains at least one run whose recorded place is
+    below the recorded folder, or the database has no such run. All columns are changed in one transaction.
 
     Raises PipelineError if the database cannot be read or written.
     """

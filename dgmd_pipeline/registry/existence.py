@@ -18,7 +18,7 @@ from dgmd_pipeline.registry.store import TRAINING_ID
 
 log = logging.getLogger(__name__)
 TIMEOUT = 2  # seconds: maximum wait for a connection, and maximum wait for each packet
-PIECE, MAX_BYTES = 10_000, 1_000_000  # bytes of an answer: size of a piece, and maximum that is read
+PIECE, MAX_BYTES = 10_000, 1_000_000  # an answer is read in pieces of PIECE bytes, up to MAX_BYTES bytes
 # MLflow keeps the row of a deleted version and sets its stage to Deleted_Internal.
 QUERY = """
 SELECT tags.value FROM model_versions AS versions
@@ -39,8 +39,8 @@ class Registered(NamedTuple):
 def exists(uri: str, wanted: Registered, options: Mapping[str, Any]) -> bool | None:
     """Return whether the registry at a URI still has a version.
 
-    Sends one request to a server, or one query to an SQLite database. A version with the same number from another
-    training does not count. Returns None if the registry does not answer as expected, or is a database other than
+    Sends one request to a server, or one query to an SQLite database. Returns False if the version with this number
+    comes from another training. Returns None if the registry does not answer as expected, or is a database other than
     SQLite. `options` are arguments for `requests`, such as a login.
     """
     if uri.startswith(("http://", "https://")):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MODEL = "model"  # name of the logged model
-SHOWN = "val_loss"  # metric that every epoch has
+SHOWN = "val_loss"  # metric of every epoch; it shows which epochs were logged to a run
 MAX_NAME = 500  # characters of a data set's name in MLflow
 
 
@@ -32,18 +32,21 @@ class Candidate(NamedTuple):
 
     training_id: str  # id of the training, a tag of its run and of its version
     run_name: str
-    describe: Callable[[int, str], str]  # number of the version, link to the report -> description of version and run
-    model: Callable[[], Path]  # file of a Keras model, uint8 [n, h, w, 3] -> float32 [n, classes]; called to log a run
+    # Takes the number of the version and a link to the report. Returns a text that describes the version and its run.
+    describe: Callable[[int, str], str]
+    # Returns the file of a Keras model, which turns uint8 [n, h, w, 3] into float32 [n, classes]. It is called only if
+    # a run must be logged.
+    model: Callable[[], Path]
     labels: Sequence[str]  # label of each output of the model
     params: Mapping[str, object]  # None values are not logged
     history: Sequence[Mapping[str, float]]  # metrics of each epoch, from epoch 1
-    metrics: Mapping[str, float]  # of the evaluation
+    metrics: Mapping[str, float]  # metrics of the evaluation
     of_run: Mapping[str, float]  # times and speeds of steps, counts of images; logged to the run, not to the model
     tags: Mapping[str, str]
     source: str  # URI of the data, s3://...
     source_digest: str  # fingerprint of the data
-    attempt: str  # id of the attempt whose run has shown the training (see `live_run`); "" if none
-    files: Mapping[Path, str]  # a file or folder -> its artifact folder, "" for the top
+    attempt: str  # id of the attempt whose run has shown the training (see `live_run`); "" if no run has shown it
+    files: Mapping[Path, str]  # file or folder on this machine -> folder among the artifacts; "" is the top folder
 
 
 class _ModelFile(NamedTuple):
@@ -65,8 +68,9 @@ class LoggedRun(NamedTuple):
 def complete_run(client: "MlflowClient", experiment_id: str, training_id: str, keep: str = "") -> LoggedRun | None:
     """Return a complete run of a training, or None. Delete the training's other runs and their models.
 
-    Failed and repeated attempts leave surplus runs and models. `keep` is the id of the run to keep; the default is any
-    complete run. A run of a registered version is never deleted.
+    A run is complete if it has the status FINISHED, and its model has the status READY. Failed and repeated attempts
+    leave surplus runs and models. `keep` is the id of the run to keep; the default is any complete run. A run of a
+    registered version is never deleted.
     """
     found = {run.info.run_id: run for run in client.search_runs([experiment_id], _of_training(training_id))}
     models = {run_id: _models(client, experiment_id, run_id) for run_id in found}
@@ -287,9 +291,11 @@ def _log_metrics(
 
 
 def _signature(classes: int) -> "ModelSignature":
-    """Declare the input as objects, which MLflow does not convert.
+    """Return the declaration of the model's input, output and parameter.
 
-    MLflow's server converts JSON to the declared type. With uint8, pixels scaled to 0..1 would become black.
+    MLflow's server converts JSON to the declared type of the input, except for the type `object`. So the input has the
+    type `object`. If it had the type uint8, the server would turn wrongly scaled pixels (0 to 1) into black images, and
+    the model could not refuse them.
     """
     import numpy as np
     from mlflow.models import ModelSignature

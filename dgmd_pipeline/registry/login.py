@@ -17,9 +17,9 @@ OPERATOR, PIPELINE = "operator", "pipeline"  # accounts
 PASSWORDS = {OPERATOR: "MLFLOW_OPERATOR_PASSWORD", PIPELINE: "MLFLOW_PIPELINE_PASSWORD"}  # variables
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 DATABASE, SETTINGS = "accounts.db", "basic_auth.ini"  # files
-# Time for which MLflow caches a login. Without the cache, MLflow hashes the password several times for each request. A
-# changed password still applies at once, because the one process that answers all requests removes the old login from
-# its cache.
+# Time for which MLflow caches a login. Without the cache, MLflow hashes the password several times for each request.
+# One process of the server answers all requests. When a password changes, this process removes the old login from its
+# cache, so the new password applies at once.
 CACHE_SECONDS = 600
 
 
@@ -74,7 +74,10 @@ def _check(passwords: Mapping[str, str]) -> None:
 
 
 def _write_accounts(uri: str, passwords: Mapping[str, str]) -> None:
-    """Create the accounts or change their passwords. The pipeline's account may do all that `permissions` allows."""
+    """Create the accounts or change their passwords.
+
+    The pipeline's account may change all experiments and models, except for what the module `permissions` refuses.
+    """
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore()

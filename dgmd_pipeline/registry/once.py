@@ -13,10 +13,11 @@ Created = TypeVar("Created")
 
 
 def create(request: Callable[[], Created], find: Callable[[], Created | None]) -> Created:
-    """Send a request that creates something, and return its result. After a failure, return what `find` finds.
+    """Send a request that creates something, and return its result.
 
-    The request is repeated as often as MLflow's client would repeat it, but only while `find` returns None. Raises
-    MlflowException if nothing is created.
+    If the request fails, `find` looks for the result, because the server may have created it. If `find` returns None,
+    the request is sent again, up to MLFLOW_HTTP_REQUEST_MAX_RETRIES times. A request that MLflow refuses is not sent
+    again. Raises MlflowException if nothing is created.
     """
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR, MLFLOW_HTTP_REQUEST_MAX_RETRIES
     from mlflow.exceptions import MlflowException, RestException
@@ -51,7 +52,10 @@ def delete(request: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def without_repetition() -> Iterator[None]:
-    """Within the block, MLflow's client sends each request once. Only an environment variable can set this."""
+    """Within the block, MLflow's client sends each request once.
+
+    The block sets an environment variable, because MLflow has no other way to change the number of repetitions.
+    """
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 
     before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()

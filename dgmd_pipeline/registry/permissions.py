@@ -1,7 +1,7 @@
 """A rule that MLflow's permissions cannot express: only administrators may change which version is production.
 
-In MLflow, the permission to create versions includes the permission to set aliases. A server with a login calls
-`authenticate` for every request: it is the `authorization_function` in the server's settings.
+In MLflow, the permission to create versions includes the permission to set aliases. The settings of a server with a
+login name `authenticate` as the `authorization_function`, so the server calls `authenticate` for every request.
 """
 
 from typing import TYPE_CHECKING
@@ -34,7 +34,10 @@ def authenticate() -> "Authorization | Response":
 
 
 def _changes_production(method: str, path: str) -> bool:
-    """Return whether the current request changes the production version, its tag or stage, or its history.
+    """Return whether only administrators may send the current request.
+
+    Such a request sets an alias other than `candidate`, deletes an alias, changes the tag `environment`, a stage or the
+    history of promotions, deletes the production version, or deletes or renames a model.
 
     MLflow's own function parses the request. So this check and the server interpret it in the same way.
     """

@@ -154,8 +154,8 @@ def _location_on_server(
 ) -> str | None:
     """Return where a server stores the artifacts of an experiment; None if the server does not say.
 
-    If the experiment does not exist, the newest experiment whose location the server chose shows where the server would
-    store them.
+    If the experiment does not exist yet, the function returns the location of the newest experiment whose location was
+    chosen by the server. The server would choose a location beside this location for the new experiment.
     """
     api = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments"
     answer = session.get(f"{api}/get-by-name", params={"experiment_name": experiment}, timeout=TIMEOUT, **options)

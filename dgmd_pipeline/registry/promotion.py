@@ -1,10 +1,14 @@
 """The production version: promotion, rollback and their history, kept in the registry.
 
-The alias `production` decides which version is production; one request sets it atomically. The tag `environment` and
-the stage of each version are then set to match the alias. MLflow does not record who moved an alias, so a promotion
-writes an event (a tag of the registered model) before it moves the alias, and marks the event as done afterwards. An
-event without this mark shows that a promotion was interrupted; `repair` completes it. A gate is a condition for
-promotion.
+The alias `production` decides which version is production. A promotion or a rollback has four parts:
+
+1. It writes an event, which is a tag of the registered model, because MLflow does not record who moved an alias.
+2. It moves the alias with one request, which is atomic.
+3. It makes the tag `environment` and the stage of each version match the alias.
+4. It marks the event as done.
+
+An event without this mark shows that the change was interrupted. `repair` then does part 3, and records in the event
+whether the alias was moved. A gate is a condition for promotion.
 """
 
 import dataclasses
@@ -70,11 +74,11 @@ def history(state: ModelState) -> list[Event]:
 
 
 def previous_versions(events: Sequence[Event], current: int | None) -> list[int]:
-    """Return the versions that successive rollbacks restore. The next rollback restores the last of them.
+    """Return the versions that successive rollbacks restore. The next rollback restores the last element of the list.
 
-    A rollback drops the versions that were promoted after the restored version. For example, after promotions of 1, 2
-    and 3, the first rollback restores 2, and the second rollback restores 1. A version that became production without
-    this module has no event. The field `previous` of the next event names this version.
+    A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
+    and 3, the first rollback restores 2, and the second rollback restores 1. If a version became production without
+    this module, it has no event. The list contains this version, too: the next event names it in its field `previous`.
     """
     stack: list[int] = []
     for event in events:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"  # value of the tag KIND
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # added to links, because newer versions of MLflow ignore KIND
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # end of links, for newer versions of MLflow, which ignore KIND
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -145,7 +145,7 @@ def experiment_id(client: "MlflowClient", name: str, artifacts: str | None) -> s
             f"The MLflow experiment {name} has been deleted. Restore it (mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}), or set MLFLOW_EXPERIMENT_NAME to another one."
         )
-    if "inferred" in experiment.tags.get(KIND, "inferred"):  # not set, or guessed by MLflow's page
+    if "inferred" in experiment.tags.get(KIND, "inferred"):  # the tag is missing, or MLflow's web page has guessed it
         client.set_experiment_tag(experiment.experiment_id, KIND, TRAINING)
     return experiment.experiment_id
 

@@ -12,8 +12,10 @@ from dgmd_pipeline.registry import database
 
 CANDIDATE, PRODUCTION = "candidate", "production"  # aliases; PRODUCTION is also a value of the tag ENVIRONMENT
 ENVIRONMENT = "environment"  # tag of a version
-MEASURED = "dgmd.measured"  # tag of a version: JSON object of measured figures; an older pipeline wrote a tag for each
-ACCURACY = "dgmd.validation_accuracy"  # one of the figures; `versions.read` returns it as this tag
+# Tag of a version: a JSON object of measured figures. An older version of the pipeline wrote one tag for each figure.
+# `versions.read` returns each figure as a tag of its own.
+MEASURED = "dgmd.measured"
+ACCURACY = "dgmd.validation_accuracy"  # tag that `versions.read` returns for the figure `validation_accuracy`
 NON_PRODUCTION = "non-production"  # value of the tag ENVIRONMENT
 TRAINING_ID = "dgmd.training_id"  # tag of a run and of a version
 EVENT = "dgmd.event."  # prefix of tags of a registered model; the time comes next, so the names sort by time
@@ -28,7 +30,9 @@ NOT_ALLOWED = (
     "repeat the command."
 )
 REASON_LENGTH = 400  # maximum number of characters of a reason
-EMBEDDED_BYTES = 2_000_000  # size of an embedded store without models; its database has 0.96 MB after the first version
+# Disk space for an embedded store without models. It includes a reserve: after the first version, the database has
+# 0.96 MB.
+EMBEDDED_BYTES = 2_000_000
 
 
 class NotAllowed(PipelineError):

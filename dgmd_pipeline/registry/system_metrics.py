@@ -1,8 +1,8 @@
 """MLflow's system metrics: the load of this machine, measured when an epoch ends.
 
-MLflow itself measures the load in a thread. This module does not start the thread: at the end of a training, MLflow
-would wait for it, and the thread repeats requests to an unreachable server for minutes. The pipeline logs the metrics
-of an epoch and the load in one request.
+MLflow itself measures the load in a thread, and waits for the thread at the end of a training. If the server cannot be
+reached, the thread repeats its requests for minutes. So this module does not start the thread. The pipeline logs the
+metrics of an epoch and the load in one request.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def _monitor(uri: str) -> "SystemMetricsMonitor | None":
     if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
     monitor = SystemMetricsMonitor("", INTERVAL, tracking_uri=uri)
-    _measure(monitor)  # psutil returns 0 as the first CPU load; from here on, it measures the load for the next call
+    _measure(monitor)  # psutil measures the CPU load since its last call; its first call returns 0, which is discarded
     return monitor
 
 

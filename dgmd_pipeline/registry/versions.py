@@ -42,7 +42,7 @@ class ModelState:
     """A registered model and its versions, as one call of `read` found them."""
 
     name: str
-    tags: Mapping[str, str]  # of the registered model
+    tags: Mapping[str, str]  # tags of the registered model
     versions: Sequence[ModelVersion]  # the newest first; empty if the registry has no such model
 
     @property
@@ -55,14 +55,16 @@ class DownloadedVersion(NamedTuple):
     """The files of a version on this machine."""
 
     version: int
-    path: Path  # of the Keras model
+    path: Path  # file of the Keras model
     labels: Sequence[str]  # label of each output of the model
     trained_on: frozenset[str]  # SHA-256 of each training image's file
     trained_labels: frozenset[str]  # labels of the training images
 
 
 def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
-    """Read a registered model and all its versions: one request for the model and one for each page of versions.
+    """Read a registered model and all its versions.
+
+    Sends one request for the model, and one request for each page of versions.
 
     Raises PipelineError if MLflow cannot be reached or refuses, or if a version's figures were edited and cannot be
     read; `message` is as in `errors_explained`.
@@ -159,8 +161,8 @@ def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Pa
             return None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # It depends on the artifact store whether the file's parent folders are created below `scratch`. So the file is
-        # moved to `path`.
+        # Some artifact stores create the file's parent folders below `scratch`, others do not. So the file is moved to
+        # `path`.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             Path(files.download_artifacts(name, scratch)).replace(path)
         return path
@@ -190,7 +192,10 @@ def search(client: "MlflowClient", name: str) -> "Iterator[model_registry.ModelV
 
 
 def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
-    """Return the tags of a version, and its figures as tags. If a figure also has its own tag, this tag is used."""
+    """Return the tags of a version, and a tag for each figure in its tag MEASURED.
+
+    If a figure and a tag of the version have the same name, the tag is returned.
+    """
     try:
         figures = dict(json.loads(version.tags.get(MEASURED, "{}")))
     except (ValueError, TypeError) as error:
@@ -202,7 +207,7 @@ def _tags(version: "model_registry.ModelVersion") -> dict[str, str]:
 
 
 def _files(store: Store, uri: str) -> "ArtifactRepository":
-    """Return the artifact repository that reads the files recorded at `uri` from their present place."""
+    """Return the artifact repository for the files that the store recorded at `uri`. They may have moved since."""
     from mlflow.tracking.artifact_utils import add_databricks_profile_info_to_artifact_uri, get_artifact_repository
 
     place = add_databricks_profile_info_to_artifact_uri(store.place(uri), store.uri)

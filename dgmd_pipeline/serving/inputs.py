@@ -41,7 +41,7 @@ def input_size(network: "keras.Model") -> tuple[int, int]:
 
 
 def input_fit(network: "keras.Model") -> "Fit":
-    """Return how a servable model resizes images with another aspect ratio."""
+    """Return how a servable model resizes images whose aspect ratio is not that of its input size."""
     layer = network.get_layer("resizing")
     if layer.crop_to_aspect_ratio:
         return "crop"
@@ -51,8 +51,8 @@ def input_fit(network: "keras.Model") -> "Fit":
 def read(data: bytes, network: "keras.Model") -> np.ndarray:
     """Decode an image file and fit it to the input of a servable model: uint8 [height, width, 3].
 
-    The pixels are the same as in the file's record for training. Raises InvalidImage, also for a file that
-    exceeds one of `limits`.
+    A TFRecord for training contains the same pixels for this file. Raises InvalidImage, also for a file that exceeds
+    one of `limits`.
     """
     if len(data) > limits.MAX_BYTES:
         raise InvalidImage(f"a file of {len(data):,} bytes; expected at most {limits.MAX_BYTES:,}")
@@ -89,8 +89,8 @@ def _list(values: Any) -> list[Any]:
     """Return the images of a request as a list. Each element is a file or a nested list of numbers."""
     if isinstance(values, np.ndarray):
         found = values.reshape(-1 if values.ndim == 0 else values.shape).tolist()
-        # NumPy takes zero bytes at the end of a file for padding and removes them. `ljust` adds them again. It may add
-        # more zeros than the file had, which does no harm in any image format.
+        # NumPy removes zero bytes at the end of each file, because it pads shorter files with zeros. `ljust` adds zero
+        # bytes again. It may add more than the file had, which does no harm in any image format.
         return [item.ljust(values.itemsize, b"\0") for item in found] if values.dtype.kind == "S" else found
     return [values] if isinstance(values, _FILES) or not isinstance(values, Sequence) else list(values)
 
@@ -104,7 +104,7 @@ def _read_one(item: Any, network: "keras.Model", number: int, count: int) -> np.
 
 
 def _from_base64(text: str) -> bytes:
-    if 3 * len(text) > 4.1 * limits.MAX_BYTES:  # base64 has a third more characters, and perhaps line breaks
+    if 3 * len(text) > 4.1 * limits.MAX_BYTES:  # base64 has 4 characters for 3 bytes, and perhaps line breaks
         raise InvalidImage(f"{len(text):,} characters of base64; expected a file of at most {limits.MAX_BYTES:,} bytes")
     try:
         return base64.b64decode("".join(text.split()), validate=True)
