@@ -196,7 +196,7 @@ def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
 def _aws_file(session: "Session", name: str) -> tuple[Path, bool]:
     """Return the path of an AWS file, and whether a setting names it. `name`: "credentials_file" or "config_file"."""
     value, default = session.get_config_variable(name), session.session_var_map[name][2]
-    # Path.expanduser raises if there is no home folder, as for a numeric user in a container.
+    # Path.expanduser raises if the user has no home folder, for example a numeric user in a container.
     path = Path(os.path.expanduser(os.path.expandvars(value)))  # noqa: PTH111
     return path, value not in (default, "")
 

@@ -133,8 +133,8 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 
     A handler of botocore's events parses the objects of each page. botocore parses the rest.
     """
-    # The event has "*" in place of "s3". botocore would call a handler of "s3" too late, after one of botocore's own
-    # handlers has parsed the whole page to look for an error.
+    # One of botocore's own handlers parses the whole page to look for an error. With "*" in place of "s3" in the event,
+    # botocore calls `_parse_objects` before this handler.
     event = "before-parse.*.ListObjectsV2"
     client.meta.events.register_first(event, _parse_objects)
     try:
