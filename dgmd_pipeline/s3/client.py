@@ -149,8 +149,8 @@ def _has_credentials(session: "Session") -> bool:
     if environment.load() is None:  # keys in the environment take precedence over all files
         if environment.environ.get(EnvProvider.SECRET_KEY):
             raise NoUsableInput(
-                "AWS_SECRET_ACCESS_KEY is set but AWS_ACCESS_KEY_ID is not: set both, or neither to read a public "
-                "bucket anonymously."
+                "AWS_SECRET_ACCESS_KEY is set but AWS_ACCESS_KEY_ID is not. Set both. To read a public bucket "
+                "anonymously, set neither."
             )
         for name in ("credentials_file", "config_file"):
             _check_file(session, name)
@@ -161,8 +161,7 @@ def _has_credentials(session: "Session") -> bool:
         return credentials is not None
     keys = credentials.get_frozen_credentials()  # sends a request if the profile uses STS or SSO
     for value in (keys.access_key, keys.secret_key, keys.token or "x"):
-        # Without this check, botocore's error for a key with a copied line end would be about HTTP headers and quote
-        # the key.
+        # A key with a copied line end would cause an error of botocore that is about HTTP headers and quotes the key.
         if not value or not value.isascii() or not value.isprintable() or " " in value:
             raise NoUsableInput(
                 f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "
@@ -172,9 +171,9 @@ def _has_credentials(session: "Session") -> bool:
 
 
 def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
-    """Raise NoUsableInput if boto3 has found no keys because of a mistake in the AWS files or settings.
+    """Raise NoUsableInput if the AWS files or settings show that the operator expects boto3 to find keys.
 
-    Each of these facts shows a mistake:
+    This function is called if boto3 has found a role or nothing. Each of these facts then shows a mistake:
 
     - A setting names the credentials file.
     - boto3 has found no role, and the credentials file has a section.
@@ -197,7 +196,7 @@ def _check_no_keys_expected(session: "Session", found_role: bool) -> None:
 def _aws_file(session: "Session", name: str) -> tuple[Path, bool]:
     """Return the path of an AWS file, and whether a setting names it. `name`: "credentials_file" or "config_file"."""
     value, default = session.get_config_variable(name), session.session_var_map[name][2]
-    # Path.expanduser raises if there is no home folder, as for a numeric user in a container.
+    # Path.expanduser raises if the user has no home folder, for example a numeric user in a container.
     path = Path(os.path.expanduser(os.path.expandvars(value)))  # noqa: PTH111
     return path, value not in (default, "")
 

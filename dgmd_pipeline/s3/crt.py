@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 5  # objects in a row that awscrt could not fetch; after them, awscrt is not used again
-MAX_BYTES = 8_000_000  # size of an object for awscrt, which holds the whole object in memory
+MAX_BYTES = 8_000_000  # maximum size of an object that awscrt fetches; awscrt holds the whole object in memory
 # awscrt reports no progress, so an object has a time limit: STALL_TIMEOUT seconds plus its size / MIN_BYTES_PER_SECOND.
 STALL_TIMEOUT = 30.0
 MIN_BYTES_PER_SECOND = 10_000
@@ -48,7 +48,7 @@ class CrtTransfer:
     """Fetches objects of one bucket with awscrt, after botocore has fetched one object."""
 
     def __init__(self, client: Client, bucket: str, gate: Gate) -> None:
-        """Remember each `GetObject` request that `client` sends, for `adopt`."""
+        """Register a handler that stores the last `GetObject` request of each thread. `adopt` uses this request."""
         self._client, self._bucket, self._gate = client, bucket, gate
         self._sent = threading.local()
         self._lock = threading.Lock()

@@ -26,7 +26,7 @@ PARTS = ".part"
 PROBE_TIMEOUT = 1.0  # seconds to wait for the first object, which shows if awscrt can be used
 POLL_INTERVAL = 0.5  # seconds between two checks for stalled transfers
 CHUNK_OBJECTS, CHUNK_BYTES = 500, 200_000_000  # limits of a chunk, which a worker fetches in one call
-SHUTDOWN_TIMEOUT = 5.0  # seconds that `close` waits; it abandons threads that still wait for a silent server
+SHUTDOWN_TIMEOUT = 5.0  # seconds that `close` waits for transfers to end; then it abandons the remaining threads
 
 
 def download(
@@ -226,7 +226,12 @@ class _Downloader:
             self._completed.put((source, part, result))
 
     def next_completed(self) -> _Completed | None:
-        """Return the next fetched or rejected object, or None after POLL_INTERVAL or a failure of awscrt."""
+        """Wait until a transfer ends, and return the fetched or rejected object.
+
+        Returns None if no transfer ends within POLL_INTERVAL. Also returns None if awscrt has failed to fetch the
+        object; a thread then fetches the object with botocore.
+        If a thread got an exception other than Throttled, raises this exception.
+        """
         try:
             source, part, result = self._completed.get(timeout=POLL_INTERVAL)
         except Empty:

@@ -123,8 +123,8 @@ def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoU
         ),
         (
             boto.SSLError,
-            f"The TLS connection to {host} failed: its certificate is not trusted, or it does not support TLS. Set "
-            "AWS_CA_BUNDLE to the certificate file of its authority, or correct AWS_ENDPOINT_URL.",
+            f"The TLS connection to {host} failed: the server's certificate is not trusted, or the server does not "
+            "support TLS. Set AWS_CA_BUNDLE to the certificate file of its authority, or correct AWS_ENDPOINT_URL.",
         ),
         (
             boto.ProxyConnectionError,

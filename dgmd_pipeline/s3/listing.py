@@ -133,8 +133,8 @@ def _list(client: Client, bucket: str, root: str) -> Iterator[_ListedObject]:
 
     A handler of botocore's events parses the objects of each page. botocore parses the rest.
     """
-    # The event has "*" in place of "s3". botocore would call a handler of "s3" too late, after one of botocore's own
-    # handlers has parsed the whole page to look for an error.
+    # One of botocore's own handlers parses the whole page to look for an error. With "*" in place of "s3" in the event,
+    # botocore calls `_parse_objects` before this handler.
     event = "before-parse.*.ListObjectsV2"
     client.meta.events.register_first(event, _parse_objects)
     try:
@@ -173,13 +173,16 @@ def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict
 
 
 def _unquote(keys: Sequence[str]) -> list[str]:
-    """Decode URL-encoded keys as botocore does. Without line breaks in keys, this takes a third of botocore's time."""
+    """Decode URL-encoded keys as botocore does, but all in one call. This takes a third of botocore's time.
+
+    If a key contains a line break, each key is decoded in a call of its own.
+    """
     decoded = unquote_plus("\n".join(keys)).split("\n")
     return decoded if len(decoded) == len(keys) else [*map(unquote_plus, keys)]
 
 
 def ignores_case(folder: Path) -> bool:
-    """Return whether the disk of `folder` ignores case. Return False if `folder` has no name to test this with."""
+    """Return whether the disk of `folder` ignores case. Return False if no name in `folder` contains a letter."""
     for path in folder.iterdir() if folder.is_dir() else ():
         other = path.with_name(path.name.swapcase())
         with suppress(OSError):  # `other` does not exist
@@ -276,7 +279,8 @@ def _path_problem(path: str) -> tuple[str, str] | None:
 def _fold(path: str, ignore_case: bool) -> str:
     """Return a form that is equal for all paths that a disk may treat as the same file.
 
-    Method: NFC; with `ignore_case`, canonical caseless matching, The Unicode Standard, section 3.13, D145.
+    The form is NFC. With `ignore_case`, the forms of two paths are equal if the paths are a canonical caseless match
+    (The Unicode Standard, section 3.13, D145).
     """
     if path.isascii():
         return path.lower() if ignore_case else path
@@ -290,7 +294,7 @@ def _parents(path: str) -> list[str]:
 
 
 def _hint(client: Client, bucket: str, prefix: str) -> str:
-    """Return the end of the error about an empty prefix. It lists the folders of the nearest parent with folders."""
+    """Return the end of the error about an empty prefix: the folders in the nearest parent that has folders."""
     while prefix:
         prefix = prefix.rpartition("/")[0]
         root = f"{prefix}/" if prefix else ""

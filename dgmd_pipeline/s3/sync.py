@@ -104,7 +104,7 @@ def download_folder(
 
 
 def _failure_check(client: Client, listing: Listing, max_failed: float) -> Callable[[Rejected], None]:
-    """Return a function that counts a rejected object, and raises NoUsableInput if a label has too many.
+    """Return a function that counts a rejected object, and raises NoUsableInput if its label has lost too many objects.
 
     An object that is gone or archived does not count.
     """
@@ -233,7 +233,7 @@ class FolderChanges(NamedTuple):
     """Why a downloaded folder is out of date, and what a new download will contain."""
 
     reason: str  # for example "3 new, 1 gone"
-    fingerprint: str | None  # of the new listing; None if the listing has not changed
+    fingerprint: str | None  # fingerprint of the new listing; None if the listing has not changed
     objects: int
     bytes: int
 

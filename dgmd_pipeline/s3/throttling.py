@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STATUSES = (429, 503)  # HTTP statuses that mean "slow down"; S3 sends 503 SlowDown, and proxies often send an empty 503
 PATIENCE = 120.0  # seconds to continue while the only answer is "slow down"
-MAX_ATTEMPTS = 50  # number of times that a request is sent while the server accepts other requests
+MAX_ATTEMPTS = 50  # maximum number of times that a request is sent while the server accepts other requests
 FIRST_INTERVAL, LONGEST_INTERVAL = 0.05, 4.0  # seconds between two requests
-RECOVERY = 0.7  # an accepted request shortens the interval to this fraction, and a rejected one doubles it
+RECOVERY = 0.7  # the interval is multiplied by this number after an accepted request, and doubled after "slow down"
 SECONDS_BETWEEN_LINES = 30.0  # between two log lines about throttling
 
 

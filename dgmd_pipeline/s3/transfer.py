@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from botocore.response import StreamingBody
 
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
-ATTEMPTS = 4  # to fetch an object; botocore repeats requests within each attempt
-BACKOFF = 0.4  # seconds to wait after the first attempt without an answer; each further wait is four times as long
+ATTEMPTS = 4  # maximum number of attempts to fetch an object; botocore repeats requests within each attempt
+BACKOFF = 0.4  # seconds to wait after an error in the first attempt; each later wait is four times as long
 
 
 class Throttled(NoUsableInput):

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 Augmentation = Literal["none", "shift", "flip", "strong"]
 SHIFT = 1 / 8  # maximum shift, as a share of the width and of the height
 ANGLE = math.radians(12)  # maximum rotation
-ZOOM = 0.18  # maximum absolute value of the zoom factor's logarithm; the factor is 84 to 120 %
-CONTRAST = 0.2  # maximum absolute value of the contrast factor's logarithm; the factor is 82 to 122 %
-BRIGHTNESS = 25.0  # maximum number that is added to a pixel value of 0 to 255, or subtracted from it
+ZOOM = 0.18  # the zoom factor is between exp(-ZOOM) and exp(ZOOM), which is 84 to 120 %
+CONTRAST = 0.2  # the contrast factor is between exp(-CONTRAST) and exp(CONTRAST), which is 82 to 122 %
+BRIGHTNESS = 25.0  # a number between -BRIGHTNESS and BRIGHTNESS is added to the pixel values, which are 0 to 255
 
 
 def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[int, int]) -> "tf.data.Dataset":

@@ -7,7 +7,7 @@ import numpy as np
 if TYPE_CHECKING:
     import keras
 
-TOP_SHARE = (0.25, 0.75)  # the top contains at least the first and at most the second share of the parameters
+TOP_SHARE = (0.25, 0.75)  # minimum and maximum share of the backbone's parameters that the top contains
 
 
 def cut_backbone(network: "keras.Model") -> tuple["keras.Model", "keras.Model"]:
@@ -45,7 +45,7 @@ def _find_cut_points(network: "keras.Model") -> list["keras.Operation"]:
             for tensor in keras.tree.flatten(operation.input):
                 last_use[produced_at[id(tensor)]] = position
         produced_at |= {id(tensor): position for tensor in keras.tree.flatten(operation.output)}
-    found, reach = [], 0  # reach: the last position that uses any of the previous outputs
+    found, reach = [], 0  # reach: position of the last operation that uses an output of a previous operation
     for position, operation in enumerate(network.operations):
         if reach <= position < last_use[position]:
             found.append(operation)

@@ -31,7 +31,7 @@ class Backbone(NamedTuple):
 
     function: str  # name of the function in `keras.applications` that builds the network
     url: str  # address of the file of weights, relative to WEIGHTS_URL
-    md5: str | None  # checksum of the file, from the sources of Keras; None if the sources have none (MobileNetV2)
+    md5: str | None  # checksum of the file in the sources of Keras; None for MobileNetV2, which has no checksum
     scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
     min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 
@@ -118,8 +118,8 @@ def _readable(weights: str) -> Path:
     path = Path(weights)
     if path.suffix != ".h5":  # the other formats of Keras can contain code
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights: *.weights.h5, written by "
-            "Keras's save_weights, or *_notop.h5 of keras.applications."
+            f"BACKBONE_WEIGHTS={weights}: expected imagenet, none, or a file of weights. The file must be a "
+            "*.weights.h5 that Keras's save_weights has written, or a *_notop.h5 of keras.applications."
         )
     if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(

@@ -21,13 +21,13 @@ class TrainingConfig(NamedTuple):
     `cnn` is a small network that is trained from random weights.
     """
 
-    batch_size: int  # maximum number of images in a batch; with few images, `cnn` gets smaller ones: see `from_scratch`
+    batch_size: int  # maximum number of images in a batch; for few images, `cnn` uses smaller batches (`from_scratch`)
     epochs: int  # number of epochs for `cnn`; maximum number for a head with hidden layers
     learning_rate: float
     decay_rate: float
-    patience: int  # cross-validation stops training a head after this many epochs without a lower held-out loss
+    patience: int  # cross-validation stops training a head when this number of epochs has not lowered the held-out loss
     optimizer: str  # one of OPTIMIZERS
-    dropout: float  # 0 to below 1, after each hidden layer of the head
+    dropout: float  # dropout rate after each hidden layer of the head; from 0 to below 1
     weight_decay: float
     augmentation: Augmentation = "none"  # random changes of the training images; only for `cnn`
     seed: int | None = None  # None: each training gets a random seed

@@ -35,7 +35,7 @@ class FeatureShard(NamedTuple):
     images: int
     bytes: int
     sha256: str  # 64 hexadecimal digits
-    images_sha256: str  # SHA-256 of this file's part of images.npy; equal if two files hold vectors of the same images
+    images_sha256: str  # SHA-256 of this file's part of images.npy; identifies the images that the vectors belong to
 
 
 class _Stored(NamedTuple):

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 BATCH = 16  # images whose vectors a thread computes at a time; larger batches are not faster and take more memory
-FEW = 64  # for at most this number of images, extraction is faster without a traced graph
+FEW = 64  # maximum number of images for which extraction is faster without a traced graph
 ParallelMap = Callable[[Callable, Iterable], Iterable]  # like the builtin `map`: yields results in order
 
 
 class LabeledFeatures(NamedTuple):
     """The features and labels of a split, in the order of its records."""
 
-    vectors: Vectors  # float32 [n, d]; activations at the cut of a backbone (see `cut_backbone`): [n, height, width, d]
+    vectors: Vectors  # float32 [n, d], or [n, height, width, d] if they are activations of the bottom of a backbone
     labels: np.ndarray  # class indexes, int64 [n]
 
 

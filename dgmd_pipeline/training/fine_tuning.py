@@ -160,7 +160,7 @@ class _Fitter(NamedTuple):
 
         config, checkpoint = self.config._replace(epochs=epochs), self.resume_dir / f"{CHECKPOINT}_{name}.npz"
         state = load_or_start(config, checkpoint)
-        runtime.set_seed(state.seed)  # determines the dropout of the copies
+        runtime.set_seed(state.seed)  # determines the random numbers of the dropout layers in the copies
         backbone, head = clone_trainable(self.backbone), clone_trainable(head)
         part = cut_backbone(backbone)[1] if self.kind == "top" else backbone
         trained = keras.Model(part.input, head(part.output))

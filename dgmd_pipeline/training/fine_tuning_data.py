@@ -22,7 +22,8 @@ TRIAL_FOLDS = 5  # number of folds in the trial; one fold is held out
 ACTIVATIONS = "activations"  # prefix of the names of the folders with activations
 VALUES, LABELS = "activations.npy", "labels.npy"  # files in each of these folders
 Rows = np.ndarray  # int64, ascending: positions of images in the training split
-# Returns the batches of some rows. If the second argument, a seed and an epoch, is not None, the rows are shuffled.
+# A function that returns the batches of some rows. The second argument is a seed and an epoch, which determine the
+# order of the rows, or None, which keeps their order.
 Batches = Callable[[Rows, tuple[int, int] | None], "tf.data.Dataset"]
 
 

@@ -39,7 +39,10 @@ def fit_linear(
 
 
 class HiddenHead:
-    """A head with hidden layers. TensorFlow traces it once, and each fit starts from the same initial weights."""
+    """A head with hidden layers that can be fitted several times. TensorFlow traces it only once.
+
+    Each fit starts from the same initial weights, unless it resumes a stopped fit.
+    """
 
     def __init__(self, components: linear.Components, class_weights: np.ndarray, config: TrainingConfig) -> None:
         """Build a head that standardises vectors with the mean and the deviation of `components`.
@@ -64,7 +67,8 @@ class HiddenHead:
     ) -> TrainedModel:
         """Train the head from `state` until `config.epochs` epochs are completed, including those in `state`.
 
-        The next fit changes the weights of the returned model. After each epoch, the head is measured on `held_out`.
+        After each epoch, the head is measured on `held_out`. All fits share one network, so the next fit changes the
+        weights of the returned model.
         """
         state = state if state.values else state._replace(values=self._initial)
         run_epoch = partial(self._run_epoch, data, held_out, config.batch_size, state.seed)

@@ -174,9 +174,10 @@ def _best_linear(cv_folds: Sequence[_Fold], components: linear.Components, class
 
 
 def _descend(evaluate: "Callable[[int, _Fits], _Fits]", start: "_Fits") -> "_Fits":
-    """Search for the strength with the lowest loss, and return its fits. Each fit starts from the best fit so far.
+    """Search for the strength with the lowest loss, step by step from the strength of `start`. Return the best fits.
 
-    The search assumes that the loss has only one local minimum.
+    Each fit starts from the coefficients of the best fit so far. The search assumes that the loss has only one local
+    minimum.
     """
     best = evaluate(start.strength, start)
     for step in (1, -1):

@@ -14,10 +14,12 @@ COMPONENT_ROWS = 20_000
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
 # A fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
-# number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, it quadruples
-# the number of iterations and does not lower the loss.
+# number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, 1e-7
+# quadruples the number of iterations and does not lower the loss.
 TOLERANCE = 1e-5
-MIN_CURVATURE = 1e-4  # lower limit for the second derivative of the mean loss with respect to a logit
+# Smallest curvature that `_preconditioner` uses. The curvature is the second derivative of the mean loss with respect
+# to a logit.
+MIN_CURVATURE = 1e-4
 
 
 class Components(NamedTuple):
@@ -52,7 +54,7 @@ def principal_components(features: Vectors) -> Components:
 
 
 def project(features: Vectors, components: Components) -> tuple[np.ndarray, Components]:
-    """Return the coordinates (float32 [n, r]) of features (float32 [n, d]), and the Components to pass to `fit`."""
+    """Return the coordinates (float32 [n, r]) of features (float32 [n, d]), and the Components of the coordinates."""
     assert components.directions is not None  # noqa: S101
     coordinates = (np.asarray(features) - components.mean) @ components.directions
     return coordinates, Components(np.zeros(coordinates.shape[1], np.float32), components.variances, None)
@@ -62,10 +64,10 @@ def penalties(components: Components, shrinkage: float) -> np.ndarray:
     """Return a penalty (float64 [r]) for the squared coefficients of each component.
 
     The penalty is the variance of the component, moved towards the mean of all variances (Ledoit and Wolf 2004).
-    `shrinkage`, above 0 and at most 1, says how far it is moved. With 1, all coefficients have the same penalty. This
-    has the effect of a regression on centred and uniformly scaled vectors. Lower values have the effect of partly
-    whitened vectors. The penalties are scaled so that the mean of variance / penalty is 1. A strength then has about
-    the same effect with every shrinkage.
+    `shrinkage`, above 0 and at most 1, says how far it is moved. With 1, all coefficients have the same penalty, and
+    the regression is equivalent to one on centred and uniformly scaled vectors. With a lower value, the regression is
+    equivalent to one on partly whitened vectors. The penalties are scaled so that the mean of variance / penalty is 1.
+    A strength then has about the same effect with every shrinkage.
     """
     variances = components.variances
     if not len(variances):
@@ -123,7 +125,10 @@ class _Problem(NamedTuple):
 
 
 def _preconditioner(problem: _Problem, coefficients: np.ndarray) -> np.ndarray:
-    """Return the inverse root of the Hessian's diagonal (float64 [r + 1, classes]), estimated from BLOCK_ROWS rows."""
+    """Return a scale for each coefficient (float64 [r + 1, classes]). The fit optimises coefficients / scale.
+
+    The scale is 1 / sqrt(the coefficient's element of the Hessian's diagonal), estimated from at most BLOCK_ROWS rows.
+    """
     rows = len(problem.labels)
     step = -(-rows // BLOCK_ROWS)
     weights = problem.class_weights[problem.labels[::step], None]

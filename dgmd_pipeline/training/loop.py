@@ -101,7 +101,7 @@ def run(
 
     `run_epoch` gets the number of an epoch, counted from 0. It trains one epoch with the optimizer's current learning
     rate, and returns a dict of the epoch's losses and accuracies, with the names of fields of Epoch as keys. After each
-    epoch, the state, which includes `more_variables`, is saved in `checkpoint` before `on_epoch` is called.
+    epoch, this function saves the state, including `more_variables`, in `checkpoint`. Then it calls `on_epoch`.
 
     Raises Diverged if the weights or a loss are not finite, and UnusableCheckpoint if `state` does not fit the network.
     """

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = (124, 64)
 CNN_MAP_SIZE = 16  # maximum width and height of the feature map after the strided convolutions of `cnn`
-# Filters of `cnn`: number in the first convolution, maximum in each convolution except the last, maximum in the last.
-# Each convolution has twice as many filters as the previous one, up to its maximum.
+# Numbers of filters in the convolutions of `cnn`. The first convolution has 24 filters. Each later convolution has
+# twice as many filters as the previous one, up to a maximum of 96. For the last convolution, the maximum is 192.
 CNN_FILTERS = (24, 96, 192)
 BN_MOMENTUM = 0.9  # with Keras's default of 0.99, the statistics do not converge in the few steps of a small data set
-RANDOM_WEIGHTS_SEED = 20_230_917  # so that `weights="none"` gives the same weights in every process
+RANDOM_WEIGHTS_SEED = 20_230_917  # fixed seed, so that `weights="none"` gives the same weights in every process
 
 
 def build_backbone(backbone: str, weights: str, height: int, width: int, keras_home: Path) -> "keras.Model":
@@ -108,7 +108,7 @@ def build_head(
     """Build a head with two hidden layers.
 
     It turns vectors (float32 [batch, features]) into probabilities (float32 [batch, classes]). If `mean` (float
-    [features]) is given, it is first subtracted from the vectors, which are then divided by `deviation`.
+    [features]) is given, the head first subtracts it from the vectors, and divides the differences by `deviation`.
     """
     import keras
     from keras import layers
@@ -193,7 +193,7 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
     import keras
 
     for part in (backbone, head):
-        part.compiled = False  # otherwise Keras saves the name of the optimizer's class, which is not Keras's own
+        part.compiled = False  # otherwise Keras saves the name of the optimizer's class, which this package defines
     _, height, width, _ = backbone.input_shape
     images = keras.Input((None, None, 3), dtype="uint8", name="pictures")  # the name is public: clients may use it
     return keras.Model(images, head(backbone(fit_images(images, height, width, fit))), name="classifier")

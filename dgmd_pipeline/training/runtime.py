@@ -34,9 +34,9 @@ def start_tensorflow() -> None:
     """Import TensorFlow and discard what its libraries write to standard error during the import.
 
     Scikit-learn is hidden from Keras. Otherwise, Keras would import it for unused wrappers, in 0.6 s of CPU time. The
-    garbage collector is off. Otherwise, it would take a fifth of the time of the import, which creates a million
-    objects. Later, the collector ignores these objects, because they are needed until the process ends. Otherwise, it
-    would examine them several times during an evaluation, in 0.6 s.
+    garbage collector is off during the import, because it would take a fifth of the import's time. The import creates a
+    million objects, which are needed until the process ends. So the collector ignores them later. Otherwise, it would
+    examine them several times during an evaluation, in 0.6 s.
     """
     first = "tensorflow" not in sys.modules
     hides = "sklearn" not in sys.modules
