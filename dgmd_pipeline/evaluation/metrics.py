@@ -15,7 +15,7 @@ from dgmd_pipeline.manifest import to_cell
 METRICS = "metrics.json"
 MAX_MATRIX = 1000  # labels of a confusion matrix; more do not fit on a screen, and memory grows with their square
 BINS = 15  # number of intervals of equal width that divide the confidences from 0 to 1
-SHOWN = 24  # misclassifications of each kind that are kept
+SHOWN = 24  # maximum number of misclassifications of each kind in `Measurements`
 MOST_WRONG, MOST_CONFIDENT = "most wrong", "most confident"
 
 

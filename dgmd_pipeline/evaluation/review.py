@@ -77,7 +77,7 @@ class LabelChanges(NamedTuple):
     """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
 
     lost: Sequence[str]  # production was trained on these labels; the candidate cannot predict them
-    emptied: Sequence[str]  # production was trained on these labels; the candidate only has outputs for them
+    emptied: Sequence[str]  # production was trained on these labels; the candidate was not, but it has outputs for them
     new: Sequence[str]  # only the candidate was trained on these labels
 
 
