@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from dgmd_pipeline.evaluation.comparison import ClassComparison
 
 ALL_BARS = 30  # labels in a chart; if there are more, the chart shows a selection
-BARS = 10  # labels that a selection shows from each end of the sorted labels
+BARS = 10  # half the number of labels in a selection; most selections show this many labels from each end of the order
 PAIRS = 15  # confused pairs
-MATRIX_LABELS = 10  # more do not fit on the screen of a phone
-FEW_IMAGES = 10  # validation images; the recall of a label with fewer is uncertain
+MATRIX_LABELS = 10  # labels of a confusion matrix; more do not fit on the screen of a phone
+FEW_IMAGES = 10  # validation images; a label with fewer validation images has an uncertain recall
 WIDTH, HEIGHT = 420, 230  # size of the view box of a chart with axes
 LEFT, RIGHT, TOP, BOTTOM = 48, 412, 12, 200  # edges of the area between the axes, in the view box
 COUNTS_BOTTOM = 60  # lower end of the bars of the numbers of images; these bars have a separate view box
@@ -60,8 +60,8 @@ class Bin(NamedTuple):
 
     left: float
     width: float
-    top: float  # of the bar of the accuracy
-    images_top: float  # of the bar of the number of images
+    top: float  # upper end of the bar of the accuracy
+    images_top: float  # upper end of the bar of the number of images
     text: str
 
 
@@ -77,7 +77,7 @@ class Cell(NamedTuple):
     """A cell of the confusion matrix."""
 
     images: int
-    shade: int  # percent of the colour
+    shade: int  # strength of the cell's colour in percent
     kind: str  # "right" on the diagonal, "wrong" elsewhere
 
 
@@ -253,7 +253,8 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
     """Choose the labels that the chart of the recall shows.
 
-    If there are more than ALL_BARS labels, these are the labels with the lowest recalls above 0 and below 1.
+    If there are more than ALL_BARS labels, the chart leaves out all labels with a recall of 0 or 1. It shows the
+    2 * BARS other labels with the lowest recall.
     """
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:

@@ -4,11 +4,11 @@ Each class has a one-sided exact McNemar test. The p-values are corrected for th
 discordant if only one of the two models gets it right. If the models are equally good, a discordant image is a loss
 with probability 1/2.
 
-A class with few discordant images has few possible p-values. For example, the lowest p-value of a class with two
-discordant images is 1/4. The correction counts only the p-values that are possible in each class. For a p-value p, the
-adjusted p-value is the probability that two equally good models have a p-value of at most p in at least one class,
-given the number of discordant images of each class. The test is step-down: the correction of a p-value does not count
-the classes with lower p-values.
+The correction replaces each p-value p by an adjusted p-value: the probability that, by chance, at least one class has a
+p-value of p or less. This probability is computed for two equally good models and the observed numbers of discordant
+images. A class with few discordant images has few possible p-values. For example, the lowest p-value of a class with
+two discordant images is 1/4. If p is below 1/4, such a class adds nothing to the adjusted p-value. The test is
+step-down: it corrects the lowest p-value first, and leaves each corrected class out of the later corrections.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,

@@ -14,8 +14,10 @@ from dgmd_pipeline.evaluation.predictions import PredictedLabels
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements/leaks.md
-MIN_DISCORDANT = 10  # images that only one version gets right; with fewer, their share is assumed to be DISAGREEMENT
-LOSS = 0.03  # of accuracy; the report gives the probability of detecting it
+# `detection` uses the observed share of images that only one version gets right, if there are at least this many such
+# images. Otherwise, `detection` uses DISAGREEMENT.
+MIN_DISCORDANT = 10
+LOSS = 0.03  # loss of accuracy; the report gives the probability that a comparison detects this loss
 POWER = 0.8  # probability of detection, the usual choice for the power of a test
 # Field of `Comparison` -> its key in comparison.json.
 JSON_KEYS = {"labels_only_candidate": "labels_only_here", "labels_only_production": "labels_only_there"}
@@ -44,9 +46,9 @@ class Detection:
 
     disagreement: float  # share of images that only one of the two models gets right, 0 to 1
     assumed: bool  # True: `disagreement` is DISAGREEMENT; False: it was observed
-    loss: float  # the value of LOSS
-    probability: float  # that a true loss of `loss` is found to be significant
-    detectable_loss: float | None  # smallest true loss that is found with probability POWER, if there is one
+    loss: float  # the loss that `probability` is about; always LOSS
+    probability: float  # probability that the comparison finds a true loss of `loss` significant
+    detectable_loss: float | None  # smallest true loss that is found with probability POWER; None: no such loss
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Comparison:
     @property
     def is_worse(self) -> bool:
         """Return whether the candidate's accuracy is significantly lower than production's."""
-        # With few images, the bootstrap interval is too narrow: four lost images and no gained one put it below 0.
+        # The bootstrap interval is not enough. With few images it is too narrow: with four lost images and no gained
+        # image, it is below 0, although `p` is not significant.
         return self.high < 0 and self.p < 1 - CONFIDENCE
 
     @property
@@ -92,8 +95,8 @@ def compare(
     """Compare a candidate's and production's predictions for the same images, in the same order.
 
     Both models know all true labels. A predicted label that only one of them knows is wrong. `version` and `run`
-    identify production. `left_out` is the number of images that were not compared. The result has copies of `version`,
-    `run` and `left_out`.
+    identify production. `left_out` is the number of images that were left out because a model was trained on them. The
+    result has copies of `version`, `run` and `left_out`.
 
     The interval of the difference comes from a paired bootstrap with 10,000 resamples of the images (Efron and
     Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
@@ -140,7 +143,7 @@ def _compare_classes(candidate: PredictedLabels, production_correct: np.ndarray)
 
 
 def mid_p(gained: int, lost: int) -> float:
-    """Return the p-value (0 to 1) of McNemar's mid-p test of whether gains and losses are equally likely.
+    """Return the p-value (0 to 1) of McNemar's mid-p test. Its null hypothesis: gains and losses are equally likely.
 
     Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
     Methodology 13:91, 2013. McNemar's exact test is not used: it rejects much less often than its level allows, so it
@@ -179,7 +182,7 @@ def power(images: int, loss: float, disagreement: float) -> float:
 
     The value is exact, not simulated. The number of images that only one version gets right has a binomial distribution
     (`images`, `disagreement`). The number of losses among these images has a binomial distribution, too. If `loss`
-    exceeds `disagreement`, all these images are losses.
+    exceeds `disagreement`, `loss` replaces `disagreement`, and all these images are losses.
 
     `Comparison.is_worse` also requires a bootstrap interval below 0. With this requirement, the probability is lower by
     at most 3 points (docs/measurements/leaks.md).
@@ -191,8 +194,8 @@ def power(images: int, loss: float, disagreement: float) -> float:
         return 0.0
     first, last = binom.interval(1 - 1e-9, images, disagreement)
     discordant = np.arange(max(first, 1), last + 1)
-    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # the critical number of losses, which may be off by one
-    needed = np.select(
+    start = binom.isf((1 - CONFIDENCE) / 2, discordant, 0.5)  # about the lowest significant number of losses
+    needed = np.select(  # the exact number, at most one away from `start`; 0 if no number is significant
         [_is_significant(start + step, discordant) for step in (-1, 0, 1)], [start - 1, start, start + 1]
     )
     found = binom.sf(needed - 1, discordant, 0.5 + loss / (2 * disagreement)) * (needed > 0)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-MEASURED = "dgmd.measured"  # tag of a version; it has all figures, because MLflow's pages show every tag
+MEASURED = "dgmd.measured"  # tag with all figures of a version; MLflow's pages show every tag, so this is a single tag
 BENCHMARK_FIGURES = (
     *("load_seconds", "latency_p50_ms", "latency_p95_ms", "images_per_second", "bytes", "peak_memory_bytes"),
     *("parameters", "predictions_equal"),
@@ -55,7 +55,7 @@ class EvaluationData(NamedTuple):
     model_name: str
     labels: Sequence[str]  # by class index
     trained_model: Path
-    features: Sequence[Path] | None  # of training and validation; None: the backbone stores no features
+    features: Sequence[Path] | None  # folders for training and validation; None: the backbone stores no features
     records: Path  # of the validation split
     split: Path
     raw: Path

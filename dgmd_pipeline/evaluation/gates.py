@@ -33,7 +33,7 @@ class Gate(NamedTuple):
 class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
-    max_class_drop: float  # a class may lose this much of its recall; a larger loss fails if it is significant; 0 to 1
+    max_class_drop: float  # loss of a class's recall, 0 to 1; the gate fails if a loss is larger and significant
     max_latency_ratio: float  # largest ratio of the median latencies for one image, candidate to production
     allow_lost_labels: bool = False  # whether a label of production may be missing, or have no training images
 

@@ -31,7 +31,8 @@ BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
 SHOWN = 48  # images in the report
 SUSPECT = "likely wrong label"
-# Products of C and the number of rows. C is the inverse of the logistic regression's regularisation.
+# The regularisations that are tried, the strongest first. Each value is C times the number of fitted rows. C is the
+# parameter of scikit-learn's LogisticRegression: the inverse of the L2 penalty.
 STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)
 # Tolerance of the fits. With 1e-5 instead, a fit takes up to a third longer, and precision and recall on six data sets
 # differ by at most .6 points (docs/measurements/labels.md).
@@ -64,9 +65,8 @@ def find(
     of the classes.
 
     If all images of a label are in one fold, for example because they are in one near-duplicate group, they cannot be
-    judged and are left out. Each image adds only a few numbers to the memory, because the heads are fitted on a
-    stratified sample of about MAX_FITTED rows, and the features are read in blocks. The regularisation is chosen by the
-    log loss of the given labels on the held-out folds.
+    judged and are left out. The heads are fitted on a stratified sample of about MAX_FITTED rows, and the features are
+    read in blocks. So each image adds only a few numbers to the memory.
 
     Raises ValueError if the numbers of features and labels differ.
     """
@@ -112,7 +112,7 @@ def _sample(given: np.ndarray, seed: int) -> np.ndarray:
     """Return the sorted rows to fit on: all rows, or a sample if there are more than MAX_FITTED.
 
     In a sample, each label has rows in proportion to its number of images, but at least MIN_FITTED_OF_LABEL. A label
-    with fewer images than that has all of them.
+    with fewer images than MIN_FITTED_OF_LABEL has all its rows in the sample.
     """
     if len(given) <= MAX_FITTED:
         return np.arange(len(given))
@@ -161,14 +161,15 @@ def _principal_components(features: np.ndarray) -> tuple[Callable[[np.ndarray], 
 
 
 def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[Head]:
-    """Return a head for each fold, fitted on the other folds, with the regularisation of the lowest log loss.
+    """Return a head for each fold, fitted on the other folds. All heads have the same regularisation.
 
     `columns` (int [n]) is the position of each row's given label among the outputs of the heads. Each position occurs
     in at least two folds.
 
-    The heads are fitted with ever weaker regularisation until the log loss no longer falls. Each fit starts from the
-    weights of the previous one. Each fold has its own thread, because nearly all of the time is spent in BLAS and
-    NumPy, which release the GIL.
+    The function tries ever weaker regularisation until the log loss no longer falls, and returns the heads with the
+    lowest log loss. The log loss is the mean over all rows; the head of a fold predicts the rows of this fold. Each fit
+    starts from the weights of the previous one. Each fold has its own thread, because nearly all of the time is spent
+    in BLAS and NumPy, which release the GIL.
     """
     variances = vectors.var(axis=0, dtype=np.float64)
     components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
@@ -203,7 +204,8 @@ def _judge(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each row the given label's probability, the most probable label and this label's probability.
 
-    Each row is judged by the head of its fold. `classes` are the class indexes of the heads' outputs.
+    Each row is judged by the head of its fold, because this head was not fitted on the row. `classes` are the class
+    indexes of the heads' outputs.
     """
     own, likely, best = np.empty(len(given)), np.empty(len(given), np.int64), np.empty(len(given))
     for start, features in _blocks(parts):

@@ -16,7 +16,7 @@ from dgmd_pipeline.training.vectors import Vectors
 
 TABLE = "leaks.csv"
 NEIGHBOURS = 5  # nearest training images of a validation image; an image with 5 or more copies is not found
-SHARE = 0.25  # of the distance to the fifth neighbour, see `find`; measured: docs/measurements/leaks.md
+SHARE = 0.25  # share of the distance to the fifth neighbour, see `find`; measured: docs/measurements/leaks.md
 ROUNDING = 1e-6  # maximum distance of identical features, because of rounding in float32
 BLOCK = 2048  # images of each split that are compared at a time; their similarities take 16 MB
 MAX_PAIRS = 2_000_000_000  # compared pairs; 100,000 images, 20,000 of them for validation, make 1,600,000,000 pairs
@@ -55,8 +55,8 @@ def find(
     A pair is reported if its cosine distance meets two conditions:
     1. It is below SHARE of the distance between the validation image and its fifth nearest training image. This is the
        ratio test of Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1.
-    2. It is below SHARE of a small distance in this data set: the lower quartile, over all compared validation images,
-       of the distance to the fifth nearest training image.
+    2. It is below SHARE of a distance that is small in this data set. Each compared validation image has a distance to
+       its fifth nearest training image. The small distance is the lower quartile of these distances.
 
     No fixed threshold works: a similarity of 0.9 is rare for photographs of clothing, but usual for photographs of
     solar cells, and for the features of a random network.
@@ -97,10 +97,11 @@ def write(leaks: Leaks, folder: Path) -> None:
 
 
 def _neighbours(training: Vectors, validation: Vectors, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each chosen validation image the similarities of its nearest training images.
+    """Return for each chosen validation image its similarities to the nearest training images.
 
-    Also return the position of the nearest training image of each. `chosen` are positions of validation images. The
-    similarities are float32 [len(chosen), NEIGHBOURS], highest first. The returned positions are int64 [len(chosen)].
+    The function also returns the position of the nearest training image. `chosen` are positions of validation images.
+    The similarities are float32 [len(chosen), NEIGHBOURS], highest first. The returned positions are int64
+    [len(chosen)].
     """
     best = np.full((len(chosen), NEIGHBOURS), -np.inf, np.float32)
     nearest = np.zeros(len(chosen), np.int64)

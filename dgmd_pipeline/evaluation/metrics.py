@@ -14,8 +14,8 @@ from dgmd_pipeline.manifest import to_cell
 
 METRICS = "metrics.json"
 MAX_MATRIX = 1000  # labels of a confusion matrix; more do not fit on a screen, and memory grows with their square
-BINS = 15  # of confidence, equally wide
-SHOWN = 24  # misclassifications of each kind
+BINS = 15  # number of intervals of equal width that divide the confidences from 0 to 1
+SHOWN = 24  # maximum number of misclassifications of each kind in `Measurements`
 MOST_WRONG, MOST_CONFIDENT = "most wrong", "most confident"
 
 
@@ -138,7 +138,9 @@ def _confusion_matrix(predictions: Predictions) -> np.ndarray:
 
 
 def _log_loss(of_truth: np.ndarray) -> float:
-    """Return the mean log loss (nats) of the true labels' probabilities, which are clipped to the type's epsilon.
+    """Return the mean log loss (nats) of the true labels' probabilities (float [n]).
+
+    Probabilities below the epsilon of their float type count as this epsilon.
 
     `sklearn.metrics.log_loss` computes the same value, but it needs all probabilities and five times their memory.
     """
@@ -153,8 +155,9 @@ def shares(matrix: np.ndarray) -> np.ndarray:
 def _bins(confidence: np.ndarray, correct: np.ndarray) -> list[CalibrationBin]:
     """Sort the images by confidence into BINS of equal width, for the expected calibration error.
 
-    This error is the mean distance between confidence and accuracy, weighted by images: Guo, Pleiss, Sun and
-    Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equations 2 and 3, also with 15 bins.
+    In each bin, the mean confidence and the accuracy differ by some distance. The expected calibration error is the
+    mean of these distances, weighted by the numbers of images. Source: Guo, Pleiss, Sun and Weinberger, "On Calibration
+    of Modern Neural Networks", ICML 2017, equations 2 and 3, also with 15 bins.
     """
     number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     return [

@@ -30,7 +30,7 @@ MAX_NAMED = 120  # classes; more leave no room for their labels
 MAX_BARS = 60
 MAX_PAIRS = 20
 MAX_THUMBNAILS = 24
-CELL, THUMBNAIL = 2.5, 1.9  # heights of a line of a contact sheet and of an image in it, in inches
+CELL, THUMBNAIL = 2.5, 1.9  # height of a line of a contact sheet, and maximum height of its images, in inches
 WHITE, TEXT, MUTED, LINE = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
 PALE = "#cfd6dd"  # bars behind others
 FIRST, SECOND = "#0072b2", "#d55e00"
@@ -133,7 +133,7 @@ def _style() -> Iterator[None]:
 
 
 def confusion_matrix(matrix: np.ndarray, labels: Sequence[str]) -> Plot:
-    """Plot a confusion matrix (int [k, k], true labels in the rows). The colour of a cell is its share of the row."""
+    """Plot a confusion matrix (int [k, k], row: true label). The colour of a cell shows its share of the row."""
     classes = len(labels)
     side = min(max(0.31 * classes, 3.5), 10.5) if classes <= MAX_NAMED else 9
     room = 0.075 * max(len(_shorten(label, 26)) for label in labels) if classes <= MAX_NAMED else 0.5
@@ -267,7 +267,7 @@ def recall(rows: Sequence[LabelRecall]) -> Plot:
 
 
 def confused_pairs(pairs: Sequence[ConfusedPair]) -> Plot:
-    """Plot the first MAX_PAIRS of at least one pair of confused labels."""
+    """Plot the first MAX_PAIRS pairs of confused labels. There is at least one pair."""
     shown = pairs[:MAX_PAIRS]
     names = [f"{_shorten(pair.label, 26)} {ARROW} {_shorten(pair.predicted, 26)}" for pair in shown]
 
@@ -345,7 +345,7 @@ def worst(rows: Sequence[Misclassification]) -> list[Misclassification]:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, lone surrogates, characters that reorder others, and others without a glyph."""
+    """Replace characters without a glyph, for example control characters and characters that reorder other ones."""
     if text.isprintable():
         return text
     return "".join(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 PREDICTIONS = "predictions.npz"
-TOP = 20  # most probable classes of each image that the file has
+TOP = 20  # the file has this many of the most probable classes of each image
 # The file has all probabilities if they take at most MAX_BYTES. For 200,000 images of 1,000 classes, they would take
 # 800 MB, and 729 MB compressed.
 MAX_BYTES = 64_000_000
-BLOCK = 256  # images that are ranked at a time: with 1,000 classes, they fit into the cache of a core
+BLOCK = 256  # images that are ranked at a time; their probabilities of 1,000 classes fit into the cache of a core
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Return the class index with the highest probability, int64 [n]; the lowest of several equal ones."""
+        """Return the most probable class index of each image, int64 [n]; of equally probable ones, the lowest."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -89,10 +89,10 @@ class Predictions:
         classes, probabilities = np.empty(shape, np.int32), np.empty(shape, np.float32)
         from_last = np.arange(self.probabilities.shape[1], dtype=np.int64)[::-1]
         for block in _blocks(len(self)):
-            # `numbers` are 64-bit integers that sort by probability, then by class. The upper half of a number is the
-            # probability: the bits of a float that is not negative, read as an integer, sort like the float. The lower
-            # half is the class, counted from the last class. `partition` of the numbers is twice as fast as
-            # `argpartition` of the probabilities.
+            # Each probability and its class become one 64-bit integer. The upper half has the bits of the float32
+            # probability: for floats from 0 upwards, the bits sort like the floats. The lower half has the class,
+            # counted from the last class. So of two equal probabilities, the one of the first class has the larger
+            # integer. `partition` of these integers is twice as fast as `argpartition` of the probabilities.
             bits = np.asarray(self.probabilities[block], np.float32).view(np.int32).astype(np.int64)
             numbers = np.partition(bits << 32 | from_last, len(from_last) - count, axis=1)[:, -count:]
             numbers = -np.sort(-numbers, axis=1)

@@ -51,9 +51,9 @@ class Content(NamedTuple):
     suspects: LabelSuspects | None  # None: no features are stored
     suspect_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by position of a suspect
     leaks: Leaks | None  # None: no features are stored
-    leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by the numbers of `leak_keys`
+    leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by image number (see `leak_keys`)
     history: Sequence[Epoch]
-    head: Mapping[str, object] | None  # how the head was chosen, `head_selection.to_json`; None for `cnn`
+    head: Mapping[str, object] | None  # the heads that were tried, and the chosen one; None for `cnn`
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # name and duration of each step, in the order of the steps

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMPARISON, SERVING_BENCHMARK = "comparison.json", "assessment.json"
-BEST = "best"  # key in comparison.json of the comparison with `Rivals.best`; other keys are about production
+BEST = "best"  # key of comparison.json; its value is the comparison with `Rivals.best`; other keys are about production
 Part = TypeVar("Part")
 
 
@@ -70,14 +70,14 @@ class Rivals(NamedTuple):
     """The versions to compare a candidate with."""
 
     production: CandidateModel | None = None
-    best: CandidateModel | None = None  # most accurate former production version, if better than production
+    best: CandidateModel | None = None  # most accurate former production version, if more accurate than production
 
 
 class LabelChanges(NamedTuple):
     """How the labels that a candidate was trained on differ from production's. Labels are sorted."""
 
     lost: Sequence[str]  # production was trained on these labels; the candidate cannot predict them
-    emptied: Sequence[str]  # production was trained on these labels; the candidate has outputs, but no images for them
+    emptied: Sequence[str]  # production was trained on these labels; the candidate was not, but it has outputs for them
     new: Sequence[str]  # only the candidate was trained on these labels
 
 
@@ -133,7 +133,7 @@ def compare(candidate: CandidateModel, production: CandidateModel, images: Valid
 def _select(
     predicted: np.ndarray, labels: Sequence[str], examples: Sequence[Example], chosen: np.ndarray
 ) -> PredictedLabels:
-    """Return the predicted labels of the chosen images (bool [n]). The true labels become the model's class indexes."""
+    """Return the predicted and the true labels of the chosen images (bool [n]) as the model's class indexes."""
     index_of = {label: index for index, label in enumerate(labels)}
     truth = [index_of[row.label] for row, wanted in zip(examples, chosen, strict=True) if wanted]
     return PredictedLabels(predicted[chosen], np.array(truth, np.int64), labels)
@@ -151,9 +151,9 @@ def answers(blocks: Iterable[np.ndarray]) -> Answers:
 
 
 def predict(model: CandidateModel, images: ValidationImages) -> Answers:
-    """Return a model's answers to all validation images. Their probabilities are not kept.
+    """Return a model's answers to all validation images.
 
-    If the features of the model's frozen network are stored, only its head runs.
+    If the features of the model's frozen network are stored, only the model's head runs.
 
     Raises PipelineError if the model cannot be loaded, or if its accuracy on the records would be too low because of
     their size or fit (see `_check_comparable`).
@@ -171,9 +171,12 @@ def predict(model: CandidateModel, images: ValidationImages) -> Answers:
 def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     """Raise PipelineError unless a model of this size (height, width) and fit can be measured on the folder's records.
 
-    The model resizes the records. The result is about the same as for the original files if the records have the same
-    fit and are at least as large as the model's input. Unless the fit is "stretch", the aspect ratio must also be the
-    same: otherwise an image would be padded or cropped twice.
+    The model resizes the records. Its accuracy on the records is about the same as on the original files if three
+    conditions are met:
+    1. The records have the model's fit.
+    2. The records are at least as large as the model's input.
+    3. The records have the aspect ratio of the model's input, or the fit is "stretch". With another fit and aspect
+       ratio, each image would be padded or cropped twice: for the record and for the model.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
@@ -200,8 +203,8 @@ def review(
     `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
     the models.
 
-    If production cannot be used, or the candidate fails in the process, this function does not raise. The review then
-    has the error as text, because the trained model is kept anyway.
+    If production cannot be used, or the candidate fails in the process, the trained model is kept anyway. So this
+    function does not raise PipelineError: the review contains the text of the error.
     """
     process.load(candidate.path)
     candidate = candidate._replace(answers=predict(candidate, images))
@@ -246,7 +249,10 @@ def _benchmark(
     scratch: Path,
     meanwhile: Callable[[], None],
 ) -> ServingBenchmark:
-    """Benchmark a candidate on `sample`, which has the first of the images, and on the original files of the sample."""
+    """Benchmark a candidate on the records and the original files of the first images.
+
+    `sample` has the pixels of these records.
+    """
     assert candidate.answers is not None  # noqa: S101 - `review` has predicted them
     model = "the model" if candidate.version is None else f"version {candidate.version}"
     beside = f" and version {production.version}" if production else ""

@@ -1,7 +1,8 @@
 """Benchmarks a saved model in a clean process: its predictions, load time, latency, throughput and memory.
 
-The process gets only the path of the model, images, and the paths of original files. Times from different machines
-are not comparable, so the same process also times production: the two models predict alternately.
+The process has nothing of the training in memory: it loads the model from its file, as a service does. The process also
+times the production model, because times from different machines are not comparable. The two models predict
+alternately.
 """
 
 import contextlib
@@ -27,21 +28,23 @@ from dgmd_pipeline.training import networks, runtime
 if TYPE_CHECKING:
     import keras
 
-IMAGES = 32  # images that the model predicts: one by one, as one batch, and as one batch made from the original files
-MIN_SINGLES, MAX_SINGLES = 20, 100  # timed predictions of one image by each model
-SECONDS = 1.0  # time for the predictions of one image, unless MIN_SINGLES predictions take longer
-# Predictions are equal if no probability differs by more than TOLERANCE. Small differences occur, because the
-# evaluation may have predicted from stored features, which takes another TensorFlow graph than the whole model.
+IMAGES = 32  # images of a benchmark; the model predicts their records and their original files
+# Each model predicts single images until SECONDS have passed, but at least MIN_SINGLES and at most MAX_SINGLES times.
+MIN_SINGLES, MAX_SINGLES = 20, 100
+SECONDS = 1.0
+# Predictions are equal if no probability differs by more than TOLERANCE. Small differences occur: the process runs the
+# whole model, but the evaluation may run only the head on stored features.
 TOLERANCE = 1e-3
 TIMEOUT_MINUTES = 10
-# Keras imports these libraries if they are installed. The process prevents it, which saves 1.3 CPU seconds and 150 MB.
+# Keras imports these libraries if they are installed. The process prevents the imports. This saves 1.3 CPU seconds and
+# 150 MB.
 UNUSED = ("matplotlib", "pandas", "sklearn")
 
 
 class Process(subprocess.Popen[bytes]):
-    """A process that waits for `load` and then for `benchmark`, once.
+    """A process that loads one model (`load`) and then runs one benchmark (`benchmark`).
 
-    It ends after its `with` block, after `end`, or when its parent ends.
+    It ends after the benchmark, after its `with` block, after `end`, or when its parent ends.
     """
 
     loading = False  # whether `load` was called
@@ -72,9 +75,9 @@ class Process(subprocess.Popen[bytes]):
 class ProductionBenchmark:
     """Production's figures, and the ratios of the model's figures to production's."""
 
-    latency_p50_ms: float  # for one image
+    latency_p50_ms: float  # median time to predict one image
     latency_ratio: float
-    bytes: int  # of the file
+    bytes: int  # size of the file
     size_ratio: float
 
 
@@ -83,24 +86,24 @@ class ServedPredictions:
     """Predictions for original files, compared with those for their records."""
 
     images: int  # files that could be read
-    other_labels: int  # files whose predicted label is not that of their record
-    largest_difference: float  # of a probability, 0 to 1
+    other_labels: int  # files for which the model predicts another label than for their record
+    largest_difference: float  # largest difference of a probability between a file and its record, 0 to 1
 
 
 @dataclass(frozen=True)
 class ServingBenchmark:
     """How a saved model serves."""
 
-    load_seconds: float  # CPU time, without the import of the libraries
-    latency_p50_ms: float  # for one image
+    load_seconds: float  # CPU time to load the model, without the import of the libraries
+    latency_p50_ms: float  # median time to predict one image
     latency_p95_ms: float
-    images_per_second: float  # in batches of `batch`
+    images_per_second: float  # throughput in batches of `batch` images
     batch: int
-    bytes: int  # of the file
+    bytes: int  # size of the model's file
     peak_memory_bytes: int  # of the process, with TensorFlow
     parameters: int
-    predictions_equal: bool  # whether they differ by at most TOLERANCE from the `recorded` ones
-    largest_difference: float  # of a probability, 0 to 1
+    predictions_equal: bool  # whether no probability differs by more than TOLERANCE from the expected one
+    largest_difference: float  # largest difference of a probability from the expected one, 0 to 1
     production: ProductionBenchmark | None = None  # None if there is no production model to time
     served: ServedPredictions | None = None  # None if there were no original files
 
@@ -125,7 +128,7 @@ def benchmark(
 ) -> ServingBenchmark:
     """Benchmark a model in a clean process.
 
-    `process`: from `start_process`; it loads the model (`Process.load`). Each call needs a new process.
+    `process`: a process from `start_process` whose method `load` was called. Each benchmark needs a new process.
     `images`: uint8 [n, height, width, 3].
     `recorded`: the probabilities that are expected for the images, float [n, classes].
     `scratch`: an existing folder for temporary files.

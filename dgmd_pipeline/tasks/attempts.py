@@ -1,7 +1,8 @@
-"""The MLflow run of an attempt to train and register a model, and the file in DATA_DIR that names the attempt.
+"""The MLflow run of an attempt, and the file in DATA_DIR that contains the id of the attempt.
 
-The file exists from the start of a training until its version is registered. A later process reads the file, and
-continues or ends the MLflow run.
+An attempt is a training and the registration of its model. The file exists from the start of the training until the
+version is registered. If the process is interrupted, a later process reads the file, and continues or ends the MLflow
+run.
 """
 
 import logging

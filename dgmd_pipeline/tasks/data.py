@@ -122,8 +122,9 @@ class InspectImages(Step):
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         """Return how many images are new and how many results are reused; "" if this is unknown.
 
-        The last inspection is compared with the listing of the bucket that the planning made, or else with the stored
-        listing. If an operator put the images into `raw/`, the last inspection is compared with the files.
+        The last inspection is compared with a listing of the bucket: with a new listing if the planning made one, or
+        else with the listing that is stored in `raw/`. If an operator put the images into `raw/`, no listing is stored,
+        and the last inspection is compared with the files in `raw/`.
         """
         previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
         listing, objects = self.context.shared(Resources).listing, None
@@ -154,7 +155,7 @@ class InspectImages(Step):
         options = self._map, reserve_memory, self.reusable_folders(), draft / folders.RESUME
         counts = inspection.inspect_folder(raw, record is not None, self._corrections, draft, *options)
         rejected = {reason: count for reason, count in counts["rejected"].items() if reason != manifest.EXCLUDED}
-        _warn_of_rejected(rejected, "files", self.path)  # not of files that corrections.csv excludes
+        _warn_of_rejected(rejected, "files", self.path)  # files that corrections.csv excludes cause no warning
         return StepResult(
             counts={name: value for name, value in counts.items() if name != "new"},
             images=counts["images"],
@@ -165,7 +166,7 @@ class InspectImages(Step):
 
 
 class MapLabels(Step):
-    """Labels -> class indexes. Within one bucket and prefix, labels are only added to the map, never removed."""
+    """Labels -> class indexes. As long as bucket and prefix stay the same, no label is removed from the map."""
 
     name, verb = names.LABEL_MAP, "label"
     params = (*SOURCE, "max_rejected_pcnt", "min_images_per_label")
@@ -269,7 +270,7 @@ class PerSplitStep(Step):
 
     @property
     def _other(self) -> "PerSplitStep":
-        """The same step for the other split. Its folder may contain results for images that have changed the split."""
+        """The same step for the other split. Its folder may have results for images that are now in this split."""
         return type(self)(split=next(split for split in names.SPLITS if split != self.split))
 
     def reusable_folders(self) -> list[Path]:
@@ -296,8 +297,8 @@ class WriteTFRecords(PerSplitStep):
 
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
-    # With this priority, Luigi writes the records of both splits before it extracts features. While the records are
-    # written, a thread builds the backbone.
+    # With this priority, Luigi writes the records of both splits before it extracts features. Meanwhile, a thread
+    # builds the backbone, which the extraction needs.
     priority = 1
     image_params = ("image_width", "image_height", "image_fit")
     params = ("num_shards", *image_params)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dgmd_pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
-REPORT = "report.html"  # of an evaluation
+REPORT = "report.html"  # file name in the folder of an evaluation
 OF_DATA = "system/data/"  # prefix of the names of metrics that count images and labels
 DATA_METRICS = ("images_training", "labels", "images_rejected")
 
@@ -65,7 +65,9 @@ def store(settings: "Settings") -> "Store | None":
 
 
 def missing_version(settings: Any, record: StepRecord) -> str | None:
-    """Return a text if the version that a registration has recorded is no longer in the registry, else None.
+    """Return a text if the registry no longer has the version that `record` names, else None.
+
+    `record` is the record of a registration.
 
     This function does not import MLflow.
     """

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))  # name in MLflow, name in the record of `balanced`
+# End of a metric's name in MLflow, key of the same number in the record of `balanced`.
+BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
 
@@ -54,7 +55,7 @@ class TrainModel(Step):
     )
     runtime_params = (
         *("backbone_weights", "keras_home", "image_width", "image_height", "image_fit", "data_dir"),
-        *("model_name", "mlflow_experiment_name", "mlflow_tracking_uri"),  # where the training is shown
+        *("model_name", "mlflow_experiment_name", "mlflow_tracking_uri"),  # they locate the MLflow run of the training
     )
 
     def requires(self) -> dict[str, Step]:
@@ -73,7 +74,8 @@ class TrainModel(Step):
         """Return the settings that this kind of training uses."""
         from dgmd_pipeline.training import backbones
 
-        # Features are computed from images without augmentation; `cnn` always has the same head.
+        # A frozen backbone has no use for augmentation, because its features are computed from unchanged images. `cnn`
+        # has no choice of head.
         unused = {"augmentation" if backbones.is_frozen(self.settings.backbone) else "head"}
         if not self._fine_tunes():
             unused |= set(FINE_TUNING)
@@ -147,7 +149,7 @@ class EvaluateModel(Step):
     params = ("model_name", "mlflow_tracking_uri")  # they locate the production version for the comparison
     runtime_params = (
         *("backbone", "data_dir", *SOURCE, "max_class_drop", "max_latency_ratio", "allow_lost_labels"),
-        "mlflow_experiment_name",  # experiment with the runs of the registered versions, which the report shows
+        "mlflow_experiment_name",  # the experiment has the figures of the registered versions, for the report
     )
 
     def requires(self) -> dict[str, Step]:
@@ -241,7 +243,7 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """If this training had a version that the registry no longer has, return a text about it, else ""."""
+        """Return a text about an earlier version of this training that the registry no longer has, or else ""."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:
@@ -267,7 +269,7 @@ class RegisterModel(Step):
         if not self.settings.mlflow_tracking_uri:
             disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
             folder = self.settings.data_dir / names.STORE
-            if not folder.exists():  # created in a draft: a database with only some tables is unusable
+            if not folder.exists():  # a draft: if the creation is interrupted, no incomplete database remains
                 with folders.draft(folder) as new:
                     registry_store.create(new)
         found = lookup.store(self.settings)

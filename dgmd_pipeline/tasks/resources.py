@@ -25,7 +25,7 @@ class Resources:
     """Objects that a run keeps in memory between steps."""
 
     listing: "Listing | None" = None  # of the bucket, if planning needed it
-    network: "Callable[[], keras.Model] | None" = None  # waits until the frozen backbone's network is built; returns it
+    network: "Callable[[], keras.Model] | None" = None  # waits for the frozen backbone's network and returns it
     trained: "tuple[str, keras.Model] | None" = None  # fingerprint and model, if this run trained it
     serving: "Process | None" = None  # process of the serving benchmark, if it was started before the evaluation
 
@@ -62,7 +62,7 @@ def start_network_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
 def start_serving_if_idle(context: RunContext, plans: Sequence[StepPlan]) -> None:
     """Start the serving benchmark's process if this run will train or evaluate, and has little work before that.
 
-    Some cores are then idle at the start of the run.
+    Such a run does not need all cores at its start.
     """
     due, missing = _due(context, plans)
     if due & {names.TRAINED_MODEL, names.EVALUATION} and not any(name.startswith(HEAVY) for name in missing):
@@ -70,7 +70,7 @@ def start_serving_if_idle(context: RunContext, plans: Sequence[StepPlan]) -> Non
 
 
 def _due(context: RunContext, plans: Sequence[StepPlan]) -> tuple[set[str], set[str]]:
-    """Return the steps that will run, and those of them that have no folder yet."""
+    """Return two sets: the steps that will run, and the steps that will run and have no folder yet."""
     # If the planning has listed the bucket, a step with the state "maybe" very likely runs.
     listed = context.shared(Resources).listing is not None
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}
@@ -127,7 +127,8 @@ def start_serving_early(context: RunContext) -> None:
     """Start the serving benchmark's process if it is not running yet, so that it is ready after the training.
 
     A run that does not evaluate does not start the process. The start takes 2 CPU seconds. While the process waits, it
-    uses 200 MB of unshared memory. If memory runs out, Linux kills it first, and `serving_process` starts another.
+    uses 200 MB of unshared memory. If memory runs out, Linux kills this process before any other process of the run.
+    Then `serving_process` starts a new one.
     """
     resources = context.shared(Resources)
     all_here = context.holds_lock and names.EVALUATION in context.result.planned  # all steps run in this process

@@ -43,7 +43,8 @@ class ExtractFeatures(PerSplitStep):
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        changed = upstream[0].state == "run" and not upstream[0].reuse  # all records change, for example with IMAGE_FIT
+        # If the records are written without reuse, all of them change, for example because IMAGE_FIT has changed.
+        changed = upstream[0].state == "run" and not upstream[0].reuse
         return "" if changed else super().expected_reuse(upstream)
 
     def work(self, draft: Path) -> StepResult:
@@ -59,7 +60,7 @@ class ExtractFeatures(PerSplitStep):
             shards.check(records, missing.shards)
             previous += self._extract(records, missing, origin, draft / folders.RESUME)
             reuse = feature_store.find_reusable(records, previous, origin)
-        dimensions = reuse.dimensions or int(self._network().output_shape[-1])  # if no image has a vector
+        dimensions = reuse.dimensions or int(self._network().output_shape[-1])  # a split without images has no vector
         feature_store.write(draft, records, reuse, origin, dimensions)
         new, images, counts = len(missing.new), index.images, {"images": index.images, "dimensions": dimensions}
         summary = f"{formatting.describe_reuse(images, 'images', new)}, {dimensions:,} dimensions"

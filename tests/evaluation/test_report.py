@@ -285,8 +285,8 @@ def test_the_comparison_is_shown_in_numbers_with_units(page):
     text = page(comparison=COMPARISON).text
     for words in (
         "same 1,180 validation images", "60 more images were left out", "79.4 %", "78.1 %", "+1.3 points",
-        "+62 / -47", "-0.4 to +3.0 percentage points", "probability of 18.3 %",
-        "3 points worse than production would be found significantly worse on 1,180 images with a probability of 91 %",
+        "+62 / -47", "-0.4 to +3.0 percentage points", "at least as much as here is 18.3 %",
+        "A comparison on 1,180 images would show with a probability of 91 % that this model is significantly worse.",
         "with a probability of 80 % is 2.5 points", "exactly one of the two models is right on 9 %",
         "the observed disagreement", "-25.0 points (75 % \N{RIGHTWARDS ARROW} 50 % of 3)",
         "only this model knows: gone",
@@ -349,7 +349,7 @@ def test_the_report_says_what_is_missing(page):
 
 def test_without_a_comparison_the_detectable_loss_is_based_on_an_assumption(page):
     text = page().text
-    assert "would be found significantly worse on 6 images with a probability of 0 %" in text
+    assert "A comparison on 6 images would show with a probability of 0 % that this model is significantly" in text
     assert "assume that exactly one of the two models is right on 7 %" in text
 
 
