@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         ge=1,
         le=10**6,
         description="Maximum number of images in a training batch. For `cnn`, batches are smaller if an epoch would "
-        "otherwise have fewer than 50 batches. Fine-tuning uses at most 32.",
+        "otherwise have fewer than 50 batches. A batch of fine-tuning has at most 32 images.",
     )
     head: Literal["auto", "linear", "hidden"] = Field(
         "auto",
@@ -233,8 +233,9 @@ class Settings(BaseSettings):
     )
     notify_on: Literal["always", "change", "problem"] = Field(
         "always",
-        description="Events that send a message to `NOTIFY_URL`: `always` (all), `change` (all but `unchanged` runs), "
-        "`problem` (runs that failed, or registered a version that is worse than production).",
+        description="Events that send a message to `NOTIFY_URL`: `always` (all events), `change` (all events "
+        "except runs that changed nothing), `problem` (runs that failed, or registered a version that is worse than "
+        "production).",
     )
     health_max_age: float | None = Field(
         None,
