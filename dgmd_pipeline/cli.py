@@ -29,7 +29,7 @@ ROWS_BETWEEN_COLLECTIONS = 100_000
 
 EXIT_CODES = """exit codes:
   0    success
-  1    health: the last run failed; other commands: a bug of the pipeline
+  1    health: the check failed; other commands: a bug of the pipeline
   2    invalid setting or argument, file-name encoding other than UTF-8, or
        fewer than 256 open files allowed
   10   another run holds DATA_DIR

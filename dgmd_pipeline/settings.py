@@ -240,7 +240,7 @@ class Settings(BaseSettings):
     health_max_age: float | None = Field(
         None,
         gt=0,
-        le=1e6,
+        le=1_000_000,
         description="`health` fails if the last successful run was more than this number of hours ago. For a nightly "
         "schedule, use for example 26. Unset: the time does not matter.",
     )

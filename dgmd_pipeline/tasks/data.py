@@ -142,7 +142,7 @@ class InspectImages(Step):
 
         executor = self.context.executor
         # A Dask scheduler processes 400 pieces a second, and a worker inspects 450 files a second. With 64 files in a
-        # piece, the scheduler could supply only 56 workers. So a cluster gets larger pieces.
+        # piece, the scheduler could supply only about 60 workers. So a cluster gets larger pieces.
         chunk = inspection.PIECE_FILES if executor.is_cluster else inspection.CHUNK
         return self.progress(executor.map(function, files, chunk), len(files), "images")
 
