@@ -43,9 +43,9 @@ def run(
 ) -> int:
     """Run the steps that are not done yet, publish the outcome, and return the exit code.
 
-    `force` names the steps to repeat, and `until` the last step. `start` is the start of the command, by
-    `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the run stops
-    for a reason that an operator can fix.
+    `force` has the names of the steps to repeat. `until` is the name of the last step. `start` is the start of the
+    command, by `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the
+    run stops for a reason that an operator can fix.
     """
     forced = _forced(values, force, until)  # before `try`: an error about an unknown step must not change the status
     result = RunResult()
@@ -107,7 +107,7 @@ def _last_steps(until: str | None) -> list[Step]:
 
 
 def _forced(values: Settings, force: Sequence[str], until: str | None) -> dict[str, str]:
-    """Return the reason for each step that is forced, by the name of its folder."""
+    """Return a dictionary that maps the folder of each forced step to the reason."""
     with activate(RunContext(values)):
         steps = planning.upstream_steps(*_last_steps(until))
         return {step.folder: f"--force {word}" for word in force for step in planning.select_steps(steps, word)}
@@ -236,7 +236,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # With None, the sentences do not suggest promoting the version, because it may already be production.
+    # The version is None, because `summary` otherwise suggests a promotion, and the version may already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 

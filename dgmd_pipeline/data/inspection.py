@@ -134,12 +134,10 @@ def inspect(
     Reasons for a rejection:
 
     - "empty"
-    - "unreadable": the file is not an image in one of `decoding.FORMATS`, is damaged, or cannot be read from the disk;
-      or the process that decoded the file died
+    - "unreadable": not an image in one of `decoding.FORMATS`, damaged, a disk error, or the decoding process died
     - "truncated": the data ends before the image does
     - "too many bytes", "too many scans": see `limits`; checked before decoding
-    - "too many pixels": the image has more than `max_pixels` pixels, or decoding it needs more than `limits.MAX_MEMORY`
-      bytes; checked before decoding
+    - "too many pixels": more than `max_pixels`, or decoding needs over `limits.MAX_MEMORY`; checked before decoding
     - "too little memory": the image needs more memory than `reserve_memory` can provide
     - "too small": the shortest side is below `min_side` pixels
     - "duplicate": the file has the same bytes and the same label as an earlier file (by path), which is used

@@ -148,9 +148,10 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
     instead.) If two hashes have equal bits in a long run, they are likely to be neighbours in the rotation that moves
-    this run to the front. Each hash is paired only with the next eight, so even equal hashes make at most 128 pairs
-    each. Equal hashes are sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are
-    neighbours, and so are 99.9 % of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
+    this run to the front. In each of the sixteen orders, a hash is paired only with the next eight hashes. So the
+    number of pairs is at most 128 times the number of hashes, even if all hashes are equal. Equal hashes are sorted by
+    brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 % of the
+    pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
     Even these neighbours are compared only in two cases. In the first case, one of the two images is not in `known`. In
     the second case, both are in `known`, but an image that was sorted between them has been removed, so they may have
@@ -190,8 +191,8 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     """Return the HASH records of present and removed images in one array, and the position of each image in `hashes`.
 
     A removed image has the position MISSING. The array is in the order of the paths, and removed images are at their
-    old places. So a stable sort keeps the order that the earlier call found, even among images with equal hashes and
-    equal brightness.
+    old places. A stable sort leaves images with equal hashes and equal brightness in the order of the paths. So all
+    images of the earlier call are sorted into the same order as in that call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image, the present position of the nearest image before it that is not removed.

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"  # value of the tag KIND
-SHOWN_AS_TRAINING = "?workflowType=machine_learning"  # end of links, for newer versions of MLflow, which ignore KIND
+# Newer versions of MLflow ignore KIND. Links that end with this text show the pages for a training.
+SHOWN_AS_TRAINING = "?workflowType=machine_learning"
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
@@ -116,7 +117,7 @@ def add_metrics(store: Store, version: RegisteredVersion, metrics: Mapping[str, 
 
 
 def _of_training(state: ModelState, training_id: str) -> list[ModelVersion]:
-    """Return the versions of a training, the version to keep first.
+    """Return the versions of a training. The first one is the version to keep.
 
     Versions in use come before other versions, and older versions come before newer ones.
     """
@@ -184,9 +185,9 @@ def _keep_one_version(client: "MlflowClient", state: ModelState, training_id: st
 
 
 def _keep_one_run(client: "MlflowClient", training_id: str, run_id: str) -> "Run | None":
-    """Delete the surplus runs and models of a training, and return the run `run_id`, which its version uses.
+    """Delete the runs and models of a training, except the run `run_id` and its model. Return this run.
 
-    Returns None if somebody has deleted the run `run_id` permanently.
+    The version of the training uses this run. Returns None if somebody has deleted the run `run_id` permanently.
     """
     from mlflow.exceptions import MlflowException
 

@@ -161,7 +161,7 @@ def _has_credentials(session: "Session") -> bool:
         return credentials is not None
     keys = credentials.get_frozen_credentials()  # sends a request if the profile uses STS or SSO
     for value in (keys.access_key, keys.secret_key, keys.token or "x"):
-        # A key with a copied line end would cause an error of botocore that is about HTTP headers and quotes the key.
+        # If a key ends with a copied line end, botocore's error is about HTTP headers, and it shows the secret key.
         if not value or not value.isascii() or not value.isprintable() or " " in value:
             raise NoUsableInput(
                 f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "

@@ -100,10 +100,10 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # Planning stores the fingerprint of each folder that is done. If this run has locked DATA_DIR, no other process
-        # changes the folders, and each step of this run stores its new fingerprint. So a folder that was planned and
-        # has no fingerprint is not done. If Luigi's own command has started this run, the run has not locked DATA_DIR,
-        # and another process may have run the step. So the folder is examined again.
+        # Planning adds the fingerprint of each folder that is done to `known`, and each step of this run adds its new
+        # fingerprint. If this run has locked DATA_DIR, no other process changes the folders. A planned folder without a
+        # fingerprint in `known` is then not done. If Luigi's own command has started this run, the run has not locked
+        # DATA_DIR, and another process may have run the step. The folder is then examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
@@ -170,7 +170,7 @@ class Step(luigi.Task):
         return super().deps()
 
     def deps(self) -> list["Step"]:
-        """Return the steps that this one needs. They are cached, because Luigi creates them again at each call."""
+        """Return the steps that this one needs. They are cached, because Luigi's own method creates them each time."""
         return self._needed
 
     def output(self) -> StepTarget:
