@@ -1,4 +1,4 @@
-"""Checks the variables that name certificate files, before a library fails on one of them."""
+"""Checks the variables that name certificate files, before a library fails on one of these files."""
 
 import ssl
 from collections.abc import Mapping

@@ -43,9 +43,9 @@ def run(
 ) -> int:
     """Run the steps that are not done yet, publish the outcome, and return the exit code.
 
-    `force` has the names of the steps to repeat. `until` is the name of the last step. `start` is the start of the
-    command, by `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the
-    run stops for a reason that an operator can fix.
+    `force` has the names of the steps to repeat. `until` is the name of the last step. `start` is the value of
+    `time.monotonic()` when the command started. The run reports to the Luigi scheduler at `scheduler_url`. Raises
+    PipelineError if the run stops for a reason that an operator can fix.
     """
     forced = _forced(values, force, until)  # before `try`: an error about an unknown step must not change the status
     result = RunResult()
@@ -236,7 +236,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # The version is None, because `summary` otherwise suggests a promotion, and the version may already be production.
+    # None: with the version, `summary` would suggest a promotion, but the version may already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 
