@@ -83,7 +83,7 @@ def run(
 
 
 def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
-    """End the MLflow run of a training that failed, was stopped, or is not to be registered because of --until."""
+    """End the MLflow run of a training that failed or was stopped, or whose model --until leaves unregistered."""
     if code:
         attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:
@@ -150,7 +150,7 @@ def _finish(values: Settings, context: RunContext, until: str | None, url: str |
 def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]) -> _Ending:
     """Return the ending of a run that wrote the folder of the step `last`.
 
-    If PROMOTE_IF_BETTER is set, this function promotes the version of the run if it is better.
+    If PROMOTE_IF_BETTER is set, this function promotes the version of the run if it is better than production.
     """
     if last != names.REGISTERED_MODEL:
         return _Ending(0, f"{last}: {summary}", [])  # the step has logged this
