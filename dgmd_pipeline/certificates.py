@@ -1,4 +1,4 @@
-"""Checks the variables that name certificate files, before a library fails on one of them."""
+"""Checks the variables that name certificate files, before a library fails on one of these files."""
 
 import ssl
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ FOLDERS_ALLOWED = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CU
 
 
 def mistakes(environment: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each variable that does not name a readable file with certificates in PEM format.
+    """Return a sentence for each variable that is set, but names no readable file with certificates in PEM format.
 
     A variable in FOLDERS_ALLOWED may instead name a folder that is not empty.
     """

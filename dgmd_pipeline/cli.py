@@ -59,18 +59,18 @@ STEPS = "download, inspect, label, balance, split, convert, extract, train, eval
 
 
 def command() -> NoReturn:
-    """Run `main` as this process and exit with its code."""
+    """Run `main`, and end the process with the exit code that `main` returns."""
     gc.set_threshold(ROWS_BETWEEN_COLLECTIONS)
     logs.protect_streams()
     code = main()
     if lost := logs.lost_output():
         print(f"error: {lost}. Lines are missing there.", file=sys.stderr)  # noqa: T201 - the log may be lost, too
-    # A normal exit waits for threads of libraries (up to 9 s were measured) and for TensorFlow's clean-up (1 s).
+    # A normal exit would wait for threads of libraries (up to 9 s were measured) and for TensorFlow's clean-up (1 s).
     os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name and return the exit code."""
+    """Run the command in `arguments`, and return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments, argparse.Namespace(**DEFAULTS))
     options.force = options.force_before + options.force
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[_step_options(common, "force_before")],
     )
     _add_only_if_better(parser)
-    text = "repeat the run, waiting SECONDS between runs; 0 runs once"
+    text = "repeat the run, waiting SECONDS between runs; with 0, run once"
     parser.add_argument("--time", metavar="SECONDS", type=_seconds, help=text)
     parser.set_defaults(command=_run_or_schedule)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -139,7 +139,7 @@ def _add_only_if_better(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """Return a function that reads a number from the command line. Its error says what is `expected`."""
+    """Return a function that reads a number from the command line. The function's error says what is `expected`."""
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):

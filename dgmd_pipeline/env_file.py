@@ -1,4 +1,4 @@
-"""Reads a file of variables, such as `.env`. Its errors name the file and the line of each mistake, but no value."""
+"""Reads a file of variables, such as `.env`. An error states the file and the line of each mistake, but no value."""
 
 import difflib
 import io
@@ -22,8 +22,9 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # except ta
 def read(path: Path, known: Collection[str]) -> str:
     """Check a file and return its text. `known` are the names of the pipeline's variables.
 
-    A warning names each variable that is not in `known`, but is similar to one of these names. Raises FileNotFoundError
-    if there is no file. Raises SettingsError, with one line for each mistake, if the file cannot be read or parsed.
+    Logs a warning about each variable that is not in `known`, but is similar to a name in `known`. Raises
+    FileNotFoundError if there is no file. Raises SettingsError, with one line for each mistake, if the file cannot be
+    read or parsed.
     """
     try:
         text = path.read_text("utf-8")

@@ -16,8 +16,8 @@ LIBRARY_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # 5 retries take about a minute; 7, the default, take four minutes
     "GIT_PYTHON_REFRESH": "quiet",
-    # Pillow keeps two blocks of up to 16 MB for the next image. Without this setting, Pillow allocates new blocks for
-    # every image. The allocation takes a third of the time for writing a record.
+    # Pillow keeps two blocks of up to 16 MB for the next image. Without this setting, Pillow would allocate new blocks
+    # for every image. The allocation would take a third of the time for writing a record.
     "PILLOW_BLOCKS_MAX": "2",
     # mimalloc, pyarrow's own allocator, keeps freed memory. The rows of a million images take 407 MiB with mimalloc,
     # and 336 MiB with the system's allocator.
@@ -26,8 +26,8 @@ LIBRARY_DEFAULTS = {
 # A frozen backbone processes several batches in parallel, each with one thread. This is up to 1.5 times as fast as
 # one batch with all threads (docs/measurements/speed.md).
 FROZEN_DEFAULTS = {"TF_NUM_INTRAOP_THREADS": "1"}
-# Variables that a Dask worker unsets. Dask's nanny, the parent process of a worker, sets MALLOC_TRIM_THRESHOLD_. So
-# freed memory returns to the system sooner. But with this variable, each new large buffer causes page faults, and the
+# Variables that a Dask worker unsets. Dask's nanny, the parent process of a worker, sets MALLOC_TRIM_THRESHOLD_. With
+# this variable, freed memory returns to the system sooner. But each new large buffer causes page faults, and the
 # conversion of an image takes twice the CPU time. Memory need not return sooner, because the processes of a worker end
 # with the run.
 DASK_VARIABLES = ("MALLOC_TRIM_THRESHOLD_",)
@@ -66,5 +66,5 @@ def provide_temporary_folder(folder: Path) -> None:
         tempfile.gettempdir()
     except FileNotFoundError:
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder.absolute())
-        # Without this variable, Matplotlib warns if the home folder is not writable either.
+        # Without this variable, Matplotlib would warn if the home folder is not writable either.
         os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.tempdir}/matplotlib")

@@ -20,7 +20,7 @@ MAX_NAME = 256  # maximum length of a name in MLflow's database, in characters
 SHOWN = 200  # maximum number of characters of a value that an error shows
 # Memory that each pixel of an image in a batch needs at least, in bytes. The value lies between two figures. A float32
 # image alone takes 12 bytes a pixel. The training of `cnn` took 180 bytes a pixel: batches of 64 images were compared
-# with batches of 32 images, each of 256 x 192 pixels.
+# with batches of 32 images. Each image had 256 x 192 pixels.
 PIXEL_BYTES = 40
 FROZEN_BATCH = 16  # images that a frozen backbone processes at once, in each thread
 

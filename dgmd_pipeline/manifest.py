@@ -48,7 +48,7 @@ class Image(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An image for training or validation, which balancing has kept."""
+    """An image that balancing has kept, for training or validation."""
 
     path: str  # below raw/
     label: str
@@ -119,7 +119,7 @@ class ShardIndex(NamedTuple):
     fit: Fit
     images: int
     bytes: int  # of all shards
-    records_sha256: str  # of RECORDS, 64 hexadecimal digits
+    records_sha256: str  # of the file RECORDS, 64 hexadecimal digits
     shards: list[Shard]  # in the order of their records
 
 
@@ -134,7 +134,7 @@ _SUSPICIOUS = frozenset("=+-@\uff1d\uff0b\uff0d\uff20' ")
 def is_system_file(path: str) -> bool:
     """Return whether a part of a path (separated by "/") is in SYSTEM_NAMES, or begins with a dot.
 
-    The parts "." and ".." are not names.
+    The parts "." and ".." do not count, although they begin with a dot.
     """
     if path.startswith(".") or "/." in path:
         return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
@@ -175,8 +175,8 @@ def write(path: Path, kind: type[Row], rows: Iterable[Row]) -> int:
 
 
 # Maximum number of texts that `read` remembers. If a text is equal to a remembered one, both share one object.
-# Neighbouring rows have the same label, and most rows have `group` equal to `sha256`. So a million Examples take 0.3 GB
-# of memory instead of 0.5.
+# This saves memory, because neighbouring rows have the same label, and in most rows, `group` is equal to `sha256`: a
+# million Examples take 0.3 GB of memory instead of 0.5.
 _SHARED = 1000
 
 
@@ -331,7 +331,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_shard_index(folder: Path) -> ShardIndex:
-    """Return the index of a folder of TFRecord shards. Raises PipelineError if it is missing or cannot be read."""
+    """Return the index of a folder of TFRecord shards.
+
+    Raises PipelineError if the index is missing or cannot be read.
+    """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -351,7 +354,7 @@ def read_shard_index(folder: Path) -> ShardIndex:
 def read_records(folder: Path) -> "np.ndarray":
     """Return the RECORD of each record in a folder of TFRecord shards, mapped from disk.
 
-    Raises PipelineError if the file is missing or damaged.
+    Raises PipelineError if the file RECORDS is missing or damaged.
     """
     import numpy as np
 
@@ -366,7 +369,10 @@ def read_records(folder: Path) -> "np.ndarray":
 
 
 def positions_of(wanted: "np.ndarray", known: "np.ndarray") -> "np.ndarray":
-    """Return the position of each of `wanted` in `known`, or MISSING: int64 [n]. Both arrays have the same type."""
+    """For each value of `wanted`, return its position in `known`, or MISSING: int64 [n].
+
+    Both arrays have the same type.
+    """
     import numpy as np
 
     if not len(known):

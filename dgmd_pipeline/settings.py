@@ -1,7 +1,7 @@
 """Reads the environment into a frozen `Settings`, which declares every variable with type, default, range and meaning.
 
-No other module reads settings from the environment. `load` also exports the variables of a `.env` file to the libraries
-that read the environment themselves (boto3, MLflow), and sets defaults for them.
+No other module reads settings from the environment. Some libraries (boto3, MLflow) read the environment themselves. For
+these libraries, `load` exports the variables of a `.env` file, and sets default values.
 """
 
 import getpass
@@ -23,7 +23,8 @@ from dgmd_pipeline.errors import SettingsError
 from dgmd_pipeline.registry.database import check_driver
 from dgmd_pipeline.workflow import machine
 
-# A function that prepares the environment of a Dask worker. The worker has one thread, so FROZEN_DEFAULTS suit it.
+# A function that prepares the environment of a Dask worker. FROZEN_DEFAULTS make TensorFlow use one thread for a batch.
+# This suits a worker, because a worker has one thread.
 provide_worker_defaults = partial(
     environment.provide, environment.LIBRARY_DEFAULTS | environment.FROZEN_DEFAULTS, environment.DASK_VARIABLES
 )
@@ -34,7 +35,7 @@ UNSET_IF_EMPTY = (*certificates.VARIABLES, "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE")
 
 
 class Settings(BaseSettings):
-    """The settings of a run. A field is named like its variable, in lower case. docs/configuration.md lists them."""
+    """The settings of a run (see docs/configuration.md). A field is named like its variable, in lower case."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -49,7 +50,7 @@ class Settings(BaseSettings):
     aws_data_bucket: str = Field("dgmd-s17-assets", min_length=1, description="Bucket that contains the images.")
     aws_data_path: str = Field(
         "train/downloaded-images",
-        description="Folder in the bucket that contains the images, as `<AWS_DATA_PATH>/<label>/<file>`. `/` is the "
+        description="Folder in the bucket. The images are the objects `<AWS_DATA_PATH>/<label>/<file>`. `/` is the "
         "whole bucket.",
     )
     refresh: bool = Field(
@@ -69,8 +70,8 @@ class Settings(BaseSettings):
         ge=1,
         le=10**6,
         description="Maximum size of a class, as a multiple of the mean class size, for example 1.15. Larger classes "
-        "are reduced to it. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the imbalance. On every "
-        "measured data set, models were more accurate without a limit.",
+        "are reduced to this maximum size. Unset: no class is reduced, and only `CLASS_WEIGHTS` corrects the "
+        "imbalance. On every measured data set, models were more accurate without a limit.",
     )
     validation_pcnt: float = Field(
         0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
@@ -89,7 +90,7 @@ class Settings(BaseSettings):
     )
     backbone: str = Field(
         "EfficientNetV2-B1",
-        description="A frozen network of `keras.applications`, or `cnn`, a small network trained from scratch.",
+        description="A frozen network of `keras.applications`, or `cnn` (a small network trained from scratch).",
     )
     backbone_weights: str = Field(
         "imagenet",
@@ -215,14 +216,15 @@ class Settings(BaseSettings):
     )
     luigi_scheduler_url: str | None = Field(
         None,
-        description="Address of a Luigi scheduler (`luigid`), for example `http://luigid:8082`. Its page then shows "
-        "the run.",
+        description="Address of a Luigi scheduler (`luigid`), for example `http://luigid:8082`. The scheduler's web "
+        "page shows the run.",
     )
     dask_scheduler_address: str | None = Field(
         None,
-        description="Address of a Dask scheduler, for example `tcp://dask-scheduler:8786` or `tls://host:8786`. Its "
-        "workers then run the steps `download`, `inspect`, `convert` and `extract`. Unset: processes on this machine "
-        "run them. Dask itself reads its other variables (`DASK_...`) and its configuration files.",
+        description="Address of a Dask scheduler, for example `tcp://dask-scheduler:8786` or `tls://host:8786`. "
+        "The workers of this scheduler run the steps `download`, `inspect`, `convert` and `extract`. Unset: processes "
+        "on this machine run these steps. Dask itself reads its other variables (`DASK_...`) and its configuration "
+        "files.",
     )
     luigi_config_path: Path | None = Field(
         None, description="Luigi configuration file. Only the address of the scheduler is read from it."
@@ -320,7 +322,7 @@ def mlflow_variables() -> dict[str, str]:
 
 
 def operator() -> str:
-    """Return "user@host" for the history of promotions: MLflow's user if one is set, else the system's."""
+    """Return "user@host" for the history of promotions: MLflow's user if one is set, else the operating system's."""
     try:
         user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
     except (KeyError, OSError):  # in a container, the user may have no name
@@ -366,7 +368,8 @@ def load(path: str | Path | None = None) -> Settings:
         raise SettingsError("\n".join(problems))
     from dgmd_pipeline.training.backbones import is_frozen
 
-    # FROZEN_DEFAULTS would slow fine-tuning, which trains on one batch at a time.
+    # FROZEN_DEFAULTS make TensorFlow use one thread for a batch. This would slow fine-tuning, which trains on one batch
+    # at a time.
     if is_frozen(settings.backbone) and settings.fine_tune == "none":
         environment.provide(environment.FROZEN_DEFAULTS)
     if settings.dask_scheduler_address:  # paths are sent to workers, which have another working directory

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def compare(values: "Settings", one: str, other: str, as_json: bool) -> None:
-    """Compare two versions on the validation images in DATA_DIR that neither was trained on."""
+    """Compare two versions on those validation images in DATA_DIR that neither version was trained on."""
     from dgmd_pipeline.evaluation import review, serving_benchmark
     from dgmd_pipeline.training import runtime
 
@@ -63,7 +63,10 @@ def _as_json(reviewed: "Review") -> dict[str, object]:
 
 
 def _neutral(value: object) -> object:
-    """Rename keys, because the second version may not be production: `production_accuracy` becomes `other_accuracy`."""
+    """Rename keys, because the second version need not be production.
+
+    For example, `production_accuracy` becomes `other_accuracy`.
+    """
     if isinstance(value, dict):
         return {
             f"other_{name.removeprefix('production_')}" if name.startswith("production_") else name: _neutral(item)

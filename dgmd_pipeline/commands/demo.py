@@ -1,4 +1,4 @@
-"""The command `demo`: serves a small real data set at a local S3 endpoint and runs the pipeline on it.
+"""The command `demo`: serves a small real data set at a local S3 endpoint and runs the pipeline on this data set.
 
 The 1,797 handwritten digits of scikit-learn (E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
 UCI Machine Learning Repository, 1998) become image files of mixed formats and sizes. The bucket has the defects of real
@@ -40,7 +40,8 @@ SETTINGS = {
     "SEED": "7",  # makes the result repeatable on the same CPU; docs/measurements/training.md compares seeds
 }
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
-# No warning names these variables of the caller: they do not change what the commands after the demo do.
+# The warning about the caller's variables leaves out these variables, because they do not change what the commands
+# after the demo do.
 HARMLESS = ("KERAS_HOME", "TZ", "GIT_REVISION")
 # The demo keeps only this setting of the caller, because it does not change the result.
 KEPT = "DASK_SCHEDULER_ADDRESS"
@@ -171,7 +172,7 @@ def _fill_bucket(mark_ready: bool = False) -> None:
 
 
 def _objects() -> Iterator[tuple[str, bytes]]:
-    """Yield the key relative to the prefix and the content of each object."""
+    """Yield each object: its key, which is relative to the prefix, and its content."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

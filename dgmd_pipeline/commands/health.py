@@ -32,7 +32,7 @@ class Health(NamedTuple):
     problems: list[str]  # sentences
 
     def as_json(self) -> dict[str, object] | None:
-        """Return what `health --json` prints: the last status, and the active run, the next run and the problems."""
+        """Return what `health --json` prints: the last status, the active run, the next run and the problems."""
         if not (self.last or self.running or self.next_run or self.problems):
             return None
         running = self.running and {

@@ -75,7 +75,7 @@ def start(stream: TextIO, verbose: bool, colours: bool = False, times: bool = Tr
     Lines begin with the time if `times` is set. A terminal shows warnings and errors in colour if `colours` is set.
     """
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # else a line with a file name that is not UTF-8 is lost
+        stream.reconfigure(errors="backslashreplace")  # else a line with a file name that is not UTF-8 would be lost
     handler = logging.StreamHandler(stream)
     lines = _Lines("%(asctime)s %(message)s" if times else "%(message)s")
     handler.setFormatter(_TerminalLines(colours, times) if stream.isatty() else lines)
@@ -105,12 +105,12 @@ class _Lines(logging.Formatter):
 
 
 class _TerminalLines(_Lines):
-    """Begins a message with the time of day if `times` is set, and wraps it between words.
+    """Wraps a message between words. If `times` is set, the message begins with the time of day.
 
     A record may have one of these attributes:
     `table`: the line is a row of a table. The value is the column at which the last cell begins. The row gets no time.
     `verbatim`: the lines are for copying. They get no time and are not wrapped.
-    `result`: the line is the result of a run. It is bold.
+    `result`: the line is the result of a run. The line is bold.
     """
 
     STYLES = ((logging.ERROR, "31"), (logging.WARNING, "33"))  # codes of SGR: red and yellow

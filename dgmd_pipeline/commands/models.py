@@ -28,7 +28,7 @@ class ModelRow:
     accuracy: float | None  # on the validation images, 0 to 1
     difference: float | None  # accuracy minus the accuracy of the version `compared_with`
     compared_with: int | None
-    verdict: str | None  # "better", "no difference", "worse", "first", "not compared"; None in older versions
+    verdict: str | None  # "better", "no difference", "worse", "first", "not compared"; None: from an older pipeline
     failed: list[str]  # conditions for a promotion that the version failed in its own run
     # Median time for one image. It is not comparable between versions: each version was measured at another time, and
     # perhaps on another machine.

@@ -29,7 +29,7 @@ def tell(values: "Settings", what: status.Status) -> None:
 
 def post(url: str, body: Mapping[str, object]) -> None:
     """Send `body` as JSON by POST. A failure is logged as a warning, without the URL's path, which may be a secret."""
-    # In a thread, because a socket's timeout does not cover the look-up of the host's name.
+    # The request is made in a thread, because a socket's timeout does not cover the look-up of the host's name.
     thread = threading.Thread(target=_post, args=(url, body), daemon=True)
     thread.start()
     thread.join(TIMEOUT)

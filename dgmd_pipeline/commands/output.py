@@ -25,7 +25,7 @@ SHOWN_LABELS = 10
 
 
 def print_review(name: str, entry: ModelVersion, other: int | None, review: "Review", decision: gates.Decision) -> None:
-    """Print a version's comparison with another one, its serving benchmark, the conditions and the verdict."""
+    """Print the review of a version: comparison with another version, serving benchmark, conditions and verdict."""
     comparison = review.comparison
     print(f"{name} version {entry.version}, run {entry.run_id}")
     print_table([
@@ -90,7 +90,10 @@ def _print_labels(classes: "Sequence[ClassComparison]", versions: str) -> None:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a question, unless `yes` is set. Raises Declined if the answer is no, SettingsError without a terminal."""
+    """Ask a question, unless `yes` is set.
+
+    Raises Declined if the answer is no. Raises SettingsError if stdin is not a terminal.
+    """
     if yes:
         return
     if not sys.stdin.isatty():

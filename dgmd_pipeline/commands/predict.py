@@ -37,7 +37,7 @@ class Prediction(TypedDict):
 def predict(values: "Settings", files: Sequence[Path], version: str, form: Format) -> None:
     """Classify image files, and the files in folders, with a registered version. Print labels and probabilities.
 
-    A warning names each file or folder that cannot be read, with the reason. If there was a warning, raises
+    For each file or folder that cannot be read, a warning gives the reason. If there was a warning, raises
     NoUsableInput after printing the predictions.
     """
     paths, unreadable = _find(files)
@@ -109,7 +109,10 @@ def _print_predictions(predictions: list[Prediction], form: Format) -> None:
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files in `paths` and in its folders, and the unreadable paths. Warn about each unreadable path."""
+    """Return the files to classify, and the unreadable paths. Warn about each unreadable path.
+
+    Each of `paths` is a file, or a folder that contains files.
+    """
     files: list[Path] = []
     unreadable: list[Path] = []
     for path in paths:

@@ -82,8 +82,8 @@ def promote(values: "Settings", version: str, yes: bool, force: bool, reason: st
 def promote_if_better(values: "Settings", version: int) -> str:
     """Make a version production if it is better than production and meets all conditions; return a sentence.
 
-    It never promotes the first version. It never promotes a version that was production before, because an operator may
-    have rolled it back.
+    This function never promotes the first version. It never promotes a version that was production before, because an
+    operator may have rolled that version back.
     """
     store, state = versions.read_registry(values)
     candidate = versions.select_version(state, str(version))
@@ -115,7 +115,7 @@ def _decide(
 
 
 def _with_labels(known: "Review", store: Store, model: "CandidateModel", now: ModelVersion, folder: Path) -> "Review":
-    """Add to a review how the labels of the version and of production differ. No run records this difference."""
+    """Add to a review how the labels of the version and of production differ. Runs do not record this difference."""
     from dgmd_pipeline.evaluation import review
 
     try:
@@ -222,11 +222,11 @@ def _reviewed(
     state: ModelState,
     folder: Path,
 ) -> "Review":
-    """Return the review that a version's run recorded if it is complete, otherwise a new review.
+    """If a version's run recorded a complete review, return this review, otherwise a new one.
 
     A review is complete if it has the serving benchmark and, if there is a production version, the comparison with this
     production version. A new review needs the validation images in DATA_DIR. Without these images, the incomplete
-    review is returned. If the run has no file of a review, the returned review contains only an error.
+    review is returned. If the run lacks a file of its review, the returned review contains only an error.
     """
     from dgmd_pipeline.evaluation import review, serving_benchmark
 
@@ -263,7 +263,7 @@ def _reviewed(
 
 
 def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion | None, folder: Path) -> "Review":
-    """Return the review in `folder`. Keep its comparison only if the other version is `now`, the production version."""
+    """Return the review in `folder`. Keep the comparison only if it was made with `now`, the production version."""
     from dgmd_pipeline.evaluation import review
 
     recorded = review.read(folder)

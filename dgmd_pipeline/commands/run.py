@@ -43,9 +43,9 @@ def run(
 ) -> int:
     """Run the steps that are not done yet, publish the outcome, and return the exit code.
 
-    `force` has the names of the steps to repeat. `until` is the name of the last step. `start` is the start of the
-    command, by `time.monotonic`. The run reports to the Luigi scheduler at `scheduler_url`. Raises PipelineError if the
-    run stops for a reason that an operator can fix.
+    `force` has the names of the steps to repeat. `until` is the name of the last step. `start` is the value of
+    `time.monotonic()` when the command started. The run reports to the Luigi scheduler at `scheduler_url`. Raises
+    PipelineError if the run stops for a reason that an operator can fix.
     """
     forced = _forced(values, force, until)  # before `try`: an error about an unknown step must not change the status
     result = RunResult()
@@ -83,7 +83,7 @@ def run(
 
 
 def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
-    """End the MLflow run of a training that failed, was stopped, or is not to be registered because of --until."""
+    """End the MLflow run of a training that failed or was stopped, or whose model --until leaves unregistered."""
     if code:
         attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:
@@ -150,7 +150,7 @@ def _finish(values: Settings, context: RunContext, until: str | None, url: str |
 def _ending(values: Settings, last: str, summary: str, counts: Mapping[str, Any]) -> _Ending:
     """Return the ending of a run that wrote the folder of the step `last`.
 
-    If PROMOTE_IF_BETTER is set, this function promotes the version of the run if it is better.
+    If PROMOTE_IF_BETTER is set, this function promotes the version of the run if it is better than production.
     """
     if last != names.REGISTERED_MODEL:
         return _Ending(0, f"{last}: {summary}", [])  # the step has logged this
@@ -236,7 +236,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # The version is None, because `summary` otherwise suggests a promotion, and the version may already be production.
+    # None: with the version, `summary` would suggest a promotion, but the version may already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 

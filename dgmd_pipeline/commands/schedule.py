@@ -77,7 +77,7 @@ def last_status(values: "Settings") -> status.Status | None:
 def _report(values: "Settings", code: int, seconds: float, published: bool, until: str | None) -> None:
     """Log a failed run. If the run was killed or could not start, publish a status for it.
 
-    `published`: whether the run has published its own status. In this case, this function publishes none.
+    `published`: whether the run has published its own status. If it has, this function publishes none.
     """
     from dgmd_pipeline.commands import run
 
@@ -117,7 +117,10 @@ def every(seconds: float) -> Iterator[datetime]:
 
 
 def zone(name: str | None) -> tzinfo:
-    """Return the time zone named by `TZ`, or the system's. Raises SettingsError for an unknown name."""
+    """Return the time zone `name` (the value of TZ), or the system's time zone if `name` is empty.
+
+    Raises SettingsError if `name` is unknown.
+    """
     if not name:
         try:  # `astimezone()` would return today's offset, which is wrong after the next clock change
             with Path("/etc/localtime").open("rb") as file:
@@ -131,7 +134,7 @@ def zone(name: str | None) -> tzinfo:
 
 
 def run_on_schedule(command: Sequence[str], times: Iterable[datetime], ended: Callable[[int, float], None]) -> None:
-    """Run `command` at each of the times, until a signal.
+    """Run `command` at each of the times, until a signal arrives.
 
     After each run, calls `ended` with the exit code (-N if signal N killed the run) and the duration in seconds.
     """

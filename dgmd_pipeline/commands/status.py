@@ -1,4 +1,4 @@
-"""Reads and writes `status.json` in DATA_DIR, the outcome of the last run. The health check reads it."""
+"""Reads and writes `status.json`, the file in DATA_DIR with the outcome of the last run. The health check reads it."""
 
 import json
 import signal
@@ -42,7 +42,7 @@ class Status:
     step: str | None = None  # the step that failed
     until: str | None = None  # the value of --until
     last_success: str | None = None  # end of the last run with exit code 0: ISO 8601, UTC
-    dashboard: str | None = None  # address of the dashboard of the Dask cluster, if the run used one
+    dashboard: str | None = None  # address of the dashboard of the Dask cluster, if the run used a cluster
 
     @property
     def is_good(self) -> bool:
@@ -68,7 +68,7 @@ def write(status: Status, data_dir: Path) -> None:
         draft.write_text(text, "utf-8")
     except OSError:
         draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # the old status is outdated, and a full disk needs its space for the new status
+        path.unlink(missing_ok=True)  # the old status is outdated, and its removal makes space on a full disk
         draft.write_text(text, "utf-8")
     draft.replace(path)
 
@@ -84,8 +84,8 @@ def read(data_dir: Path) -> Status | None:
 def last(data_dir: Path, model: str) -> Status | None:
     """Return the last run's status; None if no run has ended yet. Raises OSError if a file cannot be read.
 
-    A killed run has not written a status, so this function makes a status of the run, with `model`. Its `ended` is the
-    start of the run, because the end is unknown.
+    A killed run has not written a status, so this function makes one for the run and for `model`. In this status,
+    `ended` is the start of the run, because the end is unknown.
     """
     known, run = read(data_dir), lock.last_run(data_dir)
     if run and run.killed and (known is None or known.ended < run.started):

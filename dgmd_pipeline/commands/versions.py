@@ -50,7 +50,7 @@ def _repaired(store: Store, state: ModelState) -> ModelState:
 
 
 def select_version(state: ModelState, word: str) -> ModelVersion:
-    """Return the version that a number or an @alias names. Raises NoUsableInput if there is none."""
+    """Return the version whose number or @alias is `word`. Raises NoUsableInput if there is none."""
     for version in state.versions:
         if str(version.version) == word or (word.startswith("@") and word[1:] in version.aliases):
             return version
