@@ -1,4 +1,4 @@
-"""The steps and their dependencies. Only this package names step folders.
+"""The steps and their dependencies. Only this package contains the names of step folders.
 
 This command runs the pipeline with the settings of the environment:
 

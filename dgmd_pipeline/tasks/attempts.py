@@ -23,7 +23,7 @@ RESUMED = "attempt"  # file in the folder of checkpoints; it names the attempt t
 
 
 def begin(settings: Any, resume_dir: Path, run_name: str) -> "LiveRun | None":
-    """Open the MLflow run of a training, or continue it; None if there is no MLflow store yet.
+    """Open the MLflow run of a training, or continue it. Return None if there is no MLflow store yet.
 
     If an earlier training was never registered, its MLflow run is ended.
     """

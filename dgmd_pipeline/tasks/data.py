@@ -70,7 +70,7 @@ class DownloadImages(Step):
         return listing.list_objects(s3, *source, listing.ignores_case(self.path.parent))
 
     def check_upstream(self, record: StepRecord | None) -> UpstreamChange | None:
-        """Compare the folder with a new listing of the bucket if REFRESH is set."""
+        """If REFRESH is set, compare the folder with a new listing of the bucket."""
         from dgmd_pipeline.s3 import client, sync
 
         if record is None and (self.settings.refresh or self.name in self.context.forced):
@@ -142,7 +142,8 @@ class InspectImages(Step):
 
         executor = self.context.executor
         # A Dask scheduler processes 400 pieces a second, and a worker inspects 450 files a second. With 64 files in a
-        # piece, the scheduler could supply only about 60 workers. So a cluster gets larger pieces.
+        # piece (CHUNK), the scheduler could hand out 25,600 files a second, which is enough for only about 60 workers.
+        # So a cluster gets larger pieces.
         chunk = inspection.PIECE_FILES if executor.is_cluster else inspection.CHUNK
         return self.progress(executor.map(function, files, chunk), len(files), "images")
 
@@ -193,7 +194,7 @@ class MapLabels(Step):
         return {name: value for name, value in declared.items() if not (by_hand and name in SOURCE)}
 
     def _known(self) -> list[str]:
-        """Return the labels of the existing map, by class index; [] if the map is missing or has another source."""
+        """Return the existing map's labels, sorted by class index; [] if the map is missing or has another source."""
         from dgmd_pipeline.data import labels
 
         record, mapping, now = read_record(self.path), self.path / "mapping.json", self.declared_settings()
@@ -297,8 +298,8 @@ class WriteTFRecords(PerSplitStep):
 
     name, verb, format_version = names.TFRECORD, "convert", 4
     keeps_pieces = True
-    # With this priority, Luigi writes the records of both splits before it extracts features. Meanwhile, a thread
-    # builds the backbone, which the extraction needs.
+    # With this priority, Luigi writes the records of both splits before it extracts features. While the records are
+    # written, a thread builds the backbone, which the extraction needs.
     priority = 1
     image_params = ("image_width", "image_height", "image_fit")
     params = ("num_shards", *image_params)

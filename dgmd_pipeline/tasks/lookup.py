@@ -88,7 +88,7 @@ def missing_version(settings: Any, record: StepRecord) -> str | None:
 def missing_registration(settings: "Settings") -> str | None:
     """Return a sentence if the registry no longer has the version that is recorded in DATA_DIR, else None."""
     record = read_record(settings.data_dir / names.REGISTERED_MODEL)
-    if record is None or record.settings != settings.public(record.settings):  # the next run registers anyway
+    if record is None or record.settings != settings.public(record.settings):  # the next run registers a version anyway
         return None
     text = missing_version(settings, record)
     return f"{text}: the next run registers the training again." if text else None
@@ -179,7 +179,7 @@ def promotion_limits(settings: "Settings") -> "Limits":
 
 
 def validation_images(settings: "Settings") -> "ValidationImages | None":
-    """Return the validation images in DATA_DIR; None if there are none, or their records are outdated."""
+    """Return the validation images in DATA_DIR; None if there are none, or if their records are outdated."""
     from dgmd_pipeline.evaluation import review
 
     records = settings.data_dir / f"{names.TFRECORD}_validation"

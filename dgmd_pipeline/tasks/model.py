@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-# End of a metric's name in MLflow, key of the same number in the record of `balanced`.
+# Pairs: the end of a metric's name in MLflow, and a key in the record of `balanced`. The metric is the sum of the
+# numbers that the record has for the labels under this key.
 BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
@@ -101,7 +102,7 @@ class TrainModel(Step):
         return StepResult(counts=trained.counts, images_processed=processed, summary=trained.summary)
 
     def _data(self) -> "TrainingData":
-        """Collect the data for the training, and check the records that it reads."""
+        """Collect the data for the training, and check the records that the training reads."""
         from dgmd_pipeline.data import labels, shards
         from dgmd_pipeline.training.train import TrainingData
 
@@ -243,7 +244,7 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """Return a text about an earlier version of this training that the registry no longer has, or else ""."""
+        """If the registry no longer has an earlier version of this training, return a text that says so, else ""."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:
@@ -251,7 +252,7 @@ class RegisterModel(Step):
         return ""
 
     def _finish_run(self, place: "Store", version: "RegisteredVersion", start: float) -> None:
-        """Log the duration of the registration, and show a link to the run on the page of a Luigi scheduler."""
+        """Log the duration of the registration. On the page of a Luigi scheduler, show a link to the MLflow run."""
         from dgmd_pipeline.registry import registration
 
         try:
@@ -318,7 +319,7 @@ class RegisterModel(Step):
 
 
 def _recorded_settings(records: Mapping[str, StepRecord], others: Json | None = None) -> Json:
-    """Return the settings that the folders were made with, plus `others`, by the names of the variables."""
+    """Return a dictionary: environment variable -> value, for the settings in `records` and for `others`."""
     found = [record.settings for record in records.values()] + [others or {}]
     return {name.upper(): value for each in found for name, value in each.items()}
 
@@ -333,7 +334,7 @@ def _run_name(model: str, started: str) -> str:
 
 
 def _description(found: "Summary", version: int, report: str) -> str:
-    """Return the description of a version in Markdown."""
+    """Return the Markdown description of a version."""
     from dgmd_pipeline.evaluation import summary
 
     return "\n\n".join(summary.sentences(found, report, version))

@@ -70,7 +70,7 @@ def start_serving_if_idle(context: RunContext, plans: Sequence[StepPlan]) -> Non
 
 
 def _due(context: RunContext, plans: Sequence[StepPlan]) -> tuple[set[str], set[str]]:
-    """Return two sets: the steps that will run, and the steps that will run and have no folder yet."""
+    """Return two sets: the steps that will run, and those of these steps that have no folder yet."""
     # If the planning has listed the bucket, a step with the state "maybe" very likely runs.
     listed = context.shared(Resources).listing is not None
     due = {plan.step for plan in plans if plan.state == "run" or (listed and plan.state == "maybe")}

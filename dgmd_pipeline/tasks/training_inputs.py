@@ -43,7 +43,7 @@ class ExtractFeatures(PerSplitStep):
         return {"weights": backbones.weights_fingerprint(self.settings.backbone_weights)}
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        # If the records are written without reuse, all of them change, for example because IMAGE_FIT has changed.
+        # If no record is reused, for example because IMAGE_FIT has changed, all records change.
         changed = upstream[0].state == "run" and not upstream[0].reuse
         return "" if changed else super().expected_reuse(upstream)
 
@@ -82,7 +82,7 @@ class ExtractFeatures(PerSplitStep):
         return [piece.target for piece in pieces]
 
     def _compute(self, pieces: "Sequence[Piece]") -> Iterator[int]:
-        """Compute and write the vectors of the pieces. After each write, yield the number of written vectors."""
+        """Compute and write the vectors of the pieces. After each write, yield how many vectors it wrote."""
         from dgmd_pipeline.training import extraction, features
         from dgmd_pipeline.workflow.executors import in_threads
 

@@ -37,7 +37,7 @@ CHECK_TIMEOUT = 60.0  # seconds that a worker may take to check itself
 # Seconds without any worker, after which a run fails. Dask's option distributed.scheduler.no-workers-timeout, if it is
 # set, is used instead.
 NO_WORKERS_TIMEOUT = 120.0
-ANSWER_TIMEOUT = 30.0  # seconds that the scheduler has to answer
+ANSWER_TIMEOUT = 30.0  # seconds that the scheduler may take to answer
 SILENCE = 300.0  # seconds without a result, after which a warning is logged
 # A run fails if it loses the connection to the scheduler more than MAX_LOSSES times without any result in the meantime.
 # A run also fails if the scheduler does not answer MAX_LOSSES requests in a row.
@@ -146,9 +146,9 @@ class ClusterExecutor:
 
         If a process dies while it works on an item, another process tries the item again. If that process dies, too,
         the item's result is a WorkerDied.
-        If a Dask worker is lost, the scheduler gives its piece to another worker, up to `allowed-failures`
-        times (3 by default). If the scheduler is restarted, the run submits all unfinished pieces again. So two
-        workers may do the same piece, even at the same time.
+        If a Dask worker is lost, the scheduler gives its piece to another worker, up to `allowed-failures` times (3 by
+        default). If the scheduler is restarted, the run submits all unfinished pieces again. In both cases, the first
+        worker may still be working on its piece. So two workers may do the same piece, even at the same time.
         Raises what `function` raises, and PipelineError if the cluster cannot do a piece.
         """
         self.connect()
@@ -187,7 +187,7 @@ class ClusterExecutor:
         )
 
     def close(self) -> None:
-        """Cancel the pieces under way and disconnect. The executor of each Dask worker ends after its current piece."""
+        """Cancel the pieces under way and disconnect. Each Dask worker ends its executor after its current piece."""
         reachable = self._reachable()
         client, self._client = self._client, None
         if client is None:
@@ -322,7 +322,7 @@ def _configure_logging() -> None:
 
 
 def _warn_of_open_network(address: str) -> None:
-    """Warn of an address without TLS that is neither on this machine nor in a private network."""
+    """Warn if the address has no TLS and is neither on this machine nor in a private network."""
     parts = urlsplit(address)
     if parts.scheme in ("tls", "wss") or not parts.hostname:
         return

@@ -26,7 +26,7 @@ _pools: dict[str, ProcessExecutor] = {}
 
 
 class Job(NamedTuple):
-    """What a worker needs to know about the run that sends it pieces. It contains no secret."""
+    """What a worker needs to know about the run that sends it pieces. A Job contains no secret."""
 
     id: str
     data_dir: Path
@@ -90,7 +90,7 @@ def do_piece(job: bytes, content: bytes, dask_worker: DaskWorker) -> bytes:
     """Do a piece, and return its pickled outcome.
 
     The outcome is a tuple: whether the piece succeeded, its results or the exception, and the seconds that it took.
-    `job` is the pickled Job, `content` the pickled function and items.
+    `job` is the pickled Job. `content` is a pickled tuple: the function, and the list of items.
     """
     start = time.monotonic()
     try:

@@ -111,7 +111,7 @@ def _explain(error: OSError, place: Path, data_dir: Path, what: str) -> str | No
     shown = str(place) if len(str(place)) <= SHOWN else f"{str(place)[:SHOWN]}..."
     if place == SHARED_MEMORY:
         remedy = (
-            "Worker processes need shared memory there: free space, and mount it writable (in Docker: no `--ipc none`)."
+            "Worker processes need shared memory there. Free space, and mount it writable (in Docker: no `--ipc none`)."
         )
     elif number == errno.ENOENT:
         return _explain_missing(place, data_dir, what) if named else None

@@ -38,7 +38,7 @@ class Executor(Protocol):
         """Return the number of workers as text, for the progress of a step; "" without a cluster."""
 
     def usage(self) -> str:
-        """Return a line about the work of the cluster, shown when the run ends; "" if no cluster did any work."""
+        """Return a line for the end of the run: how much work the cluster did; "" if no cluster did any work."""
 
     def close(self) -> None:
         """End the work, even if it is unfinished."""
@@ -58,9 +58,9 @@ class ProcessExecutor:
 
         The defaults are the number of cores and the memory that this process may use in its machine or container.
 
-        The workers get half of the memory. The other half is for this process, which may load TensorFlow meanwhile.
-        Each worker needs memory even without an item. The number of workers is limited, so that the workers' half has
-        room for the largest item. If this half is small, three quarters of it are kept free for items instead.
+        The workers get half of the memory. The other half is for this process, which may load TensorFlow.
+        Each worker needs memory even without an item. The number of workers is limited, so that a part of the workers'
+        half stays free for items. This part is `worker.LARGEST_ITEM`, or three quarters of the half if that is less.
         """
         budget = (memory or machine.memory()) // 2
         room = min(worker.LARGEST_ITEM, budget * 3 // 4)
@@ -75,10 +75,10 @@ class ProcessExecutor:
         """Yield `function(item)` in the order of the items. A worker gets `chunk` items at a time.
 
         If a worker dies while it works on an item, all workers are started again, and the item is tried a second time.
-        During the second attempt, no worker works on any other item, because other items may take the memory that the
-        item needs. If the worker of the second attempt dies, too, the item's result is a WorkerDied. If a timer for
-        processor time ends a worker, there is no second attempt, and the result of the worker's item is a WorkerDied.
-        After a restart of the workers, other items may be processed again.
+        During the second attempt, no worker works on any other item, because another item could take the memory that
+        this item needs. If the worker of the second attempt dies, too, the item's result is a WorkerDied. If a timer
+        for processor time ends a worker, there is no second attempt, and the result of the worker's item is a
+        WorkerDied. After a restart of the workers, other items may be processed again.
         Raises what `function` raises, and PipelineError if workers do not start. An executor can have only one open
         iterator at a time.
         """

@@ -17,7 +17,7 @@ EXISTS = (errno.EEXIST, errno.ENOTEMPTY)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 # Files that a warning has already reported as damaged: device and inode of the folder, name of the file.
 _damaged: set[tuple[int, int, str]] = set()
-# Device, inode, size and time of modification of a file -> its SHA-256.
+# Device, inode, size and modification time of a file -> SHA-256 of the file.
 _checksums: dict[tuple[int, int, int, int], str] = {}
 
 
@@ -52,7 +52,7 @@ def warn_of_damage(path: Path, consequence: str) -> None:
 
 
 def link(source: Path, target: Path, temporary: Path) -> None:
-    """Create `target` as a hard link to a file, or as a copy if that is impossible.
+    """Create `target` as a hard link to `source`, or as a copy if a hard link is impossible.
 
     A copy is first written to `temporary`, on the same disk, and then renamed. So `target` is never incomplete.
     Raises OSError.
@@ -68,7 +68,7 @@ def link(source: Path, target: Path, temporary: Path) -> None:
 
 @contextlib.contextmanager
 def commit(target: Path) -> Iterator[Path]:
-    """Provide a new folder, which is renamed to `target` when the block succeeds, and removed when it fails.
+    """Provide a new folder, which is renamed to `target` when the block succeeds, and removed when the block fails.
 
     Several attempts may run at the same time, even on several machines. The first that succeeds becomes `target`. The
     folders of the others are removed. Raises OSError.
@@ -95,8 +95,8 @@ def attempts(target: Path) -> list[Path]:
 def sync(folder: Path) -> None:
     """Write the files of a folder to the disk, so that a power cut does not leave them empty.
 
-    Calls `syncfs`, which writes everything that is unwritten on the folder's file system, or `sync` on systems without
-    it. docs/decisions/0026-folders-survive-a-power-cut.md compares `syncfs` with one `fsync` for each file.
+    Calls `syncfs`, which writes all unwritten data of the folder's file system. On a system without `syncfs`, calls
+    `sync`. docs/decisions/0026-folders-survive-a-power-cut.md compares `syncfs` with one `fsync` for each file.
     Raises OSError.
     """
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)

@@ -142,7 +142,7 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 
 def sweep(data_dir: Path, done: Iterable[str]) -> None:
-    """Remove the drafts of the steps in `done`, because nothing will resume them."""
+    """Remove the drafts of the steps in `done`, because no run will resume these drafts."""
     for name in done:
         disk.remove(_beside(data_dir / name)[0])
 

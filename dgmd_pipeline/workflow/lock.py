@@ -111,7 +111,7 @@ def _acquire(file: FileIO) -> bool:
 
 def _write(path: Path, text: str) -> None:
     # Errors do not matter, because the lock does not depend on the text. The text is written before the file is
-    # shortened. Otherwise, another process could read an empty file, which means that no run holds the lock.
+    # shortened. Otherwise, another process could read an empty file and conclude that no run holds the lock.
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_WRONLY)
         try:

@@ -11,8 +11,8 @@ PLACES = "luigi.cfg or client.cfg in the working directory or in /etc/luigi, or 
 def load(named: Path | None = None) -> str | None:
     """Import Luigi, discard its configuration, and return the address of the scheduler in the file `named`.
 
-    Luigi reads its configuration when it is imported. A file that was written for other pipelines could set several
-    worker processes, time limits or task limits. They would make a run of this pipeline fail.
+    Luigi reads its configuration when it is imported. A file that was written for other pipelines could set time
+    limits, task limits or more than one worker process. Such settings would make a run of this pipeline fail.
     Raises SettingsError if a file cannot be read, or if the file `named` does not exist.
     """
     if named and not named.is_file():

@@ -39,7 +39,7 @@ def memory(root: Path = Path("/")) -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPU quota of this process's control groups in cores; None without a quota.
+    """Return the CPU quota, in cores, of this process's control groups; None without a quota.
 
     `root` is the folder that contains `proc` and `sys`. Both versions of control groups are read.
     """
@@ -53,7 +53,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the memory limit of this process's control groups in bytes; None if no limit is found.
+    """Return the memory limit, in bytes, of this process's control groups; None if no limit is found.
 
     `root` is the folder that contains `proc` and `sys`. Version 1 of control groups always reports a number. If there
     is no limit, this number is larger than the memory of any machine.

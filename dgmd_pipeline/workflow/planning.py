@@ -72,7 +72,7 @@ def upstream_steps(*last: "Step") -> list["Step"]:
 def select_steps(steps: Iterable["Step"], word: str) -> list["Step"]:
     """Return the steps with this verb or folder name.
 
-    Raises a SettingsError that lists all steps if no step has that verb or name.
+    If no step has that verb or name, raises a SettingsError that lists all steps.
     """
     steps = list(steps)
     found = [step for step in steps if word in (step.verb, step.folder)]
@@ -113,7 +113,7 @@ def _without_outdated_numbers(plan: StepPlan) -> StepPlan:
 
 
 def _step_plan(step: "Step", upstream: list[StepPlan], planned: Sequence[str]) -> StepPlan:
-    """Return the plan of a step from the plans of its inputs. `planned` has the names of all earlier steps."""
+    """Return the plan of a step, based on the plans of its inputs. `planned` has the names of all earlier steps."""
     name, path = step.folder, folders.current_path(step.path)
     record = success_file.read_record(path)
     known = step.context.result.fingerprints.get(name)

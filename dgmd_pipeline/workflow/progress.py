@@ -28,7 +28,8 @@ def progress(
 
     `what` names the work, and `unit` names the units. `count` returns how many units an item has (by default, 1).
     `size` returns the bytes of an item. With `size`, the speed in MB/s is also shown.
-    `report` is called about once a second with the percentage that is done and a text, for example "40 of 80 images".
+    `report` is called about once a second. Its arguments are the percentage of finished units and a text, for example
+    "40 of 80 images".
     `note` returns a text that is also shown. The text may be empty.
     """
     done = volume = 0

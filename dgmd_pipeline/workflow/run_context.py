@@ -35,7 +35,7 @@ class RunResult:
     planned: set[str] = field(default_factory=set)  # step folders that have been examined
     # Records of the steps that did work in this run, in the order in which the steps ran.
     records: list[StepRecord] = field(default_factory=list)
-    summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of its work in words
+    summaries: dict[str, str] = field(default_factory=dict)  # step folder -> the result of the step in words
     failure: BaseException | None = None
     failed_step: str | None = None
     dashboard: str | None = None  # address of the cluster's page, if the run used a cluster
@@ -63,7 +63,7 @@ class RunContext:
         return f"{self.name}-{digest(self.settings.public())[:8]}"
 
     def shared(self, kind: type[Shared]) -> Shared:
-        """Return the object of this class that all steps of the run share. The first call creates the object."""
+        """Return the object of class `kind`, which all steps of the run share. The first call creates the object."""
         if kind not in self._shared:
             self._shared[kind] = kind()
         return self._shared[kind]
@@ -96,7 +96,7 @@ def provide_default(make: Callable[[], RunContext]) -> None:
 
 @contextlib.contextmanager
 def activate(context: RunContext) -> Iterator[RunContext]:
-    """Make a context the current one within the block."""
+    """Within the block, `current` returns this context."""
     global _active  # noqa: PLW0603
     before, _active = _active, context
     Register.clear_instance_cache()  # otherwise, Luigi would return the task objects of an earlier run

@@ -56,7 +56,7 @@ class ReportingScheduler:
         return call
 
     def get_work(self, **named: object) -> dict[str, object]:
-        """Return the next task of the local scheduler, and show it as running on the page."""
+        """Return the next task of the local scheduler, and report to the remote scheduler that this task runs."""
         work = self._local.get_work(**named)
         if task_id := work.get("task_id"):
             add_task = getattr(self._remote, "add_task")  # noqa: B009 - Luigi creates the method at run time

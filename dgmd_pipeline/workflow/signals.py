@@ -24,7 +24,7 @@ GRACE, ENDING = 3.0, 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []  # numbers of the signals that have arrived since `handle_signals` began
 _deferring: list[None] = []  # one entry for each `deferred` block that the main thread is in
-# Functions that are called with the signal before the process is ended.
+# Functions that are called with the number of the signal before the process is ended.
 before_end: list[Callable[[int], None]] = []
 
 

@@ -156,7 +156,7 @@ class Step(luigi.Task):
         return DeclaredSettings(self.context.settings, self.params + self.runtime_params)
 
     def requires(self) -> dict[str, "Step"]:
-        """Return the steps that this one needs, by the name that `work` uses for them."""
+        """Return a dictionary: name that `work` uses for an input -> step that writes this input."""
         return {}
 
     @classmethod
@@ -208,7 +208,7 @@ class Step(luigi.Task):
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Return a text for the plan: what the step will reuse from its folder; "" if nothing or if this is unknown."""
+        """Return a text for the plan: what the step will reuse from its folder; "" for "nothing" and for "unknown"."""
         return ""
 
     def describe_draft(self, kept: Path) -> str:
@@ -256,7 +256,7 @@ class Step(luigi.Task):
         return [] if self._forced() else [*self._finished_folders(), *folders.pieces(self.path)]
 
     def _finished_folders(self) -> list[Path]:
-        """Return the step's folder and the one that it has replaced, if they exist and have the current format."""
+        """Return the step's folder and the replaced folder, each only if it exists and has the current format."""
         records = {path: read_record(path) for path in folders.versions(self.path)}
         return [path for path, record in records.items() if record and record.format == self.format_version]
 

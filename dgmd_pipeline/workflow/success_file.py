@@ -17,7 +17,7 @@ SUCCESS = "_SUCCESS"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The content of `_SUCCESS`. The names of its fields are keys of that file."""
+    """The content of `_SUCCESS`. Each field has the name of its key in the file."""
 
     step: str  # name of the folder
     format: int  # `Step.format_version` of the code that wrote the folder
@@ -78,7 +78,7 @@ def walk(folder: Path) -> FoundFiles:
 
 
 class Reason(NamedTuple):
-    """Why a step has its state in the plan; `str` returns it as text."""
+    """Why a step has its state in the plan; `str` returns the reason as text."""
 
     kind: Literal["missing", "unreadable", "external", "forced", "setting", "format", "input", "upstream", "waiting"]
     name: str = ""  # name of the setting or input; for "forced", "upstream" and "waiting", a text instead

@@ -152,10 +152,10 @@ def _initialize(budget: Budget) -> None:
     global _budget  # noqa: PLW0603 - a worker has one budget
     # Ctrl-C sends SIGINT to the whole process group. Workers ignore it: the parent decides when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A new process ignores the signals that its parent ignores. Workers must not ignore these.
+    # A new process ignores the signals that its parent ignores. Workers must not ignore these three.
     for number in (signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    # If memory runs out, Linux kills a worker and not the parent. The parent continues without the item.
+    # Make Linux kill a worker, and not the parent, if memory runs out. The parent continues without the item.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
     _budget = budget
