@@ -22,8 +22,8 @@ BalanceCounts = TypedDict("BalanceCounts", {"before": dict[str, int], "after": d
 def write_balanced(images: Path, indexes: Mapping[str, int], limit: float | None, folder: Path) -> BalanceCounts:
     """Write the rows that `balance` keeps, and the weights of the classes, into `folder`, and return the counts.
 
-    `images` is a CSV file of `Image` rows. The written rows are in the same order. `indexes` maps each label to its
-    class index. `limit` is as in `balance`.
+    `images` is a CSV file of `Image` rows. The written rows are in the order of this file. `indexes` maps each label
+    to its class index. `limit` is as in `balance`.
     """
     numbers = columns.LabelNumbers()
     found = [numbers.of(batch["label"]) for batch in manifest.read_columns(images, Image, "label")]
@@ -91,7 +91,7 @@ def balance(classes: np.ndarray, limit: float | None, hashes: Iterable[pa.Record
 
 
 def count_classes(classes: np.ndarray) -> dict[int, int]:
-    """Return the number of images by class index, in the order of each class's first image."""
+    """Return class index -> number of images, in the order of each class's first image."""
     found, first, counts = np.unique(classes, return_index=True, return_counts=True)
     order = np.argsort(first)
     return dict(zip(found[order].tolist(), counts[order].tolist(), strict=True))
@@ -100,7 +100,7 @@ def count_classes(classes: np.ndarray) -> dict[int, int]:
 def class_weights(counts: Mapping[int, int]) -> dict[int, float]:
     """Return class index -> weight: the inverse square root of the class size, scaled to a mean of 1 over the images.
 
-    `counts` are the numbers of images by class index.
+    `counts` maps each class index to its number of images.
 
     The inverse of the class size itself would give every class the same total weight. If the imbalance is mild, such
     weights lower the accuracy by up to 0.8 points, compared with no weights (docs/measurements/head.md). The square

@@ -20,14 +20,14 @@ _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 class UnknownRange(ValueError):
-    """Neither the header nor the values of a file show which values are black and white."""
+    """Neither the header nor the values of a file show which value is black and which value is white."""
 
 
 def load(image: PIL.Image.Image) -> str:
     """Decode the current frame, and return its raw mode: Pillow's name for the type of the samples in the file.
 
-    Examples are "L;2" and "RGB;16B"; "" means that Pillow gives none. Pillow forgets the raw mode when it decodes an
-    image. Raises one of `decoding.DAMAGED`.
+    Examples are "L;2" and "RGB;16B"; "" means that Pillow gives no raw mode. Pillow forgets the raw mode when it
+    decodes an image. Raises one of `decoding.DAMAGED`.
     """
     tile = next(iter(getattr(image, "tile", ())), None)
     samples = ""

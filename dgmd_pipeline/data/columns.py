@@ -93,7 +93,7 @@ class LabelNumbers(dict[bytes, int]):
 
     @property
     def names(self) -> list[str]:
-        """The labels, by their number."""
+        """The labels in the order of their numbers."""
         return [manifest.decode(label) for label in self]
 
 
@@ -109,7 +109,8 @@ def count_labels(path: Path) -> Counter[str]:
 def ranks(purpose: str, names: Iterable[bytes]) -> np.ndarray:
     """Return a pseudo-random rank of each name: uint64 [names, 2].
 
-    A rank is the first half of the SHA-256 of the purpose and the name. The first column has its high 64 bits.
+    A rank is the first half of the SHA-256 of the purpose and the name. The first column has the high 64 bits of the
+    rank.
     """
     prefix = f"{purpose} ".encode()
     halves = bytearray()

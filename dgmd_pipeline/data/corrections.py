@@ -37,7 +37,7 @@ class Corrected(NamedTuple):
 
 
 def read(path: Path) -> dict[str, str]:
-    """Return the label, or EXCLUDE, of each key in the file; {} if there is no file.
+    """Return a dictionary that maps each key in the file to its label or EXCLUDE; {} if there is no file.
 
     The file is UTF-8, with or without a byte order mark. In the tables that the pipeline writes, an apostrophe precedes
     text that looks like a formula. This function removes the apostrophe from keys and labels that were copied from such

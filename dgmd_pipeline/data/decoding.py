@@ -65,7 +65,7 @@ def open_rgb(path: Path, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image
 
 
 def read_rgb(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Image:
-    """Return the image in the content of a file as RGB (see `to_rgb`).
+    """Decode the content of an image file, and return the image as RGB (see `to_rgb`).
 
     Call it from one thread at a time: `guard` changes settings of the process.
     Raises PIL.Image.DecompressionBombError, before decoding, if the image has more than `max_pixels` pixels or exceeds
@@ -78,9 +78,9 @@ def read_rgb(data: bytes, max_pixels: int = limits.MAX_PIXELS) -> PIL.Image.Imag
 
 
 def thumbnails(raw: Path, paths: Mapping[int, str], size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Return thumbnails of the images at `paths` (key -> path below `raw`), by key.
+    """Return key -> thumbnail of the image. `paths` is key -> path of the image file below `raw`.
 
-    Each is uint8 [height, width, 3] and fits into `size` (width, height). Unreadable files are omitted.
+    Each thumbnail is uint8 [height, width, 3] and fits into `size` (width, height). Unreadable files are omitted.
     """
     found = {}
     for key, path in paths.items():

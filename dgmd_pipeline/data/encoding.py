@@ -49,9 +49,9 @@ def encode(
 def resize(image: PIL.Image.Image, width: int, height: int, fit: "Fit") -> np.ndarray:
     """Return an RGB image resized to `width` x `height` pixels, bilinear and antialiased: uint8 [height, width, 3].
 
-    "stretch" changes the aspect ratio. "letterbox" keeps it and adds black bars. "crop" keeps it and cuts off two
-    edges. The widths of bars and edges are whole numbers of pixels of `image`. `keras.layers.Resizing` adds the same
-    bars with `pad_to_aspect_ratio`, and cuts off the same edges with `crop_to_aspect_ratio`.
+    The fit "stretch" changes the aspect ratio. "letterbox" keeps it and adds black bars. "crop" keeps it and cuts off
+    two edges. The widths of bars and edges are whole numbers of pixels of `image`. `keras.layers.Resizing` adds the
+    same bars with `pad_to_aspect_ratio`, and cuts off the same edges with `crop_to_aspect_ratio`.
 
     The resizing has two passes. One pass changes the width, and the other pass changes the height. Raises
     PIL.Image.DecompressionBombError if the first pass would produce more than `limits.MAX_PIXELS` pixels.

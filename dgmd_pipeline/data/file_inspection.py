@@ -14,7 +14,7 @@ from dgmd_pipeline.errors import TooLittleMemory
 from dgmd_pipeline.manifest import Image, RawFile, Rejected
 
 MIN_SIDE = 8  # pixels; the smallest images known to be worth training on are 8 x 8 digits
-_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a larger JPEG is decoded at a reduced size of at least this
+_DRAFT_SIZE = (8 * THUMBNAIL_SIZE, 8 * THUMBNAIL_SIZE)  # a larger JPEG is decoded at a reduced size, but not below this
 
 
 class TemporaryRejection(NamedTuple):
@@ -29,7 +29,10 @@ Result = Outcome | TemporaryRejection
 def inspect_file(
     file: RawFile, raw: Path, reserve_memory: limits.ReserveMemory, min_side: int, max_pixels: int
 ) -> Result:
-    """Read, hash and decode a file of `raw`. See `inspection.inspect` for the arguments and reasons for rejection."""
+    """Read, hash and decode a file of `raw`.
+
+    `inspection.inspect` explains the arguments and the reasons for a rejection.
+    """
     path = raw / file.path
     try:
         if not path.is_file():  # reading a named pipe would block forever
@@ -69,15 +72,15 @@ def _decode(data: bytes, reserve_memory: limits.ReserveMemory) -> tuple[str, tup
         orientation = decoding.read_orientation(image)
         size = decoding.oriented_size(image.size, orientation)
         draft = image.draft("RGB", _DRAFT_SIZE)
-        # libjpeg rounds the reduced size up to whole pixels. `draft[1]` is the box with the exact size. Without it, the
-        # thumbnail of a copy in another size would be shifted.
+        # libjpeg rounds the reduced size up to whole pixels. `draft[1]` is the box with the exact size. Without this
+        # box, the thumbnail of a copy in another size would be shifted.
         rgb = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
         thumbnail = rgb.resize(square, bilinear, draft and draft[1])
         return "JPEG", size, decoding.apply_orientation(thumbnail, orientation)
 
 
 def _explain(error: Exception, data: bytes, caught: list[warnings.WarningMessage]) -> tuple[str, str]:
-    """Return the reason and the detail of a rejection, given the error and the warnings while the file was decoded."""
+    """Return the reason and the detail of a rejection, given the error and the warnings of the decoding."""
     if isinstance(error, limits.TooManyScans):
         return "too many scans", str(error)
     if isinstance(error, PIL.Image.DecompressionBombError):

@@ -99,12 +99,15 @@ def version(path: Path, etag: str | None) -> str | None:
 
 
 def describe(size: int, changed: object) -> str:
-    """Return the version of a file of `size` bytes with this ETag or time of the last change."""
+    """Return the version of a file of `size` bytes. `changed` is its ETag, or the time of its last change."""
     return f"{size} {changed}"
 
 
 def count_unchanged(folder: Path, versions: Mapping[str, str | None]) -> int:
-    """Return how many files of `versions` (path -> version) have a result in `folder`; 0 if it cannot be read."""
+    """Return how many files of `versions` (path -> version) have a result in `folder`.
+
+    Returns 0 if the results cannot be read.
+    """
     try:
         return sum(versions.get(row.path) == row.version for row in manifest.read(folder / FILES, InspectedFile))
     except PipelineError:

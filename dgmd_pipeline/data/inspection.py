@@ -55,10 +55,9 @@ def inspect_folder(
 ) -> InspectionCounts:
     """Inspect the files of `raw`, write `images.csv` and `rejected.csv` into `folder`, and return the counts.
 
-    If `raw` was `downloaded`, the files in its listing are inspected; otherwise, all files in its subfolders.
-    `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory`, `previous` and `pieces` are as in
-    `inspect`.
-    Raises NoUsableInput if there are no files.
+    If `raw` was `downloaded`, the files in its listing are inspected. Otherwise, all files in its subfolders are
+    inspected. `corrected_labels` comes from `corrections.read`; `map`, `reserve_memory`, `previous` and `pieces` are as
+    in `inspect`. Raises NoUsableInput if there are no files.
     """
     etags = _etags(raw) if downloaded else {}
     files = [_raw_file(path) for path in etags] if downloaded else list(find(raw))
@@ -122,7 +121,7 @@ def inspect(
 
     - `map` works like the builtin. It may call its function in other processes. It yields the results in order, and a
       WorkerDied for a file whose process died.
-    - `reserve_memory` is entered with the bytes that an image needs while it is decoded. It may raise TooLittleMemory.
+    - `reserve_memory` is entered with the number of bytes that decoding an image needs. It may raise TooLittleMemory.
     - `etags` maps the path of each downloaded file to its ETag.
     - `previous` are folders of earlier inspections of this `raw`. The result for a file is reused if the file's version
       (see `inspected_files.version`) is the same.
@@ -140,7 +139,7 @@ def inspect(
     - "too many pixels": more than `max_pixels`, or decoding needs over `limits.MAX_MEMORY`; checked before decoding
     - "too little memory": the image needs more memory than `reserve_memory` can provide
     - "too small": the shortest side is below `min_side` pixels
-    - "duplicate": the file has the same bytes and the same label as an earlier file (by path), which is used
+    - "duplicate": the file has the same bytes and the same label as a file with an earlier path, and that file is used
     - "conflict": files with the same bytes have several labels; none of these files is used
 
     If the corrections give exactly one new label to files with the same bytes, all of these files get this label.
@@ -218,7 +217,7 @@ def expect(
 def check_rejected(usable: Mapping[str, int], rejected: Iterable[Rejected], limit: float, report: Path) -> None:
     """Raise NoUsableInput if more than `limit` (0..1) of the files of any label could not be decoded.
 
-    `usable` is the number of usable images by label.
+    `usable` maps each label to its number of usable images.
 
     A file could not be decoded if its reason is in `UNDECODABLE`. Duplicates, conflicts and small images count as
     decoded. Excluded files and rows without a label do not count at all. `report` is the path of `rejected.csv`.
@@ -244,7 +243,7 @@ def _raw_file(path: str) -> RawFile:
 
 
 def _etags(raw: Path) -> dict[str, str]:
-    """Return the ETag of each downloaded file, by its path."""
+    """Return path -> ETag of each downloaded file."""
     return {source.path: source.etag for source in manifest.read(raw / manifest.LISTING, manifest.SourceObject)}
 
 
@@ -294,7 +293,7 @@ def _keep(
 
     PIECE_FILES results at a time are stored in a new folder in `pieces`, together with the versions of their files.
     """
-    remaining, run = iter(results), uuid.uuid4().hex[:8]  # `run` keeps pieces of earlier runs from being replaced
+    remaining, run = iter(results), uuid.uuid4().hex[:8]  # because of `run`, no piece of an earlier run is replaced
     for first in range(0, len(files), PIECE_FILES):
         each = slice(first, first + PIECE_FILES)
         found = list(islice(remaining, len(files[each])))

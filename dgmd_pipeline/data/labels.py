@@ -48,12 +48,12 @@ def write_label_map(counts: Mapping[str, int], known: Sequence[str], minimum: in
 def assign(counts: Mapping[str, int], known: Sequence[str], minimum: int) -> list[LabelRow]:
     """Assign class indexes to labels.
 
-    `known` are the labels of the earlier label map, by class index. They keep their indexes. New labels get the next
-    indexes, in alphabetical order.
+    `known` are the labels of the earlier label map, in the order of their class indexes. These labels keep their
+    indexes. New labels get the next indexes, in alphabetical order.
 
-    `counts` are the numbers of usable images by label. A label with fewer than `minimum` images is not used: it keeps
-    its index if it is in `known`, and gets no index otherwise. The rows are in the order of their indexes. Rows without
-    an index come last. Raises NoUsableInput if fewer than two labels can be used.
+    `counts` maps each label to its number of usable images. A label with fewer than `minimum` images is not used: it
+    keeps its index if it is in `known`, and gets no index otherwise. The rows are in the order of their indexes. Rows
+    without an index come last. Raises NoUsableInput if fewer than two labels can be used.
     """
     used = {label for label, count in counts.items() if count >= minimum}
     if len(used) < 2:
@@ -93,7 +93,7 @@ def write_mapping(path: Path, labels: Sequence[str]) -> None:
 
 
 def read_mapping(path: Path) -> list[str]:
-    """Return the labels by class index.
+    """Return the labels in the order of their class indexes.
 
     Raises PipelineError unless the file maps "0", "1", ... without gaps to different labels.
     """

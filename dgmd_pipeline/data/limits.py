@@ -11,13 +11,14 @@ import PIL.Image
 
 from dgmd_pipeline.errors import WorkerDied
 
-MAX_PIXELS = 100_000_000  # a usual photograph has 12 megapixels; phones take up to 200
+MAX_PIXELS = 100_000_000  # a usual photograph has 12 megapixels; photographs of phones have up to 200
 # Largest size of a file. The whole file is read into memory. 100 megapixels as an uncompressed 16-bit TIFF are 600 MB.
 MAX_BYTES = 500_000_000
 # Bytes that a file and the decoding of its image may need. 100 megapixels need 0.9 GB as a JPEG and 1.7 GB as a WebP.
 MAX_MEMORY = 1_250_000_000
 # Scans of a JPEG. libtiff has the same limit. libjpeg writes 10 scans for colours and 18 for CMYK. mozjpeg writes at
-# most 12, and Photoshop 5. Decoding a scan of 100 megapixels takes at least 0.04 s, even if the scan is empty.
+# most 12 scans, and Photoshop writes at most 5 scans. Decoding a scan of 100 megapixels takes at least 0.04 s, even if
+# the scan is empty.
 MAX_SCANS = 100
 # Seconds of processor time. The slowest files within the other limits, such as a JPEG of 100 megapixels in 100 scans,
 # take 5 s.

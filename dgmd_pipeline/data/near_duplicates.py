@@ -33,7 +33,7 @@ _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 HASH = np.dtype(
     [
         ("sha256", "S32"),  # of the image file
-        ("path", "S16"),  # the first half of the SHA-256 of its path
+        ("path", "S16"),  # the first half of the SHA-256 of the file's path
         ("hash", "<u8"),  # see `_hash`
         ("brightness", "<i8"),
     ]
@@ -41,7 +41,7 @@ HASH = np.dtype(
 
 
 class Known(NamedTuple):
-    """Hashes and pairs of near-duplicates that an earlier call of `group` has found."""
+    """What an earlier call of `group` has found: the hashes of its images, and the pairs of near-duplicates."""
 
     hashes: np.ndarray  # HASH [n], in the order of the images
     copies: np.ndarray  # int64 [m, 2], sorted: pairs of positions of near-duplicates whose hashes are neighbours
@@ -126,7 +126,8 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
     Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
     the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares each
     coefficient with the median instead. With that rule, noise alone decides the bits of a flat image. The hashes of
-    resized and re-encoded copies differ by at most 3 bits in 95 % of the pairs, and by at most 5 in 99 %.
+    resized and re-encoded copies differ by at most 3 bits in 95 % of the pairs, and by at most 5 bits in 99 % of the
+    pairs.
     """
     hashes = np.empty(len(positions), np.uint64)
     brightness = np.empty(len(positions), np.int64)
@@ -149,13 +150,13 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
     instead.) If two hashes have equal bits in a long run, they are likely to be neighbours in the rotation that moves
     this run to the front. In each of the sixteen orders, a hash is paired only with the next eight hashes. So the
-    number of pairs is at most 128 times the number of hashes, even if all hashes are equal. Equal hashes are sorted by
-    brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 % of the
-    pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
+    number of pairs is at most 16 x 8 = 128 times the number of hashes, even if all hashes are equal. Equal hashes are
+    sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 %
+    of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
-    Even these neighbours are compared only in two cases. In the first case, one of the two images is not in `known`. In
-    the second case, both are in `known`, but an image that was sorted between them has been removed, so they may have
-    become neighbours. The call that returned `known` has compared all other neighbours.
+    Even two neighbours with similar hashes are compared only in two cases. In the first case, at least one of the two
+    images is not in `known`. In the second case, both are in `known`, but an image that was sorted between them has
+    been removed, so they may have become neighbours. The call that returned `known` has compared all other neighbours.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
@@ -195,7 +196,7 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     images of the earlier call are sorted into the same order as in that call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
-    # For each removed image, the present position of the nearest image before it that is not removed.
+    # For each removed image: the present position of the nearest remaining image before it.
     after = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[removed]
     places = np.concatenate([np.arange(len(hashes)), after])
     order = np.argsort(places, kind="stable")
@@ -206,7 +207,7 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
 def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, right_size: np.ndarray) -> np.ndarray:
     """Return which pairs of thumbnails (uint8 [n, 16, 16, 3]) show the same image: bool [n].
 
-    The sizes are the widths and heights of the images [n, 2], in pixels.
+    `left_size` and `right_size` are the widths and heights of the images, in pixels: [n, 2].
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). A copy that was made smaller is
     blurred, so it differs from its original by a multiple of the image's Laplacian. The part of the difference that is
@@ -214,9 +215,9 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     digits, is not such a multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. JPEG blocks, and
-    the rounding of the size to whole pixels, change an image of 32 pixels a lot, and an image of 300 pixels hardly at
-    all. Photographs of two items of an industrial product differ only a little more than copies do: two solar cells of
-    300 pixels differ by at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md).
+    the rounding of the size to whole pixels, change an image of 32 pixels a lot. They hardly change an image of 300
+    pixels. Photographs of two items of an industrial product differ only a little more than copies do: two solar cells
+    of 300 pixels differ by at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md).
     Images that differ by a tint of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as
     copies. For flat images the tolerance is 0.5, so that images of two different colours never count as copies.
     """

@@ -1,4 +1,4 @@
-"""Removes the chunks of a PNG file that Pillow reads although they do not affect the pixels."""
+"""Removes those chunks of a PNG file that Pillow reads although they do not affect the pixels."""
 
 import io
 import re
@@ -15,8 +15,9 @@ def without_metadata(data: bytes) -> bytes:
     """Return a PNG file with only the chunks that determine its pixels and its orientation.
 
     Pillow refuses the whole image if an ancillary chunk is malformed, has a wrong checksum, or is a text or colour
-    profile above 1 MB. libpng leaves out only the chunk, and so do browsers. This function also leaves out the frames
-    of an animation after the first. If a chunk's length or name is invalid, the rest of the file is left as it is.
+    profile above 1 MB. libpng leaves out only the chunk, and so do browsers. This function also leaves out all frames
+    of an animation except the first frame. If a chunk's length or name is invalid, the rest of the file is left as it
+    is.
     """
     view, at = memoryview(data), len(SIGNATURE)
     kept = [view[:at]]

@@ -1,4 +1,4 @@
-"""Finds the TFRecord shards and records in finished folders that a new folder can reuse."""
+"""Finds, in finished folders, the TFRecord shards and records that a new folder can reuse."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -70,9 +70,9 @@ class Reuse(NamedTuple):
 def find_reusable(stored: StoredRecords, rows: Sequence[str], sha256: np.ndarray, shard_of: np.ndarray) -> Reuse:
     """Find the shards and records that a new folder can reuse, and check the SHA-256 of each stored shard that is used.
 
-    `rows` are the `Shard.rows` of the new shards. `sha256` (S32 [images]) are the hashes of the image files. `shard_of`
-    (int64 [images]) gives the number of the new shard that each image belongs to. Does not use damaged shards, and logs
-    a warning for each.
+    `rows` are the digests `Shard.rows` of the new shards. `sha256` (S32 [images]) are the hashes of the image files.
+    `shard_of` (int64 [images]) gives the number of the new shard that each image belongs to. Does not use damaged
+    shards, and logs a warning for each.
     """
     if not len(stored.records):
         return Reuse({}, np.full(len(sha256), NEW))

@@ -1,4 +1,4 @@
-"""Writes a piece of a shard: encodes new images and copies stored records. Workers run this code."""
+"""Writes a piece of a shard: encodes new images, and copies stored records. Workers run this code."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Writes and checks the TFRecord shards of a split and their index.
+"""Writes and checks the TFRecord shards of a split, and the index of the shards.
 
 A record is a `tf.train.Example` with five features:
 
@@ -76,9 +76,9 @@ def write(
     assigns each image to one of the `shards` shards, so the shards differ in size and may be empty. The bytes do not
     depend on the order of `rows`, the number of processes, or `previous`.
 
-    - `map` works like the builtin. It may call its function for the pieces in other processes or on other machines. It
-      yields the results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
-    - `reserve_memory` is entered with the bytes that an image needs while it is decoded and encoded.
+    - `map` works like the builtin. It may call its function in other processes or on other machines. It yields the
+      results (the numbers of images) in order, and a WorkerDied for a piece whose process died.
+    - `reserve_memory` is entered with the number of bytes that an image needs while it is decoded and encoded.
     - `previous` are finished folders of shards. A stored shard with the same rows as a new shard is linked into
       `folder`. For the other new shards, images that are stored in `previous` are copied, and not encoded again.
     - `pieces` is the folder for the finished pieces, which are folders themselves. The pieces remain there. If this
@@ -173,13 +173,17 @@ def _ordered(rows: Iterable[Example]) -> tuple[np.ndarray, Examples]:
 def estimate_bytes(images: int, width: int, height: int) -> int:
     """Return the approximate size of the shards of `images` photographs: 1.15 bytes a pixel.
 
-    Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Noise needs up to 3.
+    Measured at 256 x 192 pixels: 1.04 and 1.14 bytes a pixel (docs/measurements/records.md). Images of noise need up to
+    3 bytes a pixel.
     """
     return round(images * width * height * 1.15)
 
 
 def suggest_shards(sizes: Sequence[int]) -> int | None:
-    """If a shard exceeds LARGE_SHARD, return how many shards of SHARD_BYTES would hold the same data, else None."""
+    """If a shard exceeds LARGE_SHARD, return how many shards of SHARD_BYTES would hold the same data.
+
+    Otherwise, return None.
+    """
     return round(sum(sizes) / SHARD_BYTES) if max(sizes) > LARGE_SHARD else None
 
 

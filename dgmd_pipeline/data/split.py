@@ -1,4 +1,4 @@
-"""Divides rows into the training and the validation split by hashes, so that every machine makes the same split."""
+"""Assigns rows to the training or the validation split. Hashes decide, so that every machine makes the same split."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Split(NamedTuple):
     """Which rows are in the validation split, and how many groups of near-duplicates have several labels."""
 
     validation: np.ndarray  # bool [rows]
-    groups_across_labels: int  # groups with images of several labels; they are all in the training split
+    groups_across_labels: int  # number of groups with images of several labels; these groups are in the training split
 
 
 def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:

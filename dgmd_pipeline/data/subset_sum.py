@@ -10,8 +10,8 @@ class _Sums(NamedTuple):
     """The sums of all subsets of a list of sizes.
 
     The functions below also take `total`, the sum of all sizes in the list, and `period`, a number that
-    `nearest_subset` chooses once for all lists. A few bits describe the sums of any number of sizes, because two rules
-    give the other bits:
+    `nearest_subset` chooses and that is the same for all lists. A few bits describe the sums of any number of sizes,
+    because two rules give the other bits:
 
     - symmetry: s is a sum if and only if total - s is a sum
     - repetition: if s >= `start` and s + period <= total - `start`, then s is a sum if and only if s + period is a sum
@@ -45,7 +45,7 @@ def nearest_subset(sizes: Sequence[int], target: int, limit: int) -> list[int]:
 
 
 def _nearest(target: int, bound: int) -> Iterator[int]:
-    """Yield the integers from 1 to `bound` by their distance to `target`.
+    """Yield the integers from 1 to `bound`, in the order of their distance to `target`.
 
     If two integers have the same distance, the smaller one comes first.
     """

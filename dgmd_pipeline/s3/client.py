@@ -91,9 +91,9 @@ def connect(threads: int = 32, default: Place | None = None) -> Client:
             "look like http://minio:9000."
         ) from None
     # After a redirect that names no region, botocore sends HeadBucket to find the region. If a server redirects every
-    # request (for example to https), it also redirects HeadBucket, and botocore repeats HeadBucket forever. So this
-    # handler answers HeadBucket without a request, and names no region. This does not change requests to AWS, because
-    # redirects of AWS always name the region.
+    # request (for example to https), it also redirects HeadBucket. Then botocore would repeat HeadBucket forever. So
+    # the handler below answers HeadBucket without a request, and names no region. This does not change requests to AWS,
+    # because redirects of AWS always name the region.
     no_region: dict[str, dict[str, dict[str, str]]] = {"ResponseMetadata": {"HTTPHeaders": {}}}
     client.meta.events.register("before-call.s3.HeadBucket", lambda **_: (SimpleNamespace(status_code=200), no_region))
     return client
@@ -161,7 +161,8 @@ def _has_credentials(session: "Session") -> bool:
         return credentials is not None
     keys = credentials.get_frozen_credentials()  # sends a request if the profile uses STS or SSO
     for value in (keys.access_key, keys.secret_key, keys.token or "x"):
-        # If a key ends with a copied line end, botocore's error is about HTTP headers, and it shows the secret key.
+        # Without this check, botocore's error about a key with a copied line end would describe HTTP headers, and would
+        # show the secret key.
         if not value or not value.isascii() or not value.isprintable() or " " in value:
             raise NoUsableInput(
                 f"The AWS credentials found by boto3 ({credentials.method}) are empty, or contain blanks or other "

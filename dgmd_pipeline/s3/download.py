@@ -118,7 +118,8 @@ def download_in_chunks(
     """Do what `download` does, in chunks of objects, which workers fetch.
 
     `map` works like the builtin `map`, but calls the function in worker processes, possibly on other machines. It
-    yields a WorkerDied for a chunk that it gives up because the worker died. In this case, raises PipelineError.
+    yields a WorkerDied for a chunk that it gives up because the worker died. In this case, this function raises
+    PipelineError.
 
     The workers read S3 with the credentials of their own environment.
     """

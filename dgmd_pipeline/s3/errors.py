@@ -12,8 +12,8 @@ from dgmd_pipeline.s3.throttling import STATUSES
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
-# Reasons for a rejection that count towards MAX_REJECTED_PCNT. REFUSED: S3 refuses to send the object. FAILED: S3 does
-# not send the object, or not completely. CHANGED: S3 sends content that differs from the listing.
+# Reasons for a rejection that count towards MAX_REJECTED_PCNT. REFUSED: S3 refuses to send the object. FAILED: S3 sends
+# nothing, or only a part of the object. CHANGED: S3 sends content that differs from the listing.
 REFUSED, FAILED, CHANGED = "refused", "failed", "changed"
 MAX_TEXT = 200  # characters of S3's error text that are stored
 ACCOUNT_DISABLED = {"AllAccessDisabled", "AccountProblem"}

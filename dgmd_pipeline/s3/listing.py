@@ -23,8 +23,8 @@ from dgmd_pipeline.s3.client import Client
 from dgmd_pipeline.s3.errors import explain
 
 log = logging.getLogger(__name__)
-# Names that the pipeline itself uses in raw/, case-folded. The pipeline's names that begin with a dot are not listed,
-# because objects whose names begin with a dot are ignored.
+# Names that the pipeline itself uses in raw/, case-folded. This set omits names that begin with a dot, because objects
+# whose names begin with a dot are ignored.
 RESERVED = {"_success", LISTING, REJECTED}
 _OBJECTS = "Objects"  # key of the parsed objects in a page
 MAX_NAME_BYTES = 255  # the limit of common file systems

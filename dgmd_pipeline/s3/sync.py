@@ -22,7 +22,7 @@ from dgmd_pipeline.s3.listing import Listing, Objects, ignores_case
 from dgmd_pipeline.workflow import disk, files
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # rejected objects that the log names; rejected.csv has all
+SHOWN = 5  # rejected objects in the log; rejected.csv contains all rejected objects
 
 Item = SourceObject | Rejected
 
@@ -31,7 +31,7 @@ class ShowProgress(Protocol):
     """Shows the progress of a download."""
 
     def __call__(self, items: Iterable[Item], total: int, unit: str, *, size: Callable[[Item], int]) -> Iterator[Item]:
-        """Yield `items`, of which there are `total`; `size` returns the bytes of an item."""
+        """Yield `items`, of which there are `total`; `size` returns the size of an item in bytes."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def check_untracked_files(folder: Path) -> None:
 
 
 def untracked_files(folder: Path, objects: Iterable[SourceObject]) -> list[str]:
-    """Return the paths of files in the folder's subfolders. Files of `objects` and system files are left out."""
+    """Return the paths of files in the folder's subfolders. System files, and the files of `objects`, are left out."""
     form = str.casefold if ignores_case(folder) else str
     tracked = {form(source.path) for source in objects}
     found = []

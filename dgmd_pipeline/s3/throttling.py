@@ -30,7 +30,7 @@ class Gate:
     """Sets the interval between the requests of all threads. It is 0 until the server answers "slow down"."""
 
     def __init__(self, host: str, stop: Event) -> None:
-        """Log lines show `host` as the name of the server. Setting `stop` ends all waits."""
+        """`host` is the name of the server in the log. Setting `stop` ends all waits."""
         self._host, self._stop = host, stop
         self._lock = Lock()
         self._interval = 0.0  # seconds
@@ -62,7 +62,7 @@ class Gate:
             self._stop.wait(delay)
 
     def slow_down(self, answer: str) -> None:
-        """Send requests at a lower rate, because the server answered "slow down". The log quotes the `answer`."""
+        """Send requests at a lower rate, because the server answered "slow down". The log message contains `answer`."""
         now = monotonic()
         with self._lock:
             if self._since is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 16  # bytes between two checks for a stop; larger chunks save no measurable CPU time
 ATTEMPTS = 4  # maximum number of attempts to fetch an object; botocore repeats requests within each attempt
-BACKOFF = 0.4  # seconds to wait after an error in the first attempt; each later wait is four times as long
+BACKOFF = 0.4  # seconds to wait after an error in the first attempt; multiplied by four for each further attempt
 
 
 class Throttled(NoUsableInput):
@@ -39,11 +39,11 @@ class BotocoreTransfer:
         self._is_verified = client.meta.config.response_checksum_validation != "when_required"
 
     def fetch(self, source: SourceObject, part: Path) -> Rejected | None:
-        """Write one object to the file `part`. Return None if the file is complete, or if `stop` was set meanwhile.
+        """Write one object to the file `part`.
 
-        Returns a Rejected if S3 does not send the object, or sends content that differs from the listing. Raises
-        NoUsableInput if the cause is not this object, Throttled if S3 accepts no request at all, and OSError for
-        errors of the disk.
+        Returns None if the file is complete, or if `stop` was set before the end. Returns a Rejected if S3 does not
+        send the object, or sends content that differs from the listing. Raises NoUsableInput if a failure has another
+        cause than this object, Throttled if S3 accepts no request at all, and OSError for errors of the disk.
         """
         rejected: Rejected | None = None
         wait = 0.0
