@@ -200,7 +200,7 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
 
 
 def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
-    """Resize images (uint8 [batch, any, any, 3]) like the images in records. Return float32 [batch, height, width, 3].
+    """Resize images (uint8 [batch, any, any, 3]) as for the records. Return float32 [batch, height, width, 3].
 
     The interpolation is bilinear and antialiased. Values are rounded to whole numbers, as in the records. Without
     rounding, one prediction in 150 differed from the prediction for the record (docs/measurements/records.md).
