@@ -68,7 +68,7 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
             network.load_weights(path)
         missing = sum(bool(np.isnan(values).any()) for values in network.get_weights())
         if missing:
-            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or contain NaN")
+            raise ValueError(f"{missing} of the network's {len(network.weights)} arrays are missing or contain NaN")
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise PipelineError(
