@@ -2,7 +2,7 @@
 
 Image files are decoded, and resized to the network's input size, as for training.
 
-A registered model carries this module (see `source`), and MLflow's server calls it from several threads.
+A registered model carries this module (see `source`). MLflow's server calls the module from several threads.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """The Python function of a registered model, which MLflow calls.
 
-A registered model carries this module (see `source`). MLflow imports it in the consumer's process.
+A registered model carries this module (see `source`). MLflow imports the module in the consumer's process.
 MLflow's own function for Keras models takes arrays only, and prints a progress bar at each call.
 """
 

@@ -1,4 +1,4 @@
-"""Random changes of training images that keep the label valid, computed batch by batch in TensorFlow."""
+"""Changes training images at random, batch by batch, in TensorFlow. The changes keep the labels valid."""
 
 import math
 from typing import TYPE_CHECKING, Literal
@@ -30,7 +30,7 @@ def augment_batches(batches: "tf.data.Dataset", kind: Augmentation, seed: tuple[
 
 
 def augment(images: "tf.Tensor", kind: Augmentation, seed: "tf.Tensor") -> "tf.Tensor":
-    """Return randomly changed images of the same shape and range: uint8, or float32 if `kind` is "strong".
+    """Return randomly changed images of the shape and range of `images`: uint8, or float32 if `kind` is "strong".
 
     `images` are uint8 [batch, height, width, 3]. The random numbers of an image depend only on `seed` (int [2]), on the
     number of images in the batch and on the image's position in the batch. So a resumed training changes the images

@@ -24,8 +24,8 @@ class AveragingCallback(Protocol):
 def build_averaging_callback(network: "keras.Model") -> AveragingCallback:
     """Return a Keras callback that makes each validation use the moving mean of the network's weights.
 
-    Before each validation, the mean is updated with the weights and the statistics of batch normalisation. After
-    validation, training continues from the network's own weights.
+    Before each validation, the mean is updated with the network's weights, which include the statistics of batch
+    normalisation. After validation, training continues from the network's own weights.
 
     In stochastic weight averaging (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
     Generalization", 2018), all epochs have the same share in the mean. Here, later epochs have larger shares.

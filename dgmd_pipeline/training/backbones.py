@@ -31,7 +31,7 @@ class Backbone(NamedTuple):
 
     function: str  # name of the function in `keras.applications` that builds the network
     url: str  # address of the file of weights, relative to WEIGHTS_URL
-    md5: str | None  # checksum of the file in the sources of Keras; None for MobileNetV2, which has no checksum
+    md5: str | None  # checksum of the file, from the sources of Keras; None for MobileNetV2, which has none there
     scaling: tuple | None = None  # scale and offset for pixels of 0..255; None: the network scales them itself
     min_size: int = 32  # the smallest width and height in pixels that Keras accepts
 
@@ -107,7 +107,7 @@ def weights_file(name: str, weights: str, keras_home: Path) -> Path | None:
 
     `weights` is `imagenet`, `none` or a file; `keras_home` is the folder of Keras's downloads (the setting
     `KERAS_HOME`). If the ImageNet weights are neither in this folder nor in INSTALLED, they are downloaded.
-    Raises PipelineError if the file does not exist or cannot be downloaded.
+    Raises PipelineError if the file `weights` cannot be used, or if the ImageNet weights cannot be downloaded.
     """
     if not is_frozen(name) or weights == "none":
         return None
@@ -123,8 +123,8 @@ def _readable(weights: str) -> Path:
         )
     if not path.is_file() or not os.access(path, os.R_OK):
         raise PipelineError(
-            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Set it to the path of a "
-            "readable file, to imagenet, or to none."
+            f"BACKBONE_WEIGHTS={weights}: there is no readable file {path.absolute()}. Set BACKBONE_WEIGHTS to "
+            "the path of a readable file, to imagenet, or to none."
         )
     return path
 

@@ -23,7 +23,7 @@ DAMAGED = (
 
 
 class UnusableCheckpoint(PipelineError):
-    """A checkpoint is damaged or belongs to another training. Delete it to start again."""
+    """A checkpoint is damaged or belongs to another training. Delete the checkpoint to start again."""
 
 
 class TrainingState(NamedTuple):

@@ -89,7 +89,7 @@ def read_images(folder: Path, positions: np.ndarray) -> "tf.data.Dataset":
 
 
 def keys(folder: Path) -> list[str]:
-    """Return the path below raw/ of each image, in the order in which `read` without a seed returns them."""
+    """Return the path below raw/ of each image, in the order in which `read` without a seed returns the images."""
     import tensorflow as tf
 
     schema = {"key": tf.io.FixedLenFeature([], tf.string)}

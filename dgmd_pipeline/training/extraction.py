@@ -36,7 +36,7 @@ class Network(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Images of a shard whose vectors are written into one folder."""
+    """Images of one shard. Their vectors are written into one folder."""
 
     target: Path  # the folder
     records: Path  # folder of shards
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def divide(records: Path, reuse: Reuse, folder: Path, origin: Origin, network: Network) -> list[Piece]:
-    """Divide the images whose vectors must be computed into pieces of at most PIECE_IMAGES images.
+    """Divide the images without a stored vector (`reuse.new`) into pieces of at most PIECE_IMAGES images.
 
     Each piece gets a new folder below `folder`.
     """

@@ -1,4 +1,4 @@
-"""Folders of stored features: reading, writing, and reusing the vectors of finished folders.
+"""Reads and writes folders of stored features, and reuses the vectors of finished folders.
 
 A folder has one file of vectors for each shard of the records, for example `features-00000-of-00010.npy` (float32
 [m, d]). The vectors are in the order of the records. `images.npy` (S32 [n]) contains the SHA-256 of each image file.
@@ -58,7 +58,7 @@ class Reuse(NamedTuple):
     """The vectors that a new folder reuses from finished folders, and the images whose vectors must be computed."""
 
     dimensions: int | None  # number of values in a reused vector; None if no vector is reused
-    linked: dict[int, _Stored]  # number of a shard -> a stored file with the same vectors
+    linked: dict[int, _Stored]  # number of a shard -> a stored file with exactly the shard's vectors
     copied: dict[int, list[_Copy]]  # number of a shard that is not in `linked` -> vectors to copy into its file
     new: np.ndarray  # int64, ascending: positions, among all records, of images without a stored vector
     new_bytes: int  # size of the records at the positions `new`
@@ -68,7 +68,7 @@ class Reuse(NamedTuple):
 def find_reusable(records: Path, previous: Iterable[Path], origin: Origin) -> Reuse:
     """Search the finished folders `previous` for the vectors of the images in `records`.
 
-    Only folders of the same origin are used. The SHA-256 of each used file is checked. Damaged files and folders are
+    Only folders with this origin are used. The SHA-256 of each used file is checked. Damaged files and folders are
     not used; each is logged as a warning.
     """
     rows, edges = manifest.read_records(records), _edges(records)

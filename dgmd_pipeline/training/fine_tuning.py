@@ -232,6 +232,6 @@ def describe(outcome: FineTuningJson) -> str:
     return (
         f"Fine-tuning was {'kept' if outcome['kept'] else 'not kept'}. On {outcome['held_out']:,} held-out training "
         f"images, it changed the log loss from {outcome['log_loss_head']:.4f} to {outcome['log_loss']:.4f} and the "
-        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])}. These figures are after "
-        f"{counted(outcome['epochs'], 'epoch')}, the number with the lowest log loss."
+        f"accuracy from {percent(outcome['accuracy_head'])} to {percent(outcome['accuracy'])}. Both new values were "
+        f"measured after {counted(outcome['epochs'], 'epoch')}, when the log loss was lowest."
     )

@@ -11,10 +11,10 @@ def assign(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> 
 
     A group stays in one fold. Each label is spread over the folds as evenly as the groups allow. The largest groups are
     assigned first. Groups of equal size are assigned in random order. A group goes to the fold that so far contains the
-    smallest share of the rows of the group's label. If a group has several labels, a weighted sum of the shares counts;
-    the weight of a label is the share of the label's rows that are in the group. If several folds contain the smallest
-    share, the group goes to the fold with the fewest rows. A label with fewer groups than folds is missing from some
-    folds. The result depends on the set of rows and on `seed`, not on the order of the rows.
+    smallest share of the rows of the group's label. If a group has several labels, a weighted sum of the shares is
+    compared; the weight of a label is the share of the label's rows that are in the group. If several folds contain the
+    smallest share, the group goes to the fold with the fewest rows. A label with fewer groups than folds is missing
+    from some folds. The result depends on the set of rows and on `seed`, not on the order of the rows.
 
     For 100,000 rows of 10 labels, this takes 0.6 s of CPU time; scikit-learn's StratifiedGroupKFold takes 6.4 s.
     """

@@ -48,8 +48,8 @@ def train_head(
 
     The result of the cross-validation is written to `selection.json` in the folder of `checkpoint` (.npz). The state of
     a head with hidden layers is written to `checkpoint` after each epoch. If these files exist, the training resumes
-    from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from the same
-    data and settings. The caller deletes them.
+    from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from a
+    training with the same data and settings. The caller deletes them.
 
     `prepare` is called before the first use of Keras. Logistic regressions are cross-validated without Keras, so a
     background thread may still be importing TensorFlow, and `prepare` may wait for the thread.

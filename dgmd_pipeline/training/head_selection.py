@@ -21,15 +21,16 @@ from dgmd_pipeline.training.head_fitting import HiddenHead
 
 log = logging.getLogger(__name__)
 HEADS = ("auto", "linear", "hidden")
-FILE = "selection.json"  # name of the file with the selection in the folder of checkpoints
+FILE = "selection.json"  # name of the file, in the folder of checkpoints, that holds the selection
 FOLDS = 3
 SELECTION_ROWS = 8_000  # maximum number of training images that cross-validation uses
 HELD_OUT_ROWS = 2_000  # when this number of images has been held out, no further fold is evaluated
 SHRINKAGES = (1.0, 0.9, 0.5)  # from no whitening to strong whitening, see docs/measurements/head.md
 MAX_PRODUCTS = 1_000_000_000  # if images x dimensions x labels is greater, only the first shrinkage is evaluated
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-6, 4))  # 0.001 to 31.6, ascending
-# Tolerance of the fits. A fit with 1e-5 takes a third longer. On six of seven data sets, cross-validation chooses the
-# same settings with either tolerance. On all seven, the log loss of the chosen settings differs by at most .003.
+# Tolerance of the fits. A fit with a tolerance of 1e-5 takes a third longer. On six of seven data sets,
+# cross-validation chooses the same settings with either tolerance. On all seven, the log loss of the chosen settings
+# differs by at most .003.
 TOLERANCE = 3e-5
 FIRST_STRENGTH = 3  # position of the strength that is evaluated first
 FALLBACK_STRENGTH = 0.03  # used if there are too few images to hold any out

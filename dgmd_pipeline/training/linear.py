@@ -64,10 +64,10 @@ def penalties(components: Components, shrinkage: float) -> np.ndarray:
     """Return a penalty (float64 [r]) for the squared coefficients of each component.
 
     The penalty is the variance of the component, moved towards the mean of all variances (Ledoit and Wolf 2004).
-    `shrinkage`, above 0 and at most 1, says how far it is moved. With 1, all coefficients have the same penalty, and
-    the regression is equivalent to one on centred and uniformly scaled vectors. With a lower value, the regression is
-    equivalent to one on partly whitened vectors. The penalties are scaled so that the mean of variance / penalty is 1.
-    A strength then has about the same effect with every shrinkage.
+    `shrinkage`, above 0 and at most 1, says how far the variance is moved. With a shrinkage of 1, all coefficients have
+    the same penalty, and the regression is equivalent to a regression on centred and uniformly scaled vectors. With a
+    lower shrinkage, it is equivalent to a regression on partly whitened vectors. The penalties are scaled so that
+    the mean of variance / penalty is 1. A strength then has about the same effect with every shrinkage.
     """
     variances = components.variances
     if not len(variances):

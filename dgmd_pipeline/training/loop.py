@@ -28,7 +28,7 @@ class Diverged(PipelineError):
 
 
 def log_epochs(on_epoch: OnEpoch, epochs: int) -> OnEpoch:
-    """Return a callback that logs each of `epochs` epochs and then calls `on_epoch`."""
+    """Return a callback that logs an epoch and then calls `on_epoch`. The training has `epochs` epochs."""
 
     def log_epoch(row: Epoch) -> None:
         log.info(
@@ -46,7 +46,7 @@ def prepare(network: "keras.Model", config: TrainingConfig) -> list["keras.Varia
     After each compilation, TensorFlow traces the network again, which takes longer than training a small head.
     """
     if not network.compiled:
-        # Keras's "auto" would choose XLA, which is several times slower on a CPU.
+        # With the default of `jit_compile`, Keras would choose XLA, which is several times slower on a CPU.
         network.compile(
             optimizer=optimizers.build(config), loss="sparse_categorical_crossentropy", metrics=["accuracy"],
             jit_compile=False,

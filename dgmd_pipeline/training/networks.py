@@ -68,7 +68,7 @@ def _load_weights(network: "keras.Model", path: Path, name: str) -> None:
             network.load_weights(path)
         missing = sum(bool(np.isnan(values).any()) for values in network.get_weights())
         if missing:
-            raise ValueError(f"{missing} of its {len(network.weights)} arrays are missing or contain NaN")
+            raise ValueError(f"{missing} of the network's {len(network.weights)} arrays are missing or contain NaN")
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise PipelineError(
@@ -200,7 +200,7 @@ def assemble(backbone: "keras.Model", head: "keras.Model", fit: "Fit") -> "keras
 
 
 def fit_images(images: "keras.KerasTensor", height: int, width: int, fit: "Fit") -> "keras.KerasTensor":
-    """Resize images (uint8 [batch, any, any, 3]) like the images in records. Return float32 [batch, height, width, 3].
+    """Resize images (uint8 [batch, any, any, 3]) as for the records. Return float32 [batch, height, width, 3].
 
     The interpolation is bilinear and antialiased. Values are rounded to whole numbers, as in the records. Without
     rounding, one prediction in 150 differed from the prediction for the record (docs/measurements/records.md).

@@ -23,11 +23,11 @@ def build(config: TrainingConfig) -> "keras.Optimizer":
 
 
 def _fused_adam(learning_rate: float, weight_decay: float | None) -> "keras.optimizers.Adam":
-    """Return Keras's Adam (Kingma and Ba 2015), which updates a variable with one operation of TensorFlow.
+    """Return a subclass of Keras's Adam (Kingma and Ba 2015) that updates a variable with one operation of TensorFlow.
 
-    Keras's own update has 11 operations, each of which reads and writes arrays as large as the variable. For a head, it
-    takes 2 to 5 us of CPU time per image. The single operation takes 0.6 us. The forward and the backward pass take
-    6 us. The results of the two updates differ by rounding: see docs/measurements/head.md.
+    Keras's own update has 11 operations, each of which reads and writes arrays as large as the variable. For a head,
+    Keras's update takes 2 to 5 us of CPU time per image. The single operation takes 0.6 us. The forward and the
+    backward pass take 6 us. The results of the two updates differ by rounding: see docs/measurements/head.md.
     """
     import keras
     import tensorflow as tf

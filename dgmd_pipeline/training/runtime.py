@@ -35,8 +35,8 @@ def start_tensorflow() -> None:
 
     Scikit-learn is hidden from Keras. Otherwise, Keras would import it for unused wrappers, in 0.6 s of CPU time. The
     garbage collector is off during the import, because it would take a fifth of the import's time. The import creates a
-    million objects, which are needed until the process ends. So the collector ignores them later. Otherwise, a full
-    collection would take 0.35 s longer.
+    million objects, which are needed until the process ends. After the import, the collector ignores these objects.
+    Otherwise, a full collection would take 0.35 s longer.
     """
     first = "tensorflow" not in sys.modules
     hides = "sklearn" not in sys.modules

@@ -115,7 +115,7 @@ class FinishedTraining(NamedTuple):
 
     @property
     def fine_tuned(self) -> bool:
-        """Whether the backbone has changed, so that stored features do not apply to it."""
+        """Whether fine-tuning has changed the backbone. Stored features do not apply to a changed backbone."""
         return bool(self.fine_tuning and self.fine_tuning["kept"])
 
     @property

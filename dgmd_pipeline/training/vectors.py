@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Vectors(Protocol):
-    """Feature vectors (float32 [n, d]), with the methods of a NumPy array that their readers use."""
+    """Feature vectors (float32 [n, d]), with some of the methods of a NumPy array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ class ShardedVectors:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
-        """Return the vectors at `rows`, in the order of `rows`: a slice, positions (int [m]) or a mask (bool [n])."""
+        """Return the vectors at `rows`, in this order. `rows` is a slice, positions (int [m]) or a mask (bool [n])."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
@@ -58,7 +58,7 @@ class VectorFile:
     """A new `.npy` file of float32 vectors. Vectors can be written at any position."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Create the file for an array of vectors of this shape, [n, ...]. Vectors that are not written are 0."""
+        """Create the file for an array with this shape, [n, ...]. Vectors that are not written are 0."""
         self._path = path
         self._row_bytes = 4 * int(np.prod(shape[1:]))
         with path.open("wb") as file:
