@@ -117,7 +117,7 @@ class Recalls(NamedTuple):
     never: list[str]  # labels of which no image is recognised; empty if the chart shows all labels
     shown: list[ClassMetrics]  # lowest recall first
     always: int  # number of labels that are left out because all their images are recognised
-    between: int  # number of labels with a recall between 0 and 1 that are left out
+    between: int  # number of left-out labels whose recall is between 0 and 1
 
 
 def curves(history: Sequence[Epoch]) -> list[Panel]:
@@ -206,9 +206,9 @@ def reliability(bins: Sequence[CalibrationBin]) -> Reliability:
 def matrix(classes: Sequence[ClassMetrics], pairs: Sequence[ConfusedPair]) -> Matrix | None:
     """Return the confusion matrix; None if no labels are confused.
 
-    It has all labels if there are at most MATRIX_LABELS, otherwise the labels that are confused most often. `pairs` has
-    the pair with the most images first. The matrix is made from the pairs, because `metrics` computes a complete matrix
-    only for at most `metrics.MAX_MATRIX` labels.
+    The matrix has all labels if there are at most MATRIX_LABELS labels. Otherwise it has the labels that are confused
+    most often. `pairs` has the pair with the most images first. The matrix is made from the pairs, because `metrics`
+    computes a complete matrix only for at most `metrics.MAX_MATRIX` labels.
     """
     if not pairs:
         return None
@@ -240,7 +240,7 @@ def _cell(images: int, total: int, right: bool) -> Cell:
 def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
     """Return the labels whose recall differs from production's, the largest loss first.
 
-    Each bar starts in the middle. The bar of a loss goes to the left, the bar of a gain to the right.
+    The bar of a loss goes from the middle to the left. The bar of a gain goes from the middle to the right.
     """
     changed = sorted((row for row in rows if row.change), key=lambda row: (row.change, -row.images, row.label))
     reach = max((abs(row.change) for row in changed), default=1)
@@ -253,8 +253,8 @@ def changes(rows: Iterable["ClassComparison"]) -> list[Change]:
 def recalls(classes: Sequence[ClassMetrics]) -> Recalls:
     """Choose the labels that the chart of the recall shows.
 
-    If there are more than ALL_BARS labels, the chart leaves out all labels with a recall of 0 or 1. It shows the
-    2 * BARS other labels with the lowest recall.
+    If there are more than ALL_BARS labels, the chart leaves out all labels with a recall of 0 or 1. Of the remaining
+    labels, it shows the 2 * BARS labels with the lowest recall.
     """
     ordered = sorted(classes, key=lambda row: (row.recall, row.label))
     if len(ordered) <= ALL_BARS:

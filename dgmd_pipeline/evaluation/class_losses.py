@@ -6,14 +6,15 @@ with probability 1/2.
 
 The correction replaces each p-value p by an adjusted p-value: the probability that, by chance, at least one class has a
 p-value of p or less. This probability is computed for two equally good models and the observed numbers of discordant
-images. A class with few discordant images has few possible p-values. For example, the lowest p-value of a class with
-two discordant images is 1/4. If p is below 1/4, such a class adds nothing to the adjusted p-value. The test is
-step-down: it corrects the lowest p-value first, and leaves each corrected class out of the later corrections.
+images. A class with few discordant images has few possible p-values. For example, the only possible p-values of
+a class with two discordant images are 1/4, 3/4 and 1. If p is below 1/4, a class with two discordant images adds
+nothing to the adjusted p-value. The test is step-down: it corrects the lowest p-value first, and leaves each corrected
+class out of the later corrections.
 
 Sources: Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6 (step-down minP), here without
 resampling, because classes share no images; Tarone, "A modified Bonferroni method for discrete data", Biometrics 46,
 1990 (why classes with few discordant images do not count). The test finds every loss that Holm's correction finds, and
-more.
+further losses.
 """
 
 from collections import Counter
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Level of significance of this one-sided test. The two-sided test of the accuracy finds a loss of accuracy at the same
-# level. So at most 5 % of the versions that are as good as production are called worse by one or both of the two tests.
+# level. So at most 2.5 % + 2.5 % = 5 % of the versions that are as good as production are called worse by one or both
+# of the two tests.
 LEVEL = 0.025
 POWER = 0.8  # probability of detection
 
@@ -34,8 +36,8 @@ def adjusted_p(gained: Sequence[int], lost: Sequence[int]) -> list[float]:
 
     Values up to LEVEL are exact. Of the values above LEVEL, the lowest is exact. All others are set to 1.
 
-    `gained` has, for each class, the number of images that only the candidate gets right, and `lost` the number that
-    only production gets right.
+    For each class, `gained` has the number of images that only the candidate gets right. `lost` has the number of
+    images that only production gets right.
     """
     import numpy as np
     from scipy.stats import binom
@@ -86,8 +88,8 @@ def detectable_loss(images: int, others: Sequence[int], disagreement: float, max
     Returns None if even a loss of 1 is found with a lower probability.
 
     The class has `images` images. `others` are the numbers of discordant images of the other classes. `disagreement`
-    is the share of discordant images of two equally good models. A loss is found if it is significant and the observed
-    loss of recall is larger than `max_drop`.
+    is the share of images that are discordant if the two models are equally good. A loss is found if it is significant
+    and the observed loss of recall is larger than `max_drop`.
     """
     needed = _needed(images, Counter(others), max_drop)
     if _found(images, needed, 1.0, disagreement) < POWER:
@@ -120,7 +122,8 @@ def _needed(images: int, others: Counter[int], max_drop: float) -> "np.ndarray":
 def _found(images: int, needed: "np.ndarray", loss: float, disagreement: float) -> float:
     """Return the probability that a true loss is found.
 
-    The share of discordant images is `disagreement`, the share for equally good models, plus `loss`.
+    The share of discordant images is the sum of `disagreement` and `loss`. For equally good models, the share is
+    `disagreement`.
     """
     import numpy as np
     from scipy.stats import binom

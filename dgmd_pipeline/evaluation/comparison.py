@@ -92,7 +92,7 @@ def compare(
     run: str = "",
     left_out: int = 0,
 ) -> Comparison:
-    """Compare a candidate's and production's predictions for the same images, in the same order.
+    """Compare a candidate's predictions with production's. Both are for the same images, in the same order.
 
     Both models know all true labels. A predicted label that only one of them knows is wrong. `version` and `run`
     identify production. `left_out` is the number of images that were left out because a model was trained on them. The
@@ -146,8 +146,8 @@ def mid_p(gained: int, lost: int) -> float:
     """Return the p-value (0 to 1) of McNemar's mid-p test. Its null hypothesis: gains and losses are equally likely.
 
     Source: Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data", BMC Medical Research
-    Methodology 13:91, 2013. McNemar's exact test is not used: it rejects much less often than its level allows, so it
-    misses real losses.
+    Methodology 13:91, 2013. McNemar's exact test is not used: it rejects the null hypothesis much less often than its
+    level allows, so it misses real losses.
     """
     from scipy.stats import binom
 

@@ -60,15 +60,15 @@ class EvaluationData(NamedTuple):
     split: Path
     raw: Path
     rejected: Path  # file
-    balanced: Mapping[str, Mapping[str, int]]  # "before" and "after" balancing: number of images of each label
+    balanced: Mapping[str, Mapping[str, int]]  # "before" or "after" balancing -> label -> number of images
     source: str  # URI of the images
-    settings: Mapping[str, object]  # settings of the steps, by environment variable
+    settings: Mapping[str, object]  # environment variable -> setting of the steps
     seconds: Sequence[tuple[str, float]]  # name and duration of each step before the evaluation
     versions: Sequence[VersionSummary]  # registered versions, the oldest first
 
 
 class _Splits(NamedTuple):
-    """The rows of the splits and their stored features, both in the order of the records."""
+    """The rows of the splits, and the stored features of their images. Both are in the order of the records."""
 
     training: Sequence[Example]
     validation: Sequence[Example]
@@ -89,9 +89,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, compare it with production, benchmark it, and write the results and a report into `folder`.
 
-    `production` downloads the versions to compare with into a folder. If it raises PipelineError, there is no
-    comparison. The model is benchmarked in `process`. Work that only the report needs is done while `process` loads the
-    models. While `process` measures times, the calling process is idle.
+    `production` downloads the versions that the model is compared with. Its argument is the folder for these versions.
+    If it raises PipelineError, there is no comparison. The model is benchmarked in `process`. Work that only the report
+    needs is done while `process` loads the models. While `process` measures times, the calling process is idle.
 
     Returns the counts for the step's record.
     """
@@ -267,10 +267,10 @@ def _review(
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
-    """Return the metrics of a finished evaluation, by their name in MLflow.
+    """Return the metrics of a finished evaluation: name in MLflow -> value.
 
-    They include the differences between the predictions for original files and for their records, if the evaluation
-    measured these differences.
+    They include the differences between the predictions for original files and the predictions for the records of these
+    files, if the evaluation measured these differences.
     """
     found = manifest.read_json(folder / metrics.METRICS)
     if benchmark := review.read(folder).serving_benchmark:

@@ -70,7 +70,7 @@ def decide(review: "Review", limits: Limits) -> Decision:
 
 
 def grouped(gates: Sequence[Gate]) -> list[Gate]:
-    """Merge gates with the same result and text into one gate, whose name lists their names."""
+    """Merge gates that have the same result and the same text. The name of a merged gate contains their names."""
     found: dict[tuple[bool | None, str], list[str]] = {}
     for gate in gates:
         found.setdefault((gate.passed, gate.text), []).append(gate.name)
@@ -93,7 +93,7 @@ def _verdict(review: "Review") -> tuple[str, str]:
 def _drift(best: "Comparison") -> str:
     """Return a sentence that compares the version with the best former production version.
 
-    Over several promotions, small losses of accuracy add up.
+    The comparison reveals small losses of accuracy that have added up over several promotions.
     """
     outcome = "significantly worse" if best.is_worse else "significantly better" if best.is_better else "not different"
     return (

@@ -60,9 +60,9 @@ def find(
 ) -> LabelSuspects:
     """Find the images whose label is probably wrong.
 
-    `parts` are the features of the n images: float32 [n1, d], [n2, d], ...; they may be memory-mapped. `given` has the
-    class index of each image, `groups` its near-duplicate group, and `keys` its path below raw/. `labels` are the names
-    of the classes.
+    `parts` are the features of the n images: float32 [n1, d], [n2, d], ...; they may be memory-mapped. For each
+    image, `given` has the class index, `groups` has the near-duplicate group, and `keys` has the path below raw/.
+    `labels` are the names of the classes.
 
     If all images of a label are in one fold, for example because they are in one near-duplicate group, they cannot be
     judged and are left out. The heads are fitted on a stratified sample of about MAX_FITTED rows, and the features are
@@ -125,7 +125,7 @@ def _sample(given: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _gather(parts: Sequence[Vectors], rows: np.ndarray) -> np.ndarray:
-    """Return the given rows (sorted) of the concatenated parts."""
+    """Return some rows of the concatenated parts. `rows` has the positions of these rows, sorted."""
     ends = np.cumsum([len(part) for part in parts])
     pieces = np.split(rows, np.searchsorted(rows, ends[:-1]))
     return np.concatenate(
@@ -134,7 +134,7 @@ def _gather(parts: Sequence[Vectors], rows: np.ndarray) -> np.ndarray:
 
 
 def _blocks(parts: Sequence[Vectors]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the position of each block's first row among all parts, and its features."""
+    """For each block, yield the position of its first row among the rows of all parts, and the block's features."""
     done = 0
     for part in parts:
         for start in range(0, len(part), BLOCK):
@@ -168,8 +168,8 @@ def _fit(vectors: np.ndarray, columns: np.ndarray, fold_of: np.ndarray) -> list[
 
     The function tries ever weaker regularisation until the log loss no longer falls, and returns the heads with the
     lowest log loss. The log loss is the mean over all rows; the head of a fold predicts the rows of this fold. Each fit
-    starts from the weights of the previous one. Each fold has its own thread, because nearly all of the time is spent
-    in BLAS and NumPy, which release the GIL.
+    starts from the weights that the previous regularisation gave for the same fold. Each fold has its own thread,
+    because nearly all of the time is spent in BLAS and NumPy, which release the GIL.
     """
     variances = vectors.var(axis=0, dtype=np.float64)
     components = linear.Components(np.zeros(len(variances), np.float32), variances, None)
@@ -213,7 +213,8 @@ def _judge(
         for fold in np.unique(block_folds):
             at = np.flatnonzero(block_folds == fold)
             probabilities, rows = np.exp(linear.log_probabilities(projected[at], *heads[fold])), start + at
-            # If the heads have no output for a given label, its probability is meaningless. The caller drops such rows.
+            # If the heads have no output for the given label of a row, the probability of this label is meaningless.
+            # The caller drops such a row.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]
             likely[rows], best[rows] = classes[probabilities.argmax(axis=1)], probabilities.max(axis=1)

@@ -1,8 +1,8 @@
 """Finds validation images with a near-duplicate among the training images, from stored features.
 
 The comparison of thumbnails in `data.near_duplicates` finds re-encoded and resized copies. The comparison of features
-here also finds flips, crops, tints and small rotations. It reports the pairs and removes no image, because features do
-not show whether two images are of one object or of two similar objects.
+here also finds flips, crops, tints and small rotations. It only reports the pairs that it finds. It removes no image,
+because features do not show whether two images are of one object or of two similar objects.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ NEIGHBOURS = 5  # nearest training images of a validation image; an image with 5
 SHARE = 0.25  # share of the distance to the fifth neighbour, see `find`; measured: docs/measurements/leaks.md
 ROUNDING = 1e-6  # maximum distance of identical features, because of rounding in float32
 BLOCK = 2048  # images of each split that are compared at a time; their similarities take 16 MB
-MAX_PAIRS = 2_000_000_000  # compared pairs; 100,000 images, 20,000 of them for validation, make 1,600,000,000 pairs
+MAX_PAIRS = 2_000_000_000  # compared pairs; 80,000 training and 20,000 validation images make 1,600,000,000 pairs
 
 
 class Leak(NamedTuple):
@@ -50,7 +50,7 @@ def find(
     """Find the validation images whose nearest training image is much nearer than other training images.
 
     `training` and `validation` are features (float32 [n, d] and [m, d]) and may be memory-mapped. `keys` and `labels`
-    each have two parts: first of the training images, then of the validation images.
+    each have two parts: the first for the training images, the second for the validation images.
 
     A pair is reported if its cosine distance meets two conditions:
     1. It is below SHARE of the distance between the validation image and its fifth nearest training image. This is the

@@ -74,8 +74,8 @@ class Measurements(NamedTuple):
 def evaluate(predictions: Predictions, folder: Path, leaked: Sequence[int] | None = None) -> Measurements:
     """Measure predictions and write metrics.json, the tables (CSV, for people) and predictions.npz into `folder`.
 
-    `leaked` holds the positions of the images that have a near-duplicate in training. None means that near-duplicates
-    were not searched. Otherwise `overall` also has `leaks`, the number of these positions, and
+    `leaked` holds the positions of the images that have a near-duplicate in training. None means that nobody looked
+    for near-duplicates. Otherwise `overall` also has `leaks`, the number of these positions, and
     `accuracy_without_leaks`, the accuracy on all other images. If there are no other images, `accuracy_without_leaks`
     is missing.
     """
@@ -96,7 +96,7 @@ def measure(predictions: Predictions) -> Measurements:
     - the accuracy
     - the unweighted means of precision, recall and F1 over the labels that have images; the mean recall is also the
       balanced accuracy
-    - the share of images whose label is among the three most probable
+    - the share of images whose label is among the three most probable labels
     - the log loss in nats
     - the expected calibration error
     - the number of images

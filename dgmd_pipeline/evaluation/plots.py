@@ -1,7 +1,7 @@
 """Plots of measurements: PNG files with a white background.
 
 Labels may be of any length and in any script. The colours are from Okabe and Ito ("Color Universal Design",
-jfly.uni-koeln.de/color), which people with any kind of colour vision can tell apart.
+jfly.uni-koeln.de/color). People with any kind of colour vision can tell these colours apart.
 """
 
 import contextlib
@@ -238,7 +238,7 @@ def class_counts(rows: Sequence[ClassCounts]) -> Plot:
 
 
 def recall(rows: Sequence[LabelRecall]) -> Plot:
-    """Plot the recall of each label, the lowest first, and production's recall as a second bar and number."""
+    """Plot the recall of each label, the lowest first. A second bar and a second number are production's recall."""
     shown = sorted(rows, key=lambda row: (row.recall, row.label))[:MAX_BARS]
     title = "Share of each label's images that is recognised (recall)"
     title += f": the lowest {MAX_BARS} of {len(rows)}" if len(rows) > MAX_BARS else ""

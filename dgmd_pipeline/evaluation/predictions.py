@@ -1,4 +1,4 @@
-"""A model's predictions for labelled images, and their file."""
+"""A model's predictions for labelled images, and the file of these predictions."""
 
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +52,10 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Return the most probable class index of each image, int64 [n]; of equally probable ones, the lowest."""
+        """Return the index of the most probable class of each image, int64 [n].
+
+        If several classes are equally probable, the lowest index is returned.
+        """
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -147,7 +150,7 @@ def gather(blocks: Iterable[np.ndarray], images: int, classes: int) -> np.ndarra
 def write(predictions: Predictions, folder: Path) -> None:
     """Write `predictions.npz`, which docs/for-ml-engineers.md describes.
 
-    It has the TOP most probable classes of each image, and all probabilities if they take at most MAX_BYTES.
+    The file has the TOP most probable classes of each image, and all probabilities if they take at most MAX_BYTES.
     """
     classes, probabilities = predictions.top(TOP)
     arrays = {

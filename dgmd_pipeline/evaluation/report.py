@@ -1,8 +1,9 @@
 """Writes report.html, which an operator reads to decide on a promotion.
 
-The page is self-contained: no script, nothing from a network, images as data: URIs. Labels and file names come from
-outside, so the templates escape everything, and the page's policy forbids scripts and requests. The templates draw the
-charts (see `charts`), so that labels appear in the browser's fonts. The PNG files are for MLflow and for documents.
+The page is self-contained: it has no script, it loads nothing from a network, and its images are data: URIs. Labels and
+file names come from outside, so the templates escape everything, and the page's policy forbids scripts and requests.
+The templates draw the charts (see `charts`), so that labels appear in the browser's fonts. The PNG files are for MLflow
+and for documents.
 """
 
 import base64
@@ -44,16 +45,16 @@ class Content(NamedTuple):
     model_name: str
     created: str  # ISO 8601
     source: str  # URI of the images
-    settings: Mapping[str, object]  # by variable
+    settings: Mapping[str, object]  # environment variable -> setting
     labels: Sequence[str]  # by class index
     measured: Measurements
-    thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by position of a misclassification
+    thumbnails: Mapping[int, np.ndarray]  # position of a misclassification -> uint8 [height, width, 3]
     suspects: LabelSuspects | None  # None: no features are stored
-    suspect_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by position of a suspect
+    suspect_thumbnails: Mapping[int, np.ndarray]  # position of a suspect -> uint8 [height, width, 3]
     leaks: Leaks | None  # None: no features are stored
-    leak_thumbnails: Mapping[int, np.ndarray]  # uint8 [height, width, 3], by image number (see `leak_keys`)
+    leak_thumbnails: Mapping[int, np.ndarray]  # image number (see `leak_keys`) -> uint8 [height, width, 3]
     history: Sequence[Epoch]
-    head: Mapping[str, object] | None  # the heads that were tried, and the chosen one; None for `cnn`
+    head: Mapping[str, object] | None  # the heads that were tried, and the chosen one; None for the backbone `cnn`
     counts: Sequence[plots.ClassCounts]
     rejected: Sequence[Rejected]
     seconds: Sequence[tuple[str, float]]  # name and duration of each step, in the order of the steps
@@ -163,7 +164,7 @@ def _derived(content: Content, comparison: Comparison | None) -> dict[str, objec
 
 
 def leak_keys(leaks: Leaks | None) -> dict[int, str]:
-    """Return the keys of the images of the shown pairs, by number.
+    """Return the images of the shown pairs: image number -> key.
 
     In pair i (from 0), the validation image has the number 2 i, and the training image has the number 2 i + 1.
     """
@@ -172,7 +173,7 @@ def leak_keys(leaks: Leaks | None) -> dict[int, str]:
 
 
 def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
-    """Return the plots of the report by file name. Plots without data are left out."""
+    """Return the plots of the report: file name without .png -> plot. Plots without data are left out."""
     measured = content.measured
     production = {row.label: row.production_recall for row in comparison.classes} if comparison else {}
     recalls = [
@@ -196,7 +197,7 @@ def _plots(content: Content, comparison: Comparison | None) -> dict[str, Plot]:
 
 
 def _contact_sheets(content: Content) -> dict[str, Plot]:
-    """Return the contact sheets by file name. The report shows the same images one by one."""
+    """Return the contact sheets: file name without .png -> plot. The report shows the same images one by one."""
     found = {}
     misclassified = content.measured.misclassifications
     if any(row.position in content.thumbnails for row in misclassified):

@@ -175,8 +175,8 @@ def _check_comparable(size: tuple[int, int], fit: str, folder: Path) -> None:
     conditions are met:
     1. The records have the model's fit.
     2. The records are at least as large as the model's input.
-    3. The records have the aspect ratio of the model's input, or the fit is "stretch". With another fit and aspect
-       ratio, each image would be padded or cropped twice: for the record and for the model.
+    3. The records have the aspect ratio of the model's input, or the fit is "stretch". With another fit and another
+       aspect ratio, each image would be padded or cropped twice: for the record and for the model.
     """
     index = manifest.read_shard_index(folder)
     same_shape = size[0] * index.width == size[1] * index.height
@@ -198,7 +198,7 @@ def review(
     process: serving_benchmark.Process,
     meanwhile: Callable[[Comparison | None], None] = lambda _: None,
 ) -> Review:
-    """Compare a candidate with its rivals, if there are any, and benchmark it and production in a process.
+    """Compare a candidate with its rivals, if there are any. Benchmark the candidate and production in `process`.
 
     `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
     the models.
@@ -226,7 +226,8 @@ def _compare(
 ) -> tuple[CandidateModel | None, Comparison | None, str]:
     """Return the rival with its answers, the comparison, and the error as text.
 
-    The rival is None if it cannot predict. The comparison is None if there is an error. Without a rival, both are None.
+    The rival is None if it cannot predict. The comparison is None if there is an error. If `rival` is None, both are
+    None.
     """
     if rival is None:
         return None, None, ""

@@ -109,7 +109,7 @@ class ServingBenchmark:
 
 
 def start_process(environment: Mapping[str, str] | None = None) -> Process:
-    """Start a process that imports TensorFlow, which takes seconds, and waits for `benchmark`."""
+    """Start a process that imports TensorFlow and then waits for `benchmark`. The import takes seconds."""
     command = [sys.executable, "-m", __spec__.name]
     root = Path(__file__).parents[2]
     return Process(
@@ -137,7 +137,8 @@ def benchmark(
     `meanwhile`: is called while the process loads the models. The process measures latency and throughput after
     `meanwhile` has returned, so that the call does not disturb the measurement.
 
-    Raises PipelineError if the model cannot be used in the process, or if it does not answer within TIMEOUT_MINUTES.
+    Raises PipelineError if the model cannot be used in the process, or if the process does not answer within
+    TIMEOUT_MINUTES.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = Path(folder, "task.npz")

@@ -1,4 +1,4 @@
-"""Sentences about an evaluation for operators: in the log, in messages and in MLflow."""
+"""Sentences for operators about an evaluation: in the log, in messages and in MLflow."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ def sentences(found: Summary, report: str, version: int | None = None) -> list[s
 def comparison(
     verdict: str, other: int | None, difference: float | None, low: float | None = None, high: float | None = None
 ) -> str:
-    """Return a clause about a version's verdict, and its difference in accuracy to the version `other`."""
+    """Return a clause about a version's verdict and about its difference in accuracy to the version `other`."""
     if difference is None:
         return ALONE.get(verdict, verdict)
     interval = "" if low is None or high is None else f", 95 % interval {points(low)} to {points(high)}"

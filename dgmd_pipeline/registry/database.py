@@ -86,7 +86,7 @@ def upgrade(path: Path) -> None:
     copy. The temporary copy then replaces the content of the database in one transaction.
 
     Raises PipelineError if the schema is newer than the installed MLflow, if the upgrade fails or if the file is not
-    a database. The database is then unchanged.
+    a database. After such an error, the database is unchanged.
     """
     if not path.is_file():
         return
@@ -231,7 +231,10 @@ def _schema(path: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Make `target` a copy of a database, in one transaction. Other processes may use both databases meanwhile."""
+    """Make `target` a copy of a database, in one transaction.
+
+    Other processes may use both databases during the copying.
+    """
     with contextlib.closing(sqlite3.connect(source)) as origin, contextlib.closing(sqlite3.connect(target)) as copy:
         origin.backup(copy)
 

@@ -1,6 +1,6 @@
 """Asks the registry whether it still has a version.
 
-This module does not use MLflow, because importing MLflow takes longer than a run in which every step is done.
+This module does not use MLflow, because the import of MLflow takes longer than a run whose steps are all done already.
 """
 
 import contextlib

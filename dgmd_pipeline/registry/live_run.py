@@ -1,4 +1,4 @@
-"""Logs the epochs of a training in progress to an MLflow run. The registration completes this run.
+"""Logs the epochs of a training to an MLflow run while the model is trained. The registration completes this run.
 
 Each attempt to train and register a model has an id, which is also a tag of the run. With this tag, the pipeline finds
 the run again, even if MLflow's answer to the creation of the run was lost, or if the process was killed. The training

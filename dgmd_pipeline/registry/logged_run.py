@@ -30,12 +30,12 @@ MAX_NAME = 500  # characters of a data set's name in MLflow
 class Candidate(NamedTuple):
     """A trained model and all that is logged with it."""
 
-    training_id: str  # id of the training, a tag of its run and of its version
+    training_id: str  # id of the training; the run and the version of the training have it as a tag
     run_name: str
     # Takes the number of the version and a link to the report. Returns a text that describes the version and its run.
     describe: Callable[[int, str], str]
-    # Returns the file of a Keras model, which turns uint8 [n, h, w, 3] into float32 [n, classes]. It is called only if
-    # a run must be logged.
+    # Returns the file of a Keras model. The model turns uint8 [n, h, w, 3] into float32 [n, classes]. This function is
+    # called only if a run must be logged.
     model: Callable[[], Path]
     labels: Sequence[str]  # label of each output of the model
     params: Mapping[str, object]  # None values are not logged
@@ -286,16 +286,16 @@ def _log_metrics(
         if step not in but
         for name, value in metrics.items()
     ]
-    # MLflow's queue for asynchronous requests is not used, because the process exits without waiting for it.
+    # MLflow's queue for asynchronous requests is not used, because the process would exit without waiting for it.
     client.log_batch(run_id, points, synchronous=True)
 
 
 def _signature(classes: int) -> "ModelSignature":
     """Return the declaration of the model's input, output and parameter.
 
-    MLflow's server converts JSON to the declared type of the input, except for the type `object`. So the input has the
-    type `object`. If it had the type uint8, the server would turn wrongly scaled pixels (0 to 1) into black images, and
-    the model could not refuse them.
+    MLflow's server converts JSON to the declared type of the input, except for the type `object`. If the input had
+    the type uint8, the server would turn wrongly scaled pixels (0 to 1) into black images, and the model could not
+    refuse them. So the input has the type `object`.
     """
     import numpy as np
     from mlflow.models import ModelSignature

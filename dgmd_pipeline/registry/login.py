@@ -27,8 +27,8 @@ def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[s
     """Return the command and the environment with which an MLflow server requires a login.
 
     Returns `command` and `environment` unchanged if no password is set. Otherwise, creates the accounts with the
-    passwords in the environment, or changes the passwords of the accounts. The accounts and the settings of the login
-    are files beside the SQLite database of the server.
+    passwords in the environment. If an account exists already, only its password is changed. The accounts and
+    the settings of the login are files beside the SQLite database of the server.
 
     Raises SettingsError if one of the passwords is missing or too short, or if both are equal. Also raises it if there
     are accounts but no passwords. So a server that has accounts cannot start without a login.

@@ -1,7 +1,7 @@
 """Requests to MLflow that create or delete something. Each takes effect once, even if answers are lost.
 
-MLflow's client repeats every request whose answer is lost or is a server error. If the server had already created
-something, the repetition creates it again.
+MLflow's own client would repeat every request whose answer is lost or is a server error. If the server had already
+created something, the repetition would create it a second time.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """A rule that MLflow's permissions cannot express: only administrators may change which version is production.
 
-In MLflow, the permission to create versions includes the permission to set aliases. The settings of a server with a
-login name `authenticate` as the `authorization_function`, so the server calls `authenticate` for every request.
+In MLflow, the permission to create versions includes the permission to set aliases. If a server requires a login,
+its setting `authorization_function` is the function `authenticate`. So the server calls `authenticate` for every
+request.
 """
 
 from typing import TYPE_CHECKING
@@ -36,8 +37,12 @@ def authenticate() -> "Authorization | Response":
 def _changes_production(method: str, path: str) -> bool:
     """Return whether only administrators may send the current request.
 
-    Such a request sets an alias other than `candidate`, deletes an alias, changes the tag `environment`, a stage or the
-    history of promotions, deletes the production version, or deletes or renames a model.
+    Such a request does one of the following:
+    - It sets an alias other than `candidate`, or deletes an alias.
+    - It changes the tag `environment` or the stage of a version.
+    - It changes the history of promotions.
+    - It deletes the production version.
+    - It deletes or renames a model.
 
     MLflow's own function parses the request. So this check and the server interpret it in the same way.
     """

@@ -2,7 +2,7 @@
 
 The alias `production` decides which version is production. A promotion or a rollback has four parts:
 
-1. It writes an event, which is a tag of the registered model, because MLflow does not record who moved an alias.
+1. It writes an event, because MLflow does not record who moved an alias. An event is a tag of the registered model.
 2. It moves the alias with one request, which is atomic.
 3. It makes the tag `environment` and the stage of each version match the alias.
 4. It marks the event as done.
@@ -123,7 +123,7 @@ def set_production(
     store: Store, state: ModelState, version: int, *, action: str, user: str, reason: str,
     gates: Sequence[GateResult] = (), forced: bool = False, automatic: bool = False,
 ) -> Event:  # fmt: skip
-    """Make a version production in place of the production version of `state`, and record who did it and why.
+    """Replace the production version of `state` by `version`, and record who did it and why.
 
     Raises PipelineError if the production version has changed since `state` was read, or if MLflow cannot be reached
     or refuses. `repair` completes a change that was interrupted.
@@ -189,7 +189,7 @@ def _production_version(client: "MlflowClient", name: str) -> int | None:
 
 
 def _events(state: ModelState) -> dict[str, Event]:
-    """Return the events by the names of their tags, the oldest first."""
+    """Return the events, the oldest first: name of the tag -> event."""
     return {key: _event(key, state.tags[key]) for key in sorted(state.tags) if key.startswith(EVENT)}
 
 

@@ -36,8 +36,9 @@ SHOWN_AS_TRAINING = "?workflowType=machine_learning"
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run
 MODEL_DESCRIPTION = (
-    "An image classifier, trained by dgmd_pipeline. The alias `production` names the version in use, `candidate` the "
-    "newest one. The tags `verdict` and `accuracy` and the description of a version come from its evaluation."
+    "An image classifier, trained by dgmd_pipeline. The alias `production` names the version in use. The alias "
+    "`candidate` names the newest version. The tags `verdict` and `accuracy` and the description of a version come "
+    "from the version's evaluation."
 )
 
 
@@ -58,11 +59,13 @@ def git_revision(path: Path) -> str | None:
 
 
 def register(store: Store, experiment: str, name: str, candidate: Candidate) -> RegisteredVersion:
-    """Log a run and create a non-production version with the alias `candidate`, unless this training has a version.
+    """Log a run and create a non-production version with the alias `candidate`.
 
-    Returns the version. Runs and versions have the training's id as a tag. A complete run of an earlier attempt is
-    reused. Surplus runs, logged models and versions of the training are deleted. A version that somebody has promoted
-    or given an alias is never deleted.
+    Does neither if the candidate's training has a version already. Returns the version of the training.
+
+    Runs and versions have the training's id as a tag. A complete run of an earlier attempt is reused. Surplus runs,
+    logged models and versions of the training are deleted. A version that somebody has promoted or given an alias is
+    never deleted.
 
     Raises PipelineError if MLflow refuses, or cannot be reached after the client's retries.
     """

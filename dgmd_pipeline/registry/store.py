@@ -110,8 +110,8 @@ def errors_explained(store: Store, message: str = REGISTRATION_FAILED) -> Iterat
     except PipelineError:
         raise
     except Exception as error:
-        # MLflow passes on errors of HTTP clients, databases and artifact stores, which share no base class. A built-in
-        # exception is a bug of this package, except for disk errors and a missing database driver.
+        # MLflow passes on errors of HTTP clients, databases and artifact stores. These errors share no base class. A
+        # built-in exception is a bug of this package, except for disk errors and a missing database driver.
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ModuleNotFoundError):
             raise
         denied = getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")

@@ -2,7 +2,7 @@
 
 MLflow itself measures the load in a thread, and waits for the thread at the end of a training. If the server cannot be
 reached, the thread repeats its requests for minutes. So this module does not start the thread. The pipeline logs the
-metrics of an epoch and the load in one request.
+load in the same request as the metrics of an epoch.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ class SystemMetrics:
         self._sampled = time.monotonic()
 
     def sample(self) -> dict[str, float]:
-        """Return the metrics by name: the CPU load since the last sample, and the present values of the other metrics.
+        """Return the metrics: name -> value.
+
+        They are the CPU load since the last sample, and the present values of the other metrics.
 
         Returns an empty dict if the sampling interval has not passed since the last sample.
         """

@@ -91,7 +91,7 @@ def read(store: Store, name: str, message: str = REQUEST_FAILED) -> ModelState:
 
 
 def run_metrics(store: Store, experiment: str, message: str = REQUEST_FAILED) -> dict[str, Mapping[str, float]]:
-    """Return the last value of each metric of an experiment's newest runs, by the id of the run.
+    """Return the metrics of an experiment's newest runs: id of the run -> name of the metric -> last value.
 
     Reads up to RUNS runs, with two requests. Returns {} if there is no such experiment. `message` is as in
     `errors_explained`.
