@@ -83,7 +83,7 @@ def run(
 
 
 def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
-    """End the MLflow run of a training that failed or was stopped, or whose model --until leaves unregistered."""
+    """End the MLflow run of a training, if it failed or was stopped, or if --until excludes the registration."""
     if code:
         attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:
@@ -236,7 +236,8 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # None: with the version, `summary` would suggest a promotion, but the version may already be production.
+    # `summary` gets None instead of the version. With the version, it would suggest a promotion, but the version may
+    # already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 

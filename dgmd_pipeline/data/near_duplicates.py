@@ -25,8 +25,8 @@ _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
 # A bit of the hash is set if its DCT coefficient exceeds this threshold. If an image is noise with a standard deviation
 # of one level (of 255), most coefficients have the standard deviation THUMBNAIL_SIZE / 2. The threshold is twice this
-# value. The other factors are needed because _COSINES, which is applied twice, multiplies the coefficients by 1,024
-# each time, and _LUMA multiplies them by 1,000.
+# value, times the scale of the computed coefficients: _LUMA is scaled by 1,000, and _COSINES by 1,024. _COSINES is
+# applied twice.
 _NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
 
 
@@ -154,9 +154,9 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 %
     of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
-    Even two neighbours with similar hashes are compared only in two cases. In the first case, at least one of the two
-    images is not in `known`. In the second case, both are in `known`, but an image that was sorted between them has
-    been removed, so they may have become neighbours. The call that returned `known` has compared all other neighbours.
+    The call that returned `known` has compared the images in `known`. So neighbours are compared only in two cases. In
+    the first case, at least one of the two images is not in `known`. In the second case, both are in `known`, but an
+    image that was sorted between them has been removed, so they may have become neighbours only now.
     """
     position_of = np.full(len(known.hashes) + 1, manifest.MISSING)  # old position -> present position
     position_of[old] = np.arange(len(old))
@@ -210,9 +210,9 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     `left_size` and `right_size` are the widths and heights of the images, in pixels: [n, 2].
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). A copy that was made smaller is
-    blurred, so it differs from its original by a multiple of the image's Laplacian. The part of the difference that is
-    such a multiple is subtracted first. The difference between two different images, for example two handwritten
-    digits, is not such a multiple.
+    blurred, so it differs from its original by a multiple of the image's Laplacian. Before the RMS is computed, the
+    multiple of the Laplacian that is closest to the difference is subtracted from the difference. This does not help
+    two different images, for example two handwritten digits, because their difference is not such a multiple.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. JPEG blocks, and
     the rounding of the size to whole pixels, change an image of 32 pixels a lot. They hardly change an image of 300

@@ -51,8 +51,8 @@ def train_head(
     from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from a
     training with the same data and settings. The caller deletes them.
 
-    `prepare` is called before the first use of Keras. Logistic regressions are cross-validated without Keras, so a
-    background thread may still be importing TensorFlow, and `prepare` may wait for the thread.
+    Logistic regressions are cross-validated first, without Keras. Then `prepare` is called before the first use of
+    Keras. For example, `prepare` waits for a background thread that imports TensorFlow.
 
     Raises PipelineError if features, a loss or weights are not finite, and UnusableCheckpoint if a file is damaged.
     """

@@ -159,8 +159,7 @@ def train(
     """Train a head on the stored features of a frozen network, or `cnn` from scratch if `backbone` is None.
 
     `backbone` returns the network. It is called after the cross-validation of logistic regressions, which needs no
-    TensorFlow. So a background thread may still be importing TensorFlow and building the network, and `backbone` may
-    wait for the thread.
+    TensorFlow. For example, `backbone` waits for a background thread that imports TensorFlow and builds the network.
 
     `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last completed epoch. If a
     checkpoint cannot be used, a warning is logged and the training starts again. `map_batches` is passed to

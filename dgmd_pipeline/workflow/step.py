@@ -101,9 +101,11 @@ class StepTarget(luigi.Target):
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
         # Planning adds the fingerprint of each folder that is done to `known`, and each step of this run adds its new
-        # fingerprint. If this run has locked DATA_DIR, no other process changes the folders. A planned folder without a
-        # fingerprint in `known` is then not done. If Luigi's own command has started this run, the run has not locked
-        # DATA_DIR, and another process may have run the step. The folder is then examined again.
+        # fingerprint. There are two cases:
+        # - This run has locked DATA_DIR. No other process changes the folders, so a planned folder that has no
+        #   fingerprint in `known` is not done.
+        # - Luigi's own command has started this run. The run has not locked DATA_DIR, and another process may have run
+        #   the step, so the folder is examined again.
         if folder not in known and not (context.holds_lock and folder in context.result.planned):
             planning.plan(self._step)
         return known.get(folder)
