@@ -83,7 +83,10 @@ def run(
 
 
 def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
-    """End the MLflow run of a training, if it failed or was stopped, or if --until excludes the registration."""
+    """End the MLflow run of a training that will not be registered by this run.
+
+    This happens if a step failed, if the run was stopped, or if --until excludes the registration.
+    """
     if code:
         attempts.end(values, "KILLED" if code > 128 else "FAILED", message)
     elif names.TRAINED_MODEL in result.summaries:

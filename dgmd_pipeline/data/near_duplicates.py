@@ -25,9 +25,8 @@ _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
 # A bit of the hash is set if its DCT coefficient exceeds this threshold. If an image is noise with a standard deviation
 # of one level (of 255), most coefficients have the standard deviation THUMBNAIL_SIZE / 2. The threshold is twice this
-# value, times the scale of the computed coefficients: _LUMA is scaled by 1,000, and _COSINES by 1,024. _COSINES is
-# applied twice.
-_NOISE = 2 * 1024**2 * 1000 * THUMBNAIL_SIZE / 2
+# value. _LUMA scales the coefficients by 1,000, and each of the two products with _COSINES scales them by 1,024.
+_NOISE = 2 * THUMBNAIL_SIZE / 2 * 1000 * 1024**2
 
 
 HASH = np.dtype(
@@ -101,7 +100,7 @@ def _smallest_names(names: list[str], copies: np.ndarray) -> list[str]:
 
 
 def _identify(images: list[Image], known: Known | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return a HASH record for each image, and the position of each image in `known`, or _NEW: int64 [n].
+    """Return a HASH record and a position in `known` (int64) for each image. A new image has the position _NEW.
 
     In the records of new images, `hash` and `brightness` are 0.
     """
@@ -124,10 +123,11 @@ def _hash(thumbnails: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np
     """Return pHash's 64 bits (uint64) and the brightness (int64, the sum of the luminance) of each thumbnail.
 
     Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the luminance. It is set if the coefficient exceeds
-    the noise. Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", compares each
-    coefficient with the median instead. With that rule, noise alone decides the bits of a flat image. The hashes of
-    resized and re-encoded copies differ by at most 3 bits in 95 % of the pairs, and by at most 5 bits in 99 % of the
-    pairs.
+    _NOISE. An image and its resized and re-encoded copy have hashes that differ by at most 3 bits in 95 % of the pairs,
+    and by at most 5 bits in 99 % of the pairs.
+
+    The source is Zauner 2010, "Implementation and benchmarking of perceptual image hash functions". There, a bit is set
+    if the coefficient exceeds the median of the coefficients. In a flat image, noise alone would decide these bits.
     """
     hashes = np.empty(len(positions), np.uint64)
     brightness = np.empty(len(positions), np.int64)
@@ -210,9 +210,9 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     `left_size` and `right_size` are the widths and heights of the images, in pixels: [n, 2].
 
     Two images are compared by their RMS difference at 8 x 8 pixels, in levels (of 255). A copy that was made smaller is
-    blurred, so it differs from its original by a multiple of the image's Laplacian. Before the RMS is computed, the
-    multiple of the Laplacian that is closest to the difference is subtracted from the difference. This does not help
-    two different images, for example two handwritten digits, because their difference is not such a multiple.
+    blurred, so it differs from its original by a multiple of the image's Laplacian. Such a multiple is fitted to the
+    difference (least squares) and subtracted before the RMS is computed. This hardly lowers the RMS of two different
+    images, for example two handwritten digits.
 
     The tolerance depends on the contrast of the images and on the shortest side of the smaller image. JPEG blocks, and
     the rounding of the size to whole pixels, change an image of 32 pixels a lot. They hardly change an image of 300

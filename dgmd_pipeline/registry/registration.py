@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KIND = "mlflow.experimentKind"  # tag of an experiment: which pages MLflow shows first
 TRAINING = "custom_model_development"  # value of the tag KIND
-# Newer versions of MLflow ignore KIND. So this suffix is added to links, which then open the pages of a training.
+# Newer versions of MLflow ignore KIND. So links get this suffix, which selects MLflow's pages for model training.
 SHOWN_AS_TRAINING = "?workflowType=machine_learning"
 NOTE = "mlflow.note.content"  # tag of a run: its description
 REPORT = "evaluation/report.html"  # artifact of a run

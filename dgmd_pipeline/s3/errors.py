@@ -1,4 +1,7 @@
-"""Explains botocore's errors to the operator, and decides which of them reject only one object."""
+"""Explains botocore's errors to the operator.
+
+Also decides which errors end the download, and after which errors only one object is left out.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -75,7 +78,7 @@ def is_worth_repeating(error: Exception) -> bool:
 
 
 def remedy(client: Client, rejected: Rejected) -> str:
-    """Return what to do about many objects that were rejected for the reason of `rejected`."""
+    """Return what to do if many objects were rejected. `rejected` is one of them; the others have the same reason."""
     if rejected.reason == REFUSED and any(code in rejected.detail for code in ACCESS_DENIED):
         return access_remedy(client)
     return {
@@ -116,7 +119,8 @@ def explain(error: Exception, client: Client, bucket: str, key: str = "") -> NoU
     if isinstance(error, boto.ClientError):
         return NoUsableInput(_s3_error(error, client, bucket, key))
     kind = type(error).__name__
-    sentences = (  # the first match applies, because an SSLError is also a ConnectionError
+    # The first match applies. So SSLError stands before ConnectionError, which is its base class.
+    sentences = (
         (
             boto.ParamValidationError,
             f"{bucket!r} is not a valid bucket name: set AWS_DATA_BUCKET to the bare name, without s3:// and slashes.",
@@ -205,8 +209,9 @@ def access_remedy(client: Client) -> str:
 
     if client.meta.config.signature_version is UNSIGNED:
         return (
-            "The request was anonymous because no AWS credentials are configured: set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE or AWS_SHARED_CREDENTIALS_FILE, or make the bucket public."
+            "The request was anonymous because no AWS credentials are configured. Set AWS_PROFILE, or "
+            "AWS_SHARED_CREDENTIALS_FILE, or both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Or make the bucket "
+            "public."
         )
     return (
         "The request was signed with valid credentials, but they lack s3:ListBucket or s3:GetObject, or belong to "

@@ -185,7 +185,8 @@ def _link_unchanged(
 def _interrupted(folder: Path, resume_listing: Path) -> list[SourceObject]:
     """Return the listed objects of the interrupted download in `folder`.
 
-    If the listing is missing, returns an empty list. If it is unreadable, also removes the downloaded files.
+    If the listing is missing or unreadable, returns an empty list. If it is unreadable, this function also removes the
+    downloaded files.
     """
     if not resume_listing.exists():
         return []

@@ -51,8 +51,8 @@ def train_head(
     from them. On a CPU, the resulting weights are the same as without an interruption. The files must be from a
     training with the same data and settings. The caller deletes them.
 
-    Logistic regressions are cross-validated first, without Keras. Then `prepare` is called before the first use of
-    Keras. For example, `prepare` waits for a background thread that imports TensorFlow.
+    `prepare` is called before the first use of Keras. It may take a while, for example because it waits for a thread
+    that imports TensorFlow. So logistic regressions, which need no Keras, are cross-validated before it is called.
 
     Raises PipelineError if features, a loss or weights are not finite, and UnusableCheckpoint if a file is damaged.
     """

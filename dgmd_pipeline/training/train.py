@@ -158,8 +158,9 @@ def train(
 ) -> FinishedTraining:
     """Train a head on the stored features of a frozen network, or `cnn` from scratch if `backbone` is None.
 
-    `backbone` returns the network. It is called after the cross-validation of logistic regressions, which needs no
-    TensorFlow. For example, `backbone` waits for a background thread that imports TensorFlow and builds the network.
+    `backbone` returns the network. It may take a while, for example because it waits for a thread that imports
+    TensorFlow and builds the network. So it is called only after the cross-validation of logistic regressions, which
+    needs no TensorFlow.
 
     `resume_dir` is an existing folder for checkpoints. A stopped training resumes after its last completed epoch. If a
     checkpoint cannot be used, a warning is logged and the training starts again. `map_batches` is passed to
