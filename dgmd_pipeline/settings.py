@@ -74,7 +74,10 @@ class Settings(BaseSettings):
         "imbalance. On every measured data set, models were more accurate without a limit.",
     )
     validation_pcnt: float = Field(
-        0.2, gt=0, lt=1, description="Fraction (not percentage) of each label's images in the validation split."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Fraction (not percentage) of each label's images that goes into the validation split.",
     )
     num_shards: int = Field(10, ge=1, le=99_999, description="Number of TFRecord files for each split.")
     image_width: int = Field(

@@ -83,9 +83,9 @@ def run(
 
 
 def _end_attempt(values: Settings, result: RunResult, code: int, message: str) -> None:
-    """End the MLflow run of a training that will not be registered by this run.
+    """End the MLflow run of a training whose model is not registered.
 
-    This happens if a step failed, if the run was stopped, or if --until excludes the registration.
+    The model is not registered if a step failed, if the pipeline was stopped, or if --until excludes the registration.
     """
     if code:
         attempts.end(values, "KILLED" if code > 128 else "FAILED", message)

@@ -59,7 +59,7 @@ def _announced(times: Iterable[datetime], data_dir: Path) -> Iterator[datetime]:
 
 
 def read_next(data_dir: Path) -> str | None:
-    """Return when the active schedule starts its next run (ISO 8601); None without a schedule, or during a run."""
+    """Return the start time of the active schedule's next run (ISO 8601); None without a schedule, or during a run."""
     try:
         time = (data_dir / NEXT).read_text("utf-8")
         return time if datetime.fromisoformat(time) > _now() else None
@@ -97,7 +97,7 @@ def _now() -> datetime:
 def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> Iterator[datetime]:
     """Yield the times of a cron expression from now on, in a time zone.
 
-    Skips the times that pass before the caller requests the next time.
+    Skips times that have already passed when the caller takes them from the iterator.
     """
     times = CronSim(expression, clock().astimezone(zone))
     while True:
@@ -110,7 +110,7 @@ def at(expression: str, zone: tzinfo, clock: Callable[[], datetime] = _now) -> I
 
 
 def every(seconds: float) -> Iterator[datetime]:
-    """Yield the current time first. At each later request, yield the time `seconds` after the request."""
+    """Yield the current time first. After that, yield a time that is always `seconds` seconds in the future."""
     yield _now()
     while True:
         yield _now() + timedelta(seconds=seconds)

@@ -148,11 +148,11 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
     `_MAX_DISTANCE` bits are compared.
 
     The hashes are sorted sixteen times, each time rotated by four more bits. (Charikar 2002 permutes the bits at random
-    instead.) If two hashes have equal bits in a long run, they are likely to be neighbours in the rotation that moves
-    this run to the front. In each of the sixteen orders, a hash is paired only with the next eight hashes. So the
-    number of pairs is at most 16 x 8 = 128 times the number of hashes, even if all hashes are equal. Equal hashes are
-    sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are neighbours, and so are 99.9 %
-    of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
+    instead.) If a long sequence of consecutive bits is equal in two hashes, the hashes are likely to be neighbours in
+    the rotation that moves this sequence to the front. In each of the sixteen orders, a hash is paired only with the
+    next eight hashes. So the number of pairs is at most 16 x 8 = 128 times the number of hashes, even if all hashes are
+    equal. Equal hashes are sorted by brightness. Among 300,000 random hashes, all pairs that differ by 2 bits are
+    neighbours, and so are 99.9 % of the pairs that differ by 4 bits and 93 % of the pairs that differ by 6 bits.
 
     The call that returned `known` has compared the images in `known`. So neighbours are compared only in two cases. In
     the first case, at least one of the two images is not in `known`. In the second case, both are in `known`, but an
@@ -191,9 +191,9 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the HASH records of present and removed images in one array, and the position of each image in `hashes`.
 
-    A removed image has the position MISSING. The array is in the order of the paths, and removed images are at their
-    old places. A stable sort leaves images with equal hashes and equal brightness in the order of the paths. So all
-    images of the earlier call are sorted into the same order as in that call.
+    A removed image has the position MISSING. The array is in the order of the paths of all images, removed ones
+    included. A stable sort leaves images with equal hashes and equal brightness in this order. So all images of the
+    earlier call are sorted into the same order as in that call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image: the present position of the nearest remaining image before it.

@@ -102,8 +102,8 @@ def select(
     The log loss needs fewer images than the accuracy to distinguish similar heads. It also rewards good probabilities,
     which the served model returns. A logistic regression is always evaluated, as the baseline.
     `class_weights` are float32 [classes]. `components` are the principal components of the training images' features.
-    Logistic regressions are cross-validated first, without Keras. Unless `kind` is "linear", `hidden` is then called.
-    The head that it returns is cross-validated, too, which changes the weights of this head.
+    Logistic regressions are cross-validated first, without Keras. If `kind` is not "linear", the head that `hidden`
+    returns is cross-validated afterwards. This changes the weights of the head.
     """
     seed = int(config.seed or 0)
     sample, groups = _sample(data, groups, seed)

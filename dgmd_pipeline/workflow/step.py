@@ -39,7 +39,10 @@ def _version() -> str:
 
 
 class UpstreamChange(NamedTuple):
-    """A change outside the pipeline, for example in the bucket, and what is known of the resulting folder."""
+    """A change outside the pipeline, for example in the bucket, which requires that a step runs again.
+
+    The fields `fingerprint`, `images` and `bytes` describe the folder that the step will write. None: not known yet.
+    """
 
     reason: str
     fingerprint: str | None = None
@@ -100,8 +103,8 @@ class StepTarget(luigi.Target):
         """Return the fingerprint of the folder if the target exists, else None."""
         context, folder = self._step.context, self._step.folder
         known = context.result.fingerprints
-        # Planning adds the fingerprint of each folder that is done to `known`, and each step of this run adds its new
-        # fingerprint. There are two cases:
+        # `known` has the fingerprint of each folder that was done at the time of the planning. Each step of this run
+        # adds its new fingerprint. There are two cases:
         # - This run has locked DATA_DIR. No other process changes the folders, so a planned folder that has no
         #   fingerprint in `known` is not done.
         # - Luigi's own command has started this run. The run has not locked DATA_DIR, and another process may have run
