@@ -222,7 +222,10 @@ class Step(luigi.Task):
         return "continues a stopped run"
 
     def keeps_replaced(self) -> bool:
-        """Return whether to keep the replaced folder of this step, because another step may still reuse parts of it."""
+        """Return whether to keep the old folder of this step after the new folder has replaced it.
+
+        Another step may reuse parts of the old folder.
+        """
         return False
 
     def estimated_bytes(self) -> int | None:
