@@ -4,8 +4,9 @@ import pytest
 
 from dgmd_pipeline.settings import Settings
 from dgmd_pipeline.tasks import names, resources
+from dgmd_pipeline.tasks.model import TrainModel
 from dgmd_pipeline.workflow.planning import StepPlan
-from dgmd_pipeline.workflow.run_context import RunContext
+from dgmd_pipeline.workflow.run_context import RunContext, activate
 
 
 @pytest.fixture
@@ -28,6 +29,20 @@ def test_a_run_that_evaluates_starts_the_process_with_the_training_and_hands_it_
         assert process is early and process.poll() is None
     assert process.poll() is not None
     assert context.shared(resources.Resources).serving is None
+
+
+@pytest.mark.parametrize(("backbone", "starts_at_once"), [("cnn", True), ("MobileNetV2", False)])
+def test_the_training_starts_the_process_when_it_needs_the_network(tmp_path, backbone, starts_at_once):
+    context = RunContext(Settings(DATA_DIR=tmp_path, BACKBONE=backbone))
+    context.result.planned.add(names.EVALUATION)
+    shared = context.shared(resources.Resources)
+    shared.network = None if starts_at_once else lambda: "network"
+    with activate(context):
+        wait = TrainModel()._backbone()
+        assert (shared.serving is not None) == starts_at_once
+        assert starts_at_once or wait() == "network"
+    assert shared.serving is not None
+    resources.close(context)
 
 
 def test_a_run_without_an_evaluation_starts_no_process(context):

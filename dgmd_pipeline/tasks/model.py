@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
 from dgmd_pipeline.workflow.success_file import Json, StepRecord, read_record
 
 if TYPE_CHECKING:
+    import keras
+
     from dgmd_pipeline.evaluation.evaluate import EvaluationData
     from dgmd_pipeline.evaluation.summary import Summary
     from dgmd_pipeline.registry.live_run import LiveRun
@@ -86,8 +88,7 @@ class TrainModel(Step):
         from dgmd_pipeline.training import train
         from dgmd_pipeline.workflow.executors import in_threads
 
-        backbone = resources.network(self.context)
-        resources.start_serving_early(self.context)
+        backbone = self._backbone()
         data, options = self._data(), train.TrainingOptions.from_settings(self.settings)
         epochs: list[Epoch] = []  # of this run only; a stopped run may have completed earlier epochs
         name = _run_name(self.settings.model_name, formatting.utc_now())
@@ -100,6 +101,23 @@ class TrainModel(Step):
         self.context.shared(Resources).trained = trained.id, trained.model
         processed = len(data.groups) * len(epochs)
         return StepResult(counts=trained.counts, images_processed=processed, summary=trained.summary)
+
+    def _backbone(self) -> "Callable[[], keras.Model] | None":
+        """Return a function that waits for the frozen network and returns it; None for `cnn`.
+
+        The function also starts the process of the serving benchmark. The training calls the function after the
+        cross-validation of logistic regressions, which uses all cores. The rest of the training mostly uses one core.
+        """
+        network = resources.network(self.context)
+        if network is None:
+            resources.start_serving_early(self.context)
+            return None
+
+        def wait() -> "keras.Model":
+            resources.start_serving_early(self.context)
+            return network()
+
+        return wait
 
     def _data(self) -> "TrainingData":
         """Collect the data for the training, and check the records that the training reads."""
