@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -11,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+_importing = threading.Lock()
 
 
 def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -31,6 +33,13 @@ def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments
 
 
 def start_tensorflow() -> None:
+    """Import TensorFlow if it is not imported yet. If another thread is importing it, wait for that thread."""
+    with _importing:
+        if "tensorflow" not in sys.modules:
+            _import_tensorflow()
+
+
+def _import_tensorflow() -> None:
     """Import TensorFlow and discard what its libraries write to standard error during the import.
 
     Scikit-learn is hidden from Keras. Otherwise, Keras would import it for unused wrappers, in 0.6 s of CPU time. The
@@ -38,7 +47,6 @@ def start_tensorflow() -> None:
     million objects, which are needed until the process ends. After the import, the collector ignores these objects.
     Otherwise, a full collection would take 0.35 s longer.
     """
-    first = "tensorflow" not in sys.modules
     hides = "sklearn" not in sys.modules
     saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     gc.disable()
@@ -48,8 +56,7 @@ def start_tensorflow() -> None:
             sys.modules["sklearn"] = None  # type: ignore[assignment]  # an import of it raises ImportError
         import tensorflow  # noqa: F401
 
-        if first:
-            gc.freeze()
+        gc.freeze()
     finally:
         gc.enable()
         if hides:

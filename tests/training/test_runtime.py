@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 CODE = """
 import sys
@@ -21,3 +22,23 @@ import sklearn
 
 def test_each_blas_uses_one_thread_and_keras_does_not_import_scikit_learn():
     assert subprocess.check_output([sys.executable, "-c", CODE], text=True).splitlines() == ["[1]", "True False"]
+
+
+THREADS = """
+import sys, threading
+from dgmd_pipeline.training import runtime
+
+thread = threading.Thread(target=runtime.start_tensorflow)
+thread.start()
+while "tensorflow" not in sys.modules:  # until the thread has begun the import
+    pass
+runtime.start_tensorflow()
+thread.join()
+import tensorflow
+print(tensorflow.__version__, file=sys.stderr)
+"""
+
+
+def test_a_second_thread_waits_for_the_import_and_standard_error_is_back_afterwards():
+    ran = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines()[-1:] == [version("tensorflow-cpu")]
