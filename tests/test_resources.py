@@ -1,4 +1,4 @@
-"""The serving benchmark's process between the steps of a run."""
+"""The network and the serving benchmark's process between the steps of a run."""
 
 import pytest
 
@@ -93,3 +93,17 @@ def test_the_process_starts_with_the_run_where_few_images_are_to_be_worked_on(tm
     now = context.shared(resources.Resources).serving
     resources.close(context)
     assert (early is not None) == starts and (early or now) is now
+
+
+@pytest.mark.parametrize("downloads", [True, False])
+def test_the_network_is_built_after_a_first_download_or_at_once(tmp_path, downloads):
+    values = Settings(DATA_DIR=tmp_path, BACKBONE="MobileNetV2", BACKBONE_WEIGHTS="none")
+    context = RunContext(values)
+    steps = [names.RAW, names.TRAINED_MODEL]
+    if not downloads:
+        (tmp_path / names.RAW).mkdir()  # only a few new objects will be downloaded
+    resources.start_network_early(context, [StepPlan(step, "run", [], None) for step in steps])
+    shared = context.shared(resources.Resources)
+    assert (shared.network is None) == downloads
+    resources.start_network_after_download(context)
+    assert shared.network().name == "backbone"

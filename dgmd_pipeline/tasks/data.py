@@ -13,7 +13,7 @@ from dgmd_pipeline import manifest
 from dgmd_pipeline.data import corrections
 from dgmd_pipeline.errors import NoUsableInput
 from dgmd_pipeline.tasks import names
-from dgmd_pipeline.tasks.resources import Resources
+from dgmd_pipeline.tasks.resources import Resources, start_network_after_download
 from dgmd_pipeline.workflow import folders
 from dgmd_pipeline.workflow.planning import StepPlan
 from dgmd_pipeline.workflow.step import Step, StepResult, UpstreamChange
@@ -48,6 +48,7 @@ class DownloadImages(Step):
         limit = self.settings.max_rejected_pcnt
         options = draft / folders.RESUME, previous, self.folder, limit, self.progress, self._fetch()
         result = sync.download_folder(s3, listed, draft, *options)
+        start_network_after_download(self.context)
         _warn_of_rejected(Counter(row.reason for row in result.rejected), "objects", self.path)
         return StepResult(
             counts=result.counts,
