@@ -141,5 +141,5 @@ def _is_intact(folder: Path) -> bool:
         problem = "a checksum differs"
     except (OSError, PipelineError) as error:
         problem = str(error)
-    log.warning("The results in %s are not reused (%s): all files are inspected again", folder, problem)
+    log.warning("The results in %s are not reused (%s). The files are inspected again", folder, problem)
     return False

@@ -56,8 +56,8 @@ def group(
 
     The name of a group is the smallest SHA-256 of its images.
     `thumbnails` is uint8 RGB [n, 16, 16, 3]; the thumbnail of images[i] is thumbnails[positions[i]]. `known` is the
-    second result of an earlier call. It does not change the result. It saves time, because most pairs of images of the
-    earlier call are not compared again. In both calls, the images must be in the order of their paths.
+    second result of an earlier call. It only saves time: most pairs of images of the earlier call are not compared
+    again. In both calls, the images must be in the order of their paths.
     """
     hashes, old = _identify(images, known)
     new = np.flatnonzero(old == _NEW)
@@ -189,9 +189,9 @@ def _candidates(hashes: np.ndarray, old: np.ndarray, known: Known) -> tuple[np.n
 
 
 def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the HASH records of present and removed images in one array, and the position of each image in `hashes`.
+    """Return the HASH records of present and removed images in one array, and for each record its position in `hashes`.
 
-    A removed image has the position MISSING. The array is in the order of the paths of all images, removed ones
+    The position of a removed image is MISSING. The array is in the order of the paths of all images, removed ones
     included. A stable sort leaves images with equal hashes and equal brightness in this order. So all images of the
     earlier call are sorted into the same order as in that call.
     """
@@ -219,7 +219,8 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     pixels. Photographs of two items of an industrial product differ only a little more than copies do: two solar cells
     of 300 pixels differ by at least 0.78 levels, and the tolerance for them is 0.5 to 0.6 (docs/measurements/leaks.md).
     Images that differ by a tint of 10 %, by heavy noise or by a crop that is moved by 8 of 360 pixels do not count as
-    copies. For flat images the tolerance is 0.5, so that images of two different colours never count as copies.
+    copies. For flat images the tolerance is 0.5. Two images of different plain colours have an RMS of at least 0.57, so
+    they never count as copies.
     """
     shortest = np.minimum(left_size.min(1), right_size.min(1))
     stretch = np.abs(np.log(left_size[:, 0] * right_size[:, 1] / (left_size[:, 1] * right_size[:, 0])))
@@ -240,7 +241,6 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     return (
         (stretch < 0.02 + 1.5 / shortest)  # the limit is a little above what the rounding to whole pixels causes
         & (square - explained < tolerance**2)
-        & (
-            square < (4 * tolerance) ** 2
-        )  # else stripes would count as a copy of plain grey, because blur explains the difference
+        # Without this condition, stripes would count as a copy of plain grey: `blur` accounts for the difference.
+        & (square < (4 * tolerance) ** 2)
     )

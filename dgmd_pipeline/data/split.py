@@ -43,12 +43,12 @@ def write_splits(rows: Path, fraction: float, folder: Path) -> dict[str, int]:
         manifest.write_columns(folder / f"{name}.csv", Example, batches)
     if not found.validation.any():
         raise NoUsableInput(
-            "No label has images for the validation split: each label is a single group of near-duplicates. "
-            "Add images that differ."
+            "No label has images for the validation split. Each label has a single image, or only near-duplicates "
+            "of each other or of other labels' images. Add images that differ."
         )
     images = np.bincount(label_of[found.validation], minlength=len(numbers))
     if missing := sorted(name for name, count in zip(numbers.names, images, strict=True) if not count):
-        log.warning("labels without validation images (near-duplicates only): %s", ", ".join(missing))
+        log.warning("labels without validation images (a single image or only near-duplicates): %s", ", ".join(missing))
     validation = int(found.validation.sum())
     return {
         "training": len(label_of) - validation,

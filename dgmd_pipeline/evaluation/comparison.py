@@ -1,4 +1,4 @@
-"""Compares two models on the same images: which is better, how certain that is, and which loss could be detected.
+"""Compares two models on the same images. The result also says which losses of accuracy could be detected.
 
 Labels are compared by name: the class indexes of the two models may differ.
 """
@@ -153,7 +153,7 @@ def mid_p(gained: int, lost: int) -> float:
 
     images, larger = gained + lost, max(gained, lost)
     if gained == lost:
-        return 1.0  # the source has 1 - P(gained) / 2, which is not significant either
+        return 1.0  # the source has a lower value, which is not significant either
     return float(2 * binom.sf(larger, images, 0.5) + binom.pmf(larger, images, 0.5))
 
 
@@ -181,8 +181,9 @@ def power(images: int, loss: float, disagreement: float) -> float:
     """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
     The value is exact, not simulated. The number of images that only one version gets right has a binomial distribution
-    (`images`, `disagreement`). The number of losses among these images has a binomial distribution, too. If `loss`
-    exceeds `disagreement`, `loss` replaces `disagreement`, and all these images are losses.
+    (`images`, `disagreement`). Among these images, the number of those that production gets right has a binomial
+    distribution, too. If `loss` exceeds `disagreement`, `disagreement` is raised to `loss`. Then production gets all
+    of these images right.
 
     `Comparison.is_worse` also requires a bootstrap interval below 0. With this requirement, the probability is lower by
     at most 3 points (docs/measurements/leaks.md).

@@ -30,8 +30,9 @@ def required(command: list[str], environment: Mapping[str, str]) -> tuple[list[s
     passwords in the environment. If an account exists already, only its password is changed. The accounts and
     the settings of the login are files beside the SQLite database of the server.
 
-    Raises SettingsError if one of the passwords is missing or too short, or if both are equal. Also raises it if there
-    are accounts but no passwords. So a server that has accounts cannot start without a login.
+    Raises SettingsError if one of the passwords is missing or too short, if both are equal, or if the server has no
+    SQLite database. Also raises it if there are accounts but no passwords. So a server that has accounts cannot start
+    without a login.
     """
     passwords = {account: environment.get(name, "") for account, name in PASSWORDS.items()}
     store = environment.get("MLFLOW_BACKEND_STORE_URI", "")

@@ -68,7 +68,7 @@ class DeploymentParameter(luigi.Parameter):
     """
 
     def has_task_value(self, task_name: str, param_name: str) -> bool:
-        """Return True: the value never has to be given as an argument."""
+        """Return True, because `task_value` always has a value."""
         return True
 
     def task_value(self, task_name: str, param_name: str) -> str:
@@ -217,7 +217,7 @@ class Step(luigi.Task):
         return ""
 
     def describe_draft(self, kept: Path) -> str:
-        """Return a text for the plan: how the step will use `kept`, the folder RESUME of a stopped run."""
+        """Return what the plan says if a stopped run of this step has left `kept`, a folder of files to resume from."""
         del kept
         return "continues a stopped run"
 
@@ -344,9 +344,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock. After its work, the step also ends the executor's processes.
-        With `--workers 2`, Luigi forks a process for each step, and this process cannot exit while the executor's
-        processes are running.
+        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. Otherwise,
+        the process that Luigi forks for each step with `--workers 2` could not exit.
         """
         if self.context.holds_lock:
             yield
