@@ -279,7 +279,7 @@ def _move(source: SourceObject, part: Path, folder: Path) -> SourceObject:
     try:
         part.replace(target)
     except FileNotFoundError:
-        part.stat()  # raises OSError if the run has ended and removed `part`, so that no folder is made
+        part.stat()  # raises OSError if the run has ended and removed `part`; then no folder is made
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
     return source

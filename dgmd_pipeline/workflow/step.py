@@ -344,8 +344,8 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. Otherwise,
-        the process that Luigi forks for each step with `--workers 2` could not exit.
+        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. With
+        `--workers 2`, Luigi forks a process for each step. This process could not exit before the executor's processes.
         """
         if self.context.holds_lock:
             yield
