@@ -77,8 +77,9 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     """Return the versions that successive rollbacks restore. The next rollback restores the last element of the list.
 
     A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
-    and 3, the first rollback restores 2, and the second rollback restores 1. If a version became production without
-    this module, it has no event. The list contains this version, too: the next event names it in its field `previous`.
+    and 3, the first rollback restores 2, and the second rollback restores 1. A version that became production
+    without this module has no event of its own. The list contains it, too, because the event that replaced it names it
+    in the field `previous`.
     """
     stack: list[int] = []
     for event in events:

@@ -272,7 +272,7 @@ class PerSplitStep(Step):
 
     @property
     def _other(self) -> "PerSplitStep":
-        """The same step for the other split. Its old folder has the results of images that have moved to `self.split`."""
+        """The same step for the other split. Its old folder has results of images that moved to `self.split`."""
         return type(self)(split=next(split for split in names.SPLITS if split != self.split))
 
     def reusable_folders(self) -> list[Path]:

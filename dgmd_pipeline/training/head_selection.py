@@ -43,7 +43,7 @@ class Option(NamedTuple):
     log_loss: float  # nats; NaN if there were too few images to hold any out
     accuracy: float  # 0 to 1; NaN if `log_loss` is NaN
     shrinkage: float = 1  # only for "linear": see `linear.penalties`
-    strength: float = 0  # only for "linear": inverse of the regularisation, scikit-learn's C
+    strength: float = 0  # only for "linear": scikit-learn's C; a larger value regularises less
     epochs: int = 0  # only for "hidden": number of epochs
 
 
