@@ -242,6 +242,6 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     return (
         (stretch < 0.02 + 1.5 / shortest)  # the limit is a little above what the rounding to whole pixels causes
         & (square - explained < tolerance**2)
-        # Stripes and plain grey differ by a multiple of `blur`, so the condition above is true for them.
+        # A striped image differs from a plain grey one by a multiple of `blur`. Only this condition tells them apart.
         & (square < (4 * tolerance) ** 2)
     )

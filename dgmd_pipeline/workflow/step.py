@@ -344,8 +344,9 @@ class Step(luigi.Task):
     def _locked(self) -> Iterator[None]:
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
-        With Luigi's own command, each step takes the lock, and ends the executor's processes after its work. With
-        `--workers 2`, Luigi forks a process for each step. This process could not exit before the executor's processes.
+        With Luigi's own command, each step takes the lock. With `--workers 2`, this command also forks a process for
+        each step. A forked process cannot exit while the executor's processes are running, so the step ends them after
+        its work.
         """
         if self.context.holds_lock:
             yield
