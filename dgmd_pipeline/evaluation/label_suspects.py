@@ -213,8 +213,8 @@ def _judge(
         for fold in np.unique(block_folds):
             at = np.flatnonzero(block_folds == fold)
             probabilities, rows = np.exp(linear.log_probabilities(projected[at], *heads[fold])), start + at
-            # If the heads have no output for the given label of a row, the probability of this label is meaningless.
-            # The caller drops such a row.
+            # If the heads have no output for the given label of a row, `column` is the output of another label. The
+            # caller drops such a row.
             column = np.searchsorted(classes, given[rows]).clip(max=len(classes) - 1)
             own[rows] = probabilities[np.arange(len(at)), column]
             likely[rows], best[rows] = classes[probabilities.argmax(axis=1)], probabilities.max(axis=1)
