@@ -133,7 +133,7 @@ def _question(candidate: ModelVersion, previous: int | None, decision: gates.Dec
     question = f"Make version {candidate.version} production"
     if previous is None:
         return f"{question}?"
-    despite = ", although no difference was shown" if decision.verdict == NO_DIFFERENCE else ""
+    despite = ", although there is no significant difference" if decision.verdict == NO_DIFFERENCE else ""
     return f"{question} instead of version {previous}{despite}?"
 
 

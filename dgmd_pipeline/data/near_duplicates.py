@@ -193,8 +193,9 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     """Return the HASH records of present and removed images in one array, and for each record its position in `hashes`.
 
     The position of a removed image is MISSING. The array is in the order of the paths of all images, removed ones
-    included. A stable sort leaves images with equal hashes and equal brightness in this order. So all images of the
-    earlier call are sorted into the same order as in that call.
+    included. `_candidates` sorts this array by hash and brightness with a stable sort, so images with equal hashes and
+    equal brightness stay in this order. So all images of the earlier call are sorted into the same order as in that
+    call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image: the present position of the nearest remaining image before it.

@@ -87,7 +87,7 @@ def _verdict(review: "Review") -> tuple[str, str]:
         return BETTER, f"better than version {compared.version} ({figure})"
     if compared.is_worse:
         return WORSE, f"worse than version {compared.version} ({figure})"
-    return NO_DIFFERENCE, f"no difference from version {compared.version} shown ({figure})"
+    return NO_DIFFERENCE, f"no significant difference from version {compared.version} ({figure})"
 
 
 def _drift(best: "Comparison") -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dgmd_pipeline.formatting import percent, points
 
 FIRST, BETTER, NO_DIFFERENCE, WORSE, NOT_COMPARED = "first", "better", "no difference", "worse", "not compared"
-THAN = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no difference shown from"}
+THAN = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no significant difference from"}
 ALONE = {FIRST: "first version", NOT_COMPARED: "not compared"}
 
 

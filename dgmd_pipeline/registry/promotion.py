@@ -78,8 +78,8 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
 
     A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
     and 3, the first rollback restores 2, and the second rollback restores 1. A version that became production
-    without this module has no event of its own. The list contains it, too, because the event that replaced it names it
-    in the field `previous`.
+    without this module has no event of its own. It is in the list, too: when another version replaced
+    it, the event of that change recorded it as `previous`.
     """
     stack: list[int] = []
     for event in events:
@@ -240,7 +240,8 @@ def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState
     """
     name, changes = state.name, []
     followed = [_as_alias_says(version, state.production) for version in state.versions]
-    # The production version is changed first, so that a consumer that asks for the stage always finds a version.
+    # The version with the alias `production` gets its stage before another version loses it. So a consumer that asks
+    # for the stage always finds a version.
     for old, new in sorted(zip(state.versions, followed, strict=True), key=lambda pair: pair[0] != state.production):
         number = str(new.version)
         if new.tags != old.tags:

@@ -49,7 +49,7 @@ class DownloadResult:
 
     @property
     def summary(self) -> str:
-        """A line for the log about the objects in the folder. Another line warns of the objects that were left out."""
+        """A line for the log about the objects in the folder. The caller warns of the objects that were left out."""
         objects = formatting.describe_reuse(len(self.objects), "objects", len(self.fetched))
         return f"{objects}, {formatting.format_bytes(total_bytes(self.objects))}"
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-# Pairs: the end of a metric's name in MLflow, and a key in the record of `balanced`. The metric is the sum of the
-# numbers that the record has for the labels under this key.
+# Pairs: the end of a metric's name in MLflow, and a key in the record of `balanced`. Under the key, the record has a
+# number for each label. The metric is the sum of these numbers.
 BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
@@ -262,7 +262,7 @@ class RegisterModel(Step):
         )
 
     def _replaced(self) -> str:
-        """If the registry no longer has an earlier version of this training, return a text that says so, else ""."""
+        """Return a text if this training was registered before and its version has been deleted; otherwise ""."""
         before = read_record(self.path)
         training = self.input()["trained"].fingerprint()
         if before and before.settings == self.declared_settings() and before.inputs[names.TRAINED_MODEL] == training:

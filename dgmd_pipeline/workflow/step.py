@@ -126,7 +126,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # version of the files' format; increased when new code writes different files
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    # Whether a folder without a record is used as it is, because the operator has provided it.
+    # Whether a folder without a record is the operator's own data, and is used as it is.
     accepts_external_data: ClassVar[bool] = False
     resumable: ClassVar[bool] = False  # whether the step continues the draft of a stopped run
     # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
@@ -217,7 +217,7 @@ class Step(luigi.Task):
         return ""
 
     def describe_draft(self, kept: Path) -> str:
-        """Return what the plan says if a stopped run of this step has left `kept`, a folder of files to resume from."""
+        """Return what the plan says about this step if the folder `kept` has files of a stopped run to resume from."""
         del kept
         return "continues a stopped run"
 
@@ -345,8 +345,8 @@ class Step(luigi.Task):
         """Lock DATA_DIR while the step runs, unless the run has locked it already.
 
         With Luigi's own command, each step takes the lock. With `--workers 2`, this command also forks a process for
-        each step. A forked process cannot exit while the executor's processes are running, so the step ends them after
-        its work.
+        each step. The forked process cannot exit while processes of the executor are running. So this function ends the
+        executor's processes after the step.
         """
         if self.context.holds_lock:
             yield

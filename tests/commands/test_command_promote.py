@@ -99,8 +99,8 @@ def test_an_operator_at_a_terminal_is_asked(trained, own_model, command, json_of
         print("n", file=keyboard, flush=True)
         refused = command(trained.folder, "promote", "2", **own_model)
         assert refused.returncode == 40, refused.stdout
-        assert "version 1, although no difference was shown? [y/N]" in refused.stderr
-        assert "No reason to promote: no difference from version 1 shown" in refused.stdout
+        assert "version 1, although there is no significant difference? [y/N]" in refused.stderr
+        assert "No reason to promote: no significant difference from version 1" in refused.stdout
         assert "Nothing was changed." in refused.stdout and "error" not in refused.stdout
         assert environments(json_of, trained.folder, own_model) == {1: "production", 2: "non-production"}
         print("y", file=keyboard, flush=True)

@@ -162,7 +162,7 @@ GAIN = compare_flags([True] * 950 + [False] * 50, [True] * 900 + [False] * 100)
     ("comparison", "labels", "verdict", "headline"),
     [
         (GAIN, SAME, "better", "Ready to promote: better than version 7 (+5.0 points)"),
-        (EQUAL, SAME, "no difference", "No reason to promote: no difference from version 7 shown (+1.0 points)"),
+        (EQUAL, SAME, "no difference", "No reason to promote: no significant difference from version 7 (+1.0 points)"),
         (WORSE, SAME, "worse", "Do not promote: worse than version 7 (-5.0 points)"),
         (GAIN, LabelChanges([], ["mint"], []), "better", "Do not promote: better than version 7 (+5.0 points)"),
         (None, None, "first", "Nothing to compare it with: first version"),

@@ -24,7 +24,7 @@ COMPARED = {"compared_with": 6, "difference": 0.031, "low": 0.012, "high": 0.05,
         ),
         (
             {"verdict": "no difference"} | COMPARED | {"difference": -0.001, "low": -0.01},
-            "No difference shown from version 6: -0.1 points, 95 % interval -1.0 to +5.0.",
+            "No significant difference from version 6: -0.1 points, 95 % interval -1.0 to +5.0.",
             "Next command: `promote 7` shows each condition and asks.",
         ),
         (
