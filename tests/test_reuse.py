@@ -92,7 +92,7 @@ def test_the_pieces_of_a_stopped_step_serve_images_that_move_to_the_other_split(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("inspected/thumbnails", "all files are inspected again"),
+        ("inspected/thumbnails", "The files are inspected again"),
         ("tfrecord_training/training-00000-of-00002.tfrecord", "its images are converted again"),
         ("features_training/features-00001-of-00002.npy", "its vectors are computed again"),
     ],
