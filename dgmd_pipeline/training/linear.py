@@ -13,6 +13,9 @@ from dgmd_pipeline.training.vectors import Vectors
 COMPONENT_ROWS = 20_000
 BLOCK_ROWS = 8_192  # vectors that are read at a time: 67 MB at 2,048 dimensions
 MAX_ITERATIONS = 300
+# Number of earlier iterations that L-BFGS approximates the Hessian from. With SciPy's default of 10, an iteration takes
+# longer, and a fit needs as many iterations: see docs/measurements/head.md.
+CORRECTIONS = 3
 # A fit ends when the relative change of the objective is below this. On photographs, a tolerance of 1e-7 doubles the
 # number of iterations and changes the held-out loss by at most .0003. For a backbone with random weights, 1e-7
 # quadruples the number of iterations and does not lower the loss.
@@ -106,7 +109,7 @@ def fit(
         start = np.zeros((len(penalty) + 1, len(class_weights)))
     problem = _Problem(features, labels, class_weights, components, penalty)
     scale = _preconditioner(problem, start)
-    options = {"maxiter": MAX_ITERATIONS, "ftol": tolerance, "gtol": 0}
+    options = {"maxcor": CORRECTIONS, "maxiter": MAX_ITERATIONS, "ftol": tolerance, "gtol": 0}
     found = minimize(
         partial(_objective, problem, scale), (start / scale).ravel(), jac=True, method="L-BFGS-B", options=options
     )
