@@ -239,7 +239,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # With a version, `lookup.summary` suggests a promotion. This version may already be production.
+    # Without the version, `lookup.summary` suggests no promotion. The version may already be production.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 

@@ -94,7 +94,8 @@ def compare(
 ) -> Comparison:
     """Compare a candidate's predictions with production's. Both are for the same images, in the same order.
 
-    Both models know all true labels. A predicted label that only one of them knows is wrong. `version` and `run`
+    Both models must know all true labels of the images. So if a model predicts a label that the other one does not
+    know, the prediction is wrong. `version` and `run`
     identify production. `left_out` is the number of images that were left out because a model was trained on them. The
     result has copies of `version`, `run` and `left_out`.
 
@@ -182,8 +183,8 @@ def power(images: int, loss: float, disagreement: float) -> float:
 
     The value is exact, not simulated. The number of images that only one version gets right has a binomial distribution
     (`images`, `disagreement`). Among these images, the number of those that production gets right has a binomial
-    distribution, too. If `loss` exceeds `disagreement`, `disagreement` is raised to `loss`. Then production gets all
-    of these images right.
+    distribution, too. A `disagreement` below `loss` is impossible, so `loss` replaces it. In this case, production gets
+    all images right that only one version gets right.
 
     `Comparison.is_worse` also requires a bootstrap interval below 0. With this requirement, the probability is lower by
     at most 3 points (docs/measurements/leaks.md).

@@ -46,7 +46,7 @@ class Decision(NamedTuple):
     headline: str  # what to do, and the finding
     reason: str  # a sentence about the gates
     gates: Sequence[Gate]  # failed gates first
-    drift: str = ""  # a sentence about the best version that was production before; "" if production is the best
+    drift: str = ""  # about the most accurate former production version; "" if production is more accurate
 
     @property
     def failed(self) -> list[str]:

@@ -77,9 +77,9 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     """Return the versions that successive rollbacks restore. The next rollback restores the last element of the list.
 
     A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
-    and 3, the first rollback restores 2, and the second rollback restores 1. A version that became production
-    without this module has no event of its own. It is in the list, too: when another version replaced
-    it, the event of that change recorded it as `previous`.
+    and 3, the first rollback restores 2, and the second rollback restores 1. If somebody made a version production by
+    hand, it has no event of its own. The list contains it, too, because the event of the next change has its number as
+    `previous`.
     """
     stack: list[int] = []
     for event in events:

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-# Pairs: the end of a metric's name in MLflow, and a key in the record of `balanced`. Under the key, the record has a
-# number for each label. The metric is the sum of these numbers.
+# `images_inspected` and `images_balanced` in MLflow are sums over all labels. These keys of the record of `balanced`
+# have a number of images for each label.
 BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 

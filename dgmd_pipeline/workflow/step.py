@@ -126,7 +126,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # version of the files' format; increased when new code writes different files
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    # Whether a folder without a record is the operator's own data, and is used as it is.
+    # If true, the step uses a folder without a record as it is: the operator has put files into it.
     accepts_external_data: ClassVar[bool] = False
     resumable: ClassVar[bool] = False  # whether the step continues the draft of a stopped run
     # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
@@ -213,11 +213,11 @@ class Step(luigi.Task):
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
-        """Return a text for the plan: what the step will reuse from its folder; "" for "nothing" and for "unknown"."""
+        """Return what the plan says about reuse from the folder of this step; "" if no reuse is expected."""
         return ""
 
     def describe_draft(self, kept: Path) -> str:
-        """Return what the plan says about this step if the folder `kept` has files of a stopped run to resume from."""
+        """Return what the plan says about a step that will resume a stopped run. `kept` has the files of that run."""
         del kept
         return "continues a stopped run"
 
@@ -236,7 +236,7 @@ class Step(luigi.Task):
     # The contract
 
     def stopped_work(self, upstream: Sequence[StepPlan]) -> str:
-        """Return a text for the plan: what the step will reuse from a stopped run, or "" for nothing."""
+        """Return what the plan says about reuse from a stopped run; "" if nothing is reused."""
         if self._forced():
             return ""
         if self.keeps_pieces:
