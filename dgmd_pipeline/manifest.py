@@ -384,7 +384,7 @@ def positions_of(wanted: "np.ndarray", known: "np.ndarray") -> "np.ndarray":
 
 def changed_file_error(path: Path, error: Exception) -> PipelineError:
     """Return the error about a file that differs from what its step wrote."""
-    reason = "it is missing" if isinstance(error, FileNotFoundError) else one_line(str(error))
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else one_line(str(error)).rstrip(".")
     return PipelineError(
         f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
     )

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -117,19 +119,19 @@ def test_a_production_version_may_have_another_structure(models, images, tmp_pat
 
 
 @pytest.fixture
-def benchmarked(monkeypatch):
-    """The arguments of `serving_benchmark.benchmark`, which starts no process."""
-    calls = []
+def process():
+    """The process of a serving benchmark."""
+    with serving_benchmark.start_process() as process:
+        yield process
 
-    def benchmark(process, images, recorded, scratch, production, files, meanwhile):
-        calls.append((process.model, images, recorded, production, files))
-        meanwhile()
-        if process.model.name == "broken.keras":
-            raise PipelineError("The model could not be used.")
-        return BENCHMARK
 
-    monkeypatch.setattr(serving_benchmark, "benchmark", benchmark)
-    return calls
+@pytest.fixture
+def ended():
+    """A process that ends at once: for tests of the comparison, which needs no benchmark."""
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with serving_benchmark.Process([sys.executable, "-c", ""], **pipes) as process:
+        process.wait()
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -144,81 +146,76 @@ def models(tmp_path_factory):
     return folder
 
 
-class Process:
-    """Knows which model it was told to load."""
-
-    def load(self, path):
-        self.model = path
+def reviewed(candidate, production, images, tmp_path, process, best=None, **options):
+    return review.review(candidate, review.Rivals(production, best), images, tmp_path, process, **options)
 
 
-def reviewed(candidate, production, images, tmp_path, best=None, **options):
-    return review.review(candidate, review.Rivals(production, best), images, tmp_path, Process(), **options)
-
-
-def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, benchmarked, tmp_path):
-    candidate = model(images)._replace(path=models / "model.keras")
-    production = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS), 4)
+def test_a_candidate_is_compared_and_benchmarked_beside_production(models, images, process, tmp_path):
+    candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS))
+    best = model(images, version=2)  # it has no file, because only production is timed
     seen = []
     known = images._replace(raw=tmp_path / "raw")
-    found = reviewed(candidate, production, known, tmp_path, meanwhile=seen.append)
-    assert (found.comparison.version, found.comparison_error, found.comparison.accuracy) == (4, "", 1)
+    found = reviewed(candidate, candidate._replace(version=4), known, tmp_path, process, best, meanwhile=seen.append)
+    assert (found.comparison.version, found.comparison_error, found.comparison.difference) == (4, "", 0)
     assert seen == [found.comparison]
-    assert (found.serving_benchmark, found.benchmark_error) == (BENCHMARK, "")
-    ((path, sample, recorded, other, files),) = benchmarked
-    assert path == other == models / "model.keras"
-    assert (sample.shape, sample.dtype, recorded.shape) == ((12, 16, 16, 3), np.uint8, (12, 3))
-    assert files == [tmp_path / "raw" / row.path for row in images.examples]
-    assert (recorded == candidate.answers.first).all()
+    assert found.best.version == 2
+    assert found.benchmark_error == ""
+    benchmark = found.serving_benchmark
+    assert (benchmark.batch, benchmark.predictions_equal) == (12, True)
+    assert benchmark.production.size_ratio == 1
+    assert (benchmark.served.images, benchmark.served.other_labels) == (12, 0)
 
 
-def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, benchmarked, tmp_path):
+def test_a_model_that_cannot_be_compared_is_benchmarked_beside_production(models, images, process, tmp_path):
     candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS))
     trained_on = frozenset(row.sha256 for row in images.examples)
-    found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path)
+    found = reviewed(candidate, candidate._replace(trained_on=trained_on, version=4), images, tmp_path, process)
     assert found.comparison is None and "with version 4" in found.comparison_error
-    assert found.serving_benchmark == BENCHMARK
-    ((_, _, _, other, files),) = benchmarked
-    assert other == models / "model.keras" and files == []
+    assert found.serving_benchmark.production.size_ratio == 1
+    assert found.serving_benchmark.served is None
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken", "Version 5 cannot be used: .*broken.keras"),
+        ("broken", "Version 5 cannot be used: .*broken.keras: .*[^.][.] It was changed"),
         ("wide", "Version 5 cannot be used: The model expects images of 17 x 16"),
     ],
 )
-def test_an_unusable_production_is_neither_compared_nor_timed(name, message, models, images, benchmarked, tmp_path):
+def test_an_unusable_production_is_neither_compared_nor_timed(name, message, models, images, process, tmp_path):
     candidate = model(images)._replace(path=models / "model.keras")
     production = CandidateModel(models / f"{name}.keras", LABELS, frozenset(), frozenset(LABELS), 5)
-    found = reviewed(candidate, production, images, tmp_path)
+    found = reviewed(candidate, production, images, tmp_path, process)
     assert found.comparison is None and re.match(message, found.comparison_error)
-    assert found.serving_benchmark == BENCHMARK
-    assert benchmarked[0][3] is None
+    assert found.serving_benchmark is not None and found.serving_benchmark.production is None
 
 
-def test_a_candidate_that_cannot_be_used_has_a_benchmark_error(models, images, benchmarked, tmp_path):
-    found = reviewed(model(images)._replace(path=models / "broken.keras"), None, images, tmp_path)
-    assert found == Review(None, "", None, "The model could not be used.")
+def test_a_candidate_that_cannot_be_used_has_a_benchmark_error(models, images, process, tmp_path):
+    found = reviewed(model(images)._replace(path=models / "broken.keras"), None, images, tmp_path, process)
+    assert found == Review(None, "", None, found.benchmark_error)
+    assert "The model could not be used in a clean process" in found.benchmark_error
 
 
-def test_a_candidate_is_also_compared_with_the_best_former_version(models, images, benchmarked, tmp_path, caplog):
+def test_a_candidate_is_also_compared_with_the_best_former_version(models, images, ended, tmp_path):
     candidate = model(images, wrong=["mint/0.png"])._replace(path=models / "model.keras")
     production = model(images, wrong=["mint/1.png"], version=4)._replace(path=models / "model.keras")
     best = model(images, version=2)
-    found = reviewed(candidate, production, images, tmp_path, best)
+    found = reviewed(candidate, production, images, tmp_path, ended, best)
     assert (found.comparison.version, found.comparison.difference) == (4, 0)
     assert (found.best.version, found.best.images, found.best.lost) == (2, 12, 1)
-    assert benchmarked[0][3] == production.path  # the best one is not timed
-    unusable = best._replace(path=models / "broken.keras", answers=None)
-    assert reviewed(candidate, production, images, tmp_path, unusable).best is None
+
+
+def test_a_best_former_version_that_cannot_be_used_is_logged(models, images, ended, tmp_path, caplog):
+    candidate = model(images)._replace(path=models / "model.keras")
+    unusable = model(images, version=2)._replace(path=models / "broken.keras", answers=None)
+    assert reviewed(candidate, None, images, tmp_path, ended, unusable).best is None
     assert "No comparison with the best former production version: Version 2 cannot be used" in caplog.text
 
 
-def test_the_labels_are_compared_even_if_no_image_can_be(models, images, benchmarked, tmp_path):
-    candidate = CandidateModel(models / "model.keras", LABELS, frozenset(), frozenset(LABELS[1:]))
+def test_the_labels_are_compared_even_if_no_image_can_be(models, images, ended, tmp_path):
+    candidate = model(images)._replace(path=models / "model.keras", trained_labels=frozenset(LABELS[1:]))
     production = CandidateModel(models / "broken.keras", LABELS, frozenset(), frozenset(LABELS[:2]), 5)
-    found = reviewed(candidate, production, images, tmp_path)
+    found = reviewed(candidate, production, images, tmp_path, ended)
     assert found.comparison is None and found.comparison_error
     assert found.label_changes == review.LabelChanges([], ["anise"], ["mint"])
 
