@@ -229,7 +229,8 @@ def _fingerprint(folder: Path) -> str | None:
 def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], idle: bool, same_images: bool) -> str:
     """Return the message of a run that did not write the folder of the step `last`.
 
-    `counts` are from the record of this step. `idle`: no step ran; `same_images`: the bucket had nothing new.
+    `counts` are from the record of this step. `idle` is True if no step ran. `same_images` is True if the run did not
+    change the images in `raw`.
     """
     nothing = "Nothing to do" if idle else "As before"
     nothing_new = values.refresh and same_images
@@ -239,7 +240,7 @@ def _unchanged_message(values: Settings, last: str, counts: Mapping[str, Any], i
         return f"{nothing}." if nothing_new else f"{nothing}: {last} is done."
     version = counts["version"]
     text = f"keeping version {version}" if nothing_new else f"{counts['name']} version {version} is registered"
-    # Without the version, `lookup.summary` suggests no promotion. The version may already be production.
+    # This version may already be production. So `lookup.summary` gets None, and does not suggest a promotion.
     return " ".join([f"{nothing}: {text}.", *lookup.summary(values.data_dir, None)])
 
 

@@ -13,7 +13,7 @@ from dgmd_pipeline.evaluation.predictions import PredictedLabels
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-DISAGREEMENT = 0.07  # share of images that only one of two versions gets right; measured: docs/measurements/leaks.md
+DISAGREEMENT = 0.07  # share of images that only one of two versions gets right, measured in docs/measurements/leaks.md
 # `detection` uses the observed share of images that only one version gets right, if there are at least this many such
 # images. Otherwise, `detection` uses DISAGREEMENT.
 MIN_DISCORDANT = 10
@@ -95,9 +95,8 @@ def compare(
     """Compare a candidate's predictions with production's. Both are for the same images, in the same order.
 
     Both models must know all true labels of the images. So if a model predicts a label that the other one does not
-    know, the prediction is wrong. `version` and `run`
-    identify production. `left_out` is the number of images that were left out because a model was trained on them. The
-    result has copies of `version`, `run` and `left_out`.
+    know, the prediction is wrong. `version` and `run` identify production. `left_out` is the number of images that were
+    left out because a model was trained on them. The result has copies of `version`, `run` and `left_out`.
 
     The interval of the difference comes from a paired bootstrap with 10,000 resamples of the images (Efron and
     Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
@@ -182,9 +181,10 @@ def power(images: int, loss: float, disagreement: float) -> float:
     """Return the probability that `mid_p` finds a true loss of accuracy (0 to 1) significant.
 
     The value is exact, not simulated. The number of images that only one version gets right has a binomial distribution
-    (`images`, `disagreement`). Among these images, the number of those that production gets right has a binomial
-    distribution, too. A `disagreement` below `loss` is impossible, so `loss` replaces it. In this case, production gets
-    all images right that only one version gets right.
+    (`images`, `disagreement`). Given this number, the number of images that only production gets right has a binomial
+    distribution, too. The disagreement of two versions cannot be smaller than the loss. If `disagreement` is smaller,
+    the function uses `loss` instead. It then assumes that production gets every image right that the candidate gets
+    right.
 
     `Comparison.is_worse` also requires a bootstrap interval below 0. With this requirement, the probability is lower by
     at most 3 points (docs/measurements/leaks.md).

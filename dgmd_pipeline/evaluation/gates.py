@@ -1,7 +1,8 @@
-"""Decides from a review whether a candidate should be promoted: the verdict, and the gates with their results.
+"""Decides whether a candidate should be promoted. The decision has a verdict and the results of the gates.
 
 The verdict compares the candidate's accuracy with production's. A gate is a condition for a promotion. A candidate with
-the verdict "no difference" may meet all conditions, but nothing shows that it is better.
+the verdict "no difference" may meet all conditions, but nothing shows that it is better. The input is a `Review`, which
+has the comparison with production and the serving benchmark.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
     max_class_drop: float  # loss of a class's recall, 0 to 1; the gate fails if a loss is larger and significant
-    max_latency_ratio: float  # largest ratio of the median latencies for one image, candidate to production
+    max_latency_ratio: float  # limit for the candidate's median latency for one image, divided by production's
     allow_lost_labels: bool = False  # whether a label of production may be missing, or have no training images
 
 
@@ -46,7 +47,7 @@ class Decision(NamedTuple):
     headline: str  # what to do, and the finding
     reason: str  # a sentence about the gates
     gates: Sequence[Gate]  # failed gates first
-    drift: str = ""  # about the most accurate former production version; "" if production is more accurate
+    drift: str = ""  # a sentence about the former production version that is more accurate than production, if any
 
     @property
     def failed(self) -> list[str]:

@@ -25,7 +25,8 @@ MAX_FITTED = 20_000  # rows that the heads are fitted on; this limits time and m
 # The sample has at least this many rows of each label, or all rows of a label that has fewer. So the sample may have
 # more than MAX_FITTED rows.
 MIN_FITTED_OF_LABEL = 20
-# Principal components. With 512, precision and recall differ by at most 1 point, but `find` takes two thirds longer.
+# Number of principal components that the heads use. With 512, precision and recall differ by at most 1 point, but
+# `find` takes two thirds longer.
 COMPONENTS = 256
 BLOCK = 4096  # rows predicted at a time
 MAX_LISTED = 10_000  # rows of the table
@@ -35,7 +36,7 @@ SUSPECT = "likely wrong label"
 # parameter of scikit-learn's LogisticRegression: the inverse of the L2 penalty.
 STRENGTHS = (1, 3, 10, 30, 100, 300, 1000)
 # Tolerance of the fits. With 1e-5 instead, a fit takes up to a third longer, and precision and recall on six data sets
-# differ by at most .6 points (docs/measurements/labels.md).
+# differ by at most 0.6 points (docs/measurements/labels.md).
 TOLERANCE = 1e-4
 MIN_PROBABILITY = 1e-6  # smaller probabilities are raised to this value in the log loss
 Head = tuple[np.ndarray, np.ndarray]  # kernel and bias of a logistic regression
@@ -64,9 +65,9 @@ def find(
     image, `given` has the class index, `groups` has the near-duplicate group, and `keys` has the path below raw/.
     `labels` are the names of the classes.
 
-    If all images of a label are in one fold, for example because they are in one near-duplicate group, they cannot be
-    judged and are left out. The heads are fitted on a stratified sample of about MAX_FITTED rows, and the features are
-    read in blocks. So each image adds only a few numbers to the memory.
+    All images of a label may be in one fold, for example because they are in one near-duplicate group. The head that
+    would judge them does not know their label, so they are left out. The heads are fitted on a stratified sample of
+    about MAX_FITTED rows, and the features are read in blocks. So each image adds only a few numbers to the memory.
 
     Raises ValueError if the numbers of features and labels differ.
     """

@@ -77,9 +77,10 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     """Return the versions that successive rollbacks restore. The next rollback restores the last element of the list.
 
     A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
-    and 3, the first rollback restores 2, and the second rollback restores 1. If somebody made a version production by
-    hand, it has no event of its own. The list contains it, too, because the event of the next change has its number as
-    `previous`.
+    and 3, the first rollback restores 2, and the second rollback restores 1.
+
+    If somebody moves the alias `production` by hand, no event records this change. The list still contains the version
+    that the alias was moved to, because the next event has this version as `previous`.
     """
     stack: list[int] = []
     for event in events:
@@ -240,8 +241,8 @@ def _follow_alias(client: "MlflowClient", state: ModelState) -> tuple[ModelState
     """
     name, changes = state.name, []
     followed = [_as_alias_says(version, state.production) for version in state.versions]
-    # The version with the alias `production` gets its stage before another version loses it. So a consumer that asks
-    # for the stage always finds a version.
+    # The new production version gets the stage "Production" before the old one loses this stage. So a consumer that
+    # loads the version with this stage always finds one.
     for old, new in sorted(zip(state.versions, followed, strict=True), key=lambda pair: pair[0] != state.production):
         number = str(new.version)
         if new.tags != old.tags:

@@ -123,9 +123,9 @@ class InspectImages(Step):
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
         """Return how many images are new and how many results are reused; "" if this is unknown.
 
-        The last inspection is compared with a listing of the bucket: with a new listing if the planning made one, or
-        else with the listing that is stored in `raw/`. If an operator put the images into `raw/`, no listing is stored,
-        and the last inspection is compared with the files in `raw/`.
+        The last inspection is compared with a listing of the bucket. This is the new listing if the planning has made
+        one, or else the listing in `raw/`. If the operator has put the images into `raw/`, there is no listing. In this
+        case, the last inspection is compared with the files in `raw/`.
         """
         previous, raw = next(iter(self.reusable_folders()), None), folders.current_path(DownloadImages().path)
         listing, objects = self.context.shared(Resources).listing, None
@@ -272,7 +272,7 @@ class PerSplitStep(Step):
 
     @property
     def _other(self) -> "PerSplitStep":
-        """The same step for the other split. Its old folder has results of images that moved to `self.split`."""
+        """The same step for the other split. Its old folder may have results for images that are now in this split."""
         return type(self)(split=next(split for split in names.SPLITS if split != self.split))
 
     def reusable_folders(self) -> list[Path]:

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-# `images_inspected` and `images_balanced` in MLflow are sums over all labels. These keys of the record of `balanced`
-# have a number of images for each label.
+# For the metrics `images_inspected` and `images_balanced` in MLflow: the end of the metric's name, and a key of the
+# record of `balanced`. Under this key, the record has a number of images for each label. The metric is their sum.
 BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
@@ -106,7 +106,8 @@ class TrainModel(Step):
         """Return a function that waits for the frozen network and returns it; None for `cnn`.
 
         The function also starts the process of the serving benchmark. The training calls the function after the
-        cross-validation of logistic regressions, which uses all cores. The rest of the training mostly uses one core.
+        cross-validation of logistic regressions, which uses all cores. The rest of the training mostly uses one core,
+        and leaves the other cores to this process.
         """
         network = resources.network(self.context)
         if network is None:
@@ -288,7 +289,7 @@ class RegisterModel(Step):
         if not self.settings.mlflow_tracking_uri:
             disk.check_space(draft, "the MLflow store", needed + registry_store.EMBEDDED_BYTES)
             folder = self.settings.data_dir / names.STORE
-            if not folder.exists():  # a draft: if the creation is interrupted, no incomplete database remains
+            if not folder.exists():  # a draft is used, so an interrupted creation leaves no incomplete database
                 with folders.draft(folder) as new:
                     registry_store.create(new)
         found = lookup.store(self.settings)
@@ -297,7 +298,7 @@ class RegisterModel(Step):
         return found
 
     def _candidate(self, paths: Mapping[str, Path]) -> "Candidate":
-        """Collect everything that is registered. It is read from the folders of the earlier steps."""
+        """Collect, from the folders of the earlier steps, everything that is registered."""
         from dgmd_pipeline.data import labels
         from dgmd_pipeline.evaluation import evaluate, summary
         from dgmd_pipeline.registry import logged_run, registration

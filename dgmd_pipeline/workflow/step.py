@@ -126,7 +126,7 @@ class Step(luigi.Task):
     format_version: ClassVar[int] = 1  # version of the files' format; increased when new code writes different files
     params: ClassVar[tuple[str, ...]] = ()  # settings that the content depends on
     runtime_params: ClassVar[tuple[str, ...]] = ()  # settings that are read but do not affect the content
-    # If true, the step uses a folder without a record as it is: the operator has put files into it.
+    # Whether the operator may create the folder of the step. Such a folder has no record. The step uses it unchanged.
     accepts_external_data: ClassVar[bool] = False
     resumable: ClassVar[bool] = False  # whether the step continues the draft of a stopped run
     # Whether the step reuses the finished pieces in the draft of a stopped run. Each piece is a part of the work.
@@ -209,7 +209,7 @@ class Step(luigi.Task):
         return self._input_fingerprint(inputs)
 
     def input_images(self, upstream: Sequence[StepPlan]) -> int | None:
-        """Return how many images the step will get, or None if the plan of its first input does not say."""
+        """Return how many images the step will get; None if unknown. Default: the number in the first input's plan."""
         return upstream[0].images if upstream else None
 
     def expected_reuse(self, upstream: Sequence[StepPlan]) -> str:
@@ -317,7 +317,8 @@ class Step(luigi.Task):
             # handles the error before the removal, so it examines the disk while the disk is still full.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
-            (draft / SUCCESS).unlink(missing_ok=True)  # from a run that was killed before it renamed the draft
+            # An earlier run may have been killed after it wrote this file and before it renamed the draft.
+            (draft / SUCCESS).unlink(missing_ok=True)
             if self.keeps_pieces and (kept := folders.keep_pieces(draft)):
                 log.info("  %s: %s finished pieces of a run that was stopped are reused", self.label, f"{kept:,}")
             result = self.work(draft)
