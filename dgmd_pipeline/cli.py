@@ -35,8 +35,8 @@ EXIT_CODES = """exit codes:
   10   another run holds DATA_DIR
   20   no usable input: bucket, credentials, images, labels, corrections.csv,
        version or file; predict: a file that cannot be read
-  30   a step failed; other commands: MLflow does not answer, or the output
-       could not be written
+  30   run: a step failed; other commands: MLflow does not answer, or the
+       output could not be written
   40   refused: a condition fails, the answer was no, or there is no previous
        version
   130  interrupted (SIGINT)

@@ -197,9 +197,8 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     """Return the HASH records of present and removed images in one array, and for each record its position in `hashes`.
 
     The position of a removed image is MISSING. The array is in the order of the paths of all images, removed ones
-    included. `_candidates` sorts this array by hash and brightness with a stable sort, so images with equal hashes and
-    equal brightness stay in this order. So all images of the earlier call are sorted into the same order as in that
-    call.
+    included. `_candidates` sorts it by hash and brightness. The sort is stable: if hashes and brightness are equal, the
+    path decides, as in the earlier call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
     # For each removed image: the position in `hashes` of the last image before it that was not removed.
@@ -245,7 +244,7 @@ def _are_copies(left: np.ndarray, right: np.ndarray, left_size: np.ndarray, righ
     square = (difference**2).mean((0, 1, 2))
     explained = (difference * blur).mean((0, 1, 2)) ** 2 / np.maximum((blur**2).mean((0, 1, 2)), 1e-6)
     return (
-        # The rounding to whole pixels changes the aspect ratio of a copy by a little less than this limit.
+        # Rounding to whole pixels changes the aspect ratio of a copy by a little less than 0.02 + 1.5 / shortest.
         (stretch < 0.02 + 1.5 / shortest)
         & (square - explained < tolerance**2)
         # A striped image differs from a plain grey one by a multiple of `blur`. Only this condition tells them apart.

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from dgmd_pipeline.training.train import TrainingData
 
 log = logging.getLogger(__name__)
-# For the metrics `images_inspected` and `images_balanced` in MLflow: the end of the metric's name, and a key of the
-# record of `balanced`. Under this key, the record has a number of images for each label. The metric is their sum.
-BALANCED_COUNTS = (("inspected", "before"), ("balanced", "after"))
+# Metric in MLflow -> key in the record of `balanced`. Under this key, the record has a number of images for each label.
+# The metric is the sum of these numbers.
+BALANCED_COUNTS = {"images_inspected": "before", "images_balanced": "after"}
 FINE_TUNING = ("fine_tune", "fine_tune_epochs", "fine_tune_learning_rate")  # settings
 
 
@@ -310,7 +310,7 @@ class RegisterModel(Step):
         mapping = labels.read_mapping(paths["label_map"] / "mapping.json")
         split, balanced = records[names.SPLIT].counts, records[names.BALANCED].counts
         data = {f"images_{name}": split[name] for name in names.SPLITS} | {"labels": len(mapping)}
-        data |= {f"images_{state}": sum(balanced[when].values()) for state, when in BALANCED_COUNTS}
+        data |= {metric: sum(balanced[key].values()) for metric, key in BALANCED_COUNTS.items()}
         data["images_rejected"] = sum(records[names.INSPECTED].counts["rejected"].values())
         return logged_run.Candidate(
             training_id=about["id"],
