@@ -201,9 +201,9 @@ def _with_removed(hashes: np.ndarray, position_of: np.ndarray, old_hashes: np.nd
     path decides, as in the earlier call.
     """
     removed = np.flatnonzero(position_of == manifest.MISSING)
-    # For each removed image: the position in `hashes` of the last image before it that was not removed.
-    after = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[removed]
-    places = np.concatenate([np.arange(len(hashes)), after])
+    # For each removed image: the position in `hashes` of the last present image before it.
+    predecessors = np.maximum.accumulate(np.append(manifest.MISSING, position_of))[removed]
+    places = np.concatenate([np.arange(len(hashes)), predecessors])
     order = np.argsort(places, kind="stable")
     position = np.concatenate([np.arange(len(hashes)), np.full(len(removed), manifest.MISSING)])
     return np.concatenate([hashes, old_hashes[removed]])[order], position[order]

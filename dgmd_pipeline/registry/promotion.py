@@ -79,8 +79,8 @@ def previous_versions(events: Sequence[Event], current: int | None) -> list[int]
     A rollback removes the restored version and all later versions from the list. For example, after promotions of 1, 2
     and 3, the first rollback restores 2, and the second rollback restores 1.
 
-    If somebody moves the alias `production` by hand, no event records this. A later event has the version that the
-    alias was moved to as `previous`. So this function finds the version there.
+    If somebody moves the alias `production` by hand, no event records this. But the field `previous` of the next event
+    names the version that had the alias, so the list contains this version, too.
     """
     stack: list[int] = []
     for event in events:
