@@ -107,7 +107,7 @@ class TrainModel(Step):
 
         The function also starts the process of the serving benchmark. The training calls the function after the
         cross-validation of logistic regressions, which uses all cores. The rest of the training mostly uses one core,
-        and leaves the other cores to this process.
+        so the serving benchmark's process has a core of its own.
         """
         network = resources.network(self.context)
         if network is None:
