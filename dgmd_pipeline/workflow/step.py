@@ -277,9 +277,9 @@ class Step(luigi.Task):
         return next((forced[step.folder] for step in steps if step.folder in forced), None)
 
     def run(self) -> None:
-        """Do the work, unless the folder turns out to be up to date.
+        """Do the work, unless the folder is up to date after all.
 
-        For example, an earlier step may have run and produced the same result as before.
+        It is up to date if the earlier steps have run and produced the same results as before.
         """
         with self._locked():
             known = self.context.result.fingerprints
@@ -313,7 +313,7 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # If the work fails, `folders.draft` removes the draft, which frees space. This inner block
+            # If the work fails, `folders.draft` removes the draft, which frees space. The next context manager
             # handles the error before the removal, so it examines the disk while the disk is still full.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
