@@ -23,9 +23,10 @@ _CHUNK = 1024  # thumbnails or pairs that are processed at a time; 1,024 thumbna
 _COSINES = np.rint(1024 * np.cos(np.pi / THUMBNAIL_SIZE * np.outer(np.arange(8), np.arange(THUMBNAIL_SIZE) + 0.5)))
 _LUMA = np.array([299.0, 587.0, 114.0])  # weights of red, green and blue, times 1,000
 _NEW = manifest.MISSING  # `_identify` returns this instead of a position for an image that is not in `known`
-# A bit of the hash is set if its DCT coefficient exceeds this threshold. In images of noise with a standard deviation
-# of one level (of 255), most coefficients have the standard deviation THUMBNAIL_SIZE / 2. The threshold is twice this
-# value. _LUMA scales the coefficients by 1,000, and each of the two products with _COSINES scales them by 1,024.
+# A bit of the hash is set if its DCT coefficient exceeds this threshold. If the pixels have noise with a standard
+# deviation of one level (of 255), most coefficients get noise with a standard deviation of THUMBNAIL_SIZE / 2. The
+# threshold is twice this value. _LUMA scales the coefficients by 1,000, and each of the two products with _COSINES
+# scales them by 1,024.
 _NOISE = 2 * THUMBNAIL_SIZE / 2 * 1000 * 1024**2
 
 
