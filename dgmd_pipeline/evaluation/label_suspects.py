@@ -65,9 +65,10 @@ def find(
     image, `given` has the class index, `groups` has the near-duplicate group, and `keys` has the path below raw/.
     `labels` are the names of the classes.
 
-    All images of a label may be in one fold, for example because they are in one near-duplicate group. The head that
-    would judge them does not know their label, so they are left out. The heads are fitted on a stratified sample of
-    about MAX_FITTED rows, and the features are read in blocks. So each image adds only a few numbers to the memory.
+    If all images of a label are in one fold, the head that would judge them does not know their label, so they are left
+    out. For example, a label with a single near-duplicate group is in one fold. The heads are fitted on a stratified
+    sample of about MAX_FITTED rows, and the features are read in blocks. So each image adds only a few numbers to the
+    memory.
 
     Raises ValueError if the numbers of features and labels differ.
     """
