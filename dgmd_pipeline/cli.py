@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a bucket of labelled images into a registered image classifier.\nWithout a command: run.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # --force before a command has its own attribute. If both positions shared an attribute, the values after the
-        # command would replace the values before it.
+        # --force can be given before and after the command. If both positions shared an attribute, the values after
+        # the command would replace the values before it.
         parents=[_step_options(common, "force_before")],
     )
     _add_only_if_better(parser)

@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     """How much worse than production a candidate may be."""
 
     max_class_drop: float  # loss of a class's recall, 0 to 1; the gate fails if a loss is larger and significant
-    max_latency_ratio: float  # limit for the candidate's median latency for one image, divided by production's
+    max_latency_ratio: float  # limit for the candidate's latency / production's latency (medians for one image)
     allow_lost_labels: bool = False  # whether a label of production may be missing, or have no training images
 
 
