@@ -59,8 +59,8 @@ class ProcessExecutor:
         The defaults are the number of cores and the memory that this process may use in its machine or container.
 
         The workers get half of the memory. The other half is for this process, which may load TensorFlow.
-        Each worker needs memory even without an item. The number of workers is limited, so that a part of the workers'
-        half stays free for items. This part is `worker.LARGEST_ITEM`, or three quarters of the half if that is less.
+        Each worker needs memory even without an item. The number of workers is limited, so that enough of the workers'
+        memory stays free for items: `worker.LARGEST_ITEM`, but at most three quarters of the workers' memory.
         """
         budget = (memory or machine.memory()) // 2
         room = min(worker.LARGEST_ITEM, budget * 3 // 4)
