@@ -55,7 +55,7 @@ class TrainingData(NamedTuple):
 
 
 class TrainingSettings(Protocol):
-    """The settings that a training uses. They also have an attribute for each field of TrainingConfig."""
+    """An object with the settings of a training: these attributes, and one for each field of TrainingConfig."""
 
     head: str
     image_height: int

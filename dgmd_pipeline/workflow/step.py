@@ -313,8 +313,8 @@ class Step(luigi.Task):
         with (
             disk.disk_errors_explained(self.path.parent, self.folder),
             folders.draft(self.path, self._draft_fingerprint(inputs), self.keeps_replaced()) as draft,
-            # If the work fails, `folders.draft` removes the draft, which frees space. Context managers exit in reverse
-            # order, so the following one examines the disk while the draft still exists.
+            # The second `disk_errors_explained` explains an error of the work. It exits before `folders.draft` removes
+            # the draft. So it examines the disk while the disk is still full.
             disk.disk_errors_explained(self.path.parent, self.folder, self.estimated_bytes()),
         ):
             # An earlier run may have been killed after it wrote this file and before it renamed the draft.
