@@ -69,7 +69,7 @@ def start_network_early(context: RunContext, plans: Sequence[StepPlan]) -> None:
 
 
 def start_network_after_download(context: RunContext) -> None:
-    """Start the thread of `start_network_early`, if this function has not started it."""
+    """Start the thread that `start_network_early` has postponed, if there is one."""
     if start := context.shared(Resources).start_network:
         start()
 
