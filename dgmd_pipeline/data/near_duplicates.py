@@ -44,8 +44,8 @@ class Known(NamedTuple):
     """What an earlier call of `group` has found: the hashes of its images, and the pairs of near-duplicates."""
 
     hashes: np.ndarray  # HASH [n], in the order of the images
-    # int64 [m, 2]: pairs of near-duplicates whose hashes are neighbours. In each pair, the first position is
-    # the smaller one. The pairs are in ascending order.
+    # int64 [m, 2]: positions of pairs of near-duplicates whose hashes are neighbours. In each pair, the first position
+    # is the smaller one. The pairs are in ascending order.
     copies: np.ndarray
 
 

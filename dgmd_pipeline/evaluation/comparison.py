@@ -95,8 +95,8 @@ def compare(
     """Compare a candidate's predictions with production's. Both are for the same images, in the same order.
 
     Both models must know the true label of each image. So a label that only one model knows is never the true label of
-    an image. `version` and `run` identify production. `left_out` is the number of images that were
-    left out because a model was trained on them. The result has copies of `version`, `run` and `left_out`.
+    an image. `version` and `run` identify production. `left_out` is the number of images that were left out because a
+    model was trained on them. The result has copies of `version`, `run` and `left_out`.
 
     The interval of the difference comes from a paired bootstrap with 10,000 resamples of the images (Efron and
     Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).

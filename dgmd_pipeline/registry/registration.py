@@ -64,8 +64,8 @@ def register(store: Store, experiment: str, name: str, candidate: Candidate) -> 
     Does neither if the candidate's training has a version already. Returns the version of the training.
 
     Runs and versions have the training's id as a tag. A complete run of an earlier attempt is reused. If the
-    training has several runs, several logged models or several versions, one of each is kept, and the others go. A
-    version that somebody has promoted or given an alias is never deleted.
+    training has several runs, several logged models or several versions, one of each is kept, and the others are
+    deleted. A version that somebody has promoted or given an alias is never deleted.
 
     Raises PipelineError if MLflow refuses, or cannot be reached after the client's retries.
     """

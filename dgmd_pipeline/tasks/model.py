@@ -105,9 +105,9 @@ class TrainModel(Step):
     def _backbone(self) -> "Callable[[], keras.Model] | None":
         """Return a function that waits for the frozen network and returns it; None for `cnn`.
 
-        The function also starts the process of the serving benchmark. The training calls the function after the
-        cross-validation of logistic regressions, which uses all cores. The rest of the training mostly uses one core,
-        so the serving benchmark's process has a core of its own.
+        Also start the process of the serving benchmark: for `cnn` at once, otherwise when the function is called. The
+        training calls it after the cross-validation of logistic regressions, which uses all cores. The rest of the
+        training mostly uses one core, so the serving benchmark's process has a core of its own.
         """
         network = resources.network(self.context)
         if network is None:
