@@ -151,4 +151,5 @@ def _build_steps(network: "keras.Model", class_weights: np.ndarray) -> tuple[Cal
 
     vectors = tf.TensorSpec([None, network.input_shape[1]], tf.float32)
     signature = (vectors, tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
-    return tuple(tf.function(each, signature, autograph=False) for each in (train, measure))
+    train, measure = (tf.function(each, signature, autograph=False) for each in (train, measure))
+    return runtime.one_executor_thread(train), runtime.one_executor_thread(measure)

@@ -32,6 +32,27 @@ def one_blas_thread(function: Callable[Arguments, Result]) -> Callable[Arguments
     return limited
 
 
+def one_executor_thread(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run the operations of `function`, which `tf.function` returned, one after another in one thread.
+
+    TensorFlow's default executor distributes operations to threads. Idle threads wait in a busy loop, and short
+    operations leave them idle often. On a machine with a GPU, `function` keeps the default executor, because the other
+    one cannot transfer data between devices.
+    """
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    if tf.config.list_logical_devices("GPU"):
+        return function
+
+    @functools.wraps(function)
+    def limited(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with context.function_executor_type("SINGLE_THREADED_EXECUTOR"):
+            return function(*args, **kwargs)
+
+    return limited
+
+
 def start_tensorflow() -> None:
     """Import TensorFlow if it is not imported yet. If another thread is importing it, wait for that thread."""
     with _importing:

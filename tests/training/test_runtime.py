@@ -42,3 +42,29 @@ print(tensorflow.__version__, file=sys.stderr)
 def test_a_second_thread_waits_for_the_import_and_standard_error_is_back_afterwards():
     ran = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     assert ran.stderr.splitlines()[-1:] == [version("tensorflow-cpu")]
+
+
+EXECUTOR = """
+import threading, time
+from dgmd_pipeline.training import runtime
+
+runtime.start_tensorflow()
+import numpy as np
+import tensorflow as tf
+
+def thread_of_operation(_):
+    time.sleep(0.01)
+    return np.int64(threading.get_ident())
+
+def power_and_threads(x):
+    power = tf.while_loop(lambda number, _: number < 3, lambda number, y: (number + 1, y * y), (0, x))[1]
+    threads = [tf.numpy_function(thread_of_operation, [x + i], tf.int64, stateful=False) for i in range(20)]
+    return power, tf.stack(threads)
+
+power, threads = runtime.one_executor_thread(tf.function(power_and_threads, autograph=False))(tf.constant(2))
+print(int(power), len(set(threads.numpy())))
+"""
+
+
+def test_operations_run_in_one_thread():
+    assert subprocess.check_output([sys.executable, "-c", EXECUTOR], text=True) == "256 1\n"
