@@ -91,7 +91,7 @@ def evaluate(
 
     `production` downloads the versions that the model is compared with. Its argument is the folder for these versions.
     If it raises PipelineError, there is no comparison. The model is benchmarked in `process`. Work that only the report
-    needs is done while `process` loads the models. While `process` measures times, the calling process is idle.
+    needs is done while `process` loads the model. While `process` measures times, the calling process is idle.
 
     Returns the counts for the step's record.
     """

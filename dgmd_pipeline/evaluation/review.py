@@ -201,7 +201,7 @@ def review(
     """Compare a candidate with its rivals, if there are any. Benchmark the candidate and production in `process`.
 
     `scratch` is a folder for temporary files. `meanwhile` is called with the comparison while the process loads
-    the models.
+    the candidate.
 
     If production cannot be used, or the candidate fails in the process, the trained model is kept anyway. So this
     function does not raise PipelineError: the review contains the text of the error.
