@@ -5,6 +5,7 @@ is printed without a traceback. Any other exception is a bug and is printed with
 """
 
 import signal
+from pathlib import Path
 
 
 class PipelineError(Exception):
@@ -29,6 +30,28 @@ class NoUsableInput(PipelineError):
     """An input is missing or not usable: the bucket, images, labels, a file or a version. Exit code 20."""
 
     exit_code = 20
+
+
+class ChangedFile(PipelineError):
+    """A file is missing or differs from what was written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        """Take the file of a step's folder, and the reason as a clause."""
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
+        )
+
+
+class DamagedVersion(PipelineError):
+    """A file of a registered version is missing or damaged."""
+
+    def __init__(self, version: int | None, error: ChangedFile) -> None:
+        """Take the number of the version, and the error about its file, whose path is in a temporary folder."""
+        super().__init__(
+            f"Version {version} is damaged in the registry ({error.path.name}: {error.reason}). Train a new version, "
+            "or use another one."
+        )
 
 
 class Refused(PipelineError):

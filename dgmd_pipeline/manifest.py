@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_type_hints
 
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import ChangedFile, PipelineError
 from dgmd_pipeline.formatting import one_line
 
 # Some texts in files of earlier versions are longer than the default limit, 131,072 characters.
@@ -382,9 +382,7 @@ def positions_of(wanted: "np.ndarray", known: "np.ndarray") -> "np.ndarray":
     return np.where(known[found] == wanted, found, MISSING)
 
 
-def changed_file_error(path: Path, error: Exception) -> PipelineError:
+def changed_file_error(path: Path, error: Exception) -> ChangedFile:
     """Return the error about a file that differs from what its step wrote."""
     reason = "it is missing" if isinstance(error, FileNotFoundError) else one_line(str(error)).rstrip(".")
-    return PipelineError(
-        f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
-    )
+    return ChangedFile(path, reason.replace(str(path), path.name))

@@ -50,7 +50,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
         log.info("Loading %s version %d from the registry ...", values.model_name, selected.version)
         with output.temporary_folder() as folder:
             fetched = registry_versions.fetch(store, values.model_name, selected, folder)
-            predictions, damaged = _predict_files(paths, fetched, selected, values.model_name)
+            predictions, damaged = _predict_files(paths, fetched, selected)
             unreadable += damaged
         _print_predictions(predictions, form)
     if unreadable:
@@ -59,7 +59,7 @@ def predict(values: "Settings", files: Sequence[Path], version: str, form: Forma
 
 
 def _predict_files(
-    paths: Sequence[Path], fetched: "DownloadedVersion", selected: "ModelVersion", name: str
+    paths: Sequence[Path], fetched: "DownloadedVersion", selected: "ModelVersion"
 ) -> tuple[list[Prediction], list[Path]]:
     """Return the predictions for the readable files, and the unreadable files. Warn about each unreadable file."""
     import numpy as np
@@ -69,7 +69,7 @@ def _predict_files(
     from dgmd_pipeline.training import runtime
 
     runtime.start_tensorflow()
-    network = versions.load_network(fetched.path, name, selected)
+    network = versions.load_network(fetched.path, selected)
     predictions: list[Prediction] = []
     unreadable: list[Path] = []
     for path in progress(paths, "predict", len(paths), "images"):

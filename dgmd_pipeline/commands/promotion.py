@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import notify, output, status, versions
-from dgmd_pipeline.errors import PipelineError, Refused, SettingsError
+from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError, Refused, SettingsError
 from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.evaluation.summary import BETTER, NO_DIFFERENCE
 from dgmd_pipeline.formatting import percent, utc_now
@@ -204,7 +204,7 @@ def _load_and_check(store: Store, name: str, version: ModelVersion, folder: Path
     log.info("Loading version %d from the registry ...", version.version)
     model = lookup.candidate_model(store, name, version, folder / str(version.version))
     runtime.start_tensorflow()
-    network = versions.load_network(model.path, name, version)
+    network = versions.load_network(model.path, version)
     shape = network.predict_on_batch(np.zeros((1, 64, 64, 3), np.uint8)).shape
     if shape != (1, len(model.labels)):
         raise PipelineError(
@@ -266,7 +266,10 @@ def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion 
     """Return the review in `folder`. Keep the comparison only if it was made with `now`, the production version."""
     from dgmd_pipeline.evaluation import review
 
-    recorded = review.read(folder)
+    try:
+        recorded = review.read(folder)
+    except ChangedFile as damage:
+        raise DamagedVersion(entry.version, damage) from damage
     compared_with = recorded.comparison.run if recorded.comparison else None
     if now is not None and compared_with == now.run_id:
         return recorded

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline.errors import NoUsableInput, PipelineError
+from dgmd_pipeline.errors import ChangedFile, DamagedVersion, NoUsableInput
 from dgmd_pipeline.registry import promotion, versions
 from dgmd_pipeline.registry.store import CANDIDATE, PRODUCTION, NotAllowed, Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
@@ -65,15 +65,11 @@ def select_version(state: ModelState, word: str) -> ModelVersion:
     raise NoUsableInput(f"{state.name} has no version {word}. Newest versions: {numbers}; aliases: {aliases}.{remedy}")
 
 
-def load_network(path: "Path", name: str, version: ModelVersion) -> "keras.Model":
-    """Load the model of a fetched version. Raises PipelineError if its file is damaged."""
+def load_network(path: "Path", version: ModelVersion) -> "keras.Model":
+    """Load the model of a fetched version. Raises DamagedVersion if its file is damaged."""
     from dgmd_pipeline.training import networks
 
     try:
         return networks.load(path)
-    except PipelineError as error:
-        reason = str(error.__cause__).strip().split("\n")[0].replace(str(path), path.name)
-        raise PipelineError(
-            f"{name} version {version.version} is damaged in the registry and cannot be loaded ({reason}). Train a new "
-            "version, or use another one."
-        ) from error
+    except ChangedFile as error:
+        raise DamagedVersion(version.version, error) from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import shards
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError
 from dgmd_pipeline.evaluation import comparison, predictions, serving_benchmark
 from dgmd_pipeline.evaluation.comparison import Comparison
 from dgmd_pipeline.evaluation.predictions import PredictedLabels
@@ -233,6 +233,8 @@ def _compare(
         return None, None, ""
     try:
         rival = rival._replace(answers=predict(rival, images))
+    except ChangedFile as error:
+        return None, None, str(DamagedVersion(rival.version, error))
     except PipelineError as error:
         return None, None, f"Version {rival.version} cannot be used: {error}"
     try:

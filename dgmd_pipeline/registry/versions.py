@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.errors import PipelineError
+from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError
 from dgmd_pipeline.registry.store import MEASURED, PRODUCTION, REQUEST_FAILED, Store, errors_explained
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def fetch(store: Store, name: str, version: ModelVersion, folder: Path) -> Downl
             f"{name} version {version.version} was not made by this pipeline: its model, its labels or the list of its "
             "training images is missing."
         )
-    examples = list(manifest.read(rows, manifest.Example))
+    examples = _read_examples(rows, version)
     trained_on, known = frozenset(row.sha256 for row in examples), frozenset(row.label for row in examples)
     return DownloadedVersion(version.version, path, labels, trained_on, known)
 
@@ -144,7 +144,14 @@ def trained_labels(store: Store, version: ModelVersion, folder: Path) -> frozens
     Raises PipelineError if MLflow cannot be reached or refuses.
     """
     rows = artifact(store, version, TRAINING, folder)
-    return frozenset(row.label for row in manifest.read(rows, manifest.Example)) if rows else None
+    return frozenset(row.label for row in _read_examples(rows, version)) if rows else None
+
+
+def _read_examples(path: Path, version: ModelVersion) -> list[manifest.Example]:
+    try:
+        return list(manifest.read(path, manifest.Example))
+    except ChangedFile as error:
+        raise DamagedVersion(version.version, error) from error
 
 
 def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Path | None:

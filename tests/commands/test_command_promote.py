@@ -223,20 +223,31 @@ def test_promote_benchmarks_a_version_whose_run_could_not(trained, tmp_path, com
     assert "Benchmarking the model in a clean process ..." in promoted.stdout
 
 
-def test_a_damaged_model_in_the_registry_is_reported(trained, tmp_path, command):
-    client, name = trained.client, f"{NAME}-damaged"
+@pytest.mark.parametrize(
+    ("damaged", "commands"),
+    [
+        ("model/data/model.keras", [["promote", "1", "--yes"], ["predict", "jar.jpeg", "--version", "1"]]),
+        ("split/training.csv", [["promote", "1", "--yes"], ["predict", "jar.jpeg", "--version", "1"]]),
+        ("evaluation/assessment.json", [["promote", "1", "--yes"]]),
+    ],
+)
+def test_a_damaged_file_in_the_registry_is_reported(trained, tmp_path, command, damaged, commands):
+    file = Path(damaged)
+    client, name = trained.client, f"{NAME}-damaged-{file.stem}"
     known = client.get_model_version(NAME, "2")
-    run = run_with(client, known, "split")
+    run = run_with(client, known, "split", "evaluation")
     uri = trained.variables["MLFLOW_TRACKING_URI"]
-    model = Path(mlflow.artifacts.download_artifacts(known.source, tracking_uri=uri))
-    (model / "data" / "model.keras").write_bytes(b"PK no model")
+    source = client.get_model_version_download_uri(NAME, "2")
+    model = mlflow.artifacts.download_artifacts(source, tracking_uri=uri, dst_path=str(tmp_path))
     client.log_artifacts(run.info.run_id, model, "model")
+    (tmp_path / file.name).write_bytes(b"PK damaged")
+    client.log_artifact(run.info.run_id, tmp_path / file.name, str(file.parent))
     client.create_registered_model(name)
     client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
-    for words in (["promote", "1", "--yes"], ["predict", "jar.jpeg", "--version", "1"]):
+    for words in commands:
         refused = command(trained.folder, *words, **{**trained.variables, "MODEL_NAME": name})
-        assert refused.returncode == 30
-        assert f"{name} version 1 is damaged in the registry and cannot be loaded" in refused.stdout + refused.stderr
+        assert refused.returncode == 30, refused.stdout + refused.stderr
+        assert f"Version 1 is damaged in the registry ({file.name}: " in refused.stdout + refused.stderr
         assert "dgmd-" not in refused.stdout + refused.stderr
 
 
