@@ -102,7 +102,9 @@ assert mlflow.keras.load_model("models:/quiet/1").output_shape == (None, 2)
     )
     assert done.returncode == 0, done.stderr
     assert [stream.partition("predicting\n")[2] for stream in (done.stdout, done.stderr)] == ["", ""]
-    assert np.array_equal(np.load(tmp_path / "predictions.npy"), load(saved_model).predict(images, verbose=0))
+    # In two processes, the order of the operations differs, and so do the last bits of the results.
+    expected = load(saved_model).predict(images, verbose=0)
+    np.testing.assert_allclose(np.load(tmp_path / "predictions.npy"), expected, rtol=1e-6)
 
 
 def test_an_incomplete_run_is_logged_again(embedded_store, saved_model, tmp_path):
