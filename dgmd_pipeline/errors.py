@@ -37,19 +37,19 @@ class ChangedFile(PipelineError):
 
     def __init__(self, path: Path, reason: str) -> None:
         """Take the file of a step's folder, and the reason as a clause."""
-        self.path, self.reason = path, reason
+        self._path, self._reason = path, reason
         super().__init__(
             f"{path}: {reason}. It was changed after it was written: delete the folder {path.parent} and run again."
         )
 
+    def __reduce__(self) -> tuple[type["ChangedFile"], tuple[Path, str]]:
+        """Pickle what `__init__` takes. By default, it would get only the message."""
+        return type(self), (self._path, self._reason)
 
-class DamagedVersion(PipelineError):
-    """A file of a registered version is missing or damaged."""
-
-    def __init__(self, version: int | None, error: ChangedFile) -> None:
-        """Take the number of the version, and the error about its file, whose path is in a temporary folder."""
-        super().__init__(
-            f"Version {version} is damaged in the registry ({error.path.name}: {error.reason}). Train a new version, "
+    def of_version(self, version: int | None) -> PipelineError:
+        """Return the same error about a file that was downloaded from a registered version to a temporary folder."""
+        return PipelineError(
+            f"Version {version} is damaged in the registry ({self._path.name}: {self._reason}). Train a new version, "
             "or use another one."
         )
 

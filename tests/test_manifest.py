@@ -1,4 +1,5 @@
 import csv
+import pickle
 import re
 
 import pytest
@@ -84,3 +85,13 @@ def test_columns_of_an_edited_file_are_an_error(tmp_path, content, reason):
         path.write_bytes(content.encode())
     with pytest.raises(PipelineError, match=f"{re.escape(str(path))}: .*{reason}.*delete the folder"):
         list(manifest.read_columns(path, Example))
+
+
+def test_an_error_about_a_changed_file_can_leave_a_worker_process(tmp_path):
+    path = tmp_path / "training.json"
+    path.write_text("{")
+    with pytest.raises(PipelineError) as raised:
+        manifest.read_json(path)
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert type(copy) is type(raised.value) and str(copy) == str(raised.value)
+    assert str(path) in str(copy) and str(tmp_path) not in str(copy.of_version(3))

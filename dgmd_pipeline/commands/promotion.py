@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgmd_pipeline import settings
 from dgmd_pipeline.commands import notify, output, status, versions
-from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError, Refused, SettingsError
+from dgmd_pipeline.errors import ChangedFile, PipelineError, Refused, SettingsError
 from dgmd_pipeline.evaluation import gates
 from dgmd_pipeline.evaluation.summary import BETTER, NO_DIFFERENCE
 from dgmd_pipeline.formatting import percent, utc_now
@@ -269,7 +269,7 @@ def _recorded_review(values: "Settings", entry: ModelVersion, now: ModelVersion 
     try:
         recorded = review.read(folder)
     except ChangedFile as damage:
-        raise DamagedVersion(entry.version, damage) from damage
+        raise damage.of_version(entry.version) from damage
     compared_with = recorded.comparison.run if recorded.comparison else None
     if now is not None and compared_with == now.run_id:
         return recorded

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from dgmd_pipeline.errors import ChangedFile, DamagedVersion, NoUsableInput
+from dgmd_pipeline.errors import ChangedFile, NoUsableInput
 from dgmd_pipeline.registry import promotion, versions
 from dgmd_pipeline.registry.store import CANDIDATE, PRODUCTION, NotAllowed, Store
 from dgmd_pipeline.registry.versions import ModelState, ModelVersion
@@ -66,10 +66,10 @@ def select_version(state: ModelState, word: str) -> ModelVersion:
 
 
 def load_network(path: "Path", version: ModelVersion) -> "keras.Model":
-    """Load the model of a fetched version. Raises DamagedVersion if its file is damaged."""
+    """Load the model of a fetched version. Raises PipelineError if its file is damaged."""
     from dgmd_pipeline.training import networks
 
     try:
         return networks.load(path)
     except ChangedFile as error:
-        raise DamagedVersion(version.version, error) from error
+        raise error.of_version(version.version) from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from dgmd_pipeline import manifest
 from dgmd_pipeline.data import shards
-from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError
+from dgmd_pipeline.errors import ChangedFile, PipelineError
 from dgmd_pipeline.evaluation import comparison, predictions, serving_benchmark
 from dgmd_pipeline.evaluation.comparison import Comparison
 from dgmd_pipeline.evaluation.predictions import PredictedLabels
@@ -234,7 +234,7 @@ def _compare(
     try:
         rival = rival._replace(answers=predict(rival, images))
     except ChangedFile as error:
-        return None, None, str(DamagedVersion(rival.version, error))
+        return None, None, str(error.of_version(rival.version))
     except PipelineError as error:
         return None, None, f"Version {rival.version} cannot be used: {error}"
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dgmd_pipeline import manifest
-from dgmd_pipeline.errors import ChangedFile, DamagedVersion, PipelineError
+from dgmd_pipeline.errors import ChangedFile, PipelineError
 from dgmd_pipeline.registry.store import MEASURED, PRODUCTION, REQUEST_FAILED, Store, errors_explained
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _read_examples(path: Path, version: ModelVersion) -> list[manifest.Example]:
     try:
         return list(manifest.read(path, manifest.Example))
     except ChangedFile as error:
-        raise DamagedVersion(version.version, error) from error
+        raise error.of_version(version.version) from error
 
 
 def artifact(store: Store, version: ModelVersion, name: str, folder: Path) -> Path | None:
