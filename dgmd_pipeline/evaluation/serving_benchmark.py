@@ -211,7 +211,7 @@ def from_json(values: Mapping[str, Any]) -> ServingBenchmark:
 
 
 class _Loaded(NamedTuple):
-    """The model to benchmark."""
+    """A model that was loaded from its file and traced."""
 
     path: Path
     network: "keras.Model"
@@ -238,14 +238,11 @@ def _measure(loaded: _Loaded, task: Path, wait_until_idle: Callable[[], object])
     # The first call takes longer. The next one does not, although it has another number of images.
     _predict(network, images[:1])
     wait_until_idle()
-    start = time.perf_counter()
-    predicted = _predict(network, images)
-    batch_seconds = time.perf_counter() - start
+    predicted, batch_seconds = _predict_timed(network, images)
     memory = _peak_memory()  # before another model is loaded
     difference = float(np.abs(predicted - recorded).max())
-    rivals = [networks.load(other) for other in others]
+    rivals = [_load(other).network for other in others]
     for rival in rivals:
-        _trace(rival)
         _predict(rival, images[:1])
     singles = _time_alternately(images, network, *rivals)
     p50, p95 = (1e3 * float(np.quantile(singles[0], share)) for share in (0.5, 0.95))
@@ -313,14 +310,14 @@ def _time_alternately(images: np.ndarray, *networks: "keras.Model") -> list[list
         if number >= MIN_SINGLES and time.perf_counter() > end:
             break
         for network, of_network in zip(networks, seconds, strict=True):
-            of_network.append(_time(network, image[np.newaxis]))
+            of_network.append(_predict_timed(network, image[np.newaxis])[1])
     return seconds
 
 
-def _time(network: "keras.Model", images: np.ndarray) -> float:
+def _predict_timed(network: "keras.Model", images: np.ndarray) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
-    _predict(network, images)
-    return time.perf_counter() - start
+    predicted = _predict(network, images)
+    return predicted, time.perf_counter() - start
 
 
 def _predict(network: "keras.Model", images: np.ndarray) -> np.ndarray:
